@@ -1,0 +1,50 @@
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+REQUIREMENTS := requirements.txt requirements-test.txt tools/pyproject.toml
+UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
+
+.DEFAULT_GOAL := help
+.PHONY: help env fold test build lint clean
+
+help:
+	@echo "make fold   fold ubiquitin with the kernel and without it; the results go to out/"
+	@echo "make test   run the whole test suite"
+	@echo "make env    set up $(VENV) alone; fold, test, build and lint do it when needed"
+	@echo "make build  write build/torch-universal from torch-ext"
+	@echo "make lint   check the Python code with ruff"
+	@echo "make clean  remove what fold, test and lint leave; $(VENV) stays"
+	@echo
+	@echo "PYTHON=python3.12 picks the Python of $(VENV), JOBS=4 the test processes."
+
+env: $(INSTALLED)
+
+# One call installs everything, so that every pin is weighed together and torch is fetched once.
+# setuptools is among the pins: the editable install needs no second, isolated download of it.
+$(INSTALLED): $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; '$(PYTHON)' is not. Try make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV); the first time takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		-r requirements.txt -r requirements-test.txt
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --no-build-isolation -e tools
+	@touch $@
+
+fold: env
+	$(VENV)/bin/esmfold2-trimul fold --fasta $(UBIQUITIN) --random-weights --compare --out out
+
+test: env
+	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+build: env
+	$(VENV)/bin/esmfold2-trimul build
+
+lint: env
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf out .pytest_cache .ruff_cache
+	find torch-ext build tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

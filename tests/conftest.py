@@ -1,0 +1,113 @@
+"""Loads the package as users do, and puts its kernels where the machine allows.
+
+With a GPU the kernels run on it. Without one they run in Triton's interpreter, whose bf16
+arithmetic is repaired here. TRITON_INTERPRET is for Triton's import, so it is set before anything
+imports it; tests of ahead-of-time compilation run in processes of their own.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+# A process that imports the variant must not leave byte code in a folder that has a digest.
+sys.dont_write_bytecode = True
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels_ci: quick checks of the kernels, for GPU machines")
+
+
+def _repair_interpreter() -> None:
+    """Triton 3.6 to 3.9: `tl.dot` multiplies bf16 bit patterns, and fp32 -> bf16 casts truncate."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.view(np.uint16).astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
+    def round_to_bf16(data):
+        tensor = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+        return tensor.view(torch.uint16).numpy()
+
+    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def repaired_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return create_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
+
+    def repaired_cast(self, src, dst_type):
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
+            return TensorHandle(round_to_bf16(src.data), tl.bfloat16)
+        return cast_impl(self, src, dst_type)
+
+    InterpreterBuilder.create_dot = repaired_dot
+    InterpreterBuilder.cast_impl = repaired_cast
+
+
+def _load_variant():
+    """build/torch-universal through the kernels library, or by a plain import without it."""
+    try:
+        from kernels import get_local_kernel
+    except ImportError:
+        path = ROOT / "build" / "torch-universal" / "__init__.py"
+        spec = importlib.util.spec_from_file_location("esmfold2_trimul_kernel_under_test", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    return get_local_kernel(ROOT)
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """The package under test. CPU tensors take the ATen path unless `on_triton` is asked for."""
+    return _load_variant()
+
+
+@pytest.fixture(scope="session")
+def _interpreter():
+    if not HAS_GPU:
+        pytest.importorskip("triton")
+        _repair_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _aten_for_cpu_tensors(kernel, monkeypatch):
+    entry = _submodule(kernel, "trimul_with_residual")
+    monkeypatch.setattr(entry, "_INTERPRET", False)
+    entry.execution_path.cache_clear()
+    yield
+    entry.execution_path.cache_clear()
+
+
+@pytest.fixture
+def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
+    """The device whose tensors the Triton kernels take: "cuda", or "cpu" in the interpreter."""
+    if HAS_GPU:
+        return "cuda"
+    entry = _submodule(kernel, "trimul_with_residual")
+    monkeypatch.setattr(entry, "_INTERPRET", True)
+    entry.execution_path.cache_clear()
+    return "cpu"
+
+
+@pytest.fixture
+def submodule(kernel):
+    """submodule("aten"): a module of the package under test."""
+    return lambda name: _submodule(kernel, name)
+
+
+def _submodule(kernel, name):
+    return importlib.import_module(f"{kernel.__name__}.{name}")

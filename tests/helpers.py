@@ -1,0 +1,181 @@
+"""The oracle, random problems, and the error budget: what every numerical test is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Relative L2 error against float64 of three roundings to 16 bits (planes, product, output) and the
+# rounded GEMM operands; float32 is the project's promise for "highest" precision.
+ERROR_BUDGET = {torch.bfloat16: 4.8e-3, torch.float16: 7e-4, torch.float32: 5e-6}
+
+
+@dataclass
+class Problem:
+    """One call: x [B, L, L, C], parameters by their public names, mask, residual, drop mask."""
+
+    x: Tensor
+    weights: dict[str, Tensor]
+    direction: str = "outgoing"
+    mask: Tensor | None = None
+    residual: Tensor | None = None
+    drop_mask: Tensor | None = None
+    eps: float = 1e-5
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: str) -> Problem:
+        def move(value):
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        values = {name: move(value) for name, value in vars(self).items()}
+        values["weights"] = {name: move(value) for name, value in self.weights.items()}
+        values["biases"] = {name: move(value) for name, value in self.biases.items()}
+        return Problem(**values)
+
+
+def make_problem(
+    length: int,
+    channels: int,
+    hidden: int | None = None,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    norm_dtype: torch.dtype = torch.float32,
+    direction: str = "outgoing",
+    mask: str | None = None,
+    residual: bool = False,
+    drop_mask: bool = False,
+    biases: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """Random inputs like a trained trunk's: rows of mean 0.3, uneven norm weights."""
+    hidden = channels if hidden is None else hidden
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    x = randn(batch, length, length, channels, scale=1.5) + 0.3
+    weights = {
+        "norm_in_weight": 1 + randn(channels, scale=0.2, dtype=norm_dtype),
+        "norm_in_bias": randn(channels, scale=0.2, dtype=norm_dtype),
+        "p_in_weight": randn(2 * hidden, channels, scale=channels**-0.5),
+        "g_in_weight": randn(2 * hidden, channels, scale=channels**-0.5),
+        "norm_out_weight": 1 + randn(hidden, scale=0.2, dtype=norm_dtype),
+        "norm_out_bias": randn(hidden, scale=0.2, dtype=norm_dtype),
+        "p_out_weight": randn(channels, hidden, scale=hidden**-0.5),
+        "g_out_weight": randn(channels, channels, scale=channels**-0.5),
+    }
+    problem = Problem(x.to(dtype), weights, direction)
+    if mask is not None:
+        problem.mask = make_mask(mask, batch, length, generator)
+    if residual:
+        problem.residual = randn(batch, length, length, channels)
+    if drop_mask:
+        keep = torch.rand(batch, 1, length, channels, generator=generator) > 0.25
+        problem.drop_mask = (keep / 0.75).to(dtype)
+    if biases:
+        problem.biases = {
+            "p_in_bias": randn(2 * hidden, scale=0.3),
+            "g_in_bias": randn(2 * hidden, scale=0.3),
+            "p_out_bias": randn(channels, scale=0.3),
+            "g_out_bias": randn(channels, scale=0.3),
+        }
+    return problem
+
+
+def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """ "bool" and "float" padding masks, a "soft" one in [0, 1], an "expanded" stride-0 view."""
+    if kind == "soft":
+        return torch.rand(batch, length, length, generator=generator)
+    if kind == "expanded":
+        return (torch.rand(batch, 1, length, generator=generator) > 0.3).expand(-1, length, -1)
+    real = torch.arange(length) < max(1, length - 3)
+    pairs = (real[:, None] & real[None, :]).expand(batch, -1, -1).contiguous()
+    if kind == "bool":
+        return pairs
+    if kind == "float":
+        return pairs.float()
+    raise ValueError(f"kind must be 'bool', 'float', 'soft' or 'expanded'; got {kind!r}")
+
+
+def reference(problem: Problem) -> Tensor:
+    """AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, in float64, line by line."""
+
+    def double(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().cpu().double()
+
+    w = {name: double(value) for name, value in problem.weights.items()}
+    bias = {name: double(value) for name, value in problem.biases.items()}
+    x = double(problem.x)
+    z = F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], problem.eps)
+    value = F.linear(z, w["p_in_weight"], bias.get("p_in_bias"))
+    gate = torch.sigmoid(F.linear(z, w["g_in_weight"], bias.get("g_in_bias")))
+    ab = value * gate
+    if problem.mask is not None:
+        ab = ab * double(problem.mask).unsqueeze(-1)
+    a, b = ab.chunk(2, dim=-1)
+    if problem.direction == "outgoing":
+        t = torch.einsum("bikd,bjkd->bijd", a, b)
+    else:
+        t = torch.einsum("bkid,bkjd->bijd", a, b)
+    t = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], problem.eps)
+    delta = F.linear(t, w["p_out_weight"], bias.get("p_out_bias"))
+    delta = delta * torch.sigmoid(F.linear(z, w["g_out_weight"], bias.get("g_out_bias")))
+    if problem.drop_mask is not None:
+        drop = double(problem.drop_mask)
+        delta = delta * drop.reshape(x.shape[0], 1, x.shape[1], x.shape[3])
+    return delta if problem.residual is None else double(problem.residual) + delta
+
+
+def run(kernel, problem: Problem, device: str = "cpu") -> Tensor:
+    """The public function that takes this problem's arguments, on `device`."""
+    p = problem.to(device)
+    if p.biases:
+        return kernel.triangle_multiplicative_update(
+            p.x, p.direction, p.mask, eps=p.eps, **p.weights, **p.biases
+        )
+    return kernel.triangle_multiplicative_update_with_residual(
+        p.x, p.direction, p.residual, p.drop_mask, mask=p.mask, eps=p.eps, **p.weights
+    )
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted|| in float64; NaN if anything is."""
+    got = got.detach().cpu().double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def assert_close(got: Tensor, problem: Problem, factor: float = 1.0) -> None:
+    """`got` is the problem's answer in shape, dtype and value, within the dtype's budget."""
+    wanted = reference(problem)
+    assert got.shape == problem.x.shape and got.dtype == problem.x.dtype and got.is_contiguous()
+    error = relative_error(got, wanted)
+    assert error <= factor * ERROR_BUDGET[problem.x.dtype], f"relative error {error:.2e}"
+
+
+def in_tree_module(problem: Problem) -> torch.nn.Module:
+    """transformers' own module with this problem's parameters: what the layer stands in for."""
+    from transformers import EsmFold2Config
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2TriangleMultiplicativeUpdate
+
+    config = EsmFold2Config(pairwise_hidden_size=problem.x.shape[-1])
+    module = EsmFold2TriangleMultiplicativeUpdate(config, problem.direction == "outgoing")
+    w = problem.weights
+    values = {
+        "norm_start.weight": w["norm_in_weight"],
+        "norm_start.bias": w["norm_in_bias"],
+        "norm_mix.weight": w["norm_out_weight"],
+        "norm_mix.bias": w["norm_out_bias"],
+        "proj_bundle.weight": torch.cat([w["p_in_weight"], w["g_in_weight"]]),
+        "proj_emit.weight": w["p_out_weight"],
+        "proj_gate.weight": w["g_out_weight"],
+    }
+    # `assign` keeps each value's own dtype: fp32 norms beside 16-bit projections.
+    module.load_state_dict({name: value.clone() for name, value in values.items()}, assign=True)
+    module.norm_start.eps = module.norm_mix.eps = problem.eps
+    return module.to(problem.x.device)

@@ -1,0 +1,192 @@
+from types import SimpleNamespace
+
+import pytest
+from esmfold2_trimul_tools import doctor
+from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2TriangleMultiplicativeUpdate
+
+VERSIONS = {
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "numpy": "2.3.5",
+    "transformers": "5.22.2",
+    "kernels": "0.17.2",
+}
+
+
+class FakeKernel:
+    class trimul_with_residual:
+        @staticmethod
+        def execution_path(device, dtype):
+            name = "triton" if device.type == "cuda" else "aten"
+            return SimpleNamespace(name=name, reason=f"a {device.type} device")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine without faults; machine(gpu="cuda", triton=None) changes what the doctor finds."""
+
+    def change(**changes):
+        versions = {**VERSIONS, **{name: changes.pop(name) for name in VERSIONS if name in changes}}
+        probes = {
+            "gpu": None,
+            "gpu_description": "a GPU",
+            "nvidia_driver_present": False,
+            "swap_problem": "",
+            "load_kernel": ("root", FakeKernel),
+            "build_problems": [],
+            "c_compiler": "gcc",
+            "python_header": "Python.h",
+            "cuda_header": "cuda.h",
+            "weights_cached": True,
+            **changes,
+        }
+        monkeypatch.setattr(doctor, "_version", versions.get)
+        for name, answer in probes.items():
+            monkeypatch.setattr(doctor, f"_{name}", lambda *_, answer=answer: answer)
+        return {finding.name: finding for finding in doctor.examine()}
+
+    return change
+
+
+def test_a_machine_without_faults_can_fold(machine):
+    for gpu in (None, "cuda"):
+        findings = machine(gpu=gpu)
+        assert {finding.status for finding in findings.values()} == {"ok"}
+        assert not any(finding.mend for finding in findings.values())
+        assert doctor.can_fold(findings.values())
+    assert findings["Device"].value == "a GPU"
+    assert findings["Path in bfloat16"].value == "triton: a cuda device"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status", "value", "mend"),
+    [
+        ({"torch": None}, "PyTorch", "problem", "not installed", "pip install torch"),
+        (
+            {"nvidia_driver_present": True},
+            "Device", "warning", "torch 2.13.0 sees no GPU", "install a CUDA build of torch",
+        ),
+        ({"triton": None}, "Triton", "note", "not installed: the ATen path", ""),
+        ({"triton": None, "gpu": "cuda"}, "Triton", "warning", "not installed", "pip install tri"),
+        ({"triton": "3.5.1"}, "Triton", "warning", "3.5.1: the kernels need 3.6", "triton>=3.6"),
+        (
+            {"triton": "3.6.0", "numpy": "2.4.1"},
+            "NumPy", "warning", "2.4.1: Triton 3.6's interpreter", "numpy<2.4",
+        ),
+        ({"numpy": None}, "NumPy", "problem", "not installed", "pip install numpy"),
+        (
+            {"swap_problem": "no layer can be swapped: because"},
+            "Swapping layers", "problem", "transformers 5.22.2, kernels 0.17.2", "because",
+        ),
+        (
+            {"build_problems": ["aten.py differs", "digest: more"]},
+            "Kernel build", "warning", "aten.py differs, and 1 more", "esmfold2-trimul build",
+        ),
+        (
+            {"c_compiler": None},
+            "C compiler", "note", "needed only where a GPU runs the kernels", "install gcc",
+        ),
+        ({"c_compiler": None, "gpu": "cuda"}, "C compiler", "problem", "not found", "install gcc"),
+        ({"python_header": None, "gpu": "cuda"}, "Python headers", "problem", "not found", "-dev"),
+        ({"cuda_header": None, "gpu": "cuda"}, "CUDA headers", "problem", "not found", "triton"),
+        ({"weights_cached": False}, "Model weights", "note", "not in the local", "--random-weigh"),
+    ],
+)  # fmt: skip
+def test_each_fault_is_found_with_its_mend(machine, changes, name, status, value, mend):
+    findings = machine(**changes)
+    finding = findings[name]
+    assert finding.status == status
+    assert value in finding.value
+    assert mend in finding.mend and bool(mend) == bool(finding.mend)
+    # No other finding is raised by it, and only a problem keeps the machine from folding.
+    assert [other.status for other in findings.values() if other is not finding] == ["ok"] * (
+        len(findings) - 1
+    )
+    assert doctor.can_fold(findings.values()) == (status != "problem")
+
+
+def test_numpy_2_4_is_well_with_another_triton(machine):
+    assert machine(numpy="2.4.1", triton="3.7.1")["NumPy"].status == "ok"
+
+
+def test_a_gpu_that_takes_the_slow_path_is_warned_of(machine):
+    class OldGpu(FakeKernel):
+        class trimul_with_residual:
+            @staticmethod
+            def execution_path(device, dtype):
+                return SimpleNamespace(name="aten", reason="too old")
+
+    findings = machine(gpu="cuda", load_kernel=("root", OldGpu))
+    assert findings["Path in float32"].status == "warning"
+    assert findings["Path in float32"].value == "aten: too old"
+
+
+def test_newer_triton_needs_no_compiler(machine):
+    findings = machine(triton="3.8.0", gpu="cuda", c_compiler=None, python_header=None)
+    assert findings["Triton's launcher"].status == "ok"
+    assert "C compiler" not in findings
+    assert doctor.can_fold(findings.values())
+
+
+def test_intel_gpus_need_no_cuda_headers(machine):
+    assert "CUDA headers" not in machine(gpu="xpu", cuda_header=None)
+
+
+def test_a_kernel_that_cant_be_loaded_is_a_problem(machine, monkeypatch):
+    machine()
+
+    def fail(_):
+        raise FileNotFoundError("no build here\nand more")
+
+    monkeypatch.setattr(doctor, "_load_kernel", fail)
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["Kernel build"].status == "problem"
+    assert findings["Kernel build"].value == "no build here"
+    assert findings["Kernel build"].mend == "esmfold2-trimul build"
+    assert "Path in float32" not in findings
+    assert not doctor.can_fold(findings.values())
+
+
+def test_the_probes_answer_for_this_machine(monkeypatch, tmp_path):
+    assert doctor._version("torch").startswith("2.")
+    assert doctor._version("no-such-package") is None
+    assert doctor._swap_problem() == ""
+    root, kernel = doctor._load_kernel(None)
+    assert (root / "build.toml").is_file()
+    assert callable(kernel.trimul_with_residual.execution_path)
+    assert isinstance(doctor._build_problems(root), list)
+    assert doctor._cuda_header() in (None, "cuda.h, from Triton's wheel")
+    monkeypatch.delattr(EsmFold2TriangleMultiplicativeUpdate, "kernel_layer_name")
+    assert "no layer can be swapped" in doctor._swap_problem()
+
+
+def test_the_compiler_is_the_one_triton_would_call(monkeypatch, tmp_path):
+    for name in ("gcc", "clang", "mycc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert doctor._c_compiler() == str(tmp_path / "gcc")
+    (tmp_path / "gcc").unlink()
+    assert doctor._c_compiler() == str(tmp_path / "clang")
+    monkeypatch.setenv("CC", "mycc")
+    assert doctor._c_compiler() == str(tmp_path / "mycc")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert doctor._c_compiler() is None
+    monkeypatch.delenv("CC")
+    (tmp_path / "clang").unlink()
+    assert doctor._c_compiler() is None
+
+
+def test_the_python_header_is_looked_for_where_the_compiler_would(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert doctor._python_header() is None
+    (tmp_path / "Python.h").write_text("")
+    assert doctor._python_header() == str(tmp_path / "Python.h")
+
+
+def test_weights_are_cached_when_their_config_is(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert not doctor._weights_cached("biohub/ESMFold2")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "config.json")
+    assert doctor._weights_cached("biohub/ESMFold2")

@@ -1,0 +1,92 @@
+"""Stage 3 against float64, alone: gate, drop mask and residual, strided operands, pads ignored."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, make_problem, relative_error
+from test_fused_dual_gemm import weights_of
+
+STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6}
+
+
+def make_product(problem, submodule):
+    """A random product [B, D, L, pitch] whose pads are no numbers."""
+    batch, length = problem.x.shape[:2]
+    hidden = problem.weights["p_out_weight"].shape[1]
+    generator = torch.Generator().manual_seed(1)
+    pitch = submodule("_tiles").padded_pitch(length)
+    product = torch.full((batch, hidden, length, pitch), float("nan"), dtype=problem.x.dtype)
+    values = torch.randn(batch, hidden, length, length, generator=generator) * 3 + 1
+    product[..., :length] = values.to(problem.x.dtype)
+    return product
+
+
+def out_in_float64(problem, product):
+    w = {name: value.double() for name, value in problem.weights.items()}
+    bias = {name: value.double() for name, value in problem.biases.items()}
+    x = problem.x.double()
+    t = product[..., : x.shape[1]].double().movedim(1, -1)
+    t = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], problem.eps)
+    z = F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], problem.eps)
+    delta = F.linear(t, w["p_out_weight"], bias.get("p_out_bias"))
+    delta = delta * torch.sigmoid(F.linear(z, w["g_out_weight"], bias.get("g_out_bias")))
+    if problem.drop_mask is not None:
+        delta = delta * problem.drop_mask.double()
+    return delta if problem.residual is None else problem.residual.double() + delta
+
+
+def assert_out(submodule, device, problem, config=None):
+    product = make_product(problem, submodule)
+    p = problem.to(device)
+    out = submodule("fused_ln_residual").fused_ln_residual_fwd(
+        product.to(device),
+        p.x,
+        p.residual,
+        None if p.drop_mask is None else p.drop_mask.squeeze(1),
+        weights_of(submodule, p),
+        p.eps,
+        p.eps,
+        "fp32",
+        config,
+    )
+    assert out.shape == problem.x.shape and out.dtype == problem.x.dtype
+    error = relative_error(out, out_in_float64(problem, product))
+    assert error <= STAGE_BUDGET[problem.x.dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_out(submodule, on_triton, dtype, residual):
+    problem = make_problem(18, 32, dtype=dtype, residual=residual, drop_mask=residual, batch=2)
+    assert_out(submodule, on_triton, problem)
+
+
+@pytest.mark.parametrize("residual, drop_mask", [(True, False), (False, True)])
+def test_residual_and_drop_mask_apart(submodule, on_triton, residual, drop_mask):
+    problem = make_problem(13, 16, residual=residual, drop_mask=drop_mask)
+    assert_out(submodule, on_triton, problem)
+
+
+@pytest.mark.parametrize("channels, hidden", [(48, 24), (24, 72), (5, 3), (1, 1)])
+def test_widths(submodule, on_triton, channels, hidden):
+    problem = make_problem(5, channels, hidden, biases=True, residual=True)
+    assert_out(submodule, on_triton, problem)
+
+
+@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("block_k", [16, 32, 64])
+@pytest.mark.parametrize("channels, hidden", [(48, 64), (64, 48)])
+def test_channels_whole_or_in_blocks(
+    submodule, on_triton, channels, hidden, block_k, descriptors, held
+):
+    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors, held)
+    problem = make_problem(9, channels, hidden, residual=True, batch=2)
+    assert_out(submodule, on_triton, problem, config)
+
+
+def test_strided_residual_and_expanded_drop_mask(submodule, on_triton):
+    problem = make_problem(6, 16)
+    problem.residual = torch.randn(1, 16, 6, 6).permute(0, 2, 3, 1)
+    problem.drop_mask = torch.tensor([0.5]).expand(1, 1, 6, 16)
+    assert_out(submodule, on_triton, problem)

@@ -1,0 +1,227 @@
+"""The Kernel Hub's rules for a package: its imports, its layers, what importing it may touch.
+
+The rules are those of "Kernel requirements" in the documentation of the kernels library. They are
+held against the built variant, which is what the Hub serves.
+"""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fresh_process import ROOT, python_output
+
+VARIANT = ROOT / "build" / "torch-universal"
+MODULES = sorted(path.relative_to(VARIANT).as_posix() for path in VARIANT.rglob("*.py"))
+METADATA = json.loads((VARIANT / "metadata.json").read_text())
+BUILD_ID = METADATA["id"]
+TRITON_MODULES = {
+    "_tiles.py",
+    "fused_dual_gemm.py",
+    "fused_ln_residual.py",
+    "trimul_einsum_triton.py",
+}
+LAYER_VARIABLES = {"can_torch_compile", "has_backward"}
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse((VARIANT / module).read_text(), filename=module, feature_version=(3, 10))
+
+
+def imported(node: ast.AST) -> set[str]:
+    """The packages that an import statement names; "." for the package itself."""
+    if isinstance(node, ast.Import):
+        return {alias.name.partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {"."} if node.level else {node.module.partition(".")[0]}
+    return set()
+
+
+def test_the_variant_is_a_package_of_several_modules():
+    assert {"__init__.py", "_ops.py", "layers.py", *TRITON_MODULES} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_code_is_python_3_10_and_imports_only_what_the_hub_allows(module: str):
+    packages = set().union(*(imported(node) for node in ast.walk(parse(module))))
+    assert packages <= sys.stdlib_module_names | {".", "torch", "triton"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_triton_is_imported_by_the_stages_alone(module: str):
+    tree = parse(module)
+    at_import = set().union(*(imported(node) for node in tree.body))
+    assert ("triton" in at_import) == (module in TRITON_MODULES)
+
+    # A stage needs Triton, so the others may import it only inside a function.
+    stages = {name.removesuffix(".py") for name in TRITON_MODULES}
+    froms = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    from_the_package = {node.module for node in froms} | {
+        alias.name for node in froms if node.module is None for alias in node.names
+    }
+    assert module in TRITON_MODULES or not from_the_package & stages
+
+
+def test_layers_are_pure():
+    layers = [node for node in parse("layers.py").body if isinstance(node, ast.ClassDef)]
+    assert [layer.name for layer in layers] == ["ESMFold2TriangleMultiplication"]
+    for layer in layers:
+        methods, variables = set(), set()
+        for node in layer.body:
+            if isinstance(node, ast.FunctionDef):
+                methods.add(node.name)
+            elif isinstance(node, ast.Assign):
+                variables |= {target.id for target in node.targets}
+            elif isinstance(node, ast.AnnAssign):
+                # A bare annotation names a member of the adopting module; a value makes a variable.
+                variables |= {node.target.id} if node.value is not None else set()
+            else:
+                assert isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert methods == {"forward"}
+        assert variables <= LAYER_VARIABLES
+
+
+def test_layers_are_exported_and_of_the_right_kind(kernel):
+    assert kernel.__all__ == [
+        "layers",
+        "triangle_multiplicative_update",
+        "triangle_multiplicative_update_with_residual",
+    ]
+    layer = kernel.layers.ESMFold2TriangleMultiplication
+    assert issubclass(layer, torch.nn.Module)
+    assert layer.__init__ is torch.nn.Module.__init__
+    assert (layer.has_backward, layer.can_torch_compile) == (True, True)
+    assert all(callable(getattr(kernel, name)) for name in kernel.__all__ if name != "layers")
+
+
+def test_import_is_inert():
+    script = """
+        import json, logging, random, sys, warnings
+        import torch
+        from fresh_process import import_package
+
+        def state():
+            return {
+                "warning filters": list(map(repr, warnings.filters)),
+                "logging": [logging.root.level, list(map(repr, logging.root.handlers))],
+                "import hooks": [repr(hook) for hook in (*sys.meta_path, *sys.path_hooks)],
+                "sys.path": list(sys.path),
+                "random": [repr(random.getstate()), repr(torch.get_rng_state().sum())],
+                "float32 matmul precision": torch.get_float32_matmul_precision(),
+                "cuda tf32": torch.backends.cuda.matmul.allow_tf32,
+                "cudnn": [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark],
+                "default dtype": str(torch.get_default_dtype()),
+                "default device": str(torch.get_default_device()),
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "grad": torch.is_grad_enabled(),
+                "threads": torch.get_num_threads(),
+                "cuda started": torch.cuda.is_initialized(),
+                "triton imported": any(name.partition(".")[0] == "triton" for name in sys.modules),
+            }
+
+        # What Python reports of the import. Equal environments would not do: the test process has
+        # imported the kernel already, and hands its own environment to this one.
+        watched = ("open", "os.listdir", "os.putenv", "os.unsetenv", "socket.connect",
+                   "subprocess.Popen")
+        events, watching = [], False
+        def audit(event, arguments):
+            if watching and event in watched:
+                events.append([event, str(arguments[0])])
+        sys.addaudithook(audit)
+
+        asked = []
+        def spy(name):
+            def asked_for(*arguments, **keywords):
+                asked.append(name)
+                return original(*arguments, **keywords)
+            original = getattr(torch.cuda, name)
+            setattr(torch.cuda, name, asked_for)
+        for name in ("is_available", "device_count", "current_device", "get_device_capability",
+                     "get_device_name", "get_device_properties"):
+            spy(name)
+
+        before = state()
+        watching = True
+        import_package(*sys.argv[1:])
+        watching = False
+        print(json.dumps([before, state(), events, asked]))
+    """
+    before, after, events, asked = json.loads(python_output(script, BUILD_ID, str(VARIANT)))
+    assert not before["triton imported"] and not before["cuda started"]
+    assert after == before
+    assert asked == []
+    opened = [Path(name) for event, name in events if event == "open"]
+    assert any(path.name.startswith("layers.") for path in opened)
+    assert [path for path in opened if path.suffix not in (".py", ".pyc")] == []
+    # The import system lists the package's own folder to find its modules.
+    others = [event for event in events if event[0] != "open"]
+    assert [event for event in others if event != ["os.listdir", str(VARIANT)]] == []
+
+
+def test_the_kernel_computes_where_triton_is_absent():
+    script = """
+        import sys
+        from fresh_process import import_package
+
+        class NoTriton:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "triton":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, NoTriton())
+
+        from helpers import make_problem, reference, relative_error, run
+        kernel = import_package(*sys.argv[1:])
+        for direction in ("outgoing", "incoming"):
+            problem = make_problem(7, 16, direction=direction, mask="bool", residual=True)
+            assert relative_error(run(kernel, problem), reference(problem)) < 5e-6
+        assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
+        print("computed")
+    """
+    assert python_output(script, BUILD_ID, str(VARIANT)).strip() == "computed"
+
+
+def test_every_op_carries_the_id_of_the_build():
+    script = """
+        import sys
+        import torch
+        from fresh_process import import_package
+
+        before = set(torch._C._dispatch_get_all_op_names())
+        import_package(*sys.argv[1:])
+        print(*sorted(set(torch._C._dispatch_get_all_op_names()) - before))
+    """
+    names = python_output(script, BUILD_ID, str(VARIANT)).split()
+    assert f"{BUILD_ID}::trimul_fwd" in names
+    assert [name for name in names if not name.startswith(f"{BUILD_ID}::")] == []
+
+
+def test_transformers_takes_this_kernel_for_its_own():
+    # The repository, revision and layer are whatever transformers asks the kernels library for.
+    script = """
+        import inspect
+        from kernels import Mode, get_kernel
+        from transformers.integrations.hub_kernels import get_kernel_mapping_transformers
+
+        asked = get_kernel_mapping_transformers()["EsmFold2TriangleMultiplication"]["cuda"]
+        layer = asked[Mode.INFERENCE].load()
+        assert layer.__name__ == "ESMFold2TriangleMultiplication", layer
+        kernel = get_kernel("biohub/esmfold2-trimul", revision="main")
+        assert kernel.layers.ESMFold2TriangleMultiplication is layer
+        print(inspect.getfile(layer))
+    """
+    where = python_output(script, LOCAL_KERNELS=f"biohub/esmfold2-trimul={ROOT}")
+    assert Path(where.strip()) == VARIANT / "layers.py"
+
+
+def test_the_card_has_the_front_matter_of_the_hub():
+    card = (ROOT / "CARD.md").read_text()
+    empty, front_matter, body = card.split("---\n", 2)
+    entries = yaml.safe_load(front_matter)
+    assert empty == "" and body.lstrip().startswith("# esmfold2-trimul-kernel")
+    assert entries["library_name"] == "kernels"
+    assert entries["license"] == METADATA["license"].lower()
+    # kernel-builder fills the card in as a template: what looks like a tag would be taken for one.
+    assert not any(tag in card for tag in ("{{", "{%", "{#"))

@@ -1,0 +1,219 @@
+"""The shipped launch settings, and the pure function that chooses one of them."""
+
+import dataclasses
+import json
+
+import pytest
+from fresh_process import ROOT
+
+CONFIGS = ROOT / "build" / "torch-universal" / "configs"
+TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))}
+STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+WITHOUT_DESCRIPTORS = ("sm_80", "sm_86", "sm_89", "gfx942", "gfx950", "default", "interpreter")
+ELEMENT_BYTES = (2, 4)
+WIDTHS = (1, 16, 128, 129, 256, 257, 4096)
+NO_DEVICE = "no such device"
+
+
+@pytest.fixture
+def subject(submodule):
+    return submodule("launch_config")
+
+
+@pytest.fixture
+def tables(subject, monkeypatch, tmp_path):
+    """tables(name=table, ...): nothing is shipped but these."""
+
+    def forget():
+        subject._table.cache_clear()
+        subject._pick.cache_clear()
+
+    def write(**named):
+        for name, table in named.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(table))
+        forget()
+
+    monkeypatch.setattr(subject, "_CONFIGS", tmp_path)
+    yield write
+    forget()
+
+
+def setting(block_m: int = 64, **others) -> dict:
+    config = {"block_m": block_m, "block_n": 32, "block_k": 16, "num_warps": 4, "num_stages": 2}
+    return {"max_width": None, "config": config, **others}
+
+
+def table_of(*entries: dict) -> dict:
+    """A table with these settings for every stage and element size."""
+    return {stage: {str(size): list(entries) for size in ELEMENT_BYTES} for stage in STAGES}
+
+
+def shape_classes(subject):
+    for element_bytes in ELEMENT_BYTES:
+        for width in WIDTHS:
+            for small in (False, True):
+                yield subject.ShapeClass(element_bytes, width, small)
+
+
+def test_every_target_has_a_table():
+    assert set(TABLES) == {*TARGETS, "default", "interpreter"}
+
+
+@pytest.mark.parametrize("target", TABLES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_table_answers_every_shape(subject, stage, target):
+    entries = TABLES[target][stage]
+    for shape in shape_classes(subject):
+        config = subject.pick_config(stage, target, NO_DEVICE, shape)
+        shipped = [entry["config"] for entry in entries[str(shape.element_bytes)]]
+        assert config in [subject.LaunchConfig(**values) for values in shipped]
+        for block in (config.block_m, config.block_n, config.block_k):
+            assert block >= 16 and block & (block - 1) == 0, config
+        assert config.num_warps in (1, 2, 4, 8, 16)
+        assert 1 <= config.num_stages <= 8
+        assert not (config.descriptors and target in WITHOUT_DESCRIPTORS)
+        assert config.maxnreg is None or target.startswith("sm_")
+
+
+@pytest.mark.parametrize("target", TABLES)
+def test_every_shipped_setting_is_picked_for_some_shape(subject, tables, target):
+    numbered = json.loads(json.dumps(TABLES[target]))
+    for stage in STAGES:
+        for entries in numbered[stage].values():
+            for number, entry in enumerate(entries):
+                entry["config"]["block_m"] = number
+    tables(default=numbered)
+    for stage in STAGES:
+        for element_bytes, entries in numbered[stage].items():
+            picked = set()
+            for width in (entry["max_width"] or 4096 for entry in entries):
+                for small in (False, True):
+                    shape = subject.ShapeClass(int(element_bytes), width, small)
+                    picked.add(subject.pick_config(stage, target, NO_DEVICE, shape).block_m)
+            assert picked == set(range(len(entries))), (stage, element_bytes)
+
+
+@pytest.mark.parametrize("target", TABLES)
+def test_a_table_holds_its_note_and_the_three_stages(target):
+    assert list(TABLES[target]) == ["note", *STAGES]
+    for stage in STAGES:
+        assert set(TABLES[target][stage]) == {str(size) for size in ELEMENT_BYTES}
+
+
+@pytest.mark.parametrize("target", TABLES)
+def test_a_note_says_whether_the_settings_were_tuned(target):
+    """Measured settings name the versions, the date and a page; others say that they are not."""
+    note = TABLES[target]["note"]
+    if target == "interpreter":
+        assert "no speed to tune" in note
+    elif note.startswith("Untuned"):
+        assert "not measured" in note
+    else:
+        assert "measured" in note.lower()
+        for word in ("torch", "Triton", "202", "docs/performance.md"):
+            assert word in note
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("target", TABLES)
+def test_length_chooses_between_two_classes_only(subject, stage, target):
+    by_length = {}
+    for length in (1, 2, 33, 128, 129, 500, 2000, 2897, 10**6):
+        shape = subject.shape_class(2, 256, length)
+        assert (shape.element_bytes, shape.width) == (2, 256)
+        assert shape.small == (length <= 128)
+        by_length[length] = subject.pick_config(stage, target, NO_DEVICE, shape)
+    assert len({by_length[length] for length in by_length if length <= 128}) == 1
+    assert len({by_length[length] for length in by_length if length > 128}) == 1
+
+
+def test_the_first_setting_that_is_wide_enough_is_taken(subject, tables):
+    tables(
+        sm_90=table_of(
+            setting(16, max_width=128, small=True),
+            setting(32, max_width=128),
+            setting(64, max_width=256),
+            setting(128),
+        )
+    )
+
+    def block_m(width, small):
+        shape = subject.ShapeClass(2, width, small)
+        return subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape).block_m
+
+    assert [block_m(width, small=False) for width in (1, 128, 129, 256, 257)] == [
+        32,
+        32,
+        64,
+        64,
+        128,
+    ]
+    assert [block_m(width, small=True) for width in (1, 128, 129, 256, 257)] == [
+        16,
+        16,
+        64,
+        64,
+        128,
+    ]
+
+
+def test_a_stage_and_an_element_size_have_settings_of_their_own(subject, tables):
+    table = table_of()
+    blocks = iter((16, 32, 64, 128, 256, 512))
+    wanted = {}
+    for stage in STAGES:
+        for size in ELEMENT_BYTES:
+            wanted[stage, size] = next(blocks)
+            table[stage][str(size)] = [setting(wanted[stage, size])]
+    tables(default=table)
+    for (stage, size), block_m in wanted.items():
+        shape = subject.ShapeClass(size, 128, False)
+        assert subject.pick_config(stage, "default", NO_DEVICE, shape).block_m == block_m
+
+
+def test_device_before_target_before_default(subject, tables):
+    tables(
+        NVIDIA_H200=table_of(setting(128)),
+        sm_90=table_of(setting(64)),
+        default=table_of(setting(16)),
+    )
+
+    def block_m(target, device_name):
+        shape = subject.ShapeClass(2, 256, False)
+        return subject.pick_config("fused_dual_gemm", target, device_name, shape).block_m
+
+    assert block_m("sm_90", "NVIDIA H200") == 128
+    assert block_m("sm_90", "NVIDIA H100 80GB HBM3") == 64
+    assert block_m("sm_90", "") == 64
+    assert block_m("sm_103", "NVIDIA B300") == 16
+
+
+@pytest.mark.parametrize("target", ["sm_103", "gfx1201", "xpu"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unlisted_target_has_the_shipped_default(subject, stage, target):
+    for shape in shape_classes(subject):
+        config = subject.pick_config(stage, target, "Some Device", shape)
+        assert config == subject.pick_config(stage, "default", "Some Device", shape)
+
+
+def test_a_table_that_is_too_narrow_says_so(subject, tables):
+    tables(default=table_of(setting(max_width=64)))
+    shape = subject.ShapeClass(2, 65, False)
+    with pytest.raises(ValueError) as caught:
+        subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape)
+    assert str(caught.value) == f"no setting of trimul_einsum for {shape}"
+
+
+@pytest.mark.parametrize("stage", ["einsum", "", None])
+def test_an_unknown_stage_is_refused(subject, stage):
+    with pytest.raises(ValueError) as caught:
+        subject.pick_config(stage, "sm_90", NO_DEVICE, subject.ShapeClass(2, 128, False))
+    assert str(caught.value) == f"stage must be one of {STAGES}; got {stage!r}"
+
+
+def test_options_are_what_the_launcher_takes(subject):
+    config = subject.LaunchConfig(64, 32, 16, num_warps=8, num_stages=3)
+    assert config.options() == {"num_warps": 8, "num_stages": 3}
+    limited = dataclasses.replace(config, maxnreg=128)
+    assert limited.options() == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}

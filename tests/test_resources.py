@@ -1,0 +1,78 @@
+"""Ahead-of-time compilation for every target: what each kernel needs, and that no length matters.
+
+Compiling takes real JIT functions, so these run in processes without TRITON_INTERPRET.
+"""
+
+import json
+
+import pytest
+from esmfold2_trimul_tools.resources import TARGETS, problems
+from fresh_process import ROOT, python_output
+
+pytest.importorskip("triton")
+
+COLLECT = """
+import json
+from esmfold2_trimul_tools.resources import collect
+print(json.dumps(collect([{target!r}])))
+"""
+
+COUNT = """
+import importlib, json, torch
+from esmfold2_trimul_tools.repository import find_root, load_kernel
+from esmfold2_trimul_tools.resources import STAGE_KERNELS, Case, compile_case
+
+kernel = load_kernel(find_root())
+for length in {lengths}:
+    compile_case(kernel, "sm_90", Case(torch.bfloat16, 128, length))
+print(json.dumps([
+    sum(len(cache[0]) for cache in getattr(module, name).device_caches.values())
+    for module, name in (
+        (importlib.import_module(f"{{kernel.__name__}}.{{stage}}"), name)
+        for stage, name in STAGE_KERNELS.items()
+    )
+]))
+"""
+
+
+def run_fresh(script: str) -> str:
+    return python_output(script, PYTHONPATH=str(ROOT / "tools" / "src"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_shipped_setting_fits_its_target(target):
+    rows = json.loads(run_fresh(COLLECT.format(target=target)))
+    assert len({(row["kernel"], row["case"]) for row in rows}) == len(rows) >= 3 * 8
+    assert problems(rows) == []
+    for row in rows:
+        assert row["registers"] > 0 and row["shared_bytes"] > 0
+        assert row["matrix_instructions"] > 0, f"{row['kernel']} {row['case']}: no matrix units"
+        if target == "sm_90" and row["config"]["DESCRIPTORS"]:
+            assert row["bulk_copies"] > 0, row
+            # Wider rows than 256 are read in blocks, between whose products there is other work.
+            assert row["pipelined"] or "C=512" in row["case"], row
+
+
+def test_problems_name_what_is_over_a_limit():
+    fine = {
+        "kernel": "k", "target": "sm_86", "case": "c", "shared_bytes": 99 * 1024,
+        "spill_bytes": 64, "spills_in_loop": False,
+    }  # fmt: skip
+    assert problems([fine]) == []
+    assert problems([{**fine, "shared_bytes": 99 * 1024 + 1}]) == [
+        "k on sm_86 (c): 101377 bytes of shared memory, of 101376"
+    ]
+    assert problems([{**fine, "spill_bytes": 65}]) == ["k on sm_86 (c): 65 bytes of spills, of 64"]
+    assert problems([{**fine, "spills_in_loop": True}]) == [
+        "k on sm_86 (c): registers spill inside a loop"
+    ]
+
+
+def test_a_length_compiles_nothing_new():
+    one = json.loads(run_fresh(COUNT.format(lengths=[130])))
+    many = json.loads(run_fresh(COUNT.format(lengths=[130, 191, 256, 257, 512, 1000, 2047])))
+    assert one == many == [1, 1, 1]
+
+
+def test_small_lengths_are_one_class_of_their_own():
+    assert json.loads(run_fresh(COUNT.format(lengths=[1, 2, 64, 77, 128]))) == [1, 1, 1]

@@ -1,0 +1,51 @@
+"""Stage 2 against float64, alone: ragged lengths, pads that are no numbers, groups of tiles."""
+
+import pytest
+import torch
+from helpers import DTYPES, relative_error
+
+STAGE_BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-6}
+
+
+def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
+    generator = torch.Generator().manual_seed(length)
+    pitch = submodule("_tiles").padded_pitch(length)
+    planes = torch.full((batch, 2 * hidden, length, pitch), pads, dtype=dtype)
+    planes[..., :length] = torch.randn(
+        batch, 2 * hidden, length, length, generator=generator
+    ).to(dtype)
+    return planes
+
+
+def assert_product(submodule, device, planes, length, config=None):
+    a, b = planes[..., :length].double().chunk(2, dim=1)
+    wanted = torch.einsum("bdik,bdjk->bdij", a, b)
+    product = submodule("trimul_einsum_triton").trimul_einsum_fwd(
+        planes.to(device), length, "fp32", config
+    )
+    assert product.shape == (a.shape[0], a.shape[1], length, planes.shape[-1])
+    assert product.dtype == planes.dtype
+    error = relative_error(product[..., :length], wanted)
+    assert error <= STAGE_BUDGET[planes.dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 15, 33, 70])
+def test_product(submodule, on_triton, dtype, length):
+    planes = make_planes(length, 3, 2, dtype, submodule)
+    assert_product(submodule, on_triton, planes, length)
+
+
+@pytest.mark.parametrize("block_m, block_n, block_k", [(16, 64, 32), (64, 16, 16), (32, 32, 64)])
+def test_descriptors_never_read_the_pads(submodule, on_triton, block_m, block_n, block_k):
+    config = submodule("launch_config").LaunchConfig(block_m, block_n, block_k, 4, 2, True)
+    for length in (9, 41):
+        planes = make_planes(length, 2, 1, torch.float16, submodule, pads=float("nan"))
+        assert_product(submodule, on_triton, planes, length, config)
+
+
+def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
+    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2)
+    planes = make_planes(16 * 9 + 3, 1, 1, torch.float32, submodule)
+    assert_product(submodule, on_triton, planes, 16 * 9 + 3, config)

@@ -1,0 +1,269 @@
+"""What this machine would do with the kernel: versions, paths, and each problem with its mend."""
+
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["ok", "note", "warning", "problem"]
+
+_LAUNCHER_FROM_TRITON = (3, 8)  # from here on Triton launches without building a C stub first
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_TRANSFORMERS_MEND = 'pip install "transformers[kernels]>=5.18"'
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    status: "ok", "note" (worth knowing), "warning" (folding works, but not as well as it could) or
+    "problem" (folding with the kernel can't work). mend: what to do about it, empty where nothing.
+    """
+
+    name: str
+    status: Status
+    value: str
+    mend: str = ""
+
+    def summary(self) -> dict[str, str]:
+        """What the JSON output says of it."""
+        return asdict(self)
+
+
+def examine(kernel_root: str | Path | None = None) -> list[Finding]:
+    """Every finding about this machine and the kernel repository that the tools belong to."""
+    gpu = _gpu()
+    return [
+        Finding("Python", "ok", platform.python_version()),
+        *_torch_and_device(gpu),
+        *_triton(gpu),
+        *_numpy(),
+        *_swapping(),
+        *_kernel_and_paths(kernel_root, gpu),
+        *_launcher(gpu),
+        *_weights(),
+    ]
+
+
+def can_fold(findings: list[Finding]) -> bool:
+    """Whether folding with the kernel can work: no finding is a problem."""
+    return all(finding.status != "problem" for finding in findings)
+
+
+def _torch_and_device(gpu: str | None) -> Iterator[Finding]:
+    found = _version("torch")
+    if found is None:
+        yield Finding("PyTorch", "problem", "not installed", "pip install torch")
+        return
+    yield Finding("PyTorch", "ok", found)
+    if gpu is not None:
+        yield Finding("Device", "ok", _gpu_description(gpu))
+    elif _nvidia_driver_present():
+        yield Finding(
+            "Device",
+            "warning",
+            f"the CPU: there is an NVIDIA driver, but torch {found} sees no GPU",
+            "install a CUDA build of torch that the driver supports",
+        )
+    else:
+        yield Finding("Device", "ok", f"the CPU, {os.cpu_count()} cores; no GPU that torch sees")
+
+
+def _triton(gpu: str | None) -> Iterator[Finding]:
+    found = _version("triton") or _version("pytorch-triton-xpu") or _version("pytorch-triton-rocm")
+    if found is None:
+        status, mend = ("note", "") if gpu is None else ("warning", "pip install triton")
+        yield Finding("Triton", status, "not installed: the ATen path computes", mend)
+    elif _numbers(found) < (3, 6):
+        yield Finding(
+            "Triton", "warning", f"{found}: the kernels need 3.6", 'pip install "triton>=3.6"'
+        )
+    else:
+        yield Finding("Triton", "ok", found)
+
+
+def _numpy() -> Iterator[Finding]:
+    found, triton = _version("numpy"), _version("triton")
+    if found is None:
+        yield Finding("NumPy", "problem", "not installed", "pip install numpy")
+    elif _numbers(found) >= (2, 4) and triton and _numbers(triton) == (3, 6):
+        yield Finding(
+            "NumPy",
+            "warning",
+            f"{found}: Triton 3.6's interpreter, which the tests use, fails from NumPy 2.4 on",
+            'pip install "numpy<2.4", or a newer Triton',
+        )
+    else:
+        yield Finding("NumPy", "ok", found)
+
+
+def _swapping() -> Iterator[Finding]:
+    versions = f"transformers {_version('transformers')}, kernels {_version('kernels')}"
+    if problem := _swap_problem():
+        yield Finding("Swapping layers", "problem", versions, problem)
+    else:
+        yield Finding("Swapping layers", "ok", f"{versions}: a pair that fits")
+
+
+def _kernel_and_paths(kernel_root: str | Path | None, gpu: str | None) -> Iterator[Finding]:
+    mend = "esmfold2-trimul build"
+    try:
+        root, kernel = _load_kernel(kernel_root)
+    except Exception as error:  # whatever a missing library or a broken build raises
+        text = str(error).strip() or type(error).__name__
+        yield Finding("Kernel build", "problem", text.splitlines()[0], mend)
+        return
+    if stale := _build_problems(root):
+        more = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
+        yield Finding("Kernel build", "warning", f"{stale[0]}{more}", mend)
+    else:
+        yield Finding("Kernel build", "ok", "in line with its sources, and its digest holds")
+    import torch
+
+    device = torch.device(gpu or "cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        path = kernel.trimul_with_residual.execution_path(device, dtype)
+        # An accelerator that does not take Triton still folds, only slowly.
+        status = "warning" if gpu is not None and path.name != "triton" else "ok"
+        name = str(dtype).removeprefix("torch.")
+        yield Finding(f"Path in {name}", status, f"{path.name}: {path.reason}")
+
+
+def _launcher(gpu: str | None) -> Iterator[Finding]:
+    """What Triton needs to build its C launcher on the first launch on a GPU."""
+    triton = _version("triton")
+    if triton is None:
+        return
+    if _numbers(triton) >= _LAUNCHER_FROM_TRITON:
+        yield Finding("Triton's launcher", "ok", f"Triton {triton} needs no C compiler")
+        return
+    needed = gpu is not None
+    parts = [
+        ("C compiler", _c_compiler(), "install gcc or clang, or name one in CC"),
+        (
+            "Python headers",
+            _python_header(),
+            "install the headers of this Python (python3-dev or python3-devel)",
+        ),
+    ]
+    if gpu is None or gpu.startswith("cuda"):
+        parts.append(("CUDA headers", _cuda_header(), "reinstall triton: its wheel brings cuda.h"))
+    for name, found, mend in parts:
+        if found is not None:
+            yield Finding(name, "ok", found)
+        elif needed:
+            yield Finding(name, "problem", "not found: Triton can't build its launcher", mend)
+        else:
+            yield Finding(name, "note", "not found; needed only where a GPU runs the kernels", mend)
+
+
+def _weights() -> Iterator[Finding]:
+    from .model import HUB_MODEL
+
+    if _weights_cached(HUB_MODEL):
+        yield Finding("Model weights", "ok", f"{HUB_MODEL} is in the local cache")
+    else:
+        yield Finding(
+            "Model weights",
+            "note",
+            f"{HUB_MODEL} is not in the local cache: fold would download it",
+            "use --random-weights to try the machinery without it",
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(found: str) -> tuple[int, int]:
+    major, minor = found.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _gpu() -> str | None:
+    """The accelerator that a fold would take, "cuda" or "xpu"; None for the CPU."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from .model import resolve_device
+
+    kind = resolve_device(None).type
+    return None if kind == "cpu" else kind
+
+
+def _gpu_description(gpu: str) -> str:
+    import torch
+
+    backend = getattr(torch, gpu)
+    properties = backend.get_device_properties(0)
+    text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if gpu == "cuda" and torch.version.hip is None:
+        text += f", compute capability {properties.major}.{properties.minor}"
+    return text
+
+
+def _nvidia_driver_present() -> bool:
+    return _NVIDIA_DRIVER.exists()
+
+
+def _swap_problem() -> str:
+    """Why no layer can be swapped, with the mend; empty where it can."""
+    if importlib.util.find_spec("transformers") is None:
+        return f"transformers is not installed; {_TRANSFORMERS_MEND}"
+    from .errors import UserError
+    from .model import check_swappable
+
+    try:
+        check_swappable()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _load_kernel(kernel_root: str | Path | None) -> tuple[Path, Any]:
+    from .repository import find_root, load_kernel
+
+    root = find_root(kernel_root)
+    return root, load_kernel(root)
+
+
+def _build_problems(root: Path) -> list[str]:
+    from .build import check_variant
+
+    return check_variant(root)
+
+
+def _c_compiler() -> str | None:
+    """The compiler that Triton would call: $CC, else gcc, else clang."""
+    named = os.environ.get("CC")
+    return shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+
+
+def _python_header() -> str | None:
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return str(header) if header.is_file() else None
+
+
+def _cuda_header() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    header = Path(triton.origin).parent / "backends" / "nvidia" / "include" / "cuda.h"
+    return "cuda.h, from Triton's wheel" if header.is_file() else None
+
+
+def _weights_cached(model: str) -> bool:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)

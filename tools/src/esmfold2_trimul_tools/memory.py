@@ -1,0 +1,108 @@
+"""Peak memory of a piece of work, in bytes: of the GPU where there is one, else of the process."""
+
+import ctypes
+import gc
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATM = Path("/proc/self/statm")
+_SAMPLING_INTERVAL = 0.002  # seconds; a fold's pair-sized temporaries live several times as long
+
+
+@dataclass
+class PeakMemory:
+    """Filled when the measured block ends.
+
+    peak_bytes: the highest level during the block. added_bytes: how far that is above the level at
+    its start. meaning: what was measured, in words.
+    """
+
+    peak_bytes: int = 0
+    added_bytes: int = 0
+    meaning: str = ""
+
+
+@contextmanager
+def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Measure what the block allocates on `device`.
+
+    On an accelerator this is torch's count of allocated bytes. On a CPU it is the resident set of
+    the process, sampled every 2 ms by a thread (Linux), or its peak since the process began
+    elsewhere.
+    """
+    result = PeakMemory()
+    if device.type == "cpu":
+        measured = _sampled_resident_set() if _STATM.exists() else _resident_set_high_water()
+    else:
+        measured = _accelerator_memory(device)
+    with measured as numbers:
+        yield result
+    result.peak_bytes, start, result.meaning = numbers
+    result.added_bytes = max(0, result.peak_bytes - start)
+
+
+@contextmanager
+def _accelerator_memory(device: torch.device) -> Iterator[list]:
+    backend = getattr(torch, device.type)  # torch.cuda or torch.xpu
+    numbers: list = []
+    backend.synchronize(device)
+    backend.reset_peak_memory_stats(device)
+    start = backend.memory_allocated(device)
+    yield numbers
+    backend.synchronize(device)
+    numbers += [backend.max_memory_allocated(device), start, f"torch's {device.type} allocations"]
+
+
+@contextmanager
+def _sampled_resident_set() -> Iterator[list]:
+    numbers: list = []
+    _return_free_memory()
+    start = peak = _resident_bytes()
+    finished = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not finished.wait(_SAMPLING_INTERVAL):
+            peak = max(peak, _resident_bytes())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield numbers
+    finally:
+        finished.set()
+        sampler.join()
+    peak = max(peak, _resident_bytes())
+    numbers += [peak, start, "resident set of the process, sampled every 2 ms"]
+
+
+@contextmanager
+def _resident_set_high_water() -> Iterator[list]:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, else KiB
+    numbers: list = []
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    yield numbers
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    numbers += [peak, start, "highest resident set since the process began"]
+
+
+def _resident_bytes() -> int:
+    resident_pages = int(_STATM.read_text().split()[1])
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system, so that an earlier fold's does not count here."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,61 @@
+"""Finds the kernel repository that these tools belong to, and loads the kernel from it."""
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+from kernels import get_local_kernel
+
+from .errors import UserError
+
+ROOT_VARIABLE = "ESMFOLD2_TRIMUL_ROOT"
+VARIANT = Path("build", "torch-universal")
+
+
+def find_root(kernel_root: str | Path | None = None) -> Path:
+    """The folder with the kernel's `build.toml`.
+
+    Args:
+        kernel_root: the folder that the user named with `--kernel-root`. Without it the environment
+            variable `ESMFOLD2_TRIMUL_ROOT` counts, and without that the checkout that this package
+            was installed from (`pip install -e tools`).
+
+    Raises:
+        UserError: the folder that was named, or the checkout, is not a kernel repository.
+    """
+    if kernel_root is not None:
+        return _checked(Path(kernel_root), "--kernel-root")
+    if named := os.environ.get(ROOT_VARIABLE):
+        return _checked(Path(named), ROOT_VARIABLE)
+    checkout = Path(__file__).resolve().parents[3]
+    if not _is_kernel_root(checkout):
+        raise UserError(
+            "the tools are not installed from a checkout of the kernel repository: "
+            f"pass --kernel-root or set {ROOT_VARIABLE} to the folder that holds build.toml"
+        )
+    return checkout
+
+
+def load_kernel(root: Path) -> ModuleType:
+    """The kernel package of the repository at `root`, loaded as the kernels library loads it.
+
+    Raises:
+        UserError: the repository has no built variant.
+    """
+    if not (root / VARIANT / "metadata.json").is_file():
+        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
+    # Resolved, because the library loads a second copy for a second spelling of one path.
+    return get_local_kernel(root.resolve())
+
+
+def _checked(folder: Path, source: str) -> Path:
+    if not _is_kernel_root(folder):
+        raise UserError(
+            f"{source} must name the kernel repository, a folder with build.toml and torch-ext; "
+            f"got {str(folder)!r}"
+        )
+    return folder.resolve()
+
+
+def _is_kernel_root(folder: Path) -> bool:
+    return (folder / "build.toml").is_file() and (folder / "torch-ext").is_dir()

@@ -1,0 +1,322 @@
+"""Compile every kernel and shipped setting ahead of time, without a GPU, and read what it needs.
+
+The package's own launchers run on meta tensors, with a stand-in driver that names the target, and
+each launch becomes a compilation with the very specialisation, options and descriptors that a call
+on that target would have. Registers, stack and shared memory are read from the machine code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# Shared memory that one block may have, in bytes, and the registers of one thread.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+TARGETS = tuple(SHARED_LIMIT)
+MAX_SPILL_BYTES = 64
+STAGE_KERNELS = {
+    "fused_dual_gemm": "_fused_dual_gemm_fwd_kernel",
+    "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
+    "fused_ln_residual": "_fused_ln_residual_fwd_kernel",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One class of calls to compile for."""
+
+    dtype: torch.dtype
+    width: int  # C = D
+    length: int
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} C={self.width} L={self.length}"
+
+
+CASES = tuple(
+    Case(dtype, width, length)
+    for dtype in (torch.bfloat16, torch.float32)
+    for width, length in ((128, 512), (256, 512), (256, 64), (512, 512))
+)
+
+
+class _StandInDriver:
+    """What Triton's JIT asks of a driver to specialise and compile for `target`."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"{self._target.backend}:{self._target.arch}"
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+class _Recorder:
+    """Stands in for a stage's kernel: a launch becomes a compilation, kept in `compiled`."""
+
+    def __init__(self, kernel, compiled: list):
+        self._kernel, self._compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def compile_only(*args, **kwargs):
+            options = {name: kwargs[name] for name in kwargs if name.islower()}
+            blocks = {
+                name: value
+                for name, value in kwargs.items()
+                if name.startswith("BLOCK_") or name == "DESCRIPTORS"
+            }
+            binary = self._kernel.warmup(*args, grid=grid, **kwargs)
+            self._compiled.append((binary, {**blocks, **options}))
+
+        return compile_only
+
+
+def _gpu_target(target: str):
+    from triton.backends.compiler import GPUTarget
+
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("hip", target, 64)
+
+
+@contextlib.contextmanager
+def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
+    """Within it the stages' launchers compile for `target`; yields the list of the results."""
+    from triton.runtime import driver
+
+    device = importlib.import_module(f"{kernel.__name__}._device")
+    stand_in = device.DeviceTarget(
+        target,
+        "any",
+        fast_reciprocal=target.startswith("sm_"),
+        ieee_dot=target.startswith("gfx"),
+    )
+    compiled: list = []
+    with contextlib.ExitStack() as stack:
+        try:
+            previous = driver.active
+        except RuntimeError:  # no GPU, no driver
+            previous = None
+        driver.set_active(_StandInDriver(_gpu_target(target)))
+        stack.callback(driver.set_active, previous)
+        for stage, kernel_name in STAGE_KERNELS.items():
+            module = importlib.import_module(f"{kernel.__name__}.{stage}")
+            for name, value in (
+                (kernel_name, _Recorder(getattr(module, kernel_name), compiled)),
+                ("device_target", lambda _: stand_in),
+            ):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, value)
+        yield compiled
+
+
+def compile_case(kernel: ModuleType, target: str, case: Case, configs: dict | None = None) -> list:
+    """(stage, binary, config) of the three stages of one call; `configs` overrides by stage."""
+    configs = configs or {}
+
+    def stage_module(name: str) -> ModuleType:
+        return importlib.import_module(f"{kernel.__name__}.{name}")
+
+    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    c, length = case.width, case.length
+    norms = [tensor(c, dtype=torch.float32) for _ in range(4)]
+    weights = stage_module("validation").Weights(
+        *norms[:2], tensor(2 * c, c), None, tensor(2 * c, c), None,
+        *norms[2:], tensor(c, c), None, tensor(c, c), None,
+    )  # fmt: skip
+    x = tensor(1, length, length, c)
+    mask = tensor(1, length, length, dtype=torch.float32)
+    with _compiling_for(kernel, target) as compiled:
+        planes = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
+            x, "outgoing", mask, weights, 1e-5, "fp32", configs.get("fused_dual_gemm")
+        )
+        product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(
+            planes, length, "fp32", configs.get("trimul_einsum")
+        )
+        stage_module("fused_ln_residual").fused_ln_residual_fwd(
+            product, x, x, None, weights, 1e-5, 1e-5, "fp32", configs.get("fused_ln_residual")
+        )
+    return [
+        (stage, binary, config)
+        for stage, (binary, config) in zip(STAGE_KERNELS, compiled, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one compiled kernel needs, per thread and per block, and what its code shows."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    spills_in_loop: bool
+    matrix_instructions: int
+    bulk_copies: int  # TMA loads and stores
+    pipelined: bool  # fewer waits for wgmma than wgmma instructions
+
+
+def _nvidia_tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run_tool(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_machine_code(binary) -> MachineCode:
+    """Reads a cubin with the tools that Triton carries, or the text of an AMD kernel."""
+    shared = binary.metadata.shared
+    if "cubin" not in binary.asm:
+        return _read_amdgcn(binary.asm["amdgcn"], shared)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage = _run_tool(_nvidia_tool("cuobjdump"), "--dump-resource-usage", str(path))
+        sass = _run_tool(_nvidia_tool("nvdisasm"), "-c", str(path))
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+    spilling = re.compile(r"\b(LDL|STL)\b")
+    spills = len(spilling.findall(sass))
+    wgmma = len(re.findall(r"\bHGMMA\b", sass))
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
+    return MachineCode(
+        registers,
+        stack if spills else 0,
+        shared,
+        any(spilling.search(line) for line in _loop_lines(sass)),
+        wgmma + len(re.findall(r"\b(?:HMMA|UTCHMMA|UTCQMMA|UTCOMMA)\b", sass)),
+        len(re.findall(r"\b(?:UTMALDG|UTMASTG)\b", sass)),
+        waits < wgmma,
+    )
+
+
+def _loop_lines(sass: str) -> Iterator[str]:
+    """The lines of every innermost-to-outermost loop: from a label to a jump back to it."""
+    lines = sass.splitlines()
+    labels = {}
+    inside = set()
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = number
+        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if jump and jump.group(1) in labels and labels[jump.group(1)] < number - 1:
+            inside.update(range(labels[jump.group(1)], number))
+    return (lines[number] for number in sorted(inside))
+
+
+def _read_amdgcn(text: str, shared: int) -> MachineCode:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    lines = text.splitlines()
+    labels, in_loop = {}, False
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label.group(1)] = number
+        jump = re.search(r"\bs_c?branch\w*\s+(\.LBB\w+)", line)
+        if jump and jump.group(1) in labels:
+            body = lines[labels[jump.group(1)] : number]
+            in_loop = in_loop or any("scratch_" in part for part in body)
+    return MachineCode(
+        field("vgpr_count"),
+        field("private_segment_fixed_size"),
+        shared,
+        in_loop,
+        len(re.findall(r"\bv_mfma", text)),
+        0,
+        True,
+    )
+
+
+def collect(
+    targets: list[str] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    kernel: ModuleType | None = None,
+) -> list[dict]:
+    """Compiles the shipped settings of every stage for `targets` (all of them by default).
+
+    Args:
+        targets: names from TARGETS.
+        progress: called with (done, total, what) before each compilation.
+        kernel: the loaded kernel package; the checkout's own by default.
+
+    Returns:
+        One dict for each kernel, target and class of calls: kernel, target, case, config, registers
+        (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
+        matrix_instructions, bulk_copies, pipelined; in place of the last seven, error, if it could
+        not be compiled.
+
+    Raises:
+        ValueError: a target that is not in TARGETS, or a process with TRITON_INTERPRET set.
+    """
+    from triton import knobs
+
+    from .repository import find_root, load_kernel
+
+    for target in targets or ():
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+    if knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set: an interpreted kernel can't be compiled")
+    kernel = load_kernel(find_root()) if kernel is None else kernel
+    jobs = [(target, case) for target in targets or TARGETS for case in CASES]
+    rows = []
+    for done, (target, case) in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs), f"{target} {case}")
+        for stage, binary, config in compile_case(kernel, target, case):
+            rows.append(
+                {
+                    "kernel": stage,
+                    "target": target,
+                    "case": str(case),
+                    "config": config,
+                    **asdict(read_machine_code(binary)),
+                }
+            )
+    if progress is not None:
+        progress(len(jobs), len(jobs), "done")
+    return rows
+
+
+def problems(rows: list[dict]) -> list[str]:
+    """What is wrong with the rows of `collect`: one sentence for each kernel over a limit."""
+    found = []
+    for row in rows:
+        where = f"{row['kernel']} on {row['target']} ({row['case']})"
+        limit = SHARED_LIMIT[row["target"]]
+        if row["shared_bytes"] > limit:
+            found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, of {limit}")
+        if row["spill_bytes"] > MAX_SPILL_BYTES:
+            found.append(f"{where}: {row['spill_bytes']} bytes of spills, of {MAX_SPILL_BYTES}")
+        if row["spills_in_loop"]:
+            found.append(f"{where}: registers spill inside a loop")
+    return found

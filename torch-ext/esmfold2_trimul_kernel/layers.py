@@ -1,0 +1,62 @@
+"""The Hub layer that takes the place of transformers' `EsmFold2TriangleMultiplicativeUpdate`.
+
+The kernels library puts this class's `forward` into the adopting module, so `self` is that module:
+the layer has no constructor and no state of its own and reads the module's parameters and eps.
+"""
+
+import torch
+from torch import nn
+
+from .trimul_with_residual import triangle_multiplicative_update_with_residual
+
+
+class ESMFold2TriangleMultiplication(nn.Module):
+    """Triangle multiplication without residual, for ESMFold2 (AlphaFold 2, Algorithms 11, 12)."""
+
+    # Gradients flow through the ATen path; the layer is registered for inference all the same.
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self, pair_grid: torch.Tensor, visibility: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The update of the pair tensor; the caller adds it to `pair_grid`.
+
+        Args:
+            pair_grid: [B, L, L, C], bfloat16, float16 or float32, in the dtype of the projections.
+                Under torch.autocast both are taken in the autocast dtype, as the linear layers of
+                the module would.
+            visibility: [B, L, L] pair mask of any real dtype, or None for "every pair is real".
+
+        Returns:
+            [B, L, L, C] in the dtype of the computation.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that don't fit each other.
+        """
+        bundle = self.proj_bundle.weight
+        emit, gate = self.proj_emit.weight, self.proj_gate.weight
+        if torch.is_autocast_enabled(pair_grid.device.type):
+            dtype = torch.get_autocast_dtype(pair_grid.device.type)
+            pair_grid, bundle = pair_grid.to(dtype), bundle.to(dtype)
+            emit, gate = emit.to(dtype), gate.to(dtype)
+        return triangle_multiplicative_update_with_residual(
+            pair_grid,
+            self.flow,
+            None,
+            None,
+            norm_in_weight=self.norm_start.weight,
+            norm_in_bias=self.norm_start.bias,
+            p_in_weight=bundle[: 2 * self.dim],
+            g_in_weight=bundle[2 * self.dim :],
+            norm_out_weight=self.norm_mix.weight,
+            norm_out_bias=self.norm_mix.bias,
+            p_out_weight=emit,
+            g_out_weight=gate,
+            mask=visibility,
+            eps=self.norm_start.eps,
+            eps_out=self.norm_mix.eps,
+        )
+
+
+__all__ = ["ESMFold2TriangleMultiplication"]

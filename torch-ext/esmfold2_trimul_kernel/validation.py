@@ -1,0 +1,191 @@
+"""Every check of the public functions' arguments, and every message that a caller can get.
+
+A wrong shape, value or device is a ValueError, a wrong dtype or type is a TypeError; each names the
+argument, what was expected and what came.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DIRECTIONS = ("outgoing", "incoming")
+# The public words for `precision`, and what the kernels call them.
+PRECISIONS = {"IEEE": "ieee", "TF32": "tf32", "TF32x3": "tf32x3", "bfloat16": "bf16"}
+
+
+class Weights(NamedTuple):
+    """The parameters of one triangle multiplication; C pair channels, D hidden channels."""
+
+    norm_in_weight: Tensor | None  # [C]
+    norm_in_bias: Tensor | None  # [C]
+    p_in_weight: Tensor  # [2D, C], rows [0, D) make a, rows [D, 2D) make b
+    p_in_bias: Tensor | None  # [2D]
+    g_in_weight: Tensor  # [2D, C]
+    g_in_bias: Tensor | None  # [2D]
+    norm_out_weight: Tensor | None  # [D]
+    norm_out_bias: Tensor | None  # [D]
+    p_out_weight: Tensor  # [C, D]
+    p_out_bias: Tensor | None  # [C]
+    g_out_weight: Tensor  # [C, C]
+    g_out_bias: Tensor | None  # [C]
+
+
+def check_direction(direction: str) -> None:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be 'outgoing' or 'incoming'; got {direction!r}")
+
+
+def check_pair(name: str, pair: Tensor, leading: str) -> None:
+    """The pair tensor itself: `leading` is "B" where exactly one leading dimension is wanted."""
+    _check_is_tensor(name, pair)
+    fits = pair.ndim == 4 if leading == "B" else pair.ndim >= 3
+    if not fits or pair.shape[-3] != pair.shape[-2] or pair.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be [{leading}, L, L, C] with C of at least 1; got {tuple(pair.shape)}"
+        )
+    if pair.dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"{name} must be torch.bfloat16, torch.float16 or torch.float32; got {pair.dtype}"
+        )
+
+
+def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
+    """Shapes, dtypes and devices of all parameters against the pair tensor."""
+    for name in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
+        _check_is_tensor(name, getattr(weights, name))
+    channels = pair.shape[-1]
+    p_in = weights.p_in_weight
+    if p_in.ndim != 2 or p_in.shape[0] % 2 or p_in.shape[0] == 0 or p_in.shape[1] != channels:
+        raise ValueError(
+            f"p_in_weight must be [2D, C] with C = {channels}, the channels of {pair_name}; "
+            f"got {tuple(p_in.shape)}"
+        )
+    hidden = p_in.shape[0] // 2
+    expected = {
+        "norm_in_weight": ("[C]", (channels,)),
+        "norm_in_bias": ("[C]", (channels,)),
+        "p_in_bias": ("[2D]", (2 * hidden,)),
+        "g_in_weight": ("[2D, C]", (2 * hidden, channels)),
+        "g_in_bias": ("[2D]", (2 * hidden,)),
+        "norm_out_weight": ("[D]", (hidden,)),
+        "norm_out_bias": ("[D]", (hidden,)),
+        "p_out_weight": ("[C, D]", (channels, hidden)),
+        "p_out_bias": ("[C]", (channels,)),
+        "g_out_weight": ("[C, C]", (channels, channels)),
+        "g_out_bias": ("[C]", (channels,)),
+    }
+    for name, (words, shape) in expected.items():
+        value = getattr(weights, name)
+        if value is None:
+            continue
+        _check_is_tensor(name, value)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must be {words} = {list(shape)}; got {tuple(value.shape)}")
+    for name, value in weights._asdict().items():
+        if value is None:
+            continue
+        if name.startswith("norm_") or name.endswith("_bias"):
+            if value.dtype not in COMPUTE_DTYPES:
+                raise TypeError(
+                    f"{name} must be torch.bfloat16, torch.float16 or torch.float32; "
+                    f"got {value.dtype}"
+                )
+        elif value.dtype != pair.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {pair_name}, {pair.dtype}; got {value.dtype}"
+            )
+        _check_device(name, value, pair_name, pair)
+
+
+def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor | None:
+    """The pair mask as a [..., L, L] view over the pair tensor's leading dimensions."""
+    if mask is None:
+        return None
+    _check_is_tensor("mask", mask)
+    wanted = pair.shape[:-1]
+    aligned = mask.ndim <= len(wanted) and all(
+        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted),
+        strict=False)
+    )
+    if not aligned:
+        raise ValueError(
+            f"mask must broadcast to {list(wanted)}, {pair_name} without its channels; "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool or real; got {mask.dtype}")
+    _check_device("mask", mask, pair_name, pair)
+    return mask.expand(wanted)
+
+
+def check_residual(residual: Tensor | None, pair: Tensor) -> None:
+    if residual is None:
+        return
+    _check_is_tensor("residual", residual)
+    if residual.shape != pair.shape:
+        raise ValueError(
+            f"residual must have the shape of pair, {list(pair.shape)}; got {tuple(residual.shape)}"
+        )
+    if residual.dtype != pair.dtype:
+        raise TypeError(
+            f"residual must have the dtype of pair, {pair.dtype}; got {residual.dtype}"
+        )
+    _check_device("residual", residual, "pair", pair)
+
+
+def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
+    """drop_mask, [B, 1, L, C] or [B*L, C], as a [B, L, C] view."""
+    if drop_mask is None:
+        return None
+    _check_is_tensor("drop_mask", drop_mask)
+    batch, length, _, channels = pair.shape
+    if tuple(drop_mask.shape) not in ((batch, 1, length, channels), (batch * length, channels)):
+        raise ValueError(
+            f"drop_mask must be [B, 1, L, C] = {[batch, 1, length, channels]} or "
+            f"[B*L, C] = {[batch * length, channels]}; got {tuple(drop_mask.shape)}"
+        )
+    if drop_mask.dtype.is_complex:
+        raise TypeError(f"drop_mask must be bool or real; got {drop_mask.dtype}")
+    _check_device("drop_mask", drop_mask, "pair", pair)
+    if drop_mask.ndim == 4:
+        return drop_mask.squeeze(1)
+    return drop_mask.unflatten(0, (batch, length)) if batch * length else drop_mask[None, :0]
+
+
+def check_eps(name: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0; got {eps!r}")
+
+
+def resolve_precision(precision: str | None, pair_name: str, pair: Tensor) -> str:
+    """The kernels' word for `precision`; "default" follows torch's float32 matmul precision.
+
+    Products of 16-bit operands are exact in the float32 accumulators, so for 16-bit inputs every
+    word that applies to them means the same arithmetic.
+    """
+    if precision is None:
+        return "default"
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16'; got {precision!r}"
+        )
+    if precision == "bfloat16" and pair.dtype == torch.float16:
+        raise ValueError(
+            f"precision 'bfloat16' is for float32 and bfloat16 inputs; {pair_name} is {pair.dtype}"
+        )
+    return PRECISIONS[precision]
+
+
+def _check_is_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def _check_device(name: str, value: Tensor, pair_name: str, pair: Tensor) -> None:
+    if value.device != pair.device:
+        raise ValueError(
+            f"{name} must be on the device of {pair_name}, {pair.device}; got {value.device}"
+        )
