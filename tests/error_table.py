@@ -1,78 +1,78 @@
 """Prints the error table of docs/numerics.md: python tests/error_table.py [LENGTH]
 
-Relative L2 error against the float64 reference of the tests, for each dtype and width, of
-transformers' own module, of both kinds of the CPU path, and of the Triton kernels: on a GPU if
-there is one, else in Triton's interpreter with the tests' repairs.
+Relative L2 errors against the float64 reference of the tests, by dtype and width: transformers' own
+module, the CPU path with either kind of GEMM, and the Triton kernels, which run on a GPU if there
+is one and else in Triton's interpreter, repaired as for the tests.
 """
 
 import platform
 import sys
+from collections.abc import Iterator
 
 import conftest
 import torch
 import transformers
 import triton
-from helpers import DTYPES, in_tree_module, make_problem, reference, relative_error, run
+from helpers import DTYPES, Problem, in_tree_module, make_problem, reference, relative_error, run
+from torch import Tensor
 
 WIDTHS = (128, 256)
-SEED = 0
+COLUMNS = (
+    "one rounding",
+    "in-tree module",
+    "CPU path, fp32 GEMMs",
+    "CPU path, bf16 GEMMs",
+    "Triton kernels",
+)
 
 
-def measure(kernel, length: int, channels: int, dtype: torch.dtype) -> list[str]:
-    """The table's row: the larger error of the two directions in each column."""
-    entry = conftest._submodule(kernel, "trimul_with_residual")
-    aten = conftest._submodule(kernel, "aten")
-    cpu_multiplies_bf16 = aten._multiplies_bf16
-    columns = []
-    for direction in ("outgoing", "incoming"):
-        problem = make_problem(
-            length, channels, dtype=dtype, direction=direction, mask="bool", seed=SEED
-        )
-        wanted = reference(problem)
+def outputs(kernel, problem: Problem, wanted: Tensor) -> Iterator[Tensor | None]:
+    """The problem's answer as each column has it; None where there is none."""
+    entry, aten = (conftest._submodule(kernel, name) for name in ("trimul_with_residual", "aten"))
+    multiplies_bf16 = aten._multiplies_bf16
 
-        def error(got, wanted=wanted):
-            return relative_error(got, wanted)
-
-        def aten_error(native: bool, problem=problem, error=error):
-            entry._INTERPRET = False
-            entry.execution_path.cache_clear()
-            aten._multiplies_bf16 = lambda: native
-            return error(run(kernel, problem))
-
-        in_tree = in_tree_module(problem)
-        errors = [error(wanted.to(dtype)), error(in_tree(problem.x, problem.mask))]
-        errors.append(aten_error(native=False))
-        native = dtype == torch.bfloat16 and cpu_multiplies_bf16()
-        errors.append(aten_error(native=True) if native else float("nan"))
-        aten._multiplies_bf16 = cpu_multiplies_bf16
-        entry._INTERPRET = not conftest.HAS_GPU
+    def run_on(path: str, device: str = "cpu", bf16_gemms: bool = False) -> Tensor:
+        entry._INTERPRET = path == "triton"
+        aten._multiplies_bf16 = lambda: bf16_gemms
         entry.execution_path.cache_clear()
-        errors.append(error(run(kernel, problem, "cuda" if conftest.HAS_GPU else "cpu")))
-        columns.append(errors)
-    return ["-" if worst != worst else f"{worst:.2e}" for worst in map(max, *columns)]
+        return run(kernel, problem, device)
+
+    yield wanted.to(problem.x.dtype)
+    yield in_tree_module(problem)(problem.x, problem.mask)
+    yield run_on("aten")
+    can = problem.x.dtype == torch.bfloat16 and multiplies_bf16()
+    yield run_on("aten", bf16_gemms=True) if can else None
+    yield run_on("triton", "cuda" if conftest.HAS_GPU else "cpu")
+    aten._multiplies_bf16 = multiplies_bf16
+
+
+def worst_errors(kernel, length: int, channels: int, dtype: torch.dtype) -> list[str]:
+    """Each column's larger error of the two directions."""
+    errors = []
+    for direction in ("outgoing", "incoming"):
+        problem = make_problem(length, channels, dtype=dtype, direction=direction, mask="bool")
+        wanted = reference(problem)
+        gots = outputs(kernel, problem, wanted)
+        errors.append([None if got is None else relative_error(got, wanted) for got in gots])
+    return ["-" if None in column else f"{max(column):.2e}" for column in zip(*errors, strict=True)]
 
 
 @torch.no_grad()
 def main() -> None:
-    length = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    torch.set_num_threads(1)
+    length = int(sys.argv[1]) if len(sys.argv) > 1 else 32
     if not conftest.HAS_GPU:
         conftest._repair_interpreter()
     kernel = conftest._load_variant()
-    device = torch.cuda.get_device_name() if conftest.HAS_GPU else "Triton's interpreter"
-    print(
-        f"L = {length}; torch {torch.__version__}, Triton {triton.__version__}, "
-        f"transformers {transformers.__version__}, {platform.machine()}; kernels: {device}\n"
-    )
-    print(
-        "| dtype | C = D | output's own rounding | in-tree module | CPU path, fp32 GEMMs "
-        "| CPU path, bf16 GEMMs | kernels |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    where = torch.cuda.get_device_name() if conftest.HAS_GPU else "Triton's interpreter"
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    versions += f", transformers {transformers.__version__}, {platform.machine()}"
+    print(f"L = {length}, kernels on {where}; {versions}\n")
+    print("| dtype | C = D |", " | ".join(COLUMNS), "|")
+    print("|---" * (2 + len(COLUMNS)) + "|")
     for dtype in DTYPES:
         for channels in WIDTHS:
-            cells = measure(kernel, length, channels, dtype)
-            print("|", " | ".join([str(dtype).removeprefix("torch."), str(channels), *cells]), "|")
+            cells = worst_errors(kernel, length, channels, dtype)
+            print(f"| {dtype} | {channels} |".replace("torch.", ""), " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_widths(submodule, on_triton, channels, hidden):
     assert_out(submodule, on_triton, problem)
 
 
-@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("block_k", [16, 32, 64])
 @pytest.mark.parametrize("channels, hidden", [(48, 64), (64, 48)])
 def test_channels_whole_or_in_blocks(
@@ -90,3 +90,9 @@ def test_strided_residual_and_expanded_drop_mask(submodule, on_triton):
     problem.residual = torch.randn(1, 16, 6, 6).permute(0, 2, 3, 1)
     problem.drop_mask = torch.tensor([0.5]).expand(1, 1, 6, 16)
     assert_out(submodule, on_triton, problem)
+
+
+def test_descriptors_with_a_held_operand_are_refused(submodule, on_triton):
+    config = submodule("launch_config").LaunchConfig(32, 32, 32, 4, 2, True, True)
+    with pytest.raises(ValueError, match="stage 3 takes descriptors or a held operand, not both"):
+        assert_out(submodule, on_triton, make_problem(4, 16), config)

@@ -42,7 +42,7 @@ def run_fresh(script: str) -> str:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_shipped_setting_fits_its_target(target):
     rows = json.loads(run_fresh(COLLECT.format(target=target)))
-    assert len({(row["kernel"], row["case"]) for row in rows}) == len(rows) >= 3 * 8
+    assert len({(row["kernel"], row["case"]) for row in rows}) == len(rows) >= 3 * 10
     assert problems(rows) == []
     for row in rows:
         assert row["registers"] > 0 and row["shared_bytes"] > 0
@@ -59,6 +59,9 @@ def test_problems_name_what_is_over_a_limit():
         "spill_bytes": 64, "spills_in_loop": False,
     }  # fmt: skip
     assert problems([fine]) == []
+    assert problems([{"kernel": "k", "target": "sm_86", "case": "c", "error": "E()"}]) == [
+        "k on sm_86 (c): can't be compiled: E()"
+    ]
     assert problems([{**fine, "shared_bytes": 99 * 1024 + 1}]) == [
         "k on sm_86 (c): 101377 bytes of shared memory, of 101376"
     ]

@@ -85,6 +85,35 @@ def test_strided_and_misaligned_inputs(kernel, device):
     assert relative_error(run(kernel, problem, device), wanted) < 1e-6
 
 
+def test_parameter_vectors_of_any_stride(kernel, device):
+    problem = make_problem(7, 16, biases=True)
+    wanted = run(kernel, problem, device).cpu().double()
+    moved = problem.to(device)
+    for group in (moved.weights, moved.biases):
+        for name, value in group.items():
+            if value.ndim == 1:
+                group[name] = torch.stack([value, torch.full_like(value, 99.0)], dim=1)[:, 0]
+    assert not moved.weights["norm_in_weight"].is_contiguous()
+    assert relative_error(run(kernel, moved, device), wanted) < 1e-6
+    for group in (moved.weights, moved.biases):
+        for name, value in group.items():
+            if value.ndim == 1:
+                group[name] = torch.full_like(value[:1], 0.5).expand(value.shape)
+    assert_close(run(kernel, moved, device), moved)
+
+
+def test_channels_more_than_two_to_the_31_elements_apart(kernel, device):
+    """A channels-first pair tensor of a long protein, with all but a few of its pages left out."""
+    problem = make_problem(4, 16, dtype=torch.bfloat16)
+    stride = 150_000_000
+    far = torch.empty(15 * stride + 64, dtype=torch.bfloat16, device=device)
+    far = far.as_strided((1, 4, 4, 16), (0, 4, 1, stride))
+    far.copy_(problem.x)
+    problem.x = far
+    # bf16 GEMMs of a CPU that has them round once more before each gate.
+    assert_close(run(kernel, problem, device), problem, 1.15)
+
+
 def test_expanded_pair(kernel, device):
     problem = make_problem(7, 16)
     row = torch.randn(1, 1, 7, 16)
@@ -108,12 +137,13 @@ def test_drop_mask_forms_agree(kernel, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_constant_rows_normalise_to_the_bias(kernel, device, dtype):
+@pytest.mark.parametrize("channels", [48, 200])
+def test_constant_rows_normalise_to_the_bias(kernel, device, dtype, channels):
     """Whatever the constant: constant rows give what zero rows give, bit for bit."""
-    problem = make_problem(6, 48, dtype=dtype, mask="soft")
+    problem = make_problem(6, channels, dtype=dtype, mask="soft")
     problem.x = torch.zeros_like(problem.x)
     wanted = run(kernel, problem, device)
-    for constant in (1.0, 1000.0, -3e4, 1e30):
+    for constant in (1.0, 1000.0, -3e4, 1e30, 3e38):
         problem.x = torch.full_like(problem.x, constant)
         assert torch.equal(run(kernel, problem, device), wanted), constant
 
@@ -211,6 +241,58 @@ def test_gradients_take_the_formula_that_autograd_follows(kernel, device):
     assert p.weights["p_in_weight"].grad.abs().sum() > 0
     with torch.no_grad():
         assert not function(p.x, "outgoing", None, None, **p.weights).requires_grad
+
+
+def test_forward_mode_derivatives_take_the_formula_too(kernel, device):
+    p = make_problem(5, 16).to(device)
+    tangent = torch.randn_like(p.x)
+
+    def update(x):
+        return kernel.triangle_multiplicative_update(x, **p.weights)
+
+    _, got = torch.func.jvp(update, (p.x,), (tangent,))
+    step = 1e-2
+    wanted = (update(p.x + step * tangent) - update(p.x - step * tangent)) / (2 * step)
+    assert relative_error(got, wanted.cpu().double()) < 1e-2
+
+
+def test_empty_batch_with_drop_mask_and_gradient(kernel, device):
+    p = make_problem(5, 16).to(device)
+    x = torch.zeros(0, 5, 5, 16, device=device, requires_grad=True)
+    function = kernel.triangle_multiplicative_update_with_residual
+    out = function(x, "outgoing", None, torch.ones(0, 16, device=device), **p.weights)
+    assert out.shape == (0, 5, 5, 16) and out.requires_grad
+
+
+def test_lengths_past_32_bit_planes_are_refused(kernel, submodule):
+    limit = submodule("validation").MAX_LENGTH
+    pitch = submodule("_tiles").padded_pitch
+    assert limit * pitch(limit) < 2**31 <= (limit + 1) * pitch(limit + 1)
+    p = make_problem(2, 1)
+    x = torch.empty(1, limit + 1, limit + 1, 1, device="meta")
+    with pytest.raises(NotImplementedError, match=f"x may have at most {limit} residues"):
+        kernel.triangle_multiplicative_update(x, **p.weights)
+
+
+def test_fp32_dots_that_a_target_lacks_are_done_by_its_exact_one(submodule):
+    target_of, precision = submodule("_device").target_of, submodule("_tiles").dot_precision
+    wanted = {
+        "sm_90": {"fp32": "tf32x3", "tf32": "tf32", "ieee": "ieee", "bf16": "bf16"},
+        "gfx942": {"fp32": "ieee", "tf32": "tf32", "tf32x3": "ieee", "bf16": "bf16"},
+        "gfx950": {"fp32": "ieee", "tf32": "ieee", "tf32x3": "ieee"},
+        "xpu": {"fp32": "ieee", "tf32": "ieee"},
+    }
+    for target, words in wanted.items():
+        dots = target_of(target, "any").fp32_dots
+        assert {word: precision(word, dots) for word in words} == words
+
+
+def test_runs_on_the_device_of_its_tensors(kernel):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    problem = make_problem(20, 32)
+    with torch.cuda.device(0):
+        assert_close(run(kernel, problem, "cuda:1"), problem)
 
 
 def test_op_is_registered_as_torch_wants_it(kernel, device, submodule):
@@ -321,6 +403,20 @@ class TestExecutionPath:
         entry.execution_path.cache_clear()
         monkeypatch.setattr(triton, "__version__", "3.5.1")
         assert entry.execution_path(cuda, torch.float16).reason == "Triton 3.5.1 is older than 3.6"
+
+    def test_reason_is_said_from_a_compiled_caller(self, submodule, caplog):
+        entry = submodule("trimul_with_residual")
+        entry._say_once.cache_clear()
+
+        def caller(x):
+            entry._say("there is no reason")
+            return x + 1
+
+        with caplog.at_level(logging.WARNING):
+            compiled = torch.compile(caller, fullgraph=True, backend="eager")
+            for _ in range(2):
+                assert compiled(torch.zeros(1)) == 1
+        assert len(caplog.records) == 1
 
     def test_reason_is_said_once(self, submodule, caplog):
         entry = submodule("trimul_with_residual")

@@ -54,7 +54,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def load_rows(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH: tl.constexpr):
     """[M, K] tile at row offsets offs_m and channels offs_k, in fp32; 0 outside."""
-    ptrs = ptr + offs_m[:, None] + (offs_k * stride_k)[None, :]
+    ptrs = ptr + offs_m[:, None] + (offs_k.to(tl.int64) * stride_k)[None, :]
     valid = valid_m[:, None] & (offs_k < WIDTH)[None, :]
     return tl.load(ptrs, mask=valid, other=0.0).to(tl.float32)
 
@@ -115,6 +115,8 @@ def load_weight_pair(
         base = tl.multiple_of(base, ALIGNMENT)
         if ALIGNMENT > 1:  # then both have unit stride along k
             ptrs = weight + base[:, None] + offs_k[None, :]
+            # The base pointer isn't specialised, so its alignment is said here.
+            ptrs = tl.multiple_of(ptrs, [16, 16])
         else:
             stride_k = tl.where(second, stride_second_k, stride_first_k)
             ptrs = weight + base[:, None] + stride_k[:, None] * offs_k[None, :]
@@ -207,34 +209,29 @@ def normalise_block(
     """`normalise` of one block of channels, with the moments of `row_moments`."""
     if first is not None:
         x -= first
-    centred = x - mean
-    if WIDTH % x.shape[1] != 0:
-        centred = tl.where((offs_k < WIDTH)[None, :], centred, 0.0)
+    centred = tl.where((offs_k < WIDTH)[None, :], x - mean, 0.0)
     weight = load_channels(norm_weight_ptr, offs_k, 1.0, WIDTH)
     return centred * rstd * weight + load_channels(norm_bias_ptr, offs_k, 0.0, WIDTH)
 
 
-def dot_precision(precision: str, ieee: bool) -> str:
-    """Triton's word for an fp32 dot. "fp32" means fp32-accurate, by the target's faster way."""
-    if precision == "fp32":
-        return "ieee" if ieee else "tf32x3"
-    return precision
+def dot_precision(precision: str, fp32_dots: tuple[str, ...]) -> str:
+    """Triton's word for an fp32 dot on a target that has `fp32_dots`, its fp32-accurate one first.
+
+    "fp32" means that first one, which also stands in for a word that the target doesn't have.
+    """
+    return precision if precision in fp32_dots or precision == "bf16" else fp32_dots[0]
 
 
-def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+def strides(tensor: torch.Tensor) -> list[int]:
     """The strides, 0 where an axis has one element, so that they don't differ for nothing."""
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [0 if size == 1 else stride for size, stride in pairs]
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether 16-byte accesses along the last axis are in order wherever a row starts."""
-    itemsize = tensor.element_size()
     *outer, inner = strides(tensor)
-    return (
-        inner == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(stride * itemsize % 16 == 0 for stride in outer)
-    )
+    if inner != 1 or tensor.data_ptr() % 16:
+        return False
+    elements = 16 // tensor.element_size()
+    return not any([stride % elements for stride in outer])

@@ -41,7 +41,9 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 @triton.jit(
     do_not_specialize=[
         "L", "stride_x_b", "stride_x_q", "stride_x_p",
-        "stride_mask_b", "stride_mask_q", "stride_mask_p", "eps", "weight_gap",
+        "stride_mask_b", "stride_mask_q", "stride_mask_p", "eps", "mask_ptr",
+        # A specialised pointer into a small tensor gets 32-bit offsets on AMD; the gap may be more.
+        "weight_pair", "weight_gap",
     ]
 )  # fmt: skip
 def _fused_dual_gemm_fwd_kernel(
@@ -204,7 +206,7 @@ def fused_dual_gemm_fwd(
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
         WEIGHT_ALIGNMENT=16 // x.element_size() if aligned else 1, GATE_FIRST=gate_first,
-        DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.ieee_dot),
+        DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
         FAST_RECIPROCAL=device.fast_reciprocal, HELD=config.held,
         **config.options(),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Launch settings: data in configs/*.json, chosen by a pure function.
 
 A file holds, for each stage and each element size, a list of settings in the order of the widths
-that they are for; the first one wide enough is taken. Nothing is timed at run time, and a length
+that they are for; the first one wide enough is taken. Targets that share settings have a file each,
+so that one of them can be tuned alone. Nothing is timed at run time, and a length
 chooses between classes only ("small" or not), so the kernels compiled for one protein serve all.
 """
 

@@ -105,7 +105,7 @@ def trimul_einsum_fwd(
     _trimul_einsum_fwd_kernel[(batch * hidden * tiles,)](
         a_arg, b_arg, product_arg, length, pitch, hidden,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.ieee_dot),
+        DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
         **config.options(),
     )  # fmt: skip
     return product

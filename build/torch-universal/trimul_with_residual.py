@@ -6,6 +6,7 @@ needs gradients runs the ATen formula, which autograd follows. An accelerator's 
 run Triton says why, once, in the log.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import aten
 from ._ops import add_op_namespace_prefix, ops
@@ -78,7 +80,8 @@ def triangle_multiplicative_update_with_residual(
             eps_out is given.
         eps_out: the second LayerNorm's own eps.
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
-            None follows torch.get_float32_matmul_precision().
+            None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
+            ATen path follows torch's own settings, which on a CPU are the more exact.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 
@@ -147,7 +150,8 @@ def triangle_multiplicative_update(
         p_in_bias, g_in_bias, p_out_bias, g_out_bias: [2D], [2D], [C], [C], or None.
         eps: added to the variance by both LayerNorms.
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
-            None follows torch.get_float32_matmul_precision().
+            None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
+            ATen path follows torch's own settings, which on a CPU are the more exact.
 
     Returns:
         [..., L, L, C] in the dtype of x, contiguous: the update, without a residual.
@@ -234,12 +238,13 @@ def _update(
     precision: str,
 ) -> Tensor:
     """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C], all of them checked."""
-    if torch.is_grad_enabled() and any(
+    needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad
         for tensor in (x, mask, residual, drop_mask, *weights)
-    ):
+    )
+    if needs_grad or forward_ad._current_level >= 0:
         if x.device.type != "cpu":
-            _say_once("a gradient is needed, and the Triton kernels have no backward")
+            _say("a gradient is needed, and the Triton kernels have no backward")
         with torch.autocast(x.device.type, enabled=False):
             return aten.trimul_differentiable(
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
@@ -247,6 +252,12 @@ def _update(
     return ops.trimul_fwd(
         x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision
     )
+
+
+@torch.compiler.assume_constant_result
+def _say(reason: str) -> None:
+    """Once for each reason; a compiled caller says it while it is compiled."""
+    _say_once(reason)
 
 
 @functools.cache
@@ -264,13 +275,15 @@ def _trimul_fwd(
 ) -> Tensor:
     """The op on real tensors: three Triton launches, or ATen."""
     *values, eps_in, eps_out, precision = weights_eps_precision
+    # The kernels index a vector of parameters by its channel; the projections bring their strides.
+    values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in values]
     weights = Weights(*values)
     if x.numel() == 0:
         return x.new_empty(x.shape)
     path = execution_path(x.device, x.dtype)
     if path.name == "aten":
         if x.device.type != "cpu":
-            _say_once(path.reason)
+            _say(path.reason)
         with torch.autocast(x.device.type, enabled=False):
             return aten.trimul_inference(
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
@@ -283,12 +296,20 @@ def _trimul_fwd(
     if precision == "default":
         highest = torch.get_float32_matmul_precision() == "highest"
         precision = "fp32" if highest else "tf32"
-    planes = fused_dual_gemm_fwd(x, direction, mask, weights, eps_in, precision)
-    product = trimul_einsum_fwd(planes, x.shape[1], precision)
-    del planes  # before the output exists: the peak is a, b and the product
-    return fused_ln_residual_fwd(
-        product, x, residual, drop_mask, weights, eps_in, eps_out, precision
-    )
+    with _current_device(x):
+        planes = fused_dual_gemm_fwd(x, direction, mask, weights, eps_in, precision)
+        product = trimul_einsum_fwd(planes, x.shape[1], precision)
+        del planes  # before the output exists: the peak is a, b and the product
+        return fused_ln_residual_fwd(
+            product, x, residual, drop_mask, weights, eps_in, eps_out, precision
+        )
+
+
+def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Within it x's device is the current one, which Triton launches on."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, x.device.type).device_of(x)
 
 
 def _trimul_fwd_fake(x: Tensor, *args) -> Tensor:

@@ -38,8 +38,8 @@ def trimul_inference(
 ) -> Tensor:
     """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C]; returns like x."""
     batch, length = x.shape[:2]
-    w = _in_gemm_dtype(weights, gemm_dtype(x.dtype))
-    rows = max(1, _BLOCK_POSITIONS // length)
+    w = _in_gemm_dtype(weights, gemm_dtype(x.dtype, x.device.type))
+    rows = max(1, _BLOCK_POSITIONS // length) if x.device.type == "cpu" else length
     out = None
     for index in range(batch):
         pair_mask = None if mask is None else mask[index]
@@ -109,9 +109,11 @@ Tensor]:
     return delta.view(x.shape), gate.view(x.shape)
 
 
-def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the CPU's GEMMs for inputs of `dtype`."""
-    return dtype if dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
+def gemm_dtype(dtype: torch.dtype, device_type: str = "cpu") -> torch.dtype:
+    """The dtype of the GEMMs for inputs of `dtype`: an accelerator multiplies every one of them."""
+    if device_type != "cpu" or (dtype == torch.bfloat16 and _multiplies_bf16()):
+        return dtype
+    return torch.float32
 
 
 @functools.cache

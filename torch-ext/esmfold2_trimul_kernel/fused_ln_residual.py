@@ -37,7 +37,7 @@ from .validation import Weights
     do_not_specialize=[
         "L", "stride_x_b", "stride_x_i", "stride_x_j",
         "stride_residual_b", "stride_residual_i", "stride_residual_j",
-        "stride_drop_b", "stride_drop_j", "eps_in", "eps_out",
+        "stride_drop_b", "stride_drop_j", "drop_ptr", "eps_in", "eps_out",
     ]
 )  # fmt: skip
 def _fused_ln_residual_fwd_kernel(
@@ -81,7 +81,7 @@ def _fused_ln_residual_fwd_kernel(
     if dtype == tl.float32:
         first_t = load_first(t_ptr, offs_m, valid_t)
     if BLOCK_D >= D:
-        t = load_rows(t_ptr, offs_m, tl.arange(0, BLOCK_D).to(tl.int64), stride_t, valid_t, D)
+        t = load_rows(t_ptr, offs_m, tl.arange(0, BLOCK_D), stride_t, valid_t, D)
         t = normalise(t, first_t, norm_out_weight_ptr, norm_out_bias_ptr, eps_out, D)
         t = hold_as_operand(t.to(dtype), HELD)
     else:
@@ -121,7 +121,7 @@ def _fused_ln_residual_fwd_kernel(
         else:
             for start_k in range(0, D, BLOCK_D):
                 offs_k = start_k + tl.arange(0, BLOCK_D)
-                t = load_rows(t_ptr, offs_m, offs_k.to(tl.int64), stride_t, valid_t, D)
+                t = load_rows(t_ptr, offs_m, offs_k, stride_t, valid_t, D)
                 t = normalise_block(
                     t, offs_k, first_t, mean_t, rstd_t, norm_out_weight_ptr, norm_out_bias_ptr, D
                 ).to(dtype)
@@ -184,10 +184,12 @@ def fused_ln_residual_fwd(
     block_c = min(config.block_k, max(16, triton.next_power_of_2(channels)))
     block_d = min(config.block_k, max(16, triton.next_power_of_2(hidden)))
     emit, gate = weights.p_out_weight, weights.g_out_weight
-    # Never both: with descriptors and a held operand Triton 3.6.0 gave wrong sums on an H200.
-    descriptors = (
-        config.descriptors and not config.held and is_aligned(emit) and is_aligned(gate)
-    )
+    if config.descriptors and config.held:
+        raise ValueError(
+            "stage 3 takes descriptors or a held operand, not both: together they gave wrong sums "
+            f"on an H200 with Triton 3.6.0; got {config}"
+        )
+    descriptors = config.descriptors and is_aligned(emit) and is_aligned(gate)
     emit_arg, gate_arg = emit, gate
     if descriptors:
         emit_arg = TensorDescriptor(emit, emit.shape, emit.stride(), [block_n, block_d])
@@ -210,7 +212,7 @@ def fused_ln_residual_fwd(
         BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_D=block_d,
         X_ALIGNMENT=elements if is_aligned(x) else 1,
         RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
-        DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.ieee_dot),
+        DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
         FAST_RECIPROCAL=device.fast_reciprocal, HELD=config.held,
         **config.options(),
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elements
 DIRECTIONS = ("outgoing", "incoming")
 # The public words for `precision`, and what the kernels call them.
 PRECISIONS = {"IEEE": "ieee", "TF32": "tf32", "TF32x3": "tf32x3", "bfloat16": "bf16"}
@@ -45,6 +46,11 @@ def check_pair(name: str, pair: Tensor, leading: str) -> None:
     if not fits or pair.shape[-3] != pair.shape[-2] or pair.shape[-1] == 0:
         raise ValueError(
             f"{name} must be [{leading}, L, L, C] with C of at least 1; got {tuple(pair.shape)}"
+        )
+    if pair.shape[-2] > MAX_LENGTH:
+        raise NotImplementedError(
+            f"{name} may have at most {MAX_LENGTH} residues, as one plane of L * L elements is "
+            f"indexed in 32 bits; got L = {pair.shape[-2]}"
         )
     if pair.dtype not in COMPUTE_DTYPES:
         raise TypeError(
@@ -152,7 +158,7 @@ def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
     _check_device("drop_mask", drop_mask, "pair", pair)
     if drop_mask.ndim == 4:
         return drop_mask.squeeze(1)
-    return drop_mask.unflatten(0, (batch, length)) if batch * length else drop_mask[None, :0]
+    return drop_mask.reshape(batch, length, channels)
 
 
 def check_eps(name: str, eps: float) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_bbacabb158"
+_BUILD_ID = "_esmfold2_trimul_kernel_4f818e37f9"
 
 
 def _load_package() -> ModuleType:

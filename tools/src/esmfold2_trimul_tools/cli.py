@@ -546,7 +546,7 @@ def _print_resources(rows: list[dict[str, Any]]) -> None:
         kernel = Column("kernel", no_wrap=True)
         table = Table(kernel, "calls", "setting", *numbers, title=title, box=None)
         for row in rows:
-            if row["target"] == target:
+            if row["target"] == target and "error" not in row:
                 setting = " ".join(
                     f"{name.removeprefix('BLOCK_').removeprefix('num_').lower()}={int(value)}"
                     for name, value in row["config"].items()
