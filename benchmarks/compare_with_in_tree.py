@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -172,6 +174,7 @@ def environment(device: str, commit: str | None) -> dict:
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
+        "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
@@ -186,11 +189,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--calls", type=int, default=5, help="calls in a row a time, on a GPU")
     parser.add_argument("--check-up-to", type=int, default=512, help="longest L held to float64")
+    parser.add_argument(
+        "--without-native-bf16",
+        action="store_true",
+        help="our CPU path as on a CPU that doesn't multiply bf16; hold oneDNN to the like with "
+        "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2",
+    )
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    forward = get_local_kernel(ROOT).layers.ESMFold2TriangleMultiplication.forward
+    kernel = get_local_kernel(ROOT)
+    forward = kernel.layers.ESMFold2TriangleMultiplication.forward
+    if args.without_native_bf16:
+        aten = importlib.import_module(f"{kernel.__name__}.aten")
+        aten._multiplies_bf16 = lambda: False
     result = {"environment": environment(args.device, args.commit), "rows": []}
     print(" ".join(f"{name}={value}" for name, value in result["environment"].items()))
     for width in args.widths:

@@ -11,9 +11,9 @@ def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
     generator = torch.Generator().manual_seed(length)
     pitch = submodule("_tiles").padded_pitch(length)
     planes = torch.full((batch, 2 * hidden, length, pitch), pads, dtype=dtype)
-    planes[..., :length] = torch.randn(
-        batch, 2 * hidden, length, length, generator=generator
-    ).to(dtype)
+    planes[..., :length] = torch.randn(batch, 2 * hidden, length, length, generator=generator).to(
+        dtype
+    )
     return planes
 
 

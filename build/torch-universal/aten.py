@@ -97,8 +97,9 @@ def _gated_product(
     return product
 
 
-def _emit(product: Tensor, x: Tensor, w: Weights, eps_in: float, eps_out: float) -> tuple[Tensor,
-Tensor]:
+def _emit(
+    product: Tensor, x: Tensor, w: Weights, eps_in: float, eps_out: float
+) -> tuple[Tensor, Tensor]:
     """The projection of t [D, rows, L] and the gate of x, both [rows, L, C] in fp32."""
     mixed = product.flatten(1).t().contiguous()  # [positions, D]
     mixed = _layer_norm(mixed, w.norm_out_weight, w.norm_out_bias, eps_out)
@@ -192,9 +193,7 @@ def trimul_differentiable(
     return (delta if residual is None else residual + delta).contiguous()
 
 
-def _layer_norm_of(
-    value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _layer_norm_of(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`_layer_norm` with fp32 parameters, in the dtype of `value`."""
     weight = None if weight is None else weight.float()
     bias = None if bias is None else bias.float()

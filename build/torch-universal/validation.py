@@ -113,8 +113,8 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
     _check_is_tensor("mask", mask)
     wanted = pair.shape[:-1]
     aligned = mask.ndim <= len(wanted) and all(
-        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(wanted),
-        strict=False)
+        have in (1, want)
+        for have, want in zip(reversed(mask.shape), reversed(wanted), strict=False)
     )
     if not aligned:
         raise ValueError(
@@ -136,9 +136,7 @@ def check_residual(residual: Tensor | None, pair: Tensor) -> None:
             f"residual must have the shape of pair, {list(pair.shape)}; got {tuple(residual.shape)}"
         )
     if residual.dtype != pair.dtype:
-        raise TypeError(
-            f"residual must have the dtype of pair, {pair.dtype}; got {residual.dtype}"
-        )
+        raise TypeError(f"residual must have the dtype of pair, {pair.dtype}; got {residual.dtype}")
     _check_device("residual", residual, "pair", pair)
 
 
@@ -162,8 +160,8 @@ def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
 
 
 def check_eps(name: str, eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0; got {eps!r}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+        raise ValueError(f"{name} must be a positive finite number; got {eps!r}")
 
 
 def resolve_precision(precision: str | None, pair_name: str, pair: Tensor) -> str:

@@ -140,7 +140,8 @@ def triangle_multiplicative_update(
     AlphaFold 2, Supplementary Methods 1.6.5, Algorithm 11 (outgoing) and Algorithm 12 (incoming).
 
     Args:
-        x: [..., L, L, C] with any number of leading dimensions; bfloat16, float16 or float32.
+        x: [..., L, L, C] with any number of leading dimensions; bfloat16, float16 or float32; any
+            strides (it is copied if its leading dimensions can't be merged into one as a view).
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
         mask: pair mask, bool or real, broadcastable to [..., L, L]; multiplies a and b.
         norm_in_weight, norm_in_bias: [C]; None means ones and zeros.
@@ -254,10 +255,13 @@ def _update(
     )
 
 
-@torch.compiler.assume_constant_result
 def _say(reason: str) -> None:
     """Once for each reason; a compiled caller says it while it is compiled."""
     _say_once(reason)
+
+
+# What torch.compiler.assume_constant_result does, without its import of Dynamo and Triton.
+_say._dynamo_marked_constant = True
 
 
 @functools.cache

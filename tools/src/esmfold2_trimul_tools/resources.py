@@ -152,9 +152,7 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
         planes = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
             x, "outgoing", mask, weights, 1e-5, "fp32"
         )
-        product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(
-            planes, length, "fp32"
-        )
+        product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(planes, length, "fp32")
         stage_module("fused_ln_residual").fused_ln_residual_fwd(
             product, x, x, None, weights, 1e-5, 1e-5, "fp32"
         )

@@ -1,0 +1,39 @@
+"""The examples run as they stand, each in a process of its own, and the numbers are right."""
+
+import os
+import re
+
+import pytest
+from fresh_process import ROOT, python_output
+
+pytest.importorskip("kernels")
+
+RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+NUMBER = r"(\d\.\de[+-]\d\d)"
+
+
+def printed_by(example: str) -> str:
+    search_path = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tools/src"))
+    return python_output(RUN, str(ROOT / "examples" / example), PYTHONPATH=search_path)
+
+
+def test_fold_with_kernel():
+    pytest.importorskip("transformers")
+    output = printed_by("fold_with_kernel.py")
+    swapped, sites = re.search(r"(?m)^sites swapped: (\d+) of (\d+)$", output).groups()
+    assert swapped == sites == "12"
+    rows = re.findall(rf"(?m)^(\w+): \[.*\], at most {NUMBER} from the stock path's$", output)
+    assert [name for name, _ in rows] == ["distogram_logits", "plddt", "ptm"]
+    assert all(float(difference) < 1e-3 for _, difference in rows)
+    # Were the layer not called, the two folds would be equal to the last bit.
+    assert float(rows[0][1]) > 0
+
+
+def test_any_model():
+    output = printed_by("any_model.py")
+    assert re.search(r"(?m)^block: \[2, 40, 40, 64\] on (cpu|cuda)$", output)
+    rows = re.findall(rf"(?m)^(\w+): relative difference from plain PyTorch {NUMBER}$", output)
+    assert [direction for direction, _ in rows] == ["outgoing", "incoming"]
+    # Twice the budget of one float32 result: plain PyTorch has an error of its own.
+    assert all(0 < float(difference) <= 1e-5 for _, difference in rows)
+    assert "parameters without a gradient: 0" in output.splitlines()
