@@ -72,7 +72,7 @@ class Call:
         arguments[self.pair_name] = arguments.pop("pair")
         return self.function(**arguments)
 
-    def refuses(self, error: type[Exception], message: str, **changes) -> None:
+    def assert_refuses(self, error: type[Exception], message: str, **changes) -> None:
         with pytest.raises((TypeError, ValueError)) as caught:
             self(**changes)
         wanted = message.replace("{pair}", self.pair_name).replace("{leading}", self.leading)
@@ -106,53 +106,55 @@ def test_good_arguments_are_accepted(call):
 @pytest.mark.parametrize("direction", ["Outgoing", "", None])
 def test_direction(call, direction):
     message = f"direction must be 'outgoing' or 'incoming'; got {direction!r}"
-    call.refuses(ValueError, message, direction=direction)
+    call.assert_refuses(ValueError, message, direction=direction)
 
 
 @pytest.mark.parametrize("shape", [(L, C), (B, L, L + 1, C), (B, L, L, 0), (C,), ()])
 def test_pair_shape(call, shape):
     message = f"{{pair}} must be [{{leading}}, L, L, C] with C of at least 1; got {shape}"
-    call.refuses(ValueError, message, pair=torch.ones(shape))
+    call.assert_refuses(ValueError, message, pair=torch.ones(shape))
 
 
 @pytest.mark.parametrize("shape", [(L, L, C), (1, B, L, L, C)])
 def test_only_one_leading_dimension_beside_a_residual(call_with_residual, shape):
     message = f"pair must be [B, L, L, C] with C of at least 1; got {shape}"
-    call_with_residual.refuses(ValueError, message, pair=torch.ones(shape))
+    call_with_residual.assert_refuses(ValueError, message, pair=torch.ones(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.complex64])
 def test_pair_dtype(call, dtype):
     pair = torch.ones(B, L, L, C, dtype=dtype)
-    call.refuses(TypeError, f"{{pair}} must be {THREE_DTYPES}; got {dtype}", pair=pair)
+    call.assert_refuses(TypeError, f"{{pair}} must be {THREE_DTYPES}; got {dtype}", pair=pair)
 
 
 @pytest.mark.parametrize("name", ["pair", "mask", *WEIGHT_SHAPES])
 def test_an_argument_that_is_no_tensor(call, name):
     shown = "{pair}" if name == "pair" else name
-    call.refuses(TypeError, f"{shown} must be a torch.Tensor; got list", **{name: [1.0]})
+    call.assert_refuses(TypeError, f"{shown} must be a torch.Tensor; got list", **{name: [1.0]})
 
 
 @pytest.mark.parametrize("name", BIAS_SHAPES)
 def test_a_bias_that_is_no_tensor(call_with_biases, name):
-    call_with_biases.refuses(TypeError, f"{name} must be a torch.Tensor; got int", **{name: 1})
+    call_with_biases.assert_refuses(
+        TypeError, f"{name} must be a torch.Tensor; got int", **{name: 1}
+    )
 
 
 @pytest.mark.parametrize("name", ["residual", "drop_mask"])
 def test_a_residual_or_drop_mask_that_is_no_tensor(call_with_residual, name):
     message = f"{name} must be a torch.Tensor; got float"
-    call_with_residual.refuses(TypeError, message, **{name: 0.5})
+    call_with_residual.assert_refuses(TypeError, message, **{name: 0.5})
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_projections_are_required(call, name):
-    call.refuses(TypeError, f"{name} must be a torch.Tensor; got NoneType", **{name: None})
+    call.assert_refuses(TypeError, f"{name} must be a torch.Tensor; got NoneType", **{name: None})
 
 
 @pytest.mark.parametrize("shape", [(2 * D + 1, C), (0, C), (2 * D, C + 1), (2 * D,), (2, D, C)])
 def test_p_in_weight_shape(call, shape):
     message = f"p_in_weight must be [2D, C] with C = 4, the channels of {{pair}}; got {shape}"
-    call.refuses(ValueError, message, p_in_weight=torch.ones(shape))
+    call.assert_refuses(ValueError, message, p_in_weight=torch.ones(shape))
 
 
 def wrong_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -168,14 +170,14 @@ def wrong_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def test_other_weights_shapes(call, name):
     for shape in wrong_shapes(WEIGHT_SHAPES[name]):
         message = f"{name} must be {SYMBOLS[name]}; got {shape}"
-        call.refuses(ValueError, message, **{name: torch.ones(shape)})
+        call.assert_refuses(ValueError, message, **{name: torch.ones(shape)})
 
 
 @pytest.mark.parametrize("name", BIAS_SHAPES)
 def test_bias_shapes(call_with_biases, name):
     for shape in wrong_shapes(BIAS_SHAPES[name]):
         message = f"{name} must be {SYMBOLS[name]}; got {shape}"
-        call_with_biases.refuses(ValueError, message, **{name: torch.ones(shape)})
+        call_with_biases.assert_refuses(ValueError, message, **{name: torch.ones(shape)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int8])
@@ -183,7 +185,7 @@ def test_bias_shapes(call_with_biases, name):
 def test_projections_have_the_dtype_of_the_pair_tensor(call, name, dtype):
     message = f"{name} must have the dtype of {{pair}}, torch.float32; got {dtype}"
     weight = torch.ones(WEIGHT_SHAPES[name], dtype=dtype)
-    call.refuses(TypeError, message, **{name: weight})
+    call.assert_refuses(TypeError, message, **{name: weight})
 
 
 NORM_SHAPES = {name: shape for name, shape in WEIGHT_SHAPES.items() if name.startswith("norm_")}
@@ -193,14 +195,14 @@ NORM_SHAPES = {name: shape for name, shape in WEIGHT_SHAPES.items() if name.star
 @pytest.mark.parametrize("name", NORM_SHAPES)
 def test_norm_dtypes(call, name, dtype):
     message = f"{name} must be {THREE_DTYPES}; got {dtype}"
-    call.refuses(TypeError, message, **{name: torch.ones(NORM_SHAPES[name], dtype=dtype)})
+    call.assert_refuses(TypeError, message, **{name: torch.ones(NORM_SHAPES[name], dtype=dtype)})
 
 
 @pytest.mark.parametrize("name", BIAS_SHAPES)
 def test_bias_dtypes(call_with_biases, name):
     bias = torch.ones(BIAS_SHAPES[name], dtype=torch.float64)
     message = f"{name} must be {THREE_DTYPES}; got torch.float64"
-    call_with_biases.refuses(TypeError, message, **{name: bias})
+    call_with_biases.assert_refuses(TypeError, message, **{name: bias})
 
 
 @pytest.mark.parametrize("name", NORM_SHAPES)
@@ -214,28 +216,28 @@ def test_norms_may_be_in_another_of_the_three_dtypes_or_absent(call, name):
 @pytest.mark.parametrize("name", WEIGHT_SHAPES)
 def test_weights_on_another_device(call, name):
     message = f"{name} must be on the device of {{pair}}, cpu; got meta"
-    call.refuses(ValueError, message, **{name: torch.ones(WEIGHT_SHAPES[name], device=META)})
+    call.assert_refuses(ValueError, message, **{name: torch.ones(WEIGHT_SHAPES[name], device=META)})
 
 
 @pytest.mark.parametrize("name", BIAS_SHAPES)
 def test_biases_on_another_device(call_with_biases, name):
     message = f"{name} must be on the device of x, cpu; got meta"
     bias = torch.ones(BIAS_SHAPES[name], device=META)
-    call_with_biases.refuses(ValueError, message, **{name: bias})
+    call_with_biases.assert_refuses(ValueError, message, **{name: bias})
 
 
 @pytest.mark.parametrize("shape", [(B, L, L + 1), (3, L, L), (1, B, L, L), (B, 1, 1, 1), (0,)])
 def test_mask_shape(call, shape):
     message = f"mask must broadcast to [2, 3, 3], {{pair}} without its channels; got {shape}"
-    call.refuses(ValueError, message, mask=torch.ones(shape))
+    call.assert_refuses(ValueError, message, mask=torch.ones(shape))
 
 
 def test_mask_dtype_and_device(call):
     mask = torch.ones(B, L, L)
     message = "mask must be bool or real; got torch.complex64"
-    call.refuses(TypeError, message, mask=mask.to(torch.complex64))
+    call.assert_refuses(TypeError, message, mask=mask.to(torch.complex64))
     message = "mask must be on the device of {pair}, cpu; got meta"
-    call.refuses(ValueError, message, mask=mask.to(META))
+    call.assert_refuses(ValueError, message, mask=mask.to(META))
 
 
 @pytest.mark.parametrize("shape", [(), (L,), (L, 1), (L, L), (1, L, L), (B, 1, L), (B, L, L)])
@@ -257,29 +259,29 @@ def test_a_mask_broadcasts_over_all_leading_dimensions(call_with_biases):
 @pytest.mark.parametrize("shape", [(B, L, L), (1, L, L, C), (B, L, L, 1)])
 def test_residual_shape(call_with_residual, shape):
     message = f"residual must have the shape of pair, [2, 3, 3, 4]; got {shape}"
-    call_with_residual.refuses(ValueError, message, residual=torch.ones(shape))
+    call_with_residual.assert_refuses(ValueError, message, residual=torch.ones(shape))
 
 
 def test_residual_dtype_and_device(call_with_residual):
     residual = torch.ones(B, L, L, C)
     message = "residual must have the dtype of pair, torch.float32; got torch.bfloat16"
-    call_with_residual.refuses(TypeError, message, residual=residual.bfloat16())
+    call_with_residual.assert_refuses(TypeError, message, residual=residual.bfloat16())
     message = "residual must be on the device of pair, cpu; got meta"
-    call_with_residual.refuses(ValueError, message, residual=residual.to(META))
+    call_with_residual.assert_refuses(ValueError, message, residual=residual.to(META))
 
 
 @pytest.mark.parametrize("shape", [(B, L, C), (B, L, 1, C), (1, 1, L, C), (L, C), (B * L, 1)])
 def test_drop_mask_shape(call_with_residual, shape):
     message = f"drop_mask must be [B, 1, L, C] = [2, 1, 3, 4] or [B*L, C] = [6, 4]; got {shape}"
-    call_with_residual.refuses(ValueError, message, drop_mask=torch.ones(shape))
+    call_with_residual.assert_refuses(ValueError, message, drop_mask=torch.ones(shape))
 
 
 def test_drop_mask_dtype_and_device(call_with_residual):
     drop_mask = torch.ones(B * L, C)
     message = "drop_mask must be bool or real; got torch.complex128"
-    call_with_residual.refuses(TypeError, message, drop_mask=drop_mask.to(torch.complex128))
+    call_with_residual.assert_refuses(TypeError, message, drop_mask=drop_mask.to(torch.complex128))
     message = "drop_mask must be on the device of pair, cpu; got meta"
-    call_with_residual.refuses(ValueError, message, drop_mask=drop_mask.to(META))
+    call_with_residual.assert_refuses(ValueError, message, drop_mask=drop_mask.to(META))
 
 
 def test_both_shapes_of_a_drop_mask_mean_the_same(call_with_residual):
@@ -296,13 +298,13 @@ BAD_EPS = [0, 0.0, -1e-9, -1, math.nan, math.inf, True, "1e-5", None, 1e-5j]
 
 @pytest.mark.parametrize("eps", BAD_EPS)
 def test_eps(call, eps):
-    call.refuses(ValueError, f"eps must be a positive finite number; got {eps!r}", eps=eps)
+    call.assert_refuses(ValueError, f"eps must be a positive finite number; got {eps!r}", eps=eps)
 
 
 @pytest.mark.parametrize("eps", [eps for eps in BAD_EPS if eps is not None])
 def test_eps_out(call_with_residual, eps):
     message = f"eps_out must be a positive finite number; got {eps!r}"
-    call_with_residual.refuses(ValueError, message, eps_out=eps)
+    call_with_residual.assert_refuses(ValueError, message, eps_out=eps)
 
 
 def test_eps_may_be_an_int(call):
@@ -313,7 +315,7 @@ def test_eps_may_be_an_int(call):
 @pytest.mark.parametrize("precision", ["ieee", "highest", "", 1, torch.float32])
 def test_precision(call, precision):
     message = f"precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16'; got {precision!r}"
-    call.refuses(ValueError, message, precision=precision)
+    call.assert_refuses(ValueError, message, precision=precision)
 
 
 def half(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -324,7 +326,7 @@ def half(dtype: torch.dtype) -> dict[str, Tensor]:
 
 def test_float16_has_no_bfloat16_precision(call):
     message = "precision 'bfloat16' is for float32 and bfloat16 inputs; {pair} is torch.float16"
-    call.refuses(ValueError, message, precision="bfloat16", **half(torch.float16))
+    call.assert_refuses(ValueError, message, precision="bfloat16", **half(torch.float16))
 
 
 @pytest.mark.parametrize("precision", [None, "IEEE", "TF32", "TF32x3", "bfloat16"])

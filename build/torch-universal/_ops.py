@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4f1c4652c6"
+_NAMESPACE = "_esmfold2_trimul_kernel_9f15e9f773"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -2,8 +2,8 @@
 
 A file holds, for each stage and each element size, a list of settings in the order of the widths
 that they are for; the first one wide enough is taken. Targets that share settings have a file each,
-so that one of them can be tuned alone. Nothing is timed at run time, and a length
-chooses between classes only ("small" or not), so the kernels compiled for one protein serve all.
+so that one of them can be tuned alone. Nothing is timed at run time, and a length chooses between
+classes only ("small" or not), so the kernels compiled for one protein serve all.
 """
 
 import functools
