@@ -89,16 +89,16 @@ def test_parameter_vectors_of_any_stride(kernel, device):
     problem = make_problem(7, 16, biases=True)
     wanted = run(kernel, problem, device).cpu().double()
     moved = problem.to(device)
-    for group in (moved.weights, moved.biases):
-        for name, value in group.items():
-            if value.ndim == 1:
-                group[name] = torch.stack([value, torch.full_like(value, 99.0)], dim=1)[:, 0]
+
+    def replace_vectors(by):
+        for group in (moved.weights, moved.biases):
+            group.update({name: by(v) for name, v in group.items() if v.ndim == 1})
+
+    replace_vectors(lambda v: torch.stack([v, torch.full_like(v, 99.0)], dim=1)[:, 0])
     assert not moved.weights["norm_in_weight"].is_contiguous()
     assert relative_error(run(kernel, moved, device), wanted) < 1e-6
-    for group in (moved.weights, moved.biases):
-        for name, value in group.items():
-            if value.ndim == 1:
-                group[name] = torch.full_like(value[:1], 0.5).expand(value.shape)
+    replace_vectors(lambda v: torch.full_like(v[:1], 0.5).expand(v.shape))
+    assert moved.weights["norm_in_weight"].stride() == (0,)
     assert_close(run(kernel, moved, device), moved)
 
 

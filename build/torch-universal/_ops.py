@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_9f15e9f773"
+_NAMESPACE = "_esmfold2_trimul_kernel_008de937ad"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -279,8 +279,6 @@ def _trimul_fwd(
 ) -> Tensor:
     """The op on real tensors: three Triton launches, or ATen."""
     *values, eps_in, eps_out, precision = weights_eps_precision
-    # The kernels index a vector of parameters by its channel; the projections bring their strides.
-    values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in values]
     weights = Weights(*values)
     if x.numel() == 0:
         return x.new_empty(x.shape)
@@ -300,6 +298,8 @@ def _trimul_fwd(
     if precision == "default":
         highest = torch.get_float32_matmul_precision() == "highest"
         precision = "fp32" if highest else "tf32"
+    # The kernels index a vector of parameters by its channel; the projections bring their strides.
+    weights = Weights(*(v.contiguous() if v is not None and v.ndim == 1 else v for v in weights))
     with _current_device(x):
         planes = fused_dual_gemm_fwd(x, direction, mask, weights, eps_in, precision)
         product = trimul_einsum_fwd(planes, x.shape[1], precision)
