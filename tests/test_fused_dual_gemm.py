@@ -1,4 +1,4 @@
-"""Stage 1 against float64, alone: planes, pads, both directions, every way to load an operand."""
+"""Stage 1 against float64, alone: planes, pads, moments, both directions, every way to load."""
 
 import pytest
 import torch
@@ -23,6 +23,14 @@ def planes_in_float64(problem):
     return planes if problem.direction == "outgoing" else planes.transpose(-1, -2)
 
 
+def moments_in_float64(x, eps):
+    """[B, 2, L, L] as the module's docstring has them: of an fp32 row, less its first channel."""
+    shift = x[..., :1] if x.dtype == torch.float32 else 0
+    rows = x.double() - shift
+    variance = rows.var(-1, unbiased=False)
+    return torch.stack([rows.mean(-1), (variance + eps).rsqrt()], dim=1)
+
+
 def weights_of(submodule, problem):
     values = {**problem.weights, **problem.biases}
     names = submodule("validation").Weights._fields
@@ -31,26 +39,31 @@ def weights_of(submodule, problem):
 
 @pytest.fixture
 def stage(submodule, on_triton):
-    """stage(problem, config=None): the stage's planes, columns [0, L) and the pads apart."""
+    """stage(problem, config=None, ...): planes, columns [0, L) and the pads apart, and moments."""
 
-    def run(problem, config=None):
+    def run(problem, config=None, **others):
         p = problem.to(on_triton)
-        planes = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
-            p.x, p.direction, p.mask, weights_of(submodule, p), p.eps, "fp32", config
+        planes, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
+            p.x, p.direction, p.mask, weights_of(submodule, p), p.eps, "fp32", config, **others
         )
         length = p.x.shape[1]
-        return planes[..., :length].cpu(), planes[..., length:].cpu()
+        return planes[..., :length].cpu(), planes[..., length:].cpu(), moments[..., :length].cpu()
 
     return run
 
 
 def assert_planes(got, problem):
-    planes, pads = got
+    planes, pads, moments = got
     wanted = planes_in_float64(problem)
     assert planes.shape == wanted.shape and planes.dtype == problem.x.dtype
     error = relative_error(planes, wanted)
     assert error <= STAGE_BUDGET[problem.x.dtype], f"relative error {error:.2e}"
     assert pads.count_nonzero() == 0
+    wanted = moments_in_float64(problem.x, problem.eps)
+    if problem.direction == "incoming":
+        wanted = wanted.transpose(-1, -2)
+    for got, one in zip(moments.unbind(1), wanted.unbind(1), strict=True):
+        assert (got - one).norm() <= 1e-6 * one.norm()
 
 
 @pytest.mark.kernels_ci
@@ -79,13 +92,60 @@ def test_widths(stage, channels, hidden):
     assert_planes(stage(problem), problem)
 
 
-@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("block_k", [16, 32, 64])
 @pytest.mark.parametrize("channels", [48, 64])
-def test_channels_whole_or_in_blocks(stage, submodule, channels, block_k, descriptors, held):
-    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors, held)
+def test_channels_whole_or_in_blocks(stage, submodule, channels, block_k, descriptors):
+    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors)
     problem = make_problem(10, channels, 32, mask="soft", batch=2, direction="incoming")
     assert_planes(stage(problem, config), problem)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("channels", [5, 48, 64, 128, 200])
+def test_held_rows(stage, submodule, channels, descriptors):
+    block_k = 64 if channels <= 64 else 128 if channels <= 128 else 256
+    config = submodule("launch_config").LaunchConfig(32, 16, block_k, 4, 2, descriptors, True)
+    problem = make_problem(6, channels, 16, dtype=torch.float16, mask="soft", batch=2)
+    assert_planes(stage(problem, config), problem)
+
+
+def test_held_rows_of_float32_are_refused(stage, submodule):
+    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, True, True)
+    with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
+        stage(make_problem(4, 32), config)
+
+
+@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
+def test_groups_of_channels_are_the_whole(stage, submodule, on_triton, descriptors, held):
+    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, descriptors, held)
+    problem = make_problem(5, 32, 48, dtype=torch.bfloat16, mask="soft", biases=True)
+    planes, _, moments = stage(problem, config)
+    for first, size in ((0, 16), (16, 32)):
+        given = torch.nn.functional.pad(moments, (0, 11)).to(on_triton)
+        for read in (None, given):
+            group, pads, kept = stage(
+                problem, config, group=(first, size), moments=None if read is None else read
+            )
+            left, right = planes.chunk(2, dim=1)
+            wanted = [half[:, first : first + size] for half in (left, right)]
+            assert torch.equal(group, torch.cat(wanted, dim=1))
+            assert pads.count_nonzero() == 0 and torch.equal(kept, moments)
+
+
+@pytest.mark.parametrize("length", [3, 16, 37])
+def test_positions_are_divided_without_division(submodule, on_triton, length):
+    """Each position's row and column, also where a tile spans many rows."""
+    problem = make_problem(length, 16, batch=2)
+    x = problem.x
+    x[:] = torch.arange(x[..., 0].numel()).reshape(x[..., 0].shape)[..., None] * 1e-2
+    x[..., 0] = 0
+    p = problem.to(on_triton)
+    config = submodule("launch_config").LaunchConfig(128, 16, 16, 4, 2)
+    _, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
+        p.x, "outgoing", None, weights_of(submodule, p), p.eps, "fp32", config
+    )
+    assert torch.allclose(moments[:, 0, :, :length].cpu(), x.mean(-1), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -118,5 +178,5 @@ def test_projections_of_any_strides(stage):
 
 def test_pads_stay_zero_where_the_bias_is_not(stage):
     problem = make_problem(3, 16, biases=True)
-    _, pads = stage(problem)
+    _, pads, _ = stage(problem)
     assert pads.numel() > 0 and pads.count_nonzero() == 0

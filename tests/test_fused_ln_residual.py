@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, make_problem, relative_error
-from test_fused_dual_gemm import weights_of
+from test_fused_dual_gemm import moments_in_float64, weights_of
 
 STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
@@ -35,16 +35,20 @@ def out_in_float64(problem, product):
     return delta if problem.residual is None else problem.residual.double() + delta
 
 
-def assert_out(submodule, device, problem, config=None):
+def assert_out(submodule, device, problem, config=None, by_rows=False):
+    """`by_rows`: a product whose channels follow each other within a row, not plane by plane."""
     product = make_product(problem, submodule)
     p = problem.to(device)
+    given = product.to(device)
+    if by_rows:
+        given = given.transpose(1, 2).contiguous().transpose(1, 2)
     out = submodule("fused_ln_residual").fused_ln_residual_fwd(
-        product.to(device),
+        given,
         p.x,
+        moments_in_float64(p.x, p.eps).float(),
         p.residual,
         None if p.drop_mask is None else p.drop_mask.squeeze(1),
         weights_of(submodule, p),
-        p.eps,
         p.eps,
         "fp32",
         config,
@@ -74,15 +78,62 @@ def test_widths(submodule, on_triton, channels, hidden):
     assert_out(submodule, on_triton, problem)
 
 
-@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("block_k", [16, 32, 64])
 @pytest.mark.parametrize("channels, hidden", [(48, 64), (64, 48)])
-def test_channels_whole_or_in_blocks(
-    submodule, on_triton, channels, hidden, block_k, descriptors, held
-):
-    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors, held)
+def test_channels_in_blocks(submodule, on_triton, channels, hidden, block_k, descriptors):
+    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors)
     problem = make_problem(9, channels, hidden, residual=True, batch=2)
     assert_out(submodule, on_triton, problem, config)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("channels, hidden", [(5, 5), (48, 64), (64, 64), (64, 40), (128, 128)])
+def test_held_rows(submodule, on_triton, channels, hidden, descriptors):
+    config = submodule("launch_config").LaunchConfig(32, 128, 32, 4, 2, descriptors, True)
+    problem = make_problem(
+        7, channels, hidden, dtype=torch.float16, residual=True, drop_mask=True, biases=True
+    )
+    assert_out(submodule, on_triton, problem, config)
+
+
+def test_held_rows_of_float32_are_refused(submodule, on_triton):
+    config = submodule("launch_config").LaunchConfig(32, 32, 32, 4, 2, True, True)
+    with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
+        assert_out(submodule, on_triton, make_problem(4, 16), config)
+
+
+@pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
+def test_a_product_of_any_strides(submodule, on_triton, descriptors, held):
+    config = submodule("launch_config").LaunchConfig(32, 32, 16, 4, 2, descriptors, held)
+    problem = make_problem(18, 32, dtype=torch.float16, batch=2)
+    assert_out(submodule, on_triton, problem, config, by_rows=True)
+
+
+def test_some_rows_alone_and_in_the_memory_of_the_residual(submodule, on_triton):
+    """A slice of the rows of every operand gives its rows; the residual may be overwritten."""
+    problem = make_problem(18, 32, residual=True, batch=1)
+    product = make_product(problem, submodule).to(on_triton)
+    p = problem.to(on_triton)
+    moments = moments_in_float64(p.x, p.eps).float()
+
+    def run(rows, out=None):
+        return submodule("fused_ln_residual").fused_ln_residual_fwd(
+            product[:, :, rows],
+            p.x[:, rows],
+            moments[:, :, rows],
+            p.residual[:, rows],
+            None,
+            weights_of(submodule, p),
+            p.eps,
+            "fp32",
+            out=out,
+        )
+
+    whole = run(slice(0, 18))
+    assert relative_error(run(slice(5, 11)), whole[:, 5:11].double().cpu()) <= 1e-6
+    kept = run(slice(0, 18), out=p.residual)
+    assert kept is p.residual and torch.equal(kept, whole)
 
 
 def test_strided_residual_and_expanded_drop_mask(submodule, on_triton):
@@ -91,8 +142,3 @@ def test_strided_residual_and_expanded_drop_mask(submodule, on_triton):
     problem.drop_mask = torch.tensor([0.5]).expand(1, 1, 6, 16)
     assert_out(submodule, on_triton, problem)
 
-
-def test_descriptors_with_a_held_operand_are_refused(submodule, on_triton):
-    config = submodule("launch_config").LaunchConfig(32, 32, 32, 4, 2, True, True)
-    with pytest.raises(ValueError, match="stage 3 takes descriptors or a held operand, not both"):
-        assert_out(submodule, on_triton, make_problem(4, 16), config)

@@ -1,6 +1,7 @@
 """The shipped launch settings, and the pure function that chooses one of them."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gf
 WITHOUT_DESCRIPTORS = ("sm_80", "sm_86", "sm_89", "gfx942", "gfx950", "default", "interpreter")
 ELEMENT_BYTES = (2, 4)
 WIDTHS = (1, 16, 128, 129, 256, 257, 4096)
+LENGTHS = (1, 76, 96, 97, 128, 160, 161, 320, 321, 512, 2000, 46_336)
 NO_DEVICE = "no such device"
 
 
@@ -27,7 +29,7 @@ def tables(subject, monkeypatch, tmp_path):
 
     def forget():
         subject._table.cache_clear()
-        subject._pick.cache_clear()
+        subject.pick_config.cache_clear()
 
     def write(**named):
         for name, table in named.items():
@@ -41,7 +43,7 @@ def tables(subject, monkeypatch, tmp_path):
 
 def setting(block_m: int = 64, **others) -> dict:
     config = {"block_m": block_m, "block_n": 32, "block_k": 16, "num_warps": 4, "num_stages": 2}
-    return {"max_width": None, "config": config, **others}
+    return {"max_width": None, "max_length": None, "config": config, **others}
 
 
 def table_of(*entries: dict) -> dict:
@@ -49,11 +51,9 @@ def table_of(*entries: dict) -> dict:
     return {stage: {str(size): list(entries) for size in ELEMENT_BYTES} for stage in STAGES}
 
 
-def shape_classes(subject):
-    for element_bytes in ELEMENT_BYTES:
-        for width in WIDTHS:
-            for small in (False, True):
-                yield subject.ShapeClass(element_bytes, width, small)
+def shapes(subject):
+    for element_bytes, width, length in itertools.product(ELEMENT_BYTES, WIDTHS, LENGTHS):
+        yield subject.Shape(element_bytes, width, length)
 
 
 def test_every_target_has_a_table():
@@ -64,7 +64,7 @@ def test_every_target_has_a_table():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_table_answers_every_shape(subject, stage, target):
     entries = TABLES[target][stage]
-    for shape in shape_classes(subject):
+    for shape in shapes(subject):
         config = subject.pick_config(stage, target, NO_DEVICE, shape)
         shipped = [entry["config"] for entry in entries[str(shape.element_bytes)]]
         assert config in [subject.LaunchConfig(**values) for values in shipped]
@@ -87,10 +87,10 @@ def test_every_shipped_setting_is_picked_for_some_shape(subject, tables, target)
     for stage in STAGES:
         for element_bytes, entries in numbered[stage].items():
             picked = set()
-            for width in (entry["max_width"] or 4096 for entry in entries):
-                for small in (False, True):
-                    shape = subject.ShapeClass(int(element_bytes), width, small)
-                    picked.add(subject.pick_config(stage, target, NO_DEVICE, shape).block_m)
+            for entry in entries:
+                width, length = entry["max_width"] or 4096, entry["max_length"] or 2048
+                shape = subject.Shape(int(element_bytes), width, length)
+                picked.add(subject.pick_config(stage, target, NO_DEVICE, shape).block_m)
             assert picked == set(range(len(entries))), (stage, element_bytes)
 
 
@@ -117,45 +117,39 @@ def test_a_note_says_whether_the_settings_were_tuned(target):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("target", TABLES)
-def test_length_chooses_between_two_classes_only(subject, stage, target):
-    by_length = {}
-    for length in (1, 2, 33, 128, 129, 500, 2000, 2897, 10**6):
-        shape = subject.shape_class(2, 256, length)
-        assert (shape.element_bytes, shape.width) == (2, 256)
-        assert shape.small == (length <= 128)
-        by_length[length] = subject.pick_config(stage, target, NO_DEVICE, shape)
-    assert len({by_length[length] for length in by_length if length <= 128}) == 1
-    assert len({by_length[length] for length in by_length if length > 128}) == 1
+@pytest.mark.parametrize("width", WIDTHS)
+def test_length_chooses_between_a_few_classes_only(subject, stage, target, width):
+    picked = [
+        subject.pick_config(stage, target, NO_DEVICE, subject.Shape(2, width, length))
+        for length in range(1, 2049)
+    ]
+    changes = sum(one != other for one, other in itertools.pairwise(picked))
+    assert changes <= 3 and picked[1024:] == picked[1024:1025] * 1024
 
 
-def test_the_first_setting_that_is_wide_enough_is_taken(subject, tables):
+def test_a_batch_counts_by_its_pairs(subject):
+    assert subject.shape_of(2, 256, 100) == subject.Shape(2, 256, 100)
+    assert subject.shape_of(2, 256, 100, batch=4) == subject.Shape(2, 256, 200)
+    assert subject.shape_of(2, 256, 10, batch=2) == subject.Shape(2, 256, 14)
+
+
+def test_the_first_setting_that_is_wide_and_long_enough_is_taken(subject, tables):
     tables(
         sm_90=table_of(
-            setting(16, max_width=128, small=True),
+            setting(16, max_width=128, max_length=96),
             setting(32, max_width=128),
             setting(64, max_width=256),
             setting(128),
         )
     )
 
-    def block_m(width, small):
-        shape = subject.ShapeClass(2, width, small)
+    def block_m(width, length):
+        shape = subject.Shape(2, width, length)
         return subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape).block_m
 
-    assert [block_m(width, small=False) for width in (1, 128, 129, 256, 257)] == [
-        32,
-        32,
-        64,
-        64,
-        128,
-    ]
-    assert [block_m(width, small=True) for width in (1, 128, 129, 256, 257)] == [
-        16,
-        16,
-        64,
-        64,
-        128,
-    ]
+    widths = (1, 128, 129, 256, 257)
+    assert [block_m(width, 97) for width in widths] == [32, 32, 64, 64, 128]
+    assert [block_m(width, 96) for width in widths] == [16, 16, 64, 64, 128]
 
 
 def test_a_stage_and_an_element_size_have_settings_of_their_own(subject, tables):
@@ -168,7 +162,7 @@ def test_a_stage_and_an_element_size_have_settings_of_their_own(subject, tables)
             table[stage][str(size)] = [setting(wanted[stage, size])]
     tables(default=table)
     for (stage, size), block_m in wanted.items():
-        shape = subject.ShapeClass(size, 128, False)
+        shape = subject.Shape(size, 128, 512)
         assert subject.pick_config(stage, "default", NO_DEVICE, shape).block_m == block_m
 
 
@@ -180,7 +174,7 @@ def test_device_before_target_before_default(subject, tables):
     )
 
     def block_m(target, device_name):
-        shape = subject.ShapeClass(2, 256, False)
+        shape = subject.Shape(2, 256, 512)
         return subject.pick_config("fused_dual_gemm", target, device_name, shape).block_m
 
     assert block_m("sm_90", "NVIDIA H200") == 128
@@ -192,14 +186,14 @@ def test_device_before_target_before_default(subject, tables):
 @pytest.mark.parametrize("target", ["sm_103", "gfx1201", "xpu"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_unlisted_target_has_the_shipped_default(subject, stage, target):
-    for shape in shape_classes(subject):
+    for shape in shapes(subject):
         config = subject.pick_config(stage, target, "Some Device", shape)
         assert config == subject.pick_config(stage, "default", "Some Device", shape)
 
 
 def test_a_table_that_is_too_narrow_says_so(subject, tables):
     tables(default=table_of(setting(max_width=64)))
-    shape = subject.ShapeClass(2, 65, False)
+    shape = subject.Shape(2, 65, 512)
     with pytest.raises(ValueError) as caught:
         subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape)
     assert str(caught.value) == f"no setting of trimul_einsum for {shape}"
@@ -208,7 +202,7 @@ def test_a_table_that_is_too_narrow_says_so(subject, tables):
 @pytest.mark.parametrize("stage", ["einsum", "", None])
 def test_an_unknown_stage_is_refused(subject, stage):
     with pytest.raises(ValueError) as caught:
-        subject.pick_config(stage, "sm_90", NO_DEVICE, subject.ShapeClass(2, 128, False))
+        subject.pick_config(stage, "sm_90", NO_DEVICE, subject.Shape(2, 128, 512))
     assert str(caught.value) == f"stage must be one of {STAGES}; got {stage!r}"
 
 

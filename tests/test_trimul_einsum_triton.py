@@ -17,11 +17,11 @@ def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
     return planes
 
 
-def assert_product(submodule, device, planes, length, config=None):
+def assert_product(submodule, device, planes, length, config=None, product=None):
     a, b = planes[..., :length].double().chunk(2, dim=1)
     wanted = torch.einsum("bdik,bdjk->bdij", a, b)
     product = submodule("trimul_einsum_triton").trimul_einsum_fwd(
-        planes.to(device), length, "fp32", config
+        planes.to(device), length, "fp32", config, product
     )
     assert product.shape == (a.shape[0], a.shape[1], length, planes.shape[-1])
     assert product.dtype == planes.dtype
@@ -43,6 +43,27 @@ def test_descriptors_never_read_the_pads(submodule, on_triton, block_m, block_n,
     for length in (9, 41):
         planes = make_planes(length, 2, 1, torch.float16, submodule, pads=float("nan"))
         assert_product(submodule, on_triton, planes, length, config)
+
+
+@pytest.mark.parametrize("persistent", [1, 2])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_persistent_programs_take_every_tile(submodule, on_triton, persistent, descriptors):
+    config = submodule("launch_config").LaunchConfig(
+        16, 32, 32, 4, 2, descriptors, persistent=persistent
+    )
+    planes = make_planes(41, 3, 2, torch.float16, submodule)
+    assert_product(submodule, on_triton, planes, 41, config)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_a_product_that_is_given(submodule, on_triton, descriptors):
+    """Rows of a product whose channels follow each other within a row; the rest is left alone."""
+    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2, descriptors)
+    planes = make_planes(21, 3, 1, torch.float16, submodule)
+    buffer = torch.full((21, 5, 32), 7.0, dtype=torch.float16, device=on_triton)
+    product = buffer[:, 1:4].unsqueeze(0).transpose(1, 2)
+    assert_product(submodule, on_triton, planes, 21, config, product)
+    assert bool((buffer[:, 0] == 7).all()) and bool((buffer[:, 4] == 7).all())
 
 
 def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):

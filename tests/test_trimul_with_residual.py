@@ -295,16 +295,18 @@ def test_runs_on_the_device_of_its_tensors(kernel):
         assert_close(run(kernel, problem, "cuda:1"), problem)
 
 
-def test_op_is_registered_as_torch_wants_it(kernel, device, submodule):
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("name", ["trimul_fwd", "trimul_fwd_"])
+def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, name, memory):
     problem = make_problem(5, 16, mask="soft", residual=True).to(device)
-    op = submodule("_ops").ops.trimul_fwd.default
     w = problem.weights
     arguments = (
         problem.x, "outgoing", problem.mask, problem.residual, None,
         w["norm_in_weight"], w["norm_in_bias"], w["p_in_weight"], None, w["g_in_weight"], None,
         w["norm_out_weight"], w["norm_out_bias"], w["p_out_weight"], None,
-        w["g_out_weight"], None, 1e-5, 1e-5, "default",
+        w["g_out_weight"], None, 1e-5, 1e-5, "default", memory,
     )  # fmt: skip
+    op = getattr(submodule("_ops").ops, name).default
     results = torch.library.opcheck(op, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -423,7 +425,7 @@ class TestExecutionPath:
         entry._say_once.cache_clear()
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
-                entry._say_once("Triton can't be imported")
+                entry._say("Triton can't be imported")
         assert [record.getMessage() for record in caplog.records] == [
             "The triangle multiplication runs in plain PyTorch: Triton can't be imported."
         ]

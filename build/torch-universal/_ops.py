@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_008de937ad"
+_NAMESPACE = "_esmfold2_trimul_kernel_5ca5f704ed"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,10 +1,13 @@
-"""What the three stages share: LayerNorm of rows, the gate, the dot, padded planes, launch helpers.
+"""What the three stages share: positions, LayerNorm of rows, the gate, the dot, launch helpers.
 
 Planes. Stages 1 and 2 write channel-major planes [B, channels, L, pitch] whose rows are padded to
 `pitch`, L rounded up to PITCH_MULTIPLE elements, so that every row starts on a 32-byte sector (64
 for fp32) whatever L is. A plane is then one contiguous run of L * pitch elements, and stages 1 and
 3 cut that run into tiles: a tile may span rows, so no length leaves more than the pad (15 columns
 at most) idle.
+
+Moments. Stage 1 keeps the mean and 1 / sqrt(var + eps) of every row of x in fp32 and stage 3 reads
+them, so that a row's statistics are taken once.
 """
 
 import torch
@@ -15,11 +18,27 @@ PITCH_MULTIPLE = 16
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Keeps sums of up to 2^16 channels from overflowing; a power of two, so that it rounds nothing.
 _SUM_SCALE = tl.constexpr(2.0**-16)
+# The most channels that `load_chunks` loads as one tile.
+_CHUNK = tl.constexpr(64)
 
 
 def padded_pitch(length: int) -> int:
     """Elements from one plane row to the next for rows of `length` elements."""
     return -(-length // PITCH_MULTIPLE) * PITCH_MULTIPLE
+
+
+@triton.jit
+def positions(start, pitch, BLOCK_M: tl.constexpr):
+    """Row and column of the flat positions start + [0, BLOCK_M) of a plane, row * pitch + column.
+
+    One integer division for the whole tile. The rest are products in fp32, exact here: a column and
+    a half is at least 0.5 / pitch away from the next multiple of pitch, many times the error of the
+    product for any pitch up to 2^17.
+    """
+    row = start // pitch
+    column = start - row * pitch + tl.arange(0, BLOCK_M)
+    wraps = ((column.to(tl.float32) + 0.5) * (1.0 / pitch)).to(tl.int32)
+    return row + wraps, column - wraps * pitch
 
 
 @triton.jit
@@ -52,24 +71,28 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH: tl.constexpr):
-    """[M, K] tile at row offsets offs_m and channels offs_k, in fp32; 0 outside."""
+def load_tile(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
+    """[M, K] tile at row offsets offs_m and channels offs_k; 0 outside."""
     ptrs = ptr + offs_m[:, None] + (offs_k.to(tl.int64) * stride_k)[None, :]
-    valid = valid_m[:, None] & (offs_k < WIDTH)[None, :]
-    return tl.load(ptrs, mask=valid, other=0.0).to(tl.float32)
+    valid = valid_m[:, None]
+    if not EVEN_K:
+        valid = valid & (offs_k < WIDTH)[None, :]
+    return tl.load(ptrs, mask=valid, other=0.0)
 
 
 @triton.jit
 def load_first(ptr, offs_m, valid_m):
-    """[M, 1]: the first channel of each fp32 row. See `normalise`."""
-    return tl.load(ptr + offs_m, mask=valid_m, other=0.0)[:, None]
+    """[M, 1]: the first channel of each row in fp32, the shift of `row_statistics`."""
+    return tl.load(ptr + offs_m, mask=valid_m, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
-def load_channels(ptr, offs_k, DEFAULT: tl.constexpr, WIDTH: tl.constexpr):
+def load_channels(ptr, offs_k, DEFAULT: tl.constexpr, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
     """[1, K] of a [WIDTH] parameter in fp32; DEFAULT everywhere if there is no such parameter."""
     if ptr is None:
         return tl.full([1, offs_k.shape[0]], DEFAULT, tl.float32)
+    elif EVEN_K:
+        return tl.load(ptr + offs_k).to(tl.float32)[None, :]
     else:
         return tl.load(ptr + offs_k, mask=offs_k < WIDTH, other=0.0).to(tl.float32)[None, :]
 
@@ -95,22 +118,24 @@ def load_weight(
 
 @triton.jit
 def load_weight_pair(
-    weight, start_n, start_k, gap, stride_first_n, stride_first_k, stride_second_n, stride_second_k,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    weight, half, start_n, start_k, gap,
+    stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+    D: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[2 * BLOCK_N, BLOCK_K]: the same tile of two projections [N, K], `gap` elements apart.
+    """[2 * BLOCK_N, BLOCK_K]: the same tile of two projections [2, D, K], `gap` elements apart.
 
-    One operand of twice the width: a dot reads its other operand half as often.
+    `half` is the first axis, a or b. One operand of twice the width: a dot reads its other operand
+    half as often.
     """
     if DESCRIPTORS:
-        return weight.load([0, start_n, start_k]).reshape(2 * BLOCK_N, BLOCK_K)
+        return weight.load([0, half, start_n, start_k]).reshape(2 * BLOCK_N, BLOCK_K)
     else:
         rows = tl.arange(0, 2 * BLOCK_N)
         second = rows >= BLOCK_N
-        offs_n = start_n + rows % BLOCK_N
+        offs_d = start_n + rows % BLOCK_N
+        offs_n = (half * D + offs_d).to(tl.int64)
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        offs_n = offs_n.to(tl.int64)
         base = tl.where(second, gap + offs_n * stride_second_n, offs_n * stride_first_n)
         base = tl.multiple_of(base, ALIGNMENT)
         if ALIGNMENT > 1:  # then both have unit stride along k
@@ -120,81 +145,106 @@ def load_weight_pair(
         else:
             stride_k = tl.where(second, stride_second_k, stride_first_k)
             ptrs = weight + base[:, None] + stride_k[:, None] * offs_k[None, :]
-        if N % BLOCK_N == 0 and K % BLOCK_K == 0:
+        if D % BLOCK_N == 0 and K % BLOCK_K == 0:
             return tl.load(ptrs)
         else:
-            return tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
+            return tl.load(ptrs, mask=(offs_d < D)[:, None] & (offs_k < K)[None, :], other=0.0)
 
 
 @triton.jit
-def add_bias(acc, bias_ptr, offs_n, WIDTH: tl.constexpr):
-    """acc [M, N] plus a [WIDTH] bias at channels offs_n, if there is one."""
+def add_bias(acc, bias_ptr, offs_n, limit):
+    """acc [M, N] plus a bias at channels offs_n, those below `limit`, if there is one."""
     if bias_ptr is None:
         return acc
     else:
-        return acc + load_channels(bias_ptr, offs_n, 0.0, WIDTH)
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < limit, other=0.0)
+        return acc + bias.to(tl.float32)[None, :]
 
 
 @triton.jit
-def normalise(x, first, norm_weight_ptr, norm_bias_ptr, eps, WIDTH: tl.constexpr):
-    """LayerNorm of the rows of x [M, K >= WIDTH]: (x - mean) / sqrt(var + eps) * weight + bias.
+def halves(x):
+    """The two halves of x [M, N] along N: registers with new names, no data moves."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def quarters(x):
+    """x [M, N] as a tuple of up to four tiles of at least 16 columns, like `halves`."""
+    if x.shape[1] >= 64:
+        left, right = halves(x)
+        first, second = halves(left)
+        third, fourth = halves(right)
+        return (first, second, third, fourth)
+    elif x.shape[1] >= 32:
+        left, right = halves(x)
+        return (left, right)
+    else:
+        return (x,)
+
+
+@triton.jit
+def beside(left, right):
+    """[M, 2N]: left [M, N] and right [M, N] side by side, the reverse of `halves`."""
+    return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
+
+
+@triton.jit
+def identity(K: tl.constexpr, dtype: tl.constexpr):
+    """[K, K] identity matrix."""
+    offs_k = tl.arange(0, K)
+    return (offs_k[:, None] == offs_k[None, :]).to(dtype)
+
+
+@triton.jit
+def row_statistics(x, first, eps, WIDTH: tl.constexpr):
+    """The mean and 1 / sqrt(var + eps), [M, 1] each, of the rows of x [M, K >= WIDTH] in fp32.
 
     A row of one constant value has a deviation of exactly zero, so that its normalised value is
     exactly the bias. For rows that were 16 bits wide the mean itself is exact: fp32 holds every
     partial sum of equal 16-bit values, scaled by a power of two against overflow. From fp32 rows
-    `first`, the row's own first channel, is taken off beforehand: LayerNorm sees no shift, and
-    the digits are kept whatever the mean. `first` is None for 16-bit rows.
+    `first`, the row's own first channel, is taken off beforehand (the mean returned is then that of
+    x - first): LayerNorm sees no shift, and the digits are kept whatever the mean. `first` is None
+    for 16-bit rows.
     """
-    offs_k = tl.arange(0, x.shape[1])
-    valid = (offs_k < WIDTH)[None, :]
+    valid = (tl.arange(0, x.shape[1]) < WIDTH)[None, :]
     if first is not None:
         x = tl.where(valid, x - first, 0.0)
-    mean = tl.sum(x * _SUM_SCALE, 1, keep_dims=True)
-    mean = tl.div_rn(mean, tl.full(mean.shape, WIDTH * _SUM_SCALE, tl.float32))
+    mean = mean_of(tl.sum(x * _SUM_SCALE, 1, keep_dims=True), WIDTH) * (1.0 / _SUM_SCALE)
     centred = x - mean
     if WIDTH != x.shape[1]:
         centred = tl.where(valid, centred, 0.0)
     variance = tl.sum(centred * centred, 1, keep_dims=True) * (1.0 / WIDTH)
-    scaled = centred * tl.rsqrt(variance + eps)
-    weight = load_channels(norm_weight_ptr, offs_k, 1.0, WIDTH)
-    return scaled * weight + load_channels(norm_bias_ptr, offs_k, 0.0, WIDTH)
+    return mean, tl.rsqrt(variance + eps)
 
 
 @triton.jit
-def hold_as_operand(rows, HELD: tl.constexpr):
-    """The same [M, K] rows, held in registers as the left operand of the dots in a loop to come.
-
-    Adding a product of zeros leaves every value as it is and brings the rows into the layout of an
-    accumulator, from which wgmma takes its left operand without a move. Otherwise Triton (3.6 to
-    3.9) keeps them in shared memory and reads them again for each dot.
-    """
-    if HELD:
-        m: tl.constexpr = rows.shape[0]
-        k: tl.constexpr = rows.shape[1]
-        left = tl.zeros([m, 16], rows.dtype)
-        right = tl.zeros([16, k], rows.dtype)
-        return tl.dot(left, right, rows.to(tl.float32)).to(rows.dtype)
+def mean_of(total, WIDTH: tl.constexpr):
+    """total / WIDTH, correctly rounded."""
+    if WIDTH & (WIDTH - 1) == 0:
+        return total * (1.0 / WIDTH)
     else:
-        return rows
+        return tl.div_rn(total, tl.full(total.shape, WIDTH, tl.float32))
 
 
 @triton.jit
 def row_moments(
     ptr, offs_m, stride_k, first, valid_m, eps, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """The mean (of x - first) and 1 / sqrt(var + eps), [M, 1] each, of rows too wide to be held."""
+    """`row_statistics` of rows that are too wide to be held: two passes over memory."""
     total = tl.zeros([offs_m.shape[0], 1], tl.float32)
     for start_k in range(0, WIDTH, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_rows(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH)
+        x = load_tile(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH, WIDTH % BLOCK_K == 0)
+        x = x.to(tl.float32)
         if first is not None:
             x = tl.where((offs_k < WIDTH)[None, :], x - first, 0.0)
         total += tl.sum(x * _SUM_SCALE, 1, keep_dims=True)
-    mean = tl.div_rn(total, tl.full(total.shape, WIDTH * _SUM_SCALE, tl.float32))
+    mean = mean_of(total, WIDTH) * (1.0 / _SUM_SCALE)
     total = tl.zeros([offs_m.shape[0], 1], tl.float32)
     for start_k in range(0, WIDTH, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_rows(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH)
+        x = load_tile(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH, WIDTH % BLOCK_K == 0)
+        x = x.to(tl.float32)
         if first is not None:
             x -= first
         x = tl.where((offs_k < WIDTH)[None, :], x - mean, 0.0)
@@ -203,15 +253,91 @@ def row_moments(
 
 
 @triton.jit
-def normalise_block(
-    x, offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, WIDTH: tl.constexpr
+def normalise(
+    x, offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
+    WIDTH: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """`normalise` of one block of channels, with the moments of `row_moments`."""
+    """LayerNorm of x [M, K], channels offs_k of rows with these statistics; 0 from WIDTH on."""
     if first is not None:
         x -= first
-    centred = tl.where((offs_k < WIDTH)[None, :], x - mean, 0.0)
-    weight = load_channels(norm_weight_ptr, offs_k, 1.0, WIDTH)
-    return centred * rstd * weight + load_channels(norm_bias_ptr, offs_k, 0.0, WIDTH)
+    centred = x - mean
+    if not EVEN_K:
+        centred = tl.where((offs_k < WIDTH)[None, :], centred, 0.0)
+    weight = load_channels(norm_weight_ptr, offs_k, 1.0, WIDTH, EVEN_K)
+    bias = load_channels(norm_bias_ptr, offs_k, 0.0, WIDTH, EVEN_K)
+    return centred * rstd * weight + bias
+
+
+@triton.jit
+def load_chunks(
+    ptr, offs_m, stride_k, valid_m, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The rows [M, BLOCK_K >= WIDTH] as a tuple of tiles of at most _CHUNK channels."""
+    CHUNK: tl.constexpr = min(BLOCK_K, _CHUNK)
+    chunks = ()
+    for c in tl.static_range(BLOCK_K // CHUNK):
+        offs_k = tl.arange(0, CHUNK) + c * CHUNK
+        tile = load_tile(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH, WIDTH == BLOCK_K)
+        chunks = chunks + (tile,)
+    return chunks
+
+
+@triton.jit
+def chunk_statistics(chunks, first, eps, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The mean and 1 / sqrt(var + eps), [M, 1] each, of 16-bit rows in chunks, in one pass.
+
+    Of d = x - first, the variance is mean(d^2) - mean(d)^2. No channel of a row is further than
+    sqrt(WIDTH - 1) deviations from the mean, the first one neither, so the difference loses a
+    factor of WIDTH of fp32's precision at most. A constant row has d = 0: its mean is exact.
+    """
+    CHUNK: tl.constexpr = min(BLOCK_K, _CHUNK)
+    total = tl.zeros(chunks[0].shape, tl.float32)
+    squares = tl.zeros(chunks[0].shape, tl.float32)
+    for c in tl.static_range(BLOCK_K // CHUNK):
+        d = chunks[c].to(tl.float32) - first
+        if WIDTH != BLOCK_K:
+            d = tl.where((tl.arange(0, CHUNK) + c * CHUNK < WIDTH)[None, :], d, 0.0)
+        total += d
+        squares += d * d
+    mean = tl.sum(total, 1, keep_dims=True) * (1.0 / WIDTH)
+    variance = tl.sum(squares, 1, keep_dims=True) * (1.0 / WIDTH) - mean * mean
+    return first + mean, tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+
+
+@triton.jit
+def hold(
+    chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr,
+    WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm of 16-bit rows in chunks, [M, BLOCK_K], held in registers as a left operand.
+
+    Each chunk is multiplied by the identity matrix: exact, and it comes out in fp32 in the layout
+    of an accumulator, from which wgmma takes its left operand without a move. Otherwise Triton (3.6
+    to 3.9) keeps the normalised rows in shared memory and reads them again for each dot of the loop
+    to come.
+    """
+    CHUNK: tl.constexpr = min(BLOCK_K, _CHUNK)
+    COUNT: tl.constexpr = BLOCK_K // CHUNK
+    dtype = chunks[0].dtype
+    one = identity(CHUNK, dtype)
+    held = ()
+    for c in tl.static_range(COUNT):
+        offs_k = tl.arange(0, CHUNK) + c * CHUNK
+        x = tl.dot(chunks[c], one)
+        z = normalise(
+            x, offs_k, None, mean, rstd, norm_weight_ptr, norm_bias_ptr, WIDTH, WIDTH == BLOCK_K
+        )
+        held = held + (z.to(dtype),)
+    if COUNT == 1:
+        return held[0]
+    elif COUNT == 2:
+        return beside(held[0], held[1])
+    elif COUNT == 4:
+        return beside(beside(held[0], held[1]), beside(held[2], held[3]))
+    else:
+        tl.static_assert(COUNT == 8, "a held row has at most 512 channels")
+        left = beside(beside(held[0], held[1]), beside(held[2], held[3]))
+        return beside(left, beside(beside(held[4], held[5]), beside(held[6], held[7])))
 
 
 def dot_precision(precision: str, fp32_dots: tuple[str, ...]) -> str:
@@ -220,6 +346,11 @@ def dot_precision(precision: str, fp32_dots: tuple[str, ...]) -> str:
     "fp32" means that first one, which also stands in for a word that the target doesn't have.
     """
     return precision if precision in fp32_dots or precision == "bf16" else fp32_dots[0]
+
+
+def shared_by(programs: int, blocks: int) -> int:
+    """The most programs, at most `programs`, that can share `blocks` equally."""
+    return max(n for n in range(1, min(programs, blocks) + 1) if blocks % n == 0)
 
 
 def strides(tensor: torch.Tensor) -> list[int]:

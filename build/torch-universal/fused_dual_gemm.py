@@ -7,32 +7,42 @@
 Planes are [B, 2D, L, pitch] in the dtype of x: planes [0, D) are a, [D, 2D) are b, and the axis
 that stage 2 sums over (k of a[i, k], or of a[k, i]) is the contiguous one in both directions.
 "incoming" is nothing but x and mask with their two residue strides exchanged. Columns [L, pitch)
-are zeros.
+are zeros. A call may make a group of G of the D channels alone: planes [B, 2G, L, pitch].
+
+Beside them come the moments [B, 2, L, pitch] in fp32, at the same (q, p): the mean of each row of x
+(of an fp32 row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._device import device_target
+from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
+    chunk_statistics,
     dot,
     dot_precision,
-    hold_as_operand,
+    halves,
+    hold,
     is_aligned,
+    load_chunks,
     load_first,
-    load_rows,
+    load_tile,
     load_weight_pair,
     normalise,
-    normalise_block,
     padded_pitch,
+    positions,
     row_moments,
+    row_statistics,
+    shared_by,
     sigmoid,
     strides,
 )
-from .launch_config import LaunchConfig, pick_config, shape_class
+from .launch_config import LaunchConfig, pick_config, shape_of
 from .validation import Weights
 
 _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
@@ -40,104 +50,134 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 
 @triton.jit(
     do_not_specialize=[
-        "L", "stride_x_b", "stride_x_q", "stride_x_p",
-        "stride_mask_b", "stride_mask_q", "stride_mask_p", "eps", "mask_ptr",
+        "L", "eps", "first_channel", "stride_x_b", "stride_x_q", "stride_x_p",
+        "stride_mask_b", "stride_mask_q", "stride_mask_p", "mask_ptr",
         # A specialised pointer into a small tensor gets 32-bit offsets on AMD; the gap may be more.
         "weight_pair", "weight_gap",
     ]
 )  # fmt: skip
 def _fused_dual_gemm_fwd_kernel(
     x_ptr, mask_ptr, norm_weight_ptr, norm_bias_ptr,
-    weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, planes,
-    L, pitch, eps,
+    weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, planes, moments_ptr,
+    L, pitch, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
     stride_mask_b, stride_mask_q, stride_mask_p,
     stride_first_n, stride_first_k, stride_second_n, stride_second_k,
-    C: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
-    HELD: tl.constexpr,
+    HELD: tl.constexpr, READ_MOMENTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All N = 2D channels of BLOCK_M positions m = q * pitch + p of one sequence's planes.
+    """Channels first_channel + [0, G) of a and b of BLOCK_M positions of one sequence's planes.
 
-    M = L * pitch positions, N = output channels in blocks, K = C input channels. With BLOCK_K >= C
-    the normalised rows stay in registers while the weights stream past; otherwise the rows are read
-    and normalised again for each block of channels.
+    M = L * pitch positions m = q * pitch + p, N = the 2G output channels in blocks, K = C input
+    channels. With BLOCK_K >= C the normalised rows stay on the chip while the weights stream past;
+    otherwise the rows are read and normalised again for each block of channels. SPLIT programs
+    share the output channels of a tile.
     """
-    tiles = tl.cdiv(L * pitch, BLOCK_M)
-    pid = tl.program_id(0)
+    plane_size = L * pitch
+    tiles = tl.cdiv(plane_size, BLOCK_M)
+    pid = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) - pid * SPLIT
     pid_b = pid // tiles
-    start_m = (pid % tiles) * BLOCK_M
+    start_m = (pid - pid_b * tiles) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = offs_m // pitch
-    p = offs_m - q * pitch
+    q, p = positions(start_m, pitch, BLOCK_M)
     valid_m = (q < L) & (p < L)
+    batch = pid_b.to(tl.int64)
 
-    offs_x = (
-        pid_b.to(tl.int64) * stride_x_b + q.to(tl.int64) * stride_x_q + p.to(tl.int64) * stride_x_p
-    )
+    offs_x = batch * stride_x_b + q.to(tl.int64) * stride_x_q + p.to(tl.int64) * stride_x_p
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
+    dtype = x_ptr.dtype.element_ty
+    EVEN_C: tl.constexpr = C == BLOCK_K
+    offs_c = tl.arange(0, BLOCK_K)
+    first = None
+    if dtype == tl.float32 or HELD:
+        first = load_first(x_ptr, offs_x, valid_m)
+    if HELD:
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
+    elif BLOCK_K >= C:
+        x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+
     pair_mask = valid_m.to(tl.float32)
     if mask_ptr is not None:
         offs_mask = (
-            pid_b.to(tl.int64) * stride_mask_b
-            + q.to(tl.int64) * stride_mask_q
-            + p.to(tl.int64) * stride_mask_p
+            batch * stride_mask_b + q.to(tl.int64) * stride_mask_q + p.to(tl.int64) * stride_mask_p
         )
         pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
 
-    dtype = x_ptr.dtype.element_ty
-    first = None
-    if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, valid_m)
-    if BLOCK_K >= C:
-        x = load_rows(x_ptr, offs_x, tl.arange(0, BLOCK_K), stride_x_c, valid_m, C)
-        z = normalise(x, first, norm_weight_ptr, norm_bias_ptr, eps, C)
-        z = hold_as_operand(z.to(dtype), HELD)
+    valid_moments = offs_m < plane_size
+    mean_ptrs = moments_ptr + batch * 2 * plane_size + offs_m
+    if READ_MOMENTS:
+        mean = tl.load(mean_ptrs, mask=valid_moments, other=0.0)[:, None]
+        rstd = tl.load(mean_ptrs + plane_size, mask=valid_moments, other=0.0)[:, None]
     else:
-        mean, rstd = row_moments(x_ptr, offs_x, stride_x_c, first, valid_m, eps, C, BLOCK_K)
+        if HELD:
+            mean, rstd = chunk_statistics(chunks, first, eps, C, BLOCK_K)
+        elif BLOCK_K >= C:
+            mean, rstd = row_statistics(x, first, eps, C)
+        else:
+            mean, rstd = row_moments(x_ptr, offs_x, stride_x_c, first, valid_m, eps, C, BLOCK_K)
+        # Programs that share a tile store the same values.
+        tl.store(mean_ptrs, tl.sum(mean, 1), mask=valid_moments)
+        tl.store(mean_ptrs + plane_size, tl.sum(rstd, 1), mask=valid_moments)
 
-    for start_n in range(0, N, BLOCK_N):
+    if HELD:
+        z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
+    elif BLOCK_K >= C:
+        z = normalise(
+            x, offs_c, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, EVEN_C
+        ).to(dtype)  # fmt: skip
+
+    BLOCKS: tl.constexpr = (G + BLOCK_N - 1) // BLOCK_N
+    PER_PROGRAM: tl.constexpr = 2 * BLOCKS // SPLIT
+    for step in range(0, PER_PROGRAM):
+        block = part * PER_PROGRAM + step
+        half = block // BLOCKS
+        start_n = (block - half * BLOCKS) * BLOCK_N
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         if BLOCK_K >= C:
             weights = load_weight_pair(
-                weight_pair, start_n, 0, weight_gap,
+                weight_pair, half, first_channel + start_n, 0, weight_gap,
                 stride_first_n, stride_first_k, stride_second_n, stride_second_k,
-                N, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
             acc = dot(z, weights.T, acc, PRECISION)
         else:
             for start_k in range(0, C, BLOCK_K):
                 offs_k = start_k + tl.arange(0, BLOCK_K)
-                x = load_rows(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C)
-                z = normalise_block(
-                    x, offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C
-                ).to(dtype)
+                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, C % BLOCK_K == 0)
+                z = normalise(
+                    x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
+                    C, C % BLOCK_K == 0,
+                ).to(dtype)  # fmt: skip
                 weights = load_weight_pair(
-                    weight_pair, start_n, start_k, weight_gap,
+                    weight_pair, half, first_channel + start_n, start_k, weight_gap,
                     stride_first_n, stride_first_k, stride_second_n, stride_second_k,
-                    N, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+                    D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
                 )  # fmt: skip
                 acc = dot(z, weights.T, acc, PRECISION)
         # Each thread holds both halves of what it gates: this moves no data.
-        value, gate = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+        value, gate = halves(acc)
         if GATE_FIRST:
             value, gate = gate, value
 
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        value = add_bias(value, value_bias_ptr, offs_n, N)
-        gate = add_bias(gate, gate_bias_ptr, offs_n, N)
+        offs_bias = half * D + first_channel + offs_n
+        limit = half * D + first_channel + G
+        value = add_bias(value, value_bias_ptr, offs_bias, limit)
+        gate = add_bias(gate, gate_bias_ptr, offs_bias, limit)
         gated = value * sigmoid(gate, FAST_RECIPROCAL) * pair_mask[:, None]
         gated = gated.to(dtype).T  # [BLOCK_N, BLOCK_M]
+        start_plane = (pid_b * 2 + half) * G + start_n
         if DESCRIPTORS:
-            planes.store([pid_b * N + start_n, start_m], gated)
+            planes.store([start_plane, start_m], gated)
         else:
-            plane_size = L * pitch
-            offs_plane = (pid_b * N + offs_n).to(tl.int64) * plane_size
+            offs_plane = (start_plane + tl.arange(0, BLOCK_N)).to(tl.int64) * plane_size
             valid = (offs_m < plane_size)[None, :]
-            if N % BLOCK_N != 0:
-                valid = valid & (offs_n < N)[:, None]
+            if G % BLOCK_N != 0:
+                valid = valid & (offs_n < G)[:, None]
             tl.store(planes + offs_plane[:, None] + offs_m[None, :], gated, mask=valid)
 
 
@@ -149,44 +189,94 @@ def fused_dual_gemm_fwd(
     eps: float,
     precision: str,
     config: LaunchConfig | None = None,
-) -> torch.Tensor:
-    """planes [B, 2D, L, pitch] of x [B, L, L, C] and mask [B, L, L]: see the module's docstring.
+    group: tuple[int, int] | None = None,
+    moments: torch.Tensor | None = None,
+    prepared: PreparedLaunch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """planes [B, 2G, L, pitch] and moments [B, 2, L, pitch] of x [B, L, L, C], mask [B, L, L].
 
-    `precision` is about float32 inputs: "fp32", "ieee", "tf32x3", "tf32" or "bf16".
+    `precision` is about float32 inputs: "fp32", "ieee", "tf32x3", "tf32" or "bf16". `group` is
+    (first channel, G), by default all D channels. `moments` are those of an earlier call with the
+    same x: they are read and returned instead of being computed again. `prepared` is what
+    `prepare_dual_gemm` made of the other arguments.
     """
-    batch, length, _, channels = x.shape
-    n = weights.p_in_weight.shape[0]
+    if prepared is None:
+        prepared = prepare_dual_gemm(
+            x, direction, mask, weights, eps, precision, config, group, moments is not None
+        )
+    batch, length = x.shape[:2]
+    size = weights.p_in_weight.shape[0] // 2 if group is None else group[1]
     pitch = padded_pitch(length)
-    planes = torch.empty(batch, n, length, pitch, dtype=x.dtype, device=x.device)
+    planes = torch.empty(batch, 2 * size, length, pitch, dtype=x.dtype, device=x.device)
+    if moments is None:
+        moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
+    prepared.launch(
+        x, mask, weights.norm_in_weight, weights.norm_in_bias,
+        _projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias, planes, moments,
+    )  # fmt: skip
+    return planes, moments
+
+
+def _projection_pair(weights: Weights) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The two projections from the one that lies lower in memory, and whether that is the gate."""
+    value, gate = weights.p_in_weight, weights.g_in_weight
+    gate_first = gate.data_ptr() < value.data_ptr()
+    return (gate, value, True) if gate_first else (value, gate, False)
+
+
+def prepare_dual_gemm(
+    x: torch.Tensor,
+    direction: str,
+    mask: torch.Tensor | None,
+    weights: Weights,
+    eps: float,
+    precision: str,
+    config: LaunchConfig | None = None,
+    group: tuple[int, int] | None = None,
+    read_moments: bool = False,
+) -> PreparedLaunch:
+    """The launch of `fused_dual_gemm_fwd` for tensors like these."""
+    batch, length, _, channels = x.shape
+    hidden = weights.p_in_weight.shape[0] // 2
+    first_channel, size = (0, hidden) if group is None else group
+    pitch = padded_pitch(length)
     device = device_target(x.device)
     if config is None:
-        shape = shape_class(x.element_size(), max(channels, n // 2), length)
+        shape = shape_of(x.element_size(), max(channels, hidden), length, batch)
         config = pick_config("fused_dual_gemm", device.target, device.name, shape)
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(n)))
+    block_n = min(config.block_n, max(16, triton.next_power_of_2(size)))
+    if size % 16 == 0:  # whole blocks, if smaller ones
+        block_n = math.gcd(size, block_n)
     block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
-    # The two projections as one operand, from the one that lies lower in memory.
-    gate_first = weights.g_in_weight.data_ptr() < weights.p_in_weight.data_ptr()
-    first, second = weights.p_in_weight, weights.g_in_weight
-    if gate_first:
-        first, second = second, first
+    held = config.held and block_k >= channels
+    if held and x.element_size() != 2:
+        raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
+    # The two projections as one operand.
+    first, second, gate_first = _projection_pair(weights)
     gap_bytes = second.data_ptr() - first.data_ptr()
     aligned = is_aligned(first) and is_aligned(second) and gap_bytes % 16 == 0
+    split = shared_by(config.split, 2 * triton.cdiv(size, block_n))
     descriptors = (
         config.descriptors
         and aligned
-        and n % block_n == 0
+        and hidden % block_n == 0
+        and size % block_n == 0
         and first.stride() == second.stride()
         and gap_bytes < _MAX_DESCRIPTOR_STRIDE
     )
     gap = gap_bytes // x.element_size()
-    weight_pair, planes_arg = first, planes
+    weight_pair = planes = None
+    plane_size = length * pitch
     if descriptors:
-        weight_pair = TensorDescriptor(
-            first, [2, n, channels], [gap, *first.stride()], [2, block_n, block_k]
+        stride_n = first.stride(0)
+        weight_pair = descriptor_of(
+            first,
+            [2, 2, hidden, channels],
+            [gap, hidden * stride_n, stride_n, 1],
+            [2, 1, block_n, block_k],
         )
-        plane_size = length * pitch
-        planes_arg = TensorDescriptor(
-            planes, [batch * n, plane_size], [plane_size, 1], [block_n, config.block_m]
+        planes = descriptor_of(
+            first, [batch * 2 * size, plane_size], [plane_size, 1], [block_n, config.block_m]
         )
 
     stride_x_b, stride_x_q, stride_x_p, stride_x_c = strides(x)
@@ -195,19 +285,26 @@ def fused_dual_gemm_fwd(
     if direction == "incoming":
         stride_x_q, stride_x_p = stride_x_p, stride_x_q
         stride_mask_q, stride_mask_p = stride_mask_p, stride_mask_q
-    _fused_dual_gemm_fwd_kernel[(batch * triton.cdiv(length * pitch, config.block_m),)](
-        x, mask, weights.norm_in_weight, weights.norm_in_bias,
-        weight_pair, gap, weights.p_in_bias, weights.g_in_bias, planes_arg,
-        length, pitch, eps,
-        stride_x_b, stride_x_q, stride_x_p, stride_x_c,
-        stride_mask_b, stride_mask_q, stride_mask_p,
-        *first.stride(), *second.stride(),
-        C=channels, N=n,
-        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
-        WEIGHT_ALIGNMENT=16 // x.element_size() if aligned else 1, GATE_FIRST=gate_first,
-        DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
-        FAST_RECIPROCAL=device.fast_reciprocal, HELD=config.held,
-        **config.options(),
+    return PreparedLaunch(
+        _fused_dual_gemm_fwd_kernel,
+        batch * triton.cdiv(plane_size, config.block_m) * split,
+        [
+            None, None, None, None,  # x, mask, norm weight and bias
+            weight_pair, gap, None, None, planes, None,  # biases; moments
+            length, pitch, eps, first_channel,
+            stride_x_b, stride_x_q, stride_x_p, stride_x_c,
+            stride_mask_b, stride_mask_q, stride_mask_p,
+            *first.stride(), *second.stride(),
+        ],
+        (0, 1, 2, 3, 4, 6, 7, 8, 9),
+        dict(
+            C=channels, D=hidden, G=size,
+            BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
+            WEIGHT_ALIGNMENT=16 // x.element_size() if aligned else 1, GATE_FIRST=gate_first,
+            DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
+            FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
+            READ_MOMENTS=read_moments, SPLIT=split,
+        ),
+        config.options(),
     )  # fmt: skip
-    return planes

@@ -4,10 +4,15 @@ The kernels library puts this class's `forward` into the adopting module, so `se
 the layer has no constructor and no state of its own and reads the module's parameters and eps.
 """
 
+import os
+
 import torch
 from torch import nn
 
 from .trimul_with_residual import triangle_multiplicative_update_with_residual
+from .validation import check_memory
+
+MEMORY_VARIABLE = "ESMFOLD2_TRIMUL_MEMORY"
 
 
 class ESMFold2TriangleMultiplication(nn.Module):
@@ -28,12 +33,18 @@ class ESMFold2TriangleMultiplication(nn.Module):
                 the module would.
             visibility: [B, L, L] pair mask of any real dtype, or None for "every pair is real".
 
+        The environment variable ESMFOLD2_TRIMUL_MEMORY, "auto" by default, is the function's
+        `memory`: "lean" trades time for memory.
+
         Returns:
             [B, L, L, C] in the dtype of the computation.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or devices that don't fit each other.
+            ValueError, TypeError: shapes, dtypes or devices that don't fit each other, or a word
+                in ESMFOLD2_TRIMUL_MEMORY that is none of "auto", "default" and "lean".
         """
+        memory = os.environ.get(MEMORY_VARIABLE, "auto")
+        check_memory(memory, MEMORY_VARIABLE)
         bundle = self.proj_bundle.weight
         emit, gate = self.proj_emit.weight, self.proj_gate.weight
         if torch.is_autocast_enabled(pair_grid.device.type):
@@ -56,6 +67,7 @@ class ESMFold2TriangleMultiplication(nn.Module):
             mask=visibility,
             eps=self.norm_start.eps,
             eps_out=self.norm_mix.eps,
+            memory=memory,
         )
 
 

@@ -13,18 +13,18 @@ class DeviceTarget(NamedTuple):
     name: str  # as the driver names it, the key of tuned settings
     fast_reciprocal: bool  # rcp.approx exists
     fp32_dots: tuple[str, ...]  # its input precisions of fp32 dots, the fp32-accurate one first
+    multiprocessors: int  # what a persistent launch fills; 1 where it can't be asked
 
 
 _NVIDIA_DOTS = ("tf32x3", "tf32", "ieee")
 _AMD_DOTS = {"gfx942": ("ieee", "tf32")}  # other targets: "ieee" alone
 
 
-def target_of(target: str, name: str) -> DeviceTarget:
+def target_of(target: str, name: str, multiprocessors: int = 1) -> DeviceTarget:
     """The facts of a target by its word."""
-    if target.startswith("sm_"):
-        return DeviceTarget(target, name, fast_reciprocal=True, fp32_dots=_NVIDIA_DOTS)
-    dots = _AMD_DOTS.get(target, ("ieee",))
-    return DeviceTarget(target, name, fast_reciprocal=False, fp32_dots=dots)
+    nvidia = target.startswith("sm_")
+    dots = _NVIDIA_DOTS if nvidia else _AMD_DOTS.get(target, ("ieee",))
+    return DeviceTarget(target, name, nvidia, dots, multiprocessors)
 
 
 @functools.cache
@@ -35,6 +35,7 @@ def device_target(device: torch.device) -> DeviceTarget:
     if device.type == "xpu":
         return target_of("xpu", torch.xpu.get_device_name(device))
     properties = torch.cuda.get_device_properties(device)
+    target = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
-        return target_of(properties.gcnArchName.split(":")[0], properties.name)
-    return target_of(f"sm_{properties.major}{properties.minor}", properties.name)
+        target = properties.gcnArchName.split(":")[0]
+    return target_of(target, properties.name, properties.multi_processor_count)

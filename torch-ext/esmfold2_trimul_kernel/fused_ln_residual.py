@@ -1,219 +1,349 @@
-"""Stage 3: LayerNorm of the product over channels, projection, output gate, drop mask, residual.
+"""Stage 3: LayerNorm of the product, projection, output gate, drop mask, residual.
 
-    t   = LayerNorm(product[b, :, i, j]; g2, b2)                   product [B, D, L, pitch]
-    z   = LayerNorm(x; g1, b1)                                     x [B, L, L, C], any strides
-    out = residual + drop_mask * (t We^T + be) * sigmoid(z Wo^T + bo)              [B, L, L, C]
+    t   = LayerNorm(product[b, :, i, j]; g2, b2)                   product [B, D, R, pitch]
+    z   = LayerNorm(x; g1, b1)                                     x [B, R, L, C], any strides
+    out = residual + drop_mask * (t We^T + be) * sigmoid(z Wo^T + bo)              [B, R, L, C]
 
-The output gate is computed here from x: writing z or the gate in stage 1 would cost one more pair
-tensor. The update alone is never written where there is a residual.
+R rows of the L, usually all of them. The output gate is computed here from x: writing z or the gate
+in stage 1 would cost one more pair tensor. The statistics of x come from stage 1. The update alone
+is never written where there is a residual.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._device import device_target
+from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
     dot,
     dot_precision,
-    hold_as_operand,
+    identity,
     is_aligned,
     load_first,
-    load_rows,
+    load_tile,
     load_weight,
+    mean_of,
     normalise,
-    normalise_block,
+    positions,
+    quarters,
     row_moments,
+    shared_by,
     sigmoid,
     strides,
 )
-from .launch_config import LaunchConfig, pick_config, shape_class
+from .launch_config import LaunchConfig, pick_config, shape_of
 from .validation import Weights
 
 
 @triton.jit(
     do_not_specialize=[
-        "L", "stride_x_b", "stride_x_i", "stride_x_j",
+        "R", "L", "eps_out", "moments_ptr", "stride_x_b", "stride_x_i", "stride_x_j",
+        "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_residual_b", "stride_residual_i", "stride_residual_j",
-        "stride_drop_b", "stride_drop_j", "drop_ptr", "eps_in", "eps_out",
+        "stride_drop_b", "stride_drop_j", "drop_ptr",
     ]
 )  # fmt: skip
 def _fused_ln_residual_fwd_kernel(
-    product_ptr, x_ptr, residual_ptr, drop_ptr, out_ptr,
+    product_ptr, product, x_ptr, moments_ptr, residual_ptr, drop_ptr, out_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr,
-    L, pitch, eps_in, eps_out,
+    R, L, pitch, eps_out,
+    stride_product_b, stride_product_d, stride_product_i,
     stride_x_b, stride_x_i, stride_x_j, stride_x_c,
+    stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_residual_b, stride_residual_i, stride_residual_j, stride_residual_c,
     stride_drop_b, stride_drop_j, stride_drop_c,
     stride_emit_n, stride_emit_k, stride_gate_n, stride_gate_k,
     C: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, RESIDUAL_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
-    HELD: tl.constexpr,
+    FLAT_PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    HELD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All C channels of BLOCK_M positions m = i * pitch + j of one sequence's output.
 
-    M = L * pitch positions, N = C output channels in blocks, K = D channels of the product and C
-    of x. Each operand stays in registers if its block (BLOCK_D, BLOCK_C) holds all its channels, as
-    in stage 1.
+    M = R * pitch positions, N = C output channels in blocks, K = D channels of the product and C of
+    x, in blocks of BLOCK_K that are normalised as they come. First the gate, then the projection.
+
+    HELD: 16-bit rows are loaded as left operands of a product with the identity matrix, which
+    brings them in fp32 into an accumulator's layout (see `_tiles.hold`), and one block of output
+    channels a program. Where C = D the statistics of the product are then taken beside the gate.
+    SPLIT programs share the output channels of a tile.
     """
-    plane_size = L * pitch
+    plane_size = R * pitch
     tiles = tl.cdiv(plane_size, BLOCK_M)
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) - pid * SPLIT
     pid_b = pid // tiles
-    start_m = (pid % tiles) * BLOCK_M
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    i = offs_m // pitch
-    j = offs_m - i * pitch
-    valid_m = (i < L) & (j < L)
+    start_m = (pid - pid_b * tiles) * BLOCK_M
+    i, j = positions(start_m, pitch, BLOCK_M)
+    valid_m = (i < R) & (j < L)
+    valid_t = i < R
     batch = pid_b.to(tl.int64)
     dtype = x_ptr.dtype.element_ty
-
-    # The product first, to the end, and x only then: both at once would double the registers.
-    valid_t = offs_m < plane_size
-    stride_t = plane_size.to(tl.int64)
-    t_ptr = product_ptr + batch * D * stride_t
-    first_t = None
-    if dtype == tl.float32:
-        first_t = load_first(t_ptr, offs_m, valid_t)
-    if BLOCK_D >= D:
-        t = load_rows(t_ptr, offs_m, tl.arange(0, BLOCK_D), stride_t, valid_t, D)
-        t = normalise(t, first_t, norm_out_weight_ptr, norm_out_bias_ptr, eps_out, D)
-        t = hold_as_operand(t.to(dtype), HELD)
-    else:
-        mean_t, rstd_t = row_moments(t_ptr, offs_m, stride_t, first_t, valid_t, eps_out, D, BLOCK_D)
+    EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    EVEN_D: tl.constexpr = D % BLOCK_K == 0
 
     offs_x = batch * stride_x_b + i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
+    mean_ptrs = (
+        moments_ptr
+        + batch * stride_moments_b
+        + i.to(tl.int64) * stride_moments_i
+        + j.to(tl.int64) * stride_moments_j
+    )
+    mean_x = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd_x = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    t_ptr = product_ptr + batch * stride_product_b
+    offs_t = i.to(tl.int64) * stride_product_i + j
+    # Groups of 16 positions share a row, and every stride of the product is a multiple of 16.
+    offs_t = tl.max_contiguous(tl.multiple_of(offs_t, 16), 16)
     first_x = None
+    first_t = None
     if dtype == tl.float32:
         first_x = load_first(x_ptr, offs_x, valid_m)
-    if BLOCK_C >= C:
-        z = load_rows(x_ptr, offs_x, tl.arange(0, BLOCK_C), stride_x_c, valid_m, C)
-        z = normalise(z, first_x, norm_in_weight_ptr, norm_in_bias_ptr, eps_in, C).to(dtype)
+        first_t = load_first(t_ptr, offs_t, valid_t)
+    BESIDE: tl.constexpr = HELD and C == D
+    if HELD:
+        one = identity(BLOCK_K, dtype)
+    if BESIDE:
+        total = tl.zeros([BLOCK_M, 4], tl.float32)
+        squares = tl.zeros([BLOCK_M, 4], tl.float32)
     else:
-        mean_x, rstd_x = row_moments(
-            x_ptr, offs_x, stride_x_c, first_x, valid_m, eps_in, C, BLOCK_C
+        mean_t, rstd_t = row_moments(
+            t_ptr, offs_t, stride_product_d, first_t, valid_t, eps_out, D, BLOCK_K
         )
 
-    offs_residual = (
-        batch * stride_residual_b
-        + i.to(tl.int64) * stride_residual_i
-        + j.to(tl.int64) * stride_residual_j
-    )
-    offs_residual = tl.multiple_of(offs_residual, RESIDUAL_ALIGNMENT)
-    offs_drop = batch * stride_drop_b + j.to(tl.int64) * stride_drop_j
-    offs_out = ((batch * L + i) * L + j) * C
-
-    for start_n in range(0, C, BLOCK_N):
-        delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    PER_PROGRAM: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N // SPLIT
+    for step in range(0, PER_PROGRAM):
+        start_n = (part * PER_PROGRAM + step) * BLOCK_N
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if BLOCK_D >= D:
-            emit_tile = load_weight(
-                emit_weight, start_n, 0, stride_emit_n, stride_emit_k,
-                C, D, BLOCK_N, BLOCK_D, DESCRIPTORS,
-            )  # fmt: skip
-            delta = dot(t, emit_tile.T, delta, PRECISION)
-        else:
-            for start_k in range(0, D, BLOCK_D):
-                offs_k = start_k + tl.arange(0, BLOCK_D)
-                t = load_rows(t_ptr, offs_m, offs_k, stride_t, valid_t, D)
-                t = normalise_block(
-                    t, offs_k, first_t, mean_t, rstd_t, norm_out_weight_ptr, norm_out_bias_ptr, D
-                ).to(dtype)
-                emit_tile = load_weight(
-                    emit_weight, start_n, start_k, stride_emit_n, stride_emit_k,
-                    C, D, BLOCK_N, BLOCK_D, DESCRIPTORS,
+        for start_k in range(0, C, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
+            if BESIDE:
+                t = _load_product(
+                    product, t_ptr, pid_b * D + start_k, start_m, offs_t, offs_k,
+                    stride_product_d, valid_t, D, EVEN_D, BLOCK_M, BLOCK_K, FLAT_PRODUCT,
                 )  # fmt: skip
-                delta = dot(t, emit_tile.T, delta, PRECISION)
-        if BLOCK_C >= C:
+            if HELD:
+                x = tl.dot(x, one)
+            z = normalise(
+                x.to(tl.float32), offs_k, first_x, mean_x, rstd_x,
+                norm_in_weight_ptr, norm_in_bias_ptr, C, EVEN_C,
+            ).to(dtype)  # fmt: skip
+            if BESIDE:
+                t = tl.dot(t, one)
+                if not EVEN_D:
+                    t = tl.where((offs_k < D)[None, :], t, 0.0)
+                # Each thread sums what it holds; the four lanes of a row meet after the loop.
+                total += _lane_sums(t)
+                squares += _lane_sums(t * t)
             gate_tile = load_weight(
-                gate_weight, start_n, 0, stride_gate_n, stride_gate_k,
-                C, C, BLOCK_N, BLOCK_C, DESCRIPTORS,
+                gate_weight, start_n, start_k, stride_gate_n, stride_gate_k,
+                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             gate = dot(z, gate_tile.T, gate, PRECISION)
-        else:
-            for start_k in range(0, C, BLOCK_C):
-                offs_k = start_k + tl.arange(0, BLOCK_C)
-                z = load_rows(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C)
-                z = normalise_block(
-                    z, offs_k, first_x, mean_x, rstd_x, norm_in_weight_ptr, norm_in_bias_ptr, C
-                ).to(dtype)
-                gate_tile = load_weight(
-                    gate_weight, start_n, start_k, stride_gate_n, stride_gate_k,
-                    C, C, BLOCK_N, BLOCK_C, DESCRIPTORS,
-                )  # fmt: skip
-                gate = dot(z, gate_tile.T, gate, PRECISION)
+        gate = add_bias(gate, gate_bias_ptr, start_n + tl.arange(0, BLOCK_N), C)
+        gate = sigmoid(gate, FAST_RECIPROCAL)
+        if dtype != tl.float32:
+            gate = _pack(gate, FAST_RECIPROCAL)
+        if BESIDE:
+            mean_t = mean_of(tl.sum(total, 1, keep_dims=True), D)
+            variance = mean_of(tl.sum(squares, 1, keep_dims=True), D) - mean_t * mean_t
+            rstd_t = tl.rsqrt(tl.maximum(variance, 0.0) + eps_out)
 
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        delta = add_bias(delta, emit_bias_ptr, offs_n, C)
-        gate = add_bias(gate, gate_bias_ptr, offs_n, C)
-        delta *= sigmoid(gate, FAST_RECIPROCAL)
-        if drop_ptr is not None:
-            delta *= load_rows(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C)
-        if residual_ptr is not None:
-            delta += load_rows(residual_ptr, offs_residual, offs_n, stride_residual_c, valid_m, C)
-        valid = valid_m[:, None] & (offs_n < C)[None, :]
-        tl.store(out_ptr + offs_out[:, None] + offs_n[None, :], delta.to(dtype), mask=valid)
+        delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start_k in range(0, D, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            t = _load_product(
+                product, t_ptr, pid_b * D + start_k, start_m, offs_t, offs_k,
+                stride_product_d, valid_t, D, EVEN_D, BLOCK_M, BLOCK_K, FLAT_PRODUCT,
+            )  # fmt: skip
+            if HELD:
+                t = tl.dot(t, one)
+            t = normalise(
+                t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
+                norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
+            ).to(dtype)  # fmt: skip
+            emit_tile = load_weight(
+                emit_weight, start_n, start_k, stride_emit_n, stride_emit_k,
+                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
+            )  # fmt: skip
+            delta = dot(t, emit_tile.T, delta, PRECISION)
+
+        # A quarter of the columns at a time: residual and output in their own layout are as many
+        # registers again.
+        deltas = quarters(delta)
+        gates = quarters(gate)
+        for quarter in tl.static_range(len(deltas)):
+            offs_n = start_n + quarter * deltas[0].shape[1] + tl.arange(0, deltas[0].shape[1])
+            update = add_bias(deltas[quarter], emit_bias_ptr, offs_n, C)
+            update *= gates[quarter].to(tl.float32)
+            if drop_ptr is not None:
+                offs_drop = batch * stride_drop_b + j.to(tl.int64) * stride_drop_j
+                drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
+                update *= drop.to(tl.float32)
+            if residual_ptr is not None:
+                offs_residual = (
+                    batch * stride_residual_b
+                    + i.to(tl.int64) * stride_residual_i
+                    + j.to(tl.int64) * stride_residual_j
+                )
+                offs_residual = tl.multiple_of(offs_residual, RESIDUAL_ALIGNMENT)
+                residual = load_tile(
+                    residual_ptr, offs_residual, offs_n, stride_residual_c, valid_m, C,
+                    C % BLOCK_N == 0,
+                )  # fmt: skip
+                update += residual.to(tl.float32)
+            offs_out = ((batch * R + i) * L + j) * C
+            valid = valid_m[:, None]
+            if C % BLOCK_N != 0:
+                valid = valid & (offs_n < C)[None, :]
+            tl.store(out_ptr + offs_out[:, None] + offs_n[None, :], update.to(dtype), mask=valid)
+
+
+@triton.jit
+def _load_product(
+    product, t_ptr, row, start_m, offs_t, offs_k, stride_k, valid_t,
+    D: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    FLAT_PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_K] tile of the product, channels offs_k; `row` is the first one's plane."""
+    if FLAT_PRODUCT:
+        return product.load([row, start_m]).T
+    else:
+        return load_tile(t_ptr, offs_t, offs_k, stride_k, valid_t, D, EVEN_D)
+
+
+@triton.jit
+def _lane_sums(x):
+    """[M, 4] of x [M, K] in an accumulator's layout: sums over the columns that a lane holds."""
+    x = x.reshape(x.shape[0], x.shape[1] // 8, 4, 2)
+    return tl.sum(tl.sum(x, 3), 1)
+
+
+@triton.jit
+def _pack(gate, FAST: tl.constexpr):
+    """The gate in fp16, two values a register: 2^-11 of relative error where it isn't nearly shut.
+
+    Said in PTX because Triton's own conversion keeps each value in a register of its own.
+    """
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;",
+            "=r,r,r",
+            [gate],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gate.to(tl.float16)
 
 
 def fused_ln_residual_fwd(
     product: torch.Tensor,
     x: torch.Tensor,
+    moments: torch.Tensor,
     residual: torch.Tensor | None,
     drop_mask: torch.Tensor | None,
     weights: Weights,
-    eps_in: float,
     eps_out: float,
     precision: str,
     config: LaunchConfig | None = None,
+    out: torch.Tensor | None = None,
+    prepared: PreparedLaunch | None = None,
 ) -> torch.Tensor:
-    """out [B, L, L, C] of product [B, D, L, pitch], x, residual and drop_mask [B, L, C]."""
-    batch, hidden, length, pitch = product.shape
-    channels = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """out [B, R, L, C] of product [B, D, R, pitch], x, residual and drop_mask [B, L, C].
+
+    moments [B, 2, R, L] are stage 1's, with the axes of x. `out`, if given, is contiguous, is
+    written and returned; it may be the very memory of x or of residual. `prepared` is what
+    `prepare_ln_residual` made of the other arguments.
+    """
+    if prepared is None:
+        prepared = prepare_ln_residual(
+            product, x, moments.stride(), residual, drop_mask, weights, eps_out, precision, config
+        )
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    prepared.launch(
+        product, product, x, moments, residual, drop_mask, out,
+        weights.norm_in_weight, weights.norm_in_bias,
+        weights.norm_out_weight, weights.norm_out_bias,
+        weights.p_out_weight, weights.p_out_bias, weights.g_out_weight, weights.g_out_bias,
+    )  # fmt: skip
+    return out
+
+
+def prepare_ln_residual(
+    product: torch.Tensor,
+    x: torch.Tensor,
+    moments_strides: tuple[int, ...],
+    residual: torch.Tensor | None,
+    drop_mask: torch.Tensor | None,
+    weights: Weights,
+    eps_out: float,
+    precision: str,
+    config: LaunchConfig | None,
+) -> PreparedLaunch:
+    """The launch of `fused_ln_residual_fwd` for tensors like these."""
+    batch, hidden, rows, pitch = product.shape
+    length, channels = x.shape[2:]
     device = device_target(x.device)
     if config is None:
-        shape = shape_class(x.element_size(), max(channels, hidden), length)
+        shape = shape_of(x.element_size(), max(channels, hidden), length, batch)
         config = pick_config("fused_ln_residual", device.target, device.name, shape)
+    block_m = config.block_m
     block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
-    block_c = min(config.block_k, max(16, triton.next_power_of_2(channels)))
-    block_d = min(config.block_k, max(16, triton.next_power_of_2(hidden)))
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
+    blocks = triton.cdiv(channels, block_n)
+    split = shared_by(config.split, blocks)
+    held = config.held and split == blocks
+    if held and x.element_size() != 2:
+        raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
     emit, gate = weights.p_out_weight, weights.g_out_weight
-    if config.descriptors and config.held:
-        raise ValueError(
-            "stage 3 takes descriptors or a held operand, not both: together they gave wrong sums "
-            f"on an H200 with Triton 3.6.0; got {config}"
-        )
     descriptors = config.descriptors and is_aligned(emit) and is_aligned(gate)
-    emit_arg, gate_arg = emit, gate
+    flat_product = descriptors and product.is_contiguous()
+    emit_arg = gate_arg = product_arg = None
     if descriptors:
-        emit_arg = TensorDescriptor(emit, emit.shape, emit.stride(), [block_n, block_d])
-        gate_arg = TensorDescriptor(gate, gate.shape, gate.stride(), [block_n, block_c])
+        emit_arg = descriptor_of(emit, emit.shape, emit.stride(), [block_n, block_k])
+        gate_arg = descriptor_of(gate, gate.shape, gate.stride(), [block_n, block_k])
+    if flat_product:
+        plane_size = rows * pitch
+        product_arg = descriptor_of(
+            product, [batch * hidden, plane_size], [plane_size, 1], [block_k, block_m]
+        )
 
     residual_strides = (0, 0, 0, 1) if residual is None else strides(residual)
     drop_strides = (0, 0, 1) if drop_mask is None else strides(drop_mask)
     elements = 16 // x.element_size()
-    _fused_ln_residual_fwd_kernel[(batch * triton.cdiv(length * pitch, config.block_m),)](
-        product, x, residual, drop_mask, out,
-        weights.norm_in_weight, weights.norm_in_bias,
-        weights.norm_out_weight, weights.norm_out_bias,
-        emit_arg, weights.p_out_bias, gate_arg, weights.g_out_bias,
-        length, pitch, eps_in, eps_out,
-        *strides(x),
-        *residual_strides,
-        *drop_strides,
-        *emit.stride(), *gate.stride(),
-        C=channels, D=hidden,
-        BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_D=block_d,
-        X_ALIGNMENT=elements if is_aligned(x) else 1,
-        RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
-        DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
-        FAST_RECIPROCAL=device.fast_reciprocal, HELD=config.held,
-        **config.options(),
+    return PreparedLaunch(
+        _fused_ln_residual_fwd_kernel,
+        batch * triton.cdiv(rows * pitch, block_m) * split,
+        [
+            None, product_arg, None, None, None, None, None,  # product, x, ..., drop mask, out
+            None, None, None, None,  # the norms
+            emit_arg, None, gate_arg, None,  # the biases
+            rows, length, pitch, eps_out,
+            *product.stride()[:3],
+            *strides(x),
+            *moments_strides,
+            *residual_strides,
+            *drop_strides,
+            *emit.stride(), *gate.stride(),
+        ],
+        tuple(range(15)),
+        dict(
+            C=channels, D=hidden,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            X_ALIGNMENT=elements if is_aligned(x) else 1,
+            RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
+            DESCRIPTORS=descriptors, FLAT_PRODUCT=flat_product,
+            PRECISION=dot_precision(precision, device.fp32_dots),
+            FAST_RECIPROCAL=device.fast_reciprocal, HELD=held, SPLIT=split,
+        ),
+        config.options(),
     )  # fmt: skip
-    return out

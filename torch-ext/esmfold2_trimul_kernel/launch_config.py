@@ -1,13 +1,14 @@
 """Launch settings: data in configs/*.json, chosen by a pure function.
 
-A file holds, for each stage and each element size, a list of settings in the order of the widths
-that they are for; the first one wide enough is taken. Targets that share settings have a file each,
-so that one of them can be tuned alone. Nothing is timed at run time, and a length chooses between
-classes only ("small" or not), so the kernels compiled for one protein serve all.
+A file holds, for each stage and each element size, a list of settings with the widths and lengths
+that they are for; the first one that is wide and long enough is taken. Targets that share settings
+have a file each, so that one of them can be tuned alone. Nothing is timed at run time, and a length
+chooses between a few classes only, so the kernels compiled for one protein serve all.
 """
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,10 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers, where they are legal
-    held: bool = False  # the first normalised operand stays in registers (`hold_as_operand`)
+    held: bool = False  # 16-bit rows are normalised in the layout of an accumulator (`hold`)
     maxnreg: int | None = None  # NVIDIA only
+    persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
+    split: int = 1  # stages 1 and 3: programs that share the output channels of a tile
 
     def options(self) -> dict[str, int]:
         """The part that Triton's launcher takes."""
@@ -37,20 +40,21 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
-class ShapeClass:
-    """What a setting may depend on: element bytes, the larger of C and D, small L or not."""
+class Shape:
+    """What a setting may depend on."""
 
     element_bytes: int
-    width: int
-    small: bool
+    width: int  # the larger of C and D
+    length: int  # L, or for stages 1 and 3 that of one sequence with as many pairs as the batch
 
 
-def shape_class(element_bytes: int, width: int, length: int) -> ShapeClass:
-    """The class of a call. Up to L = 128 the launches, not the work, take the time: "small"."""
-    return ShapeClass(element_bytes, width, length <= 128)
+def shape_of(element_bytes: int, width: int, length: int, batch: int = 1) -> Shape:
+    """The shape of a call on `batch` sequences of `length` residues."""
+    return Shape(element_bytes, width, math.isqrt(batch * length * length))
 
 
-def pick_config(stage: str, target: str, device_name: str, shape: ShapeClass) -> LaunchConfig:
+@functools.cache
+def pick_config(stage: str, target: str, device_name: str, shape: Shape) -> LaunchConfig:
     """The setting of `stage` on a device: the one tuned for it by name, else its target's.
 
     Raises:
@@ -58,15 +62,12 @@ def pick_config(stage: str, target: str, device_name: str, shape: ShapeClass) ->
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}; got {stage!r}")
-    return _pick(stage, target, device_name, shape)
-
-
-@functools.cache
-def _pick(stage: str, target: str, device_name: str, shape: ShapeClass) -> LaunchConfig:
     table = _table(device_name.replace(" ", "_")) or _table(target) or _table("default")
     for entry in table[stage][str(shape.element_bytes)]:
-        wide_enough = entry["max_width"] is None or shape.width <= entry["max_width"]
-        if wide_enough and (shape.small or not entry.get("small")):
+        widest, longest = entry["max_width"], entry["max_length"]
+        if (widest is None or shape.width <= widest) and (
+            longest is None or shape.length <= longest
+        ):
             return LaunchConfig(**entry["config"])
     raise ValueError(f"no setting of {stage} for {shape}")
 

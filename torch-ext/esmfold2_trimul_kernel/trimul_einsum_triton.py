@@ -3,45 +3,74 @@
     product[b, d, i, j] = sum_k a[b, d, i, k] * b[b, d, j, k]
 
 planes [B, 2D, L, pitch] hold a in [0, D) and b in [D, 2D), k contiguous (stage 1 wrote them so for
-both directions); product is [B, D, L, pitch] in the same dtype. Sums run in fp32.
+both directions); product is [B, D, L, pitch] in the same dtype, j contiguous. Sums run in fp32.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._device import device_target
-from ._tiles import dot, dot_precision
-from .launch_config import LaunchConfig, pick_config, shape_class
+from ._launch import PreparedLaunch, descriptor_of
+from ._tiles import dot, dot_precision, halves
+from .launch_config import LaunchConfig, pick_config, shape_of
 
 _GROUP_M = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "tiles"])
 def _trimul_einsum_fwd_kernel(
-    a, b, product, L, pitch, D,
+    a, b, product, L, pitch, D, tiles,
+    stride_product_b, stride_product_d, stride_product_i,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_M, BLOCK_N] tile of a @ b^T of one plane; M = i, N = j, K = k, all of extent L.
+    """Tiles [BLOCK_M, BLOCK_N] of a @ b^T of the planes; M = i, N = j, K = k, all of extent L.
 
-    Programs run plane by plane, so that the plane's a and b are read from L2 after their first use,
-    and within a plane in groups of _GROUP_M rows of tiles.
+    PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the one
+    before is being stored.
     """
     # Without it ptxas 12.8 (Triton 3.6) waits after every single wgmma of the loop.
     tl.assume(L > 0)
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _product_tile(
+                tile, a, b, product, L, pitch, D,
+                stride_product_b, stride_product_d, stride_product_i,
+                BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+            )  # fmt: skip
+    else:
+        _product_tile(
+            tl.program_id(0), a, b, product, L, pitch, D,
+            stride_product_b, stride_product_d, stride_product_i,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _product_tile(
+    tile, a, b, product, L, pitch, D,
+    stride_product_b, stride_product_d, stride_product_i,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_M, BLOCK_N] tile of a @ b^T of one plane.
+
+    Tiles are counted plane by plane, so that the plane's a and b are read from L2 after their first
+    use, and within a plane in groups of _GROUP_M rows of tiles.
+    """
     tiles_m = tl.cdiv(L, BLOCK_M)
     tiles_n = tl.cdiv(L, BLOCK_N)
-    pid = tl.program_id(0)
-    plane = pid // (tiles_m * tiles_n)
-    pid = pid % (tiles_m * tiles_n)
-    group = pid // (_GROUP_M * tiles_n)
+    plane = tile // (tiles_m * tiles_n)
+    rest = tile % (tiles_m * tiles_n)
+    group = rest // (_GROUP_M * tiles_n)
     rows = min(tiles_m - group * _GROUP_M, _GROUP_M)
-    pid_in_group = pid % (_GROUP_M * tiles_n)
-    start_m = (group * _GROUP_M + pid_in_group % rows) * BLOCK_M
-    start_n = (pid_in_group // rows) * BLOCK_N
-    plane_a = plane + (plane // D) * D
+    in_group = rest % (_GROUP_M * tiles_n)
+    start_m = (group * _GROUP_M + in_group % rows) * BLOCK_M
+    start_n = (in_group // rows) * BLOCK_N
+    batch = plane // D
+    channel = plane - batch * D
+    plane_a = plane + batch * D
     plane_b = plane_a + D
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -52,9 +81,16 @@ def _trimul_einsum_fwd_kernel(
             a_tile = a.load([plane_a, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
             b_tile = b.load([plane_b, start_n, start_k]).reshape(BLOCK_N, BLOCK_K)
             acc = dot(a_tile, b_tile.T, acc, PRECISION)
+        # In halves: the buffer that a store goes through is half as large, and leaves room for
+        # another stage of loads.
+        left, right = halves(acc)
         product.store(
-            [plane, start_m, start_n],
-            acc.to(product.dtype).reshape(1, BLOCK_M, BLOCK_N),
+            [batch, channel, start_m, start_n],
+            left.to(product.dtype).reshape(1, 1, BLOCK_M, BLOCK_N // 2),
+        )
+        product.store(
+            [batch, channel, start_m, start_n + BLOCK_N // 2],
+            right.to(product.dtype).reshape(1, 1, BLOCK_M, BLOCK_N // 2),
         )
     else:
         plane_size = L * pitch
@@ -71,41 +107,74 @@ def _trimul_einsum_fwd_kernel(
             a_tile = tl.load(a_ptrs + start_k, mask=valid_k, other=0.0)
             b_tile = tl.load(b_ptrs + start_k, mask=valid_k, other=0.0)
             acc = dot(a_tile, b_tile.T, acc, PRECISION)
-        ptrs = product + plane.to(tl.int64) * plane_size
-        ptrs = ptrs + (offs_m * pitch)[:, None] + offs_n[None, :]
+        base = batch.to(tl.int64) * stride_product_b + channel.to(tl.int64) * stride_product_d
+        ptrs = product + base + (offs_m.to(tl.int64) * stride_product_i)[:, None] + offs_n[None, :]
         valid = (offs_m < L)[:, None] & (offs_n < pitch)[None, :]
         tl.store(ptrs, acc.to(product.dtype.element_ty), mask=valid)
 
 
 def trimul_einsum_fwd(
-    planes: torch.Tensor, length: int, precision: str, config: LaunchConfig | None = None
+    planes: torch.Tensor,
+    length: int,
+    precision: str,
+    config: LaunchConfig | None = None,
+    product: torch.Tensor | None = None,
+    prepared: PreparedLaunch | None = None,
 ) -> torch.Tensor:
-    """product [B, D, L, pitch] of planes [B, 2D, L, pitch]; columns [L, pitch) have no meaning."""
+    """product [B, D, L, pitch] of planes [B, 2D, L, pitch]; columns [L, pitch) have no meaning.
+
+    `product`, if given, is written and returned: unit stride along j, the others multiples of 16.
+    `prepared` is what `prepare_einsum` made of the other arguments.
+    """
+    batch, n, _, pitch = planes.shape
+    if product is None:
+        product = planes.new_empty(batch, n // 2, length, pitch)
+    if prepared is None:
+        prepared = prepare_einsum(planes, length, precision, config, product.stride())
+    prepared.launch(planes, planes, product)
+    return product
+
+
+def prepare_einsum(
+    planes: torch.Tensor,
+    length: int,
+    precision: str,
+    config: LaunchConfig | None,
+    product_strides: tuple[int, ...],
+) -> PreparedLaunch:
+    """The launch of `trimul_einsum_fwd` for tensors like these."""
     batch, n, _, pitch = planes.shape
     hidden = n // 2
-    product = planes.new_empty(batch, hidden, length, pitch)
     device = device_target(planes.device)
     if config is None:
-        shape = shape_class(planes.element_size(), hidden, length)
+        shape = shape_of(planes.element_size(), hidden, length)
         config = pick_config("trimul_einsum", device.target, device.name, shape)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    a_arg, b_arg, product_arg = planes, planes, product
+    a = b = product = None
     if config.descriptors:
-        strides = [length * pitch, pitch, 1]
-        a_arg = TensorDescriptor(
-            planes, [batch * n, length, length], strides, [1, block_m, block_k]
+        plane_strides = [length * pitch, pitch, 1]
+        planes_shape = [batch * n, length, length]
+        a = descriptor_of(planes, planes_shape, plane_strides, [1, block_m, block_k])
+        b = descriptor_of(planes, planes_shape, plane_strides, [1, block_n, block_k])
+        product = descriptor_of(
+            planes,
+            [batch, hidden, length, length],
+            list(product_strides),
+            [1, 1, block_m, block_n // 2],
         )
-        b_arg = TensorDescriptor(
-            planes, [batch * n, length, length], strides, [1, block_n, block_k]
-        )
-        product_arg = TensorDescriptor(
-            product, [batch * hidden, length, length], strides, [1, block_m, block_n]
-        )
-    tiles = triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
-    _trimul_einsum_fwd_kernel[(batch * hidden * tiles,)](
-        a_arg, b_arg, product_arg, length, pitch, hidden,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
-        **config.options(),
+    tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
+    programs = tiles
+    if config.persistent:
+        programs = min(tiles, config.persistent * device.multiprocessors)
+    return PreparedLaunch(
+        _trimul_einsum_fwd_kernel,
+        programs,
+        [a, b, product, length, pitch, hidden, tiles, *product_strides[:3]],
+        (0, 1, 2),
+        dict(
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
+            PERSISTENT=config.persistent > 0,
+        ),
+        config.options(),
     )  # fmt: skip
-    return product

@@ -24,6 +24,8 @@ from .validation import (
     broadcast_mask,
     check_direction,
     check_eps,
+    check_inplace,
+    check_memory,
     check_pair,
     check_residual,
     check_weights,
@@ -58,6 +60,8 @@ def triangle_multiplicative_update_with_residual(
     eps: float = 1e-5,
     eps_out: float | None = None,
     precision: str | None = None,
+    memory: str = "auto",
+    inplace: bool = False,
 ) -> Tensor:
     """`residual + drop_mask * TriangleMultiplication(pair)`, the update and the sum in one pass.
 
@@ -82,14 +86,21 @@ def triangle_multiplicative_update_with_residual(
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
             None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
             ATen path follows torch's own settings, which on a CPU are the more exact.
+        memory: "default" is the fastest; it holds three tensors of the pair's size beyond its
+            arguments. "lean" holds at most one and a half, its result included, and takes longer.
+            "auto" is "default", and "lean" where an allocation of that fails, which the log says
+            once. It is about the Triton kernels; the ATen path has one way.
+        inplace: write the result over residual and return residual, which must be contiguous, and
+            be pair itself or share no memory with another argument. Not where a gradient is needed.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 
     Returns:
-        [B, L, L, C] in the dtype of pair, contiguous.
+        [B, L, L, C] in the dtype of pair, contiguous. In lean mode it may be the beginning of a
+        storage that is a few per cent longer.
 
     Raises:
-        ValueError: a direction, shape, device, eps or precision that doesn't fit.
+        ValueError: a direction, shape, device, eps, precision, memory or inplace that doesn't fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
     """
     check_direction(direction)
@@ -103,6 +114,8 @@ def triangle_multiplicative_update_with_residual(
     check_eps("eps", eps)
     if eps_out is not None:
         check_eps("eps_out", eps_out)
+    check_memory(memory)
+    check_inplace(inplace, pair, residual, (mask, drop_mask, *weights))
     return _update(
         pair,
         direction,
@@ -113,6 +126,8 @@ def triangle_multiplicative_update_with_residual(
         eps,
         eps if eps_out is None else eps_out,
         resolve_precision(precision, "pair", pair),
+        memory,
+        inplace,
     )
 
 
@@ -134,6 +149,8 @@ def triangle_multiplicative_update(
     g_out_bias: Tensor | None = None,
     eps: float = 1e-5,
     precision: str | None = None,
+    *,
+    memory: str = "auto",
 ) -> Tensor:
     """The triangle multiplication of x, with the signature of `cuequivariance_torch`'s function.
 
@@ -153,12 +170,13 @@ def triangle_multiplicative_update(
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
             None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
             ATen path follows torch's own settings, which on a CPU are the more exact.
+        memory: "auto", "default" or "lean", as for `triangle_multiplicative_update_with_residual`.
 
     Returns:
         [..., L, L, C] in the dtype of x, contiguous: the update, without a residual.
 
     Raises:
-        ValueError: a direction, shape, device, eps or precision that doesn't fit.
+        ValueError: a direction, shape, device, eps, precision or memory that doesn't fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
     """
     check_direction(direction)
@@ -169,6 +187,7 @@ def triangle_multiplicative_update(
     )  # fmt: skip
     check_weights("x", x, weights)
     check_eps("eps", eps)
+    check_memory(memory)
     mask = broadcast_mask(mask, "x", x)
     leading = x.shape[:-3]
     batch = leading.numel()
@@ -182,6 +201,8 @@ def triangle_multiplicative_update(
         eps,
         eps,
         resolve_precision(precision, "x", x),
+        memory,
+        inplace=False,
     )
     return out.view(x.shape)
 
@@ -237,6 +258,8 @@ def _update(
     eps_in: float,
     eps_out: float,
     precision: str,
+    memory: str,
+    inplace: bool,
 ) -> Tensor:
     """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C], all of them checked."""
     needs_grad = torch.is_grad_enabled() and any(
@@ -244,20 +267,27 @@ def _update(
         for tensor in (x, mask, residual, drop_mask, *weights)
     )
     if needs_grad or forward_ad._current_level >= 0:
+        if inplace:
+            raise ValueError("inplace must be False where a gradient is needed; got True")
         if x.device.type != "cpu":
             _say("a gradient is needed, and the Triton kernels have no backward")
         with torch.autocast(x.device.type, enabled=False):
             return aten.trimul_differentiable(
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
+    if inplace:
+        ops.trimul_fwd_(
+            x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory
+        )
+        return residual
     return ops.trimul_fwd(
-        x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision
+        x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory
     )
 
 
 def _say(reason: str) -> None:
     """Once for each reason; a compiled caller says it while it is compiled."""
-    _say_once(reason)
+    _say_once(f"runs in plain PyTorch: {reason}")
 
 
 # What torch.compiler.assume_constant_result does, without its import of Dynamo and Triton.
@@ -265,20 +295,30 @@ _say._dynamo_marked_constant = True
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    _logger.warning("The triangle multiplication runs in plain PyTorch: %s.", reason)
+def _say_once(what: str) -> None:
+    _logger.warning("The triangle multiplication %s.", what)
 
 
-def _trimul_fwd(
+def _trimul_fwd(x: Tensor, *others) -> Tensor:
+    """The op on real tensors: three Triton launches, or ATen."""
+    return _run(x, *others, inplace=False)
+
+
+def _trimul_fwd_(x: Tensor, *others) -> None:
+    """The op on real tensors that writes its result over the residual."""
+    _run(x, *others, inplace=True)
+
+
+def _run(
     x: Tensor,
     direction: str,
     mask: Tensor | None,
     residual: Tensor | None,
     drop_mask: Tensor | None,
-    *weights_eps_precision,
+    *others,
+    inplace: bool,
 ) -> Tensor:
-    """The op on real tensors: three Triton launches, or ATen."""
-    *values, eps_in, eps_out, precision = weights_eps_precision
+    *values, eps_in, eps_out, precision, memory = others
     weights = Weights(*values)
     if x.numel() == 0:
         return x.new_empty(x.shape)
@@ -287,26 +327,31 @@ def _trimul_fwd(
         if x.device.type != "cpu":
             _say(path.reason)
         with torch.autocast(x.device.type, enabled=False):
-            return aten.trimul_inference(
+            out = aten.trimul_inference(
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
+        return residual.copy_(out) if inplace else out
 
-    from .fused_dual_gemm import fused_dual_gemm_fwd
-    from .fused_ln_residual import fused_ln_residual_fwd
-    from .trimul_einsum_triton import trimul_einsum_fwd
+    from .triton_path import TritonCall, run_triton, run_triton_lean
 
     if precision == "default":
         highest = torch.get_float32_matmul_precision() == "highest"
         precision = "fp32" if highest else "tf32"
     # The kernels index a vector of parameters by its channel; the projections bring their strides.
     weights = Weights(*(v.contiguous() if v is not None and v.ndim == 1 else v for v in weights))
+    call = TritonCall(
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace
+    )
     with _current_device(x):
-        planes = fused_dual_gemm_fwd(x, direction, mask, weights, eps_in, precision)
-        product = trimul_einsum_fwd(planes, x.shape[1], precision)
-        del planes  # before the output exists: the peak is a, b and the product
-        return fused_ln_residual_fwd(
-            product, x, residual, drop_mask, weights, eps_in, eps_out, precision
-        )
+        if memory != "lean":
+            try:
+                return run_triton(call)
+            except torch.OutOfMemoryError:
+                # Stage 3 allocates before it writes, so an inplace call has not begun to.
+                if memory == "default":
+                    raise
+            _say_once("runs in lean mode: an allocation of the default mode failed")
+        return run_triton_lean(call)
 
 
 def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -316,19 +361,27 @@ def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
     return getattr(torch, x.device.type).device_of(x)
 
 
-def _trimul_fwd_fake(x: Tensor, *args) -> Tensor:
+def _trimul_fwd_fake(x: Tensor, *others) -> Tensor:
     return x.new_empty(x.shape)
 
 
-# Library.define rather than custom_op: its call costs a tenth of the Python time.
-_OP = add_op_namespace_prefix("trimul_fwd")
-_library = torch.library.Library(_OP.split("::")[0], "FRAGMENT")
-_library.define(
-    "trimul_fwd(Tensor x, str direction, Tensor? mask, Tensor? residual, Tensor? drop_mask, "
+def _trimul_fwd__fake(x: Tensor, *others) -> None:
+    return None
+
+
+_ARGUMENTS = (
+    "Tensor x, str direction, Tensor? mask, {residual} residual, Tensor? drop_mask, "
     "Tensor? norm_in_weight, Tensor? norm_in_bias, Tensor p_in_weight, Tensor? p_in_bias, "
     "Tensor g_in_weight, Tensor? g_in_bias, Tensor? norm_out_weight, Tensor? norm_out_bias, "
     "Tensor p_out_weight, Tensor? p_out_bias, Tensor g_out_weight, Tensor? g_out_bias, "
-    "float eps_in, float eps_out, str precision) -> Tensor"
+    "float eps_in, float eps_out, str precision, str memory"
 )
-_library.impl("trimul_fwd", _trimul_fwd, "CompositeExplicitAutograd")
-torch.library.register_fake(_OP, _trimul_fwd_fake, lib=_library)
+# Library.define rather than custom_op: its call costs a tenth of the Python time.
+_library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
+for _name, _residual, _returns, _function, _fake in (
+    ("trimul_fwd", "Tensor?", "Tensor", _trimul_fwd, _trimul_fwd_fake),
+    ("trimul_fwd_", "Tensor(a!)", "()", _trimul_fwd_, _trimul_fwd__fake),
+):
+    _library.define(f"{_name}({_ARGUMENTS.format(residual=_residual)}) -> {_returns}")
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)

@@ -13,6 +13,7 @@ from torch import Tensor
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elements
 DIRECTIONS = ("outgoing", "incoming")
+MEMORY_MODES = ("auto", "default", "lean")
 # The public words for `precision`, and what the kernels call them.
 PRECISIONS = {"IEEE": "ieee", "TF32": "tf32", "TF32x3": "tf32x3", "bfloat16": "bf16"}
 
@@ -157,6 +158,34 @@ def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
     if drop_mask.ndim == 4:
         return drop_mask.squeeze(1)
     return drop_mask.reshape(batch, length, channels)
+
+
+def check_memory(memory: str, name: str = "memory") -> None:
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"{name} must be 'auto', 'default' or 'lean'; got {memory!r}")
+
+
+def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: tuple) -> None:
+    """Whether the result may be written over `residual`; `others` are the call's other tensors."""
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be a bool; got {type(inplace).__name__}")
+    if not inplace:
+        return
+    if residual is None:
+        raise ValueError("inplace writes the result over residual, which must be given; got None")
+    if not residual.is_contiguous():
+        raise ValueError(
+            f"residual must be contiguous with inplace=True; got strides {residual.stride()}"
+        )
+    same = residual.data_ptr() == pair.data_ptr() and residual.stride() == pair.stride()
+    memory = residual.untyped_storage().data_ptr()
+    if (not same and pair.untyped_storage().data_ptr() == memory) or any(
+        other is not None and other.untyped_storage().data_ptr() == memory for other in others
+    ):
+        raise ValueError(
+            "residual must be pair itself, or share no memory with another argument, with "
+            "inplace=True"
+        )
 
 
 def check_eps(name: str, eps: float) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_008de937ad"
+_BUILD_ID = "_esmfold2_trimul_kernel_5ca5f704ed"
 
 
 def _load_package() -> ModuleType:

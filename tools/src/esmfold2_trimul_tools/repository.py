@@ -1,10 +1,11 @@
 """Finds the kernel repository that these tools belong to, and loads the kernel from it."""
 
+import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
-
-from kernels import get_local_kernel
 
 from .errors import UserError
 
@@ -42,10 +43,37 @@ def load_kernel(root: Path) -> ModuleType:
     Raises:
         UserError: the repository has no built variant.
     """
-    if not (root / VARIANT / "metadata.json").is_file():
-        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
+    from kernels import get_local_kernel
+
+    _check_built(root)
     # Resolved, because the library loads a second copy for a second spelling of one path.
     return get_local_kernel(root.resolve())
+
+
+def load_variant(root: Path) -> ModuleType:
+    """The same package by a plain import, for a machine without the kernels library.
+
+    Raises:
+        UserError: the repository has no built variant.
+    """
+    _check_built(root)
+    folder = (root / VARIANT).resolve()
+    name = f"esmfold2_trimul_kernel_{abs(hash(folder)):x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def submodule(package: ModuleType, name: str) -> ModuleType:
+    """A module of the kernel package."""
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def _check_built(root: Path) -> None:
+    if not (root / VARIANT / "metadata.json").is_file():
+        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
 
 
 def _checked(folder: Path, source: str) -> Path:

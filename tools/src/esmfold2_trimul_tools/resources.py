@@ -34,7 +34,8 @@ SHARED_LIMIT = {
     "gfx950": 160 * 1024,
 }
 TARGETS = tuple(SHARED_LIMIT)
-MAX_SPILL_BYTES = 64
+# Outside a loop, for which another block on a multiprocessor made up (stage 1 on an H200).
+MAX_SPILL_BYTES = 256
 STAGE_KERNELS = {
     "fused_dual_gemm": "_fused_dual_gemm_fwd_kernel",
     "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
@@ -57,7 +58,9 @@ class Case:
 CASES = tuple(
     Case(dtype, width, length)
     for dtype in (torch.bfloat16, torch.float32)
-    for width, length in ((128, 512), (128, 64), (256, 512), (256, 64), (512, 512))
+    for width, length in (
+        (128, 64), (128, 128), (128, 512), (256, 64), (256, 128), (256, 256), (256, 512), (512, 512)
+    )
 )
 
 
@@ -149,12 +152,12 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
     x = tensor(1, length, length, c)
     mask = tensor(1, length, length, dtype=torch.float32)
     with _compiling_for(kernel, target) as compiled:
-        planes = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
+        planes, moments = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
             x, "outgoing", mask, weights, 1e-5, "fp32"
         )
         product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(planes, length, "fp32")
         stage_module("fused_ln_residual").fused_ln_residual_fwd(
-            product, x, x, None, weights, 1e-5, 1e-5, "fp32"
+            product, x, moments, x, None, weights, 1e-5, "fp32"
         )
     return [
         (stage, binary, config)

@@ -1,0 +1,233 @@
+"""Lean memory, results over the residual, prepared launches: the same results in every way."""
+
+import logging
+
+import pytest
+import torch
+from helpers import DTYPES, assert_close, make_problem, reference, relative_error, run
+from test_aten import PeakBytes
+
+
+def call(kernel, problem, device, **options):
+    p = problem.to(device)
+    return kernel.triangle_multiplicative_update_with_residual(
+        p.x, p.direction, p.residual, p.drop_mask, mask=p.mask, eps=p.eps, **p.weights, **options
+    )
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_lean(kernel, on_triton, dtype, direction):
+    problem = make_problem(
+        19, 32, dtype=dtype, direction=direction, mask="soft", residual=True, drop_mask=True
+    )
+    assert_close(call(kernel, problem, on_triton, memory="lean"), problem)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 35])
+def test_lean_lengths(kernel, on_triton, length):
+    problem = make_problem(length, 16, mask="bool")
+    assert_close(call(kernel, problem, on_triton, memory="lean"), problem)
+
+
+@pytest.mark.parametrize("channels, hidden", [(40, 24), (16, 40), (48, 16), (5, 3)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lean_widths_and_batches(kernel, on_triton, channels, hidden, batch):
+    """Groups of channels of unequal size, and outputs with longer rows than the product's."""
+    problem = make_problem(5, channels, hidden, batch=batch, mask="soft")
+    assert_close(call(kernel, problem, on_triton, memory="lean"), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lean_with_the_other_signature(kernel, on_triton, dtype):
+    problem = make_problem(10, 32, 48, dtype=dtype, biases=True, mask="float").to(on_triton)
+    got = kernel.triangle_multiplicative_update(
+        problem.x, problem.direction, problem.mask, **problem.weights, **problem.biases,
+        memory="lean",
+    )  # fmt: skip
+    assert_close(got, problem)
+
+
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("residual_is_pair", [False, True])
+@pytest.mark.parametrize("channels", [16, 80])
+def test_inplace(kernel, on_triton, memory, direction, residual_is_pair, channels):
+    """80 channels are two blocks of columns: rows of x are read after some were written."""
+    problem = make_problem(
+        5, channels, direction=direction, residual=True, batch=2, mask="soft", dtype=torch.float16
+    )
+    if residual_is_pair:
+        problem.residual = problem.x
+    wanted = reference(problem)
+    p = problem.to(on_triton)
+    residual = p.x if residual_is_pair else p.residual
+    got = kernel.triangle_multiplicative_update_with_residual(
+        p.x, p.direction, residual, None, mask=p.mask, eps=p.eps, **p.weights,
+        memory=memory, inplace=True,
+    )  # fmt: skip
+    assert got.data_ptr() == residual.data_ptr() and got.shape == residual.shape
+    assert relative_error(got, wanted) <= 7e-4
+
+
+def test_inplace_on_the_aten_path(kernel):
+    problem = make_problem(6, 16, residual=True)
+    got = call(kernel, problem, "cpu", inplace=True)
+    assert got is problem.residual
+    problem.residual = make_problem(6, 16, residual=True).residual
+    assert_close(got, problem)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("memory", ["LEAN", "", None, 3])
+    def test_memory(self, kernel, memory):
+        with pytest.raises(ValueError) as caught:
+            call(kernel, make_problem(4, 16), "cpu", memory=memory)
+        assert str(caught.value) == (
+            f"memory must be 'auto', 'default' or 'lean'; got {memory!r}"
+        )
+
+    def test_inplace_of_another_type(self, kernel):
+        with pytest.raises(TypeError) as caught:
+            call(kernel, make_problem(4, 16, residual=True), "cpu", inplace=1)
+        assert str(caught.value) == "inplace must be a bool; got int"
+
+    def test_inplace_without_a_residual(self, kernel):
+        with pytest.raises(ValueError) as caught:
+            call(kernel, make_problem(4, 16), "cpu", inplace=True)
+        assert str(caught.value) == (
+            "inplace writes the result over residual, which must be given; got None"
+        )
+
+    def test_inplace_over_strided_memory(self, kernel):
+        problem = make_problem(4, 16)
+        problem.residual = torch.randn(1, 16, 4, 4).permute(0, 2, 3, 1)
+        with pytest.raises(ValueError) as caught:
+            call(kernel, problem, "cpu", inplace=True)
+        assert str(caught.value).startswith("residual must be contiguous with inplace=True; got")
+
+    @pytest.mark.parametrize("what", ["pair", "drop_mask"])
+    def test_inplace_over_another_argument(self, kernel, what):
+        problem = make_problem(4, 16)
+        memory = torch.randn(2, 4, 4, 16)
+        problem.residual = memory[:1]
+        if what == "pair":
+            problem.x = memory[1:]
+        else:
+            problem.drop_mask = memory[1:, :1]
+        with pytest.raises(ValueError) as caught:
+            call(kernel, problem, "cpu", inplace=True)
+        assert str(caught.value) == (
+            "residual must be pair itself, or share no memory with another argument, with "
+            "inplace=True"
+        )
+
+    def test_inplace_where_a_gradient_is_needed(self, kernel):
+        problem = make_problem(4, 16, residual=True)
+        problem.weights["p_in_weight"].requires_grad_()
+        with pytest.raises(ValueError) as caught:
+            call(kernel, problem, "cpu", inplace=True)
+        assert str(caught.value) == "inplace must be False where a gradient is needed; got True"
+
+
+class TestOutOfMemory:
+    @pytest.fixture
+    def default_fails(self, submodule, on_triton, monkeypatch):
+        path = submodule("triton_path")
+
+        def fail(call):
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(path, "run_triton", fail)
+        submodule("trimul_with_residual")._say_once.cache_clear()
+
+    def test_auto_is_lean_then_and_says_so_once(self, kernel, on_triton, default_fails, caplog):
+        problem = make_problem(7, 16, mask="bool")
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                assert_close(run(kernel, problem, on_triton), problem)
+        assert [record.getMessage() for record in caplog.records] == [
+            "The triangle multiplication runs in lean mode: an allocation of the default mode "
+            "failed."
+        ]
+
+    def test_default_is_not(self, kernel, on_triton, default_fails):
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            call(kernel, make_problem(7, 16), on_triton, memory="default")
+
+
+@pytest.mark.parametrize("memory, limit", [("default", 3.1), ("lean", 1.5)])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("hidden, length, batch", [(256, 64, 1), (128, 96, 1), (128, 67, 3)])
+def test_peak_memory(
+    submodule, on_triton, monkeypatch, memory, limit, inplace, hidden, length, batch
+):
+    """Counted from the allocations of the path itself, in tensors of the pair's size."""
+    x, residual = (torch.zeros(batch, length, length, hidden, dtype=torch.float16) for _ in "xr")
+    problem = make_problem(1, hidden, dtype=torch.float16)
+    path = submodule("triton_path")
+    weights = submodule("validation").Weights
+    values = weights(**{name: problem.weights.get(name) for name in weights._fields})
+    request = path.TritonCall(
+        x, "incoming", None, residual, None, values, 1e-5, 1e-5, "fp32", inplace
+    )
+    # Nothing runs: the interpreter keeps what it has run on alive for a while.
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *tensors: None)
+    function = path.run_triton if memory == "default" else path.run_triton_lean
+    with PeakBytes(x, residual) as bytes_:
+        out = function(request)
+    assert out.shape == x.shape and out.is_contiguous()
+    # Of a length that is no multiple of 16, the pads are memory too.
+    pads = -(-length // 16) * 16 / length
+    assert 1.0 <= bytes_.peak / (x.numel() * 2) <= limit * pads
+
+
+def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
+    """The second call of a kind takes the first one's launches; another kind has its own."""
+    plans = submodule("triton_path")._plans
+    plans.clear()
+    problem = make_problem(8, 16, mask="float", dtype=torch.float16).to(on_triton)
+    for _ in range(2):
+        problem.x = torch.randn_like(problem.x)
+        assert_close(run(kernel, problem, on_triton), problem)
+        assert len(plans) == 1
+    problem.mask = problem.mask.bool()
+    assert_close(run(kernel, problem, on_triton), problem)
+    assert len(plans) == 2
+
+
+def test_launches_of_other_kinds_are_forgotten_at_last(kernel, submodule, on_triton, monkeypatch):
+    path = submodule("triton_path")
+    path._plans.clear()
+    monkeypatch.setattr(path, "_MOST_PLANS", 2)
+    for length in (3, 4, 5):
+        problem = make_problem(length, 16)
+        assert_close(run(kernel, problem, on_triton), problem)
+        assert len(path._plans) <= 2
+
+
+def test_constants_are_the_kernels_last_arguments_in_order(submodule):
+    """`PreparedLaunch` appends them: a launcher that names them in another order would mislead."""
+    pytest.importorskip("triton")
+    problem = make_problem(4, 16)
+    weights = submodule("validation").Weights
+    values = weights(**{name: problem.weights.get(name) for name in weights._fields})
+    planes = torch.zeros(1, 32, 4, 16)
+    product = torch.zeros(1, 16, 4, 16)
+    stages = [
+        submodule("fused_dual_gemm").prepare_dual_gemm(
+            problem.x, "outgoing", None, values, 1e-5, "fp32"
+        ),
+        submodule("trimul_einsum_triton").prepare_einsum(
+            planes, 4, "fp32", None, product.stride()
+        ),
+        submodule("fused_ln_residual").prepare_ln_residual(
+            product, problem.x, (0, 0, 16, 1), None, None, values, 1e-5, "fp32", None
+        ),
+    ]
+    for stage in stages:
+        names = stage.kernel.arg_names
+        assert names[len(names) - len(stage.constants) :] == list(stage.constants)
+        assert len(names) == len(stage.arguments) + len(stage.constants)
+        assert all(stage.arguments[place] is None for place in stage.places)
