@@ -1,10 +1,11 @@
 """Finds the kernel repository that these tools belong to, and loads the kernel from it."""
 
+import importlib.util
+import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
-
-from kernels import get_local_kernel
 
 from .errors import UserError
 
@@ -39,13 +40,29 @@ def find_root(kernel_root: str | Path | None = None) -> Path:
 def load_kernel(root: Path) -> ModuleType:
     """The kernel package of the repository at `root`, loaded as the kernels library loads it.
 
+    Where that library is not installed, it is imported under the same name.
+
     Raises:
         UserError: the repository has no built variant.
     """
     if not (root / VARIANT / "metadata.json").is_file():
         raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
     # Resolved, because the library loads a second copy for a second spelling of one path.
-    return get_local_kernel(root.resolve())
+    root = root.resolve()
+    try:
+        from kernels import get_local_kernel
+    except ImportError:
+        return _import_variant(root / VARIANT)
+    return get_local_kernel(root)
+
+
+def _import_variant(folder: Path) -> ModuleType:
+    name = json.loads((folder / "metadata.json").read_text())["id"]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _checked(folder: Path, source: str) -> Path:
