@@ -1,5 +1,6 @@
 """build/torch-universal and the command that makes it: equal to the sources, and loadable."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,26 @@ def test_loading_says_when_the_kernel_was_never_built(copy: Path):
     shutil.rmtree(copy / "build")
     with pytest.raises(UserError, match="run `esmfold2-trimul build` first"):
         load_kernel(copy)
+
+
+def test_without_the_kernels_library_the_build_loads_under_the_same_name():
+    script = """
+        import sys
+        sys.modules["kernels"] = None
+        from pathlib import Path
+        from esmfold2_trimul_tools.repository import load_kernel
+        from helpers import make_problem, reference, relative_error, run
+
+        kernel = load_kernel(Path(sys.argv[1]))
+        assert load_kernel(Path(sys.argv[1])) is kernel
+        problem = make_problem(5, 16)
+        assert relative_error(run(kernel, problem), reference(problem)) < 5e-6
+        print(kernel.__name__, kernel.layers.__name__)
+    """
+    folders = f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'tools' / 'src'}"
+    own = Metadata.read_from_file(ROOT / VARIANT / "metadata.json").id
+    printed = python_output(script, str(ROOT), PYTHONPATH=folders)
+    assert printed.split() == [own, f"{own}.layers"]
 
 
 def test_load_kernel_gives_the_checked_in_build():

@@ -7,7 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-from esmfold2_trimul_tools import build, cli, doctor, fold, model, resources, validate
+import typer
+from esmfold2_trimul_tools import (
+    bench,
+    build,
+    cli,
+    doctor,
+    fold,
+    model,
+    resources,
+    validate,
+)
 from esmfold2_trimul_tools.sequences import Record
 from folding import SHORT, TINY_SITES, ZERO_LAYER, tiny_config, write_kernel_repository
 from matplotlib.image import imread
@@ -42,7 +52,7 @@ def refusal(*arguments):
 
 def test_help_explains_every_command():
     text = run("--help").stdout
-    for command in ("fold", "validate", "doctor", "resources", "build"):
+    for command in ("fold", "validate", "doctor", "resources", "bench", "build"):
         assert command in text
         assert run(command, "--help").exit_code == 0
     fold_help = run("fold", "--help").stdout
@@ -157,6 +167,14 @@ def test_fold_follows_the_seed_and_the_dtype(tiny):
         (["validate", "--kernel", "off"], "validate needs a kernel beside the stock path"),
         (["validate", "--steps", "0"], "--steps must be at least 1"),
         (["resources", "--target", "sm_1"], "target must be one of sm_80"),
+        (["bench", "--lengths", "long"], "--lengths must be whole numbers above 0, as in 128,"),
+        (["bench", "--rival", "theirs"], "--rival must be one of ours; "),
+        (["bench", "--device", "abacus"], "--device must be cpu, cuda, cuda:N or xpu"),
+        (["bench", "--published", "none"], "--published none: holds no package esmfold2_trimul"),
+        (["bench", "--resume"], "--resume needs --out, the file to add to"),
+        (["bench", "--results", "none.json"], "none.json: can't be read (No such file or dir"),
+        (["bench", "--results", os.devnull], f"{os.devnull}: not JSON"),
+        (["bench", "--kernel-root", "none"], "--kernel-root must name the kernel repository"),
         (["build", "--kernel-root", "none"], "--kernel-root must name the kernel repository"),
         (["unfold"], "No such command 'unfold'"),
         (["--colour"], "No such option: --colour"),
@@ -311,6 +329,67 @@ def test_resources_prints_rows_and_problems(monkeypatch):
     assert result.exit_code == 1
     assert json.loads(result.stdout) == [ROW]
     assert result.stderr == "stage spills in a loop\n"
+
+
+TINY_BENCH = ["bench", "--device", "cpu", "--widths", 16, "--lengths", 8, "--budget", 0.001]
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    ceilings = {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12, "copy": "c", "matrix": "m"}
+    monkeypatch.setattr(bench, "measure_ceilings", lambda clock: ceilings)
+
+
+def test_bench_measures_prints_and_keeps(quick_ceilings):
+    result = run(*TINY_BENCH, "--masks", "bool,none", "--out", "new/results.json", "--plot", "new")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    for text in ("float32, outgoing, bool mask", "float32, outgoing, no mask", "in-tree, chunk 64",
+                 "in-tree, unchunked", "p10 to p90", "vs in-tree", "x GEMMs"):  # fmt: skip
+        assert text in result.stdout
+    kept = json.loads(Path("new/results.json").read_text())
+    assert [row["rival"] for row in kept["rows"]] == 2 * [
+        "ours", "in-tree, chunk 64", "in-tree, unchunked"
+    ]  # fmt: skip
+    assert {row["status"] for row in kept["rows"]} == {"measured"}
+    assert imread("new/time_2.png").size > 0
+
+    shown = run("bench", "--results", "new/results.json", "--json")
+    assert json.loads(shown.stdout) == kept
+    tables = run("bench", "--results", "new/results.json", "--markdown").stdout
+    assert tables.count("| 16 | 8 |") == 4
+
+
+def test_bench_json_is_all_there_is_on_stdout(quick_ceilings):
+    result = run(*TINY_BENCH, "--json", "--directions", "incoming", "--commit", "abc")
+    assert (result.exit_code, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    assert document.keys() == {"environment", "ceilings", "rows"}
+    assert document["environment"]["commit"] == "abc"
+    assert {row["direction"] for row in document["rows"]} == {"incoming"}
+
+
+def test_bench_fails_if_our_own_kernel_is_wrong(quick_ceilings, monkeypatch):
+    monkeypatch.setitem(bench._WILD_ERROR, "float32", 0.0)
+    result = run(*TINY_BENCH)
+    assert result.exit_code == 1
+    assert "ours, wrong at every shape: relative error" in result.stdout
+
+
+def test_both_doors_of_the_benchmark_take_the_same_options():
+    (command,) = [one for one in cli.app.registered_commands if one.callback is cli.bench]
+    click_command = typer.main.get_command_from_info(
+        command, pretty_exceptions_short=False, rich_markup_mode=None
+    )
+    typed = {
+        option: parameter.default for parameter in click_command.params for option in parameter.opts
+    }
+    parsed = {
+        action.option_strings[0]: action.default
+        for action in bench._parser()._actions
+        if action.dest != "help"
+    }
+    assert typed == parsed
 
 
 def test_build_and_its_check(monkeypatch, tmp_path):

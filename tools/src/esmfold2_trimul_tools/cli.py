@@ -6,6 +6,7 @@ and errors go to stderr. Exit status: 0 done, 1 a check failed, 2 bad input, 130
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from .bench_options import HELP
 from .errors import UserError
 from .sequences import file_stems, parse_sequence, read_fasta
 
@@ -294,6 +297,80 @@ def resources(
 
 
 @app.command()
+def bench(
+    device: Annotated[str | None, typer.Option(help=HELP["device"])] = None,
+    widths: Annotated[str, typer.Option(help=HELP["widths"])] = "128,256",
+    lengths: Annotated[str | None, typer.Option(help=HELP["lengths"])] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=HELP["quick"])] = False,
+    dtypes: Annotated[str | None, typer.Option(help=HELP["dtypes"])] = None,
+    directions: Annotated[str, typer.Option(help=HELP["directions"])] = "outgoing",
+    masks: Annotated[str, typer.Option(help=HELP["masks"])] = "bool",
+    rivals: Annotated[list[str] | None, typer.Option("--rival", help=HELP["rival"])] = None,
+    compile: Annotated[bool, typer.Option("--compile", help=HELP["compile"])] = False,
+    max_autotune: Annotated[
+        bool, typer.Option("--max-autotune", help=HELP["max_autotune"])
+    ] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help=HELP["graphs"])] = False,
+    compile_lengths: Annotated[str | None, typer.Option(help=HELP["compile_lengths"])] = None,
+    published: Annotated[Path | None, typer.Option(help=HELP["published"])] = None,
+    budget: Annotated[float, typer.Option(help=HELP["budget"])] = 0.5,
+    check_up_to: Annotated[int | None, typer.Option(help=HELP["check_up_to"])] = None,
+    first_call: Annotated[bool, typer.Option("--first-call", help=HELP["first_call"])] = False,
+    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    kernel_root: KernelRoot = None,
+    commit: Annotated[str | None, typer.Option(help=HELP["commit"])] = None,
+    out: Annotated[Path | None, typer.Option(help=HELP["out"])] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=HELP["resume"])] = False,
+    results: Annotated[Path | None, typer.Option(help=HELP["results"])] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help=HELP["markdown"])] = False,
+    plot: Annotated[Path | None, typer.Option(help=HELP["plot"])] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the kernel beside its rivals: time, peak memory, error, share of the floor.
+
+    Exit status 1 if the kernel itself fails or gives a wrong result.
+    """
+    from . import bench as module
+
+    if results is not None:
+        measured = module.read_results(results)
+    else:
+        settings = module.read_settings(
+            device=device,
+            widths=widths,
+            lengths=lengths,
+            quick=quick,
+            dtypes=dtypes,
+            directions=directions,
+            masks=masks,
+            rivals=rivals,
+            compile=compile,
+            max_autotune=max_autotune,
+            graphs=graphs,
+            compile_lengths=compile_lengths,
+            published=published,
+            budget=budget,
+            check_up_to=check_up_to,
+            first_call=first_call,
+            seed=seed,
+            kernel_root=kernel_root,
+        )
+        command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
+        with _ProgressBar() as report:
+            measured = module.bench(settings, command, out, resume, commit, report)
+    if plot is not None:
+        module.draw(measured, plot)
+    if as_json:
+        _print_json(measured)
+    elif as_markdown:
+        print(module.markdown(measured))
+    else:
+        _print_bench(measured)
+    if not module.ours_is_right(measured):
+        raise typer.Exit(1)
+
+
+@app.command()
 def build(
     check: Annotated[
         bool,
@@ -554,6 +631,26 @@ def _print_resources(rows: list[dict[str, Any]]) -> None:
                 needs = (str(row[name]) for name in ("registers", "spill_bytes", "shared_bytes"))
                 table.add_row(row["kernel"], row["case"], setting, *needs)
         _stdout().print(table)
+
+
+def _print_bench(measured: dict[str, Any]) -> None:
+    from .bench_report import caption, groups, notes, table
+
+    console = _stdout(soft_wrap=True)
+    console.print(caption(measured))
+    for name, rows in groups(measured):
+        head, lines = table(rows)
+        columns = [Column(title, justify="left" if title == "rival" else "right") for title in head]
+        drawn = Table(
+            *columns, title=f"{name}; times in ms, medians", box=None, title_justify="left"
+        )
+        for line in lines:
+            drawn.add_row(*line)
+        # As wide as it is: cut to a narrow terminal its numbers would be lost.
+        width = Measurement.get(console, console.options.update(width=1000), drawn).maximum
+        _stdout(width=max(width, console.width)).print(drawn)
+    for note in notes(measured):
+        console.print(note)
 
 
 def _memory(memory: "PeakMemory") -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -40,25 +41,24 @@ def find_root(kernel_root: str | Path | None = None) -> Path:
 def load_kernel(root: Path) -> ModuleType:
     """The kernel package of the repository at `root`, loaded as the kernels library loads it.
 
+    Where that library is not installed, it is imported under the same name.
+
     Raises:
         UserError: the repository has no built variant.
     """
-    from kernels import get_local_kernel
-
-    _check_built(root)
+    if not (root / VARIANT / "metadata.json").is_file():
+        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
     # Resolved, because the library loads a second copy for a second spelling of one path.
-    return get_local_kernel(root.resolve())
+    root = root.resolve()
+    try:
+        from kernels import get_local_kernel
+    except ImportError:
+        return _import_variant(root / VARIANT)
+    return get_local_kernel(root)
 
 
-def load_variant(root: Path) -> ModuleType:
-    """The same package by a plain import, for a machine without the kernels library.
-
-    Raises:
-        UserError: the repository has no built variant.
-    """
-    _check_built(root)
-    folder = (root / VARIANT).resolve()
-    name = f"esmfold2_trimul_kernel_{abs(hash(folder)):x}"
+def _import_variant(folder: Path) -> ModuleType:
+    name = json.loads((folder / "metadata.json").read_text())["id"]
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -69,11 +69,6 @@ def load_variant(root: Path) -> ModuleType:
 def submodule(package: ModuleType, name: str) -> ModuleType:
     """A module of the kernel package."""
     return importlib.import_module(f"{package.__name__}.{name}")
-
-
-def _check_built(root: Path) -> None:
-    if not (root / VARIANT / "metadata.json").is_file():
-        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
 
 
 def _checked(folder: Path, source: str) -> Path:

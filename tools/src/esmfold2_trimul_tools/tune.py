@@ -26,7 +26,7 @@ from types import ModuleType
 
 import torch
 
-from .repository import find_root, load_variant, submodule
+from .repository import find_root, load_kernel, submodule
 
 STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 WIDTHS = (128, 256)
@@ -220,7 +220,7 @@ def _compile(root: str, job: Job) -> tuple[Job, str | None]:
     os.dup2(null, 1)
     os.dup2(null, 2)
     try:
-        StageInputs(load_variant(Path(root)), job.width, 64).run(job)
+        StageInputs(load_kernel(Path(root)), job.width, 64).run(job)
         torch.cuda.synchronize()
     except Exception as error:
         return job, f"{type(error).__name__}: {str(error)[:200]}"
@@ -273,7 +273,7 @@ def tune(
                 good.append(job)
             else:
                 failed.append({**_named(job), "why": why})
-    kernel = load_variant(root)
+    kernel = load_kernel(root)
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     rows = []
     wrong: set[Job] = set()
@@ -412,7 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(root: Path, results: dict, out: Path, everything: Path | None) -> dict:
     """Writes the table of `results` over the package's own for this target; returns the table."""
-    kernel = load_variant(root)
+    kernel = load_kernel(root)
     target = submodule(kernel, "_device").device_target(torch.device("cuda", 0)).target
     configs = root / "torch-ext" / "esmfold2_trimul_kernel" / "configs"
     base = configs / f"{target}.json"

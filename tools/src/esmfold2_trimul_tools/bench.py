@@ -1,0 +1,345 @@
+"""Our triangle multiplication beside its rivals: time, peak memory, error, and the floor.
+
+    python -m esmfold2_trimul_tools.bench --device cuda --out results.json --plot plots --markdown
+
+Forward calls on random inputs, each rival held to float64 before it is timed. How times are taken
+is said in `bench_clock`, how each rival is called in `bench_rivals`, what the floor is in
+`bench_problem.stage_floors`, what the results hold in `bench_results`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bench_clock import CpuClock, GpuClock, gemm_milliseconds, make_clock, measure_ceilings
+from .bench_environment import describe_environment
+from .bench_first_call import first_call_seconds
+from .bench_options import HELP
+from .bench_problem import Case, Problem, make_problem, reference, relative_error
+from .bench_report import markdown, text
+from .bench_results import (
+    ROW,
+    Results,
+    Row,
+    compare,
+    derive,
+    ours_is_right,
+    read_results,
+    row_case,
+    write_results,
+)
+from .bench_rivals import Absent, Rival, Sources, first_line
+from .bench_settings import Settings, read_settings
+from .errors import UserError
+from .memory import measure_peak_memory
+from .repository import load_kernel
+
+Progress = Callable[[str, int, int], None]
+
+_SAME_WHEN_RESUMED = (
+    "device", "threads", "isa", "cpu_capability", "torch", "triton", "driver", "rivals", "kernel",
+    "seed",
+)  # fmt: skip
+# Above it a result is wrong, not inexact: several times the in-tree module's own error, for float32
+# that of TF32 products.
+_WILD_ERROR = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 4e-3}
+
+
+class DeviceLostError(UserError):
+    """The device takes no more work in this process, after an illegal access for instance."""
+
+    exit_status = 1
+
+
+def run(
+    settings: Settings,
+    results: Results,
+    progress: Progress | None = None,
+    save: Callable[[Results], None] | None = None,
+) -> None:
+    """Measure what `settings` ask for and `results` don't hold yet, into `results`.
+
+    Args:
+        results: what `start` gave.
+        progress: called with (what, done, total) before each row and at the end.
+        save: called with the results after each shape, also one that is broken off.
+
+    Raises:
+        DeviceLostError: a rival broke the device for all that would come after it.
+    """
+    sources = Sources(load_kernel(settings.root), settings.published)
+    clock = make_clock(settings.device)
+    done = {(row_case(row), row["rival"]) for row in results["rows"]}
+    jobs = [
+        (case, [rival for rival in settings.rivals_at(case) if (case, rival.name) not in done])
+        for case in settings.cases()
+    ]
+    total = sum(len(rivals) for _, rivals in jobs)
+    count = 0
+
+    def report(what: str) -> None:
+        if progress is not None:
+            progress(what, count, total)
+
+    def keep(case: Case) -> None:
+        compare([row for row in results["rows"] if row_case(row) == case])
+        if save is not None:
+            save(results)
+
+    for case, rivals in jobs:
+        if not rivals:
+            continue
+        try:
+            problem = make_problem(case, settings.device, settings.seed)
+            wanted = reference(problem) if case.length <= settings.check_up_to else None
+            gemm_ms = None
+            if settings.device.type == "cpu":
+                gemm_ms = gemm_milliseconds(case, clock, settings.budget)
+            for rival in rivals:
+                report(f"{case}, {rival.name}")
+                row = measure(rival, problem, sources, wanted, clock, settings.budget)
+                derive(row, case, results["ceilings"], gemm_ms)
+                results["rows"].append(row)
+                count += 1
+                _settle(clock, row)
+                if settings.first_call and rival.first_call and row["status"] == "measured":
+                    _add_first_call(row, case, settings, results["rows"])
+            del problem, wanted
+        finally:
+            keep(case)
+    report("done")
+
+
+def measure(
+    rival: Rival,
+    problem: Problem,
+    sources: Sources,
+    wanted: torch.Tensor | None,
+    clock: CpuClock | GpuClock,
+    budget: float,
+) -> Row:
+    """The row of one rival, held to `wanted` ([B, L, L, C] in float64, or None) and then timed."""
+    row = problem.case.columns() | dict.fromkeys(ROW) | {"rival": rival.name, "speed_up": {}}
+    try:
+        with torch.no_grad():
+            call = rival.make(problem, sources)
+            row |= _check(call(), problem, wanted)
+            if row["status"] == "measured":
+                if not rival.in_capture:
+                    row["peak_pairs"] = _peak_bytes(call, clock.device) / problem.case.pair_bytes
+                row |= clock.time(call, budget)
+    except Absent as error:
+        row |= {"status": "absent", "note": str(error)}
+    except Exception as error:  # whatever somebody's kernel or compiler raises is a finding
+        row |= {"status": "failed", "note": first_line(error)}
+    return row
+
+
+def _settle(clock: CpuClock | GpuClock, row: Row) -> None:
+    """Make room after a rival, and see that it left the device alive."""
+    gc.collect()
+    try:
+        clock.synchronize()
+        clock.release()
+    except Exception as error:
+        where = f"{row['rival']} at {row_case(row)}"
+        raise DeviceLostError(f"{where} broke the device: {first_line(error)}") from None
+
+
+def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | None) -> Row:
+    """error, status and note of an output."""
+    x = problem.x
+    if got.shape != x.shape or got.dtype != x.dtype:
+        note = f"gave {got.dtype} {tuple(got.shape)} for {x.dtype} {tuple(x.shape)}"
+        return {"status": "wrong", "note": note}
+    if wanted is None:
+        if not got.isfinite().all():
+            return {"status": "wrong", "note": "gave numbers that are not finite"}
+        return {"status": "measured"}
+    error = relative_error(got, wanted)
+    if not error <= _WILD_ERROR[problem.case.dtype]:
+        kept = error if math.isfinite(error) else None
+        return {"status": "wrong", "note": f"relative error {error:.1e}", "error": kept}
+    return {"status": "measured", "error": error}
+
+
+def _peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
+    """Bytes that a call holds at its peak beyond its inputs, the output included."""
+    with measure_peak_memory(device) as peak:
+        out = call()
+    del out
+    return peak.added_bytes
+
+
+def _add_first_call(row: Row, case: Case, settings: Settings, before: list[Row]) -> None:
+    """Once for each rival, C and dtype."""
+    same = ("rival", "C", "dtype")
+    if any(other["first_call_s"] and all(other[k] == row[k] for k in same) for other in before):
+        return
+    try:
+        row["first_call_s"] = first_call_seconds(
+            row["rival"], case, settings.device, settings.root, settings.published
+        )
+    except RuntimeError as error:
+        row["note"] = f"first call in a fresh process: {error}"
+
+
+def start(settings: Settings, command: str, commit: str | None = None) -> Results:
+    """Results without a row yet: environment and ceilings are taken now.
+
+    Args:
+        command, commit: as for `bench_environment.describe_environment`.
+    """
+    _use(settings.device)
+    sources = Sources(load_kernel(settings.root), settings.published)
+    return {
+        "environment": describe_environment(settings, sources, command, commit),
+        "ceilings": measure_ceilings(make_clock(settings.device)),
+        "rows": [],
+    }
+
+
+def resume(settings: Settings, path: Path, command: str, commit: str | None = None) -> Results:
+    """The results in the file at `path`, to be added to; who was absent gets another chance.
+
+    Raises:
+        UserError: they can't be read, or come from another machine, build or set of versions.
+    """
+    _use(settings.device)
+    results = read_results(path)
+    sources = Sources(load_kernel(settings.root), settings.published)
+    here = describe_environment(settings, sources, command, commit)
+    before = results["environment"]
+    for name in _SAME_WHEN_RESUMED:
+        if before.get(name) != here[name]:
+            raise UserError(
+                f"--resume: {name} was {before.get(name)!r} in {path} and is {here[name]!r} here: "
+                "measure into another file"
+            )
+    results["rows"] = [row for row in results["rows"] if row["status"] != "absent"]
+    before["commands"].append(command)
+    before["paths"] |= here["paths"]
+    return results
+
+
+def _use(device: torch.device) -> None:
+    """Make it the current device, which Triton and CUDA graphs take."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def bench(
+    settings: Settings,
+    command: str,
+    out: Path | None = None,
+    resumed: bool = False,
+    commit: str | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """The whole of it: start or resume, measure, and keep the results in the file `out`, if any.
+
+    Raises:
+        UserError: `out` can't be read or written, or holds what can't be added to.
+    """
+    if resumed and out is None:
+        raise UserError("--resume needs --out, the file to add to")
+    if resumed and out.exists():
+        results = resume(settings, out, command, commit)
+    else:
+        results = start(settings, command, commit)
+
+    def save(results: Results) -> None:
+        if out is not None:
+            write_results(results, out)
+
+    save(results)
+    run(settings, results, progress, save)
+    return results
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """The results' plots, drawn into `folder`.
+
+    Raises:
+        UserError: matplotlib is missing, or the folder can't be written to.
+    """
+    try:
+        from .bench_plots import plot
+    except ImportError as error:
+        raise UserError(f"--plot needs matplotlib ({error})") from error
+    try:
+        return plot(results, folder)
+    except OSError as error:
+        raise UserError(f"--plot {folder}: can't be written to ({error.strerror})") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command without typer and rich; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = vars(_parser().parse_args(arguments))
+    show_markdown, show_json, folder, old, out, resumed, commit = (
+        options.pop(name)
+        for name in ("markdown", "json", "plot", "results", "out", "resume", "commit")
+    )
+    try:
+        if old is not None:
+            results = read_results(old)
+        else:
+            command = shlex.join(["python", "-m", "esmfold2_trimul_tools.bench", *arguments])
+            settings = read_settings(**options)
+            results = bench(settings, command, out, resumed, commit, _print_progress)
+        if folder is not None:
+            draw(results, folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    if show_json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(markdown(results) if show_markdown else text(results))
+    return 0 if ours_is_right(results) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m esmfold2_trimul_tools.bench", description=__doc__.splitlines()[0]
+    )
+    kinds: dict[str, dict[str, Any]] = {
+        **dict.fromkeys(("budget",), {"type": float}),
+        **dict.fromkeys(("check_up_to", "seed"), {"type": int}),
+        **dict.fromkeys(("published", "kernel_root", "out", "results", "plot"), {"type": Path}),
+        **dict.fromkeys(
+            ("quick", "compile", "max_autotune", "graphs", "first_call", "resume", "markdown",
+             "json"),
+            {"action": "store_true"},
+        ),
+        "rival": {"action": "append", "dest": "rivals"},
+    }  # fmt: skip
+    defaults = inspect.signature(read_settings).parameters
+    for name, meaning in HELP.items():
+        kind = kinds.get(name, {})
+        if name in defaults and "action" not in kind:
+            kind = kind | {"default": defaults[name].default}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=meaning, **kind)
+    return parser
+
+
+def _print_progress(what: str, done: int, total: int) -> None:
+    print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

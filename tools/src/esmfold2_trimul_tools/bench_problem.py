@@ -1,0 +1,171 @@
+"""What the benchmark computes: one shape, its random inputs, its float64 answer and its floor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIRECTIONS = ("outgoing", "incoming")
+MASKS = ("bool", "float", "none")
+EPS = 1e-5
+_HIDDEN_RESIDUES = 3
+_CHANNELS_AT_ONCE = 16  # of float64 planes: 0.5 GB each at L = 2048
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: a pair tensor [B, L, L, C], hidden width D, and how it is called."""
+
+    channels: int
+    length: int
+    dtype: str
+    direction: str = "outgoing"
+    mask: str = "bool"
+    batch: int = 1
+
+    @property
+    def hidden(self) -> int:
+        """D, which is C in ESMFold2."""
+        return self.channels
+
+    @property
+    def pairs(self) -> int:
+        """n = B * L * L."""
+        return self.batch * self.length**2
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one tensor of the pair's size."""
+        return self.pairs * self.channels * self.torch_dtype.itemsize
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of the results says of its shape."""
+        return {
+            "C": self.channels,
+            "D": self.hidden,
+            "L": self.length,
+            **{name: asdict(self)[name] for name in ("batch", "dtype", "direction", "mask")},
+        }
+
+    def __str__(self) -> str:
+        return f"C={self.channels} L={self.length} {self.dtype} {self.direction} mask={self.mask}"
+
+
+class Problem(NamedTuple):
+    """x [B, L, L, C], the eight parameters by their public names (norms in float32), the mask."""
+
+    case: Case
+    x: Tensor
+    weights: dict[str, Tensor]
+    mask: Tensor | None
+
+
+def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
+    """Random inputs like a trained trunk's: rows of mean 0.3, uneven norm weights, padding.
+
+    The mask hides the last three residues.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    channels, hidden, length = case.channels, case.hidden, case.length
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def projection(rows: int, columns: int) -> Tensor:
+        return randn(rows, columns).mul_(columns**-0.5).to(case.torch_dtype)
+
+    x = randn(case.batch, length, length, channels).mul_(1.5).add_(0.3).to(case.torch_dtype)
+    weights = {
+        "norm_in_weight": 1 + 0.2 * randn(channels),
+        "norm_in_bias": 0.2 * randn(channels),
+        "p_in_weight": projection(2 * hidden, channels),
+        "g_in_weight": projection(2 * hidden, channels),
+        "norm_out_weight": 1 + 0.2 * randn(hidden),
+        "norm_out_bias": 0.2 * randn(hidden),
+        "p_out_weight": projection(channels, hidden),
+        "g_out_weight": projection(channels, channels),
+    }
+    mask = None
+    if case.mask != "none":
+        real = torch.arange(length, device=device) < max(1, length - _HIDDEN_RESIDUES)
+        mask = (real[:, None] & real[None, :]).expand(case.batch, -1, -1).contiguous()
+        mask = mask.float() if case.mask == "float" else mask
+    return Problem(case, x, weights, mask)
+
+
+def reference(problem: Problem) -> Tensor:
+    """The update [B, L, L, C] in float64, on the problem's device.
+
+    Never holds more than two float64 tensors of the pair's size: a and b come and go a few channels
+    at a time, and the answer takes the place of their product, a few rows at a time.
+    """
+    case, mask = problem.case, problem.mask
+    w = {name: value.double() for name, value in problem.weights.items()}
+    z = problem.x.double()
+    for rows in z.split(_ROWS_AT_ONCE, dim=1):
+        rows.copy_(
+            F.layer_norm(rows, (case.channels,), w["norm_in_weight"], w["norm_in_bias"], EPS)
+        )
+
+    def plane(channels: slice) -> Tensor:
+        gate = torch.sigmoid(F.linear(z, w["g_in_weight"][channels]))
+        gated = F.linear(z, w["p_in_weight"][channels]).mul_(gate)
+        if mask is not None:
+            gated.mul_(mask.unsqueeze(-1))
+        return gated.movedim(-1, 1)  # [B, channels, L, L]
+
+    t = z.new_empty(*z.shape[:-1], case.hidden)
+    for start in range(0, case.hidden, _CHANNELS_AT_ONCE):
+        stop = min(start + _CHANNELS_AT_ONCE, case.hidden)
+        a = plane(slice(start, stop))
+        b = plane(slice(case.hidden + start, case.hidden + stop))
+        product = a @ b.mT if case.direction == "outgoing" else a.mT @ b
+        t[..., start:stop] = product.movedim(1, -1)
+        del a, b, product
+
+    # D = C, so the answer fits where the product was.
+    for t_rows, z_rows in zip(t.split(_ROWS_AT_ONCE, 1), z.split(_ROWS_AT_ONCE, 1), strict=True):
+        mixed = F.layer_norm(t_rows, (case.hidden,), w["norm_out_weight"], w["norm_out_bias"], EPS)
+        gate = torch.sigmoid(F.linear(z_rows, w["g_out_weight"]))
+        t_rows.copy_(F.linear(mixed, w["p_out_weight"]).mul_(gate))
+    return t
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted|| over the whole of [B, L, L, C], in float64; NaN if any is."""
+    off = wanted.new_zeros(())
+    size = wanted.new_zeros(())
+    pieces = zip(got.split(_ROWS_AT_ONCE, 1), wanted.split(_ROWS_AT_ONCE, 1), strict=True)
+    for got_rows, wanted_rows in pieces:
+        off += (got_rows.double() - wanted_rows).square().sum()
+        size += wanted_rows.square().sum()
+    return float((off / size).sqrt())
+
+
+def stage_floors(case: Case, copy_rate: float, matrix_rate: float) -> tuple[float, float, float]:
+    """Seconds below which no stage can come: the larger of its traffic's and its FLOPs' time.
+
+    Each stage reads its inputs once and writes its outputs once; weights are left out.
+
+    Args:
+        copy_rate: bytes read and written a second.
+        matrix_rate: FLOPs a second of a matrix product.
+    """
+    n, c, d, e = case.pairs, case.channels, case.hidden, case.torch_dtype.itemsize
+    mask_bytes = {"bool": 1, "float": 4, "none": 0}[case.mask]
+    traffic = (n * (c + 2 * d) * e + n * mask_bytes, n * 3 * d * e, n * (c + d + c) * e)
+    flops = (2 * n * c * 4 * d, 2 * case.batch * d * case.length**3, 2 * n * (d * c + c * c))
+    first, second, third = (
+        max(moved / copy_rate, done / matrix_rate)
+        for moved, done in zip(traffic, flops, strict=True)
+    )
+    return first, second, third
