@@ -43,9 +43,10 @@ def stage(submodule, on_triton):
 
     def run(problem, config=None, **others):
         p = problem.to(on_triton)
-        planes, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
+        *planes, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
             p.x, p.direction, p.mask, weights_of(submodule, p), p.eps, "fp32", config, **others
         )
+        planes = torch.cat(planes, dim=1)
         length = p.x.shape[1]
         return planes[..., :length].cpu(), planes[..., length:].cpu(), moments[..., :length].cpu()
 
@@ -142,7 +143,7 @@ def test_positions_are_divided_without_division(submodule, on_triton, length):
     x[..., 0] = 0
     p = problem.to(on_triton)
     config = submodule("launch_config").LaunchConfig(128, 16, 16, 4, 2)
-    _, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
+    *_, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
         p.x, "outgoing", None, weights_of(submodule, p), p.eps, "fp32", config
     )
     assert torch.allclose(moments[:, 0, :, :length].cpu(), x.mean(-1), rtol=1e-5, atol=1e-7)

@@ -18,10 +18,11 @@ def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
 
 
 def assert_product(submodule, device, planes, length, config=None, product=None):
+    """The product of the planes [B, 2D, L, pitch] of a and b."""
     a, b = planes[..., :length].double().chunk(2, dim=1)
     wanted = torch.einsum("bdik,bdjk->bdij", a, b)
     product = submodule("trimul_einsum_triton").trimul_einsum_fwd(
-        planes.to(device), length, "fp32", config, product
+        *planes.to(device).chunk(2, dim=1), "fp32", config, product
     )
     assert product.shape == (a.shape[0], a.shape[1], length, planes.shape[-1])
     assert product.dtype == planes.dtype
@@ -64,6 +65,21 @@ def test_a_product_that_is_given(submodule, on_triton, descriptors):
     product = buffer[:, 1:4].unsqueeze(0).transpose(1, 2)
     assert_product(submodule, on_triton, planes, 21, config, product)
     assert bool((buffer[:, 0] == 7).all()) and bool((buffer[:, 4] == 7).all())
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_planes_that_lie_apart(submodule, on_triton, descriptors):
+    """a among the channels of the rows of a longer memory, b by itself."""
+    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2, descriptors)
+    planes = make_planes(21, 3, 1, torch.float16, submodule)
+    a, b = planes.to(on_triton).chunk(2, dim=1)
+    buffer = torch.full((21, 5, 32), float("nan"), dtype=torch.float16, device=on_triton)
+    apart = buffer[:, 1:4].unsqueeze(0).transpose(1, 2)
+    apart.copy_(a)
+    stage = submodule("trimul_einsum_triton").trimul_einsum_fwd
+    assert torch.equal(
+        stage(apart, b.clone(), "fp32", config)[..., :21], stage(a, b, "fp32", config)[..., :21]
+    )
 
 
 def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):

@@ -71,6 +71,50 @@ def test_inplace(kernel, on_triton, memory, direction, residual_is_pair, channel
     assert relative_error(got, wanted) <= 7e-4
 
 
+@pytest.mark.parametrize("hidden", [3, 8, 24, 64, 128, 200, 256, 384])
+@pytest.mark.parametrize("slots", [16, 24, 48, 96, 144])
+def test_groups_have_room(submodule, hidden, slots):
+    slots = min(slots, 2 * hidden)
+    end = 0
+    for first, count, apart in submodule("triton_path").groups_of(hidden, slots):
+        assert first == end and count > 0
+        end = first + count
+        if apart:  # a lies in channels of the product that are yet to come
+            assert count <= slots and end + count <= hidden
+        else:
+            assert 2 * count <= slots
+    assert end == hidden
+
+
+def test_lean_takes_four_groups_at_the_widths_of_the_models(submodule):
+    groups_of = submodule("triton_path").groups_of
+    assert [count for _, count, _ in groups_of(256, 96)] == [96, 80, 48, 32]
+    assert [count for _, count, _ in groups_of(128, 48)] == [48, 40, 24, 16]
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_lean_with_tuned_settings(kernel, submodule, on_triton, monkeypatch, descriptors, direction):
+    """Planes among the product, products in rows, in the ways that a GPU takes."""
+    config = submodule("launch_config").LaunchConfig
+    configs = {
+        "fused_dual_gemm": config(32, 16, 64, 4, 2, descriptors, held=True),
+        "trimul_einsum": config(32, 32, 16, 4, 2, descriptors, persistent=2),
+        "fused_ln_residual": config(32, 64, 32, 4, 2, descriptors, held=True),
+    }
+    for name in ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual"):
+        monkeypatch.setattr(submodule(name), "pick_config", lambda stage, *_: configs[stage])
+    submodule("triton_path")._launches.clear()
+    problem = make_problem(
+        37, 64, dtype=torch.float16, direction=direction, residual=True, mask="soft", batch=2
+    )
+    try:
+        for memory in ("default", "lean"):
+            assert_close(call(kernel, problem, on_triton, memory=memory), problem)
+    finally:
+        submodule("triton_path")._launches.clear()
+
+
 def test_inplace_on_the_aten_path(kernel):
     problem = make_problem(6, 16, residual=True)
     got = call(kernel, problem, "cpu", inplace=True)
@@ -185,7 +229,7 @@ def test_peak_memory(
 
 def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
     """The second call of a kind takes the first one's launches; another kind has its own."""
-    plans = submodule("triton_path")._plans
+    plans = submodule("triton_path")._launches
     plans.clear()
     problem = make_problem(8, 16, mask="float", dtype=torch.float16).to(on_triton)
     for _ in range(2):
@@ -199,12 +243,12 @@ def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
 
 def test_launches_of_other_kinds_are_forgotten_at_last(kernel, submodule, on_triton, monkeypatch):
     path = submodule("triton_path")
-    path._plans.clear()
-    monkeypatch.setattr(path, "_MOST_PLANS", 2)
+    path._launches.clear()
+    monkeypatch.setattr(path, "_MOST_KINDS", 2)
     for length in (3, 4, 5):
         problem = make_problem(length, 16)
         assert_close(run(kernel, problem, on_triton), problem)
-        assert len(path._plans) <= 2
+        assert len(path._launches) <= 2
 
 
 def test_constants_are_the_kernels_last_arguments_in_order(submodule):
@@ -213,17 +257,15 @@ def test_constants_are_the_kernels_last_arguments_in_order(submodule):
     problem = make_problem(4, 16)
     weights = submodule("validation").Weights
     values = weights(**{name: problem.weights.get(name) for name in weights._fields})
-    planes = torch.zeros(1, 32, 4, 16)
-    product = torch.zeros(1, 16, 4, 16)
+    a, b, product = (torch.zeros(1, 16, 4, 16) for _ in range(3))
+    moments = torch.zeros(1, 2, 4, 16)
     stages = [
         submodule("fused_dual_gemm").prepare_dual_gemm(
-            problem.x, "outgoing", None, values, 1e-5, "fp32"
+            problem.x, "outgoing", None, values, 1e-5, "fp32", (a, b)
         ),
-        submodule("trimul_einsum_triton").prepare_einsum(
-            planes, 4, "fp32", None, product.stride()
-        ),
+        submodule("trimul_einsum_triton").prepare_einsum(a, b, "fp32", product),
         submodule("fused_ln_residual").prepare_ln_residual(
-            product, problem.x, (0, 0, 16, 1), None, None, values, 1e-5, "fp32", None
+            product, problem.x, moments, None, None, values, 1e-5, "fp32"
         ),
     ]
     for stage in stages:

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_5ca5f704ed"
+_NAMESPACE = "_esmfold2_trimul_kernel_f83ccb35ab"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -2,8 +2,8 @@
 
     product[b, d, i, j] = sum_k a[b, d, i, k] * b[b, d, j, k]
 
-planes [B, 2D, L, pitch] hold a in [0, D) and b in [D, 2D), k contiguous (stage 1 wrote them so for
-both directions); product is [B, D, L, pitch] in the same dtype, j contiguous. Sums run in fp32.
+a and b are planes [B, D, L, pitch], k contiguous (stage 1 wrote them so for both directions);
+product is [B, D, L, pitch] in the same dtype, j contiguous. Sums run in fp32.
 """
 
 import torch
@@ -21,6 +21,7 @@ _GROUP_M = tl.constexpr(8)
 @triton.jit(do_not_specialize=["L", "tiles"])
 def _trimul_einsum_fwd_kernel(
     a, b, product, L, pitch, D, tiles,
+    stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
     stride_product_b, stride_product_d, stride_product_i,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -36,12 +37,14 @@ def _trimul_einsum_fwd_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _product_tile(
                 tile, a, b, product, L, pitch, D,
+                stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
                 stride_product_b, stride_product_d, stride_product_i,
                 BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
     else:
         _product_tile(
             tl.program_id(0), a, b, product, L, pitch, D,
+            stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
             stride_product_b, stride_product_d, stride_product_i,
             BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
         )  # fmt: skip
@@ -50,6 +53,7 @@ def _trimul_einsum_fwd_kernel(
 @triton.jit
 def _product_tile(
     tile, a, b, product, L, pitch, D,
+    stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
     stride_product_b, stride_product_d, stride_product_i,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,16 +74,14 @@ def _product_tile(
     start_n = (in_group // rows) * BLOCK_N
     batch = plane // D
     channel = plane - batch * D
-    plane_a = plane + batch * D
-    plane_b = plane_a + D
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
         for start_k in range(0, L, BLOCK_K):
-            a_tile = a.load([plane_a, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
-            b_tile = b.load([plane_b, start_n, start_k]).reshape(BLOCK_N, BLOCK_K)
+            a_tile = a.load([batch, channel, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
+            b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K)
             acc = dot(a_tile, b_tile.T, acc, PRECISION)
         # In halves: the buffer that a store goes through is half as large, and leaves room for
         # another stage of loads.
@@ -93,13 +95,14 @@ def _product_tile(
             right.to(product.dtype).reshape(1, 1, BLOCK_M, BLOCK_N // 2),
         )
     else:
-        plane_size = L * pitch
         offs_k = tl.arange(0, BLOCK_K)
+        plane_a = batch.to(tl.int64) * stride_a_b + channel.to(tl.int64) * stride_a_d
+        plane_b = batch.to(tl.int64) * stride_b_b + channel.to(tl.int64) * stride_b_d
         # Rows past L read row L - 1: their sums are never stored, and no row needs a mask.
-        row_m = tl.minimum(offs_m, L - 1) * pitch
-        row_n = tl.minimum(offs_n, L - 1) * pitch
-        a_ptrs = a + plane_a.to(tl.int64) * plane_size + row_m[:, None] + offs_k[None, :]
-        b_ptrs = b + plane_b.to(tl.int64) * plane_size + row_n[:, None] + offs_k[None, :]
+        row_m = tl.minimum(offs_m, L - 1).to(tl.int64) * stride_a_i
+        row_n = tl.minimum(offs_n, L - 1).to(tl.int64) * stride_b_j
+        a_ptrs = a + plane_a + row_m[:, None] + offs_k[None, :]
+        b_ptrs = b + plane_b + row_n[:, None] + offs_k[None, :]
         for start_k in range(0, L, BLOCK_K):
             # Columns [L, pitch) are zeros. Bounded by pitch, not by L: a multiple of 16 keeps the
             # accesses 16 bytes wide.
@@ -114,54 +117,47 @@ def _product_tile(
 
 
 def trimul_einsum_fwd(
-    planes: torch.Tensor,
-    length: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
     precision: str,
     config: LaunchConfig | None = None,
     product: torch.Tensor | None = None,
     prepared: PreparedLaunch | None = None,
 ) -> torch.Tensor:
-    """product [B, D, L, pitch] of planes [B, 2D, L, pitch]; columns [L, pitch) have no meaning.
+    """product [B, D, L, pitch] of a and b [B, D, L, pitch]; columns [L, pitch) have no meaning.
 
-    `product`, if given, is written and returned: unit stride along j, the others multiples of 16.
-    `prepared` is what `prepare_einsum` made of the other arguments.
+    `product`, if given, is written and returned. All three have unit stride along the last axis,
+    and other strides that are multiples of 16. `prepared` is what `prepare_einsum` made of the
+    other arguments.
     """
-    batch, n, _, pitch = planes.shape
     if product is None:
-        product = planes.new_empty(batch, n // 2, length, pitch)
+        product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if prepared is None:
-        prepared = prepare_einsum(planes, length, precision, config, product.stride())
-    prepared.launch(planes, planes, product)
+        prepared = prepare_einsum(a, b, precision, product, config)
+    prepared.launch(a, b, product)
     return product
 
 
 def prepare_einsum(
-    planes: torch.Tensor,
-    length: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
     precision: str,
-    config: LaunchConfig | None,
-    product_strides: tuple[int, ...],
+    product: torch.Tensor,
+    config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
     """The launch of `trimul_einsum_fwd` for tensors like these."""
-    batch, n, _, pitch = planes.shape
-    hidden = n // 2
-    device = device_target(planes.device)
+    batch, hidden, length, pitch = a.shape
+    device = device_target(a.device)
     if config is None:
-        shape = shape_of(planes.element_size(), hidden, length)
+        shape = shape_of(a.element_size(), hidden, length)
         config = pick_config("trimul_einsum", device.target, device.name, shape)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    a = b = product = None
+    a_arg = b_arg = product_arg = None
     if config.descriptors:
-        plane_strides = [length * pitch, pitch, 1]
-        planes_shape = [batch * n, length, length]
-        a = descriptor_of(planes, planes_shape, plane_strides, [1, block_m, block_k])
-        b = descriptor_of(planes, planes_shape, plane_strides, [1, block_n, block_k])
-        product = descriptor_of(
-            planes,
-            [batch, hidden, length, length],
-            list(product_strides),
-            [1, 1, block_m, block_n // 2],
-        )
+        shape = [batch, hidden, length, length]
+        a_arg = descriptor_of(a, shape, a.stride(), [1, 1, block_m, block_k])
+        b_arg = descriptor_of(b, shape, b.stride(), [1, 1, block_n, block_k])
+        product_arg = descriptor_of(product, shape, product.stride(), [1, 1, block_m, block_n // 2])
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
     if config.persistent:
@@ -169,7 +165,10 @@ def prepare_einsum(
     return PreparedLaunch(
         _trimul_einsum_fwd_kernel,
         programs,
-        [a, b, product, length, pitch, hidden, tiles, *product_strides[:3]],
+        [
+            a_arg, b_arg, product_arg, length, pitch, hidden, tiles,
+            *a.stride()[:3], *b.stride()[:3], *product.stride()[:3],
+        ],
         (0, 1, 2),
         dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,

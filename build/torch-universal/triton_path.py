@@ -3,31 +3,32 @@
 Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 
     default   a, b and the product, 3.0; then the product and the output, 2.0
-    lean      1 + 2/n + 1/16: the product, a and b of one of n groups of channels, and room ahead of
-              the product into which the output moves as the product is read. No output at all if it
-              is written over the residual.
+    lean      1 + 3/8 + 1/16: the product, planes of one group of channels (others lie where the
+              product is yet to be written), and room ahead of the product into which the output
+              moves as the product is read; if it is written over the residual, 1 + 3/8.
 
 Both also keep 8 bytes a pair of residues, the moments of x.
 """
 
-import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._launch import PreparedLaunch
+from ._launch import Launches, PreparedLaunch
 from ._tiles import padded_pitch
-from .fused_dual_gemm import fused_dual_gemm_fwd, prepare_dual_gemm
+from .fused_dual_gemm import empty_planes, fused_dual_gemm_fwd, prepare_dual_gemm
 from .fused_ln_residual import fused_ln_residual_fwd, prepare_ln_residual
 from .trimul_einsum_triton import prepare_einsum, trimul_einsum_fwd
 from .validation import Weights
 
-_MOST_PLANS = 1024
-# Lean: what a and b of one group may take, in tensors of the pair's size, and the steps in which
-# the output is made.
+_MOST_KINDS = 1024
+# Lean: the memory for planes, in tensors of the pair's size, and the steps in which the output is
+# made. A step's rows are written where the rows of the step before it were read.
 _LEAN_PLANES = 0.375
 _LEAN_STEPS = 16
+_GROUP_MULTIPLE = 8  # of channels: half a block of the smallest dot
 
 
 class TritonCall(NamedTuple):
@@ -45,51 +46,59 @@ class TritonCall(NamedTuple):
     inplace: bool  # the output is written over the residual
 
 
-class _Plan(NamedTuple):
-    """The launches of all calls of one kind."""
-
-    dual_gemm: PreparedLaunch
-    einsum: PreparedLaunch
-    ln_residual: PreparedLaunch
-
-
-_plans: dict[tuple, _Plan] = {}
+_launches: dict[tuple, Launches] = {}
 
 
 def run_triton(call: TritonCall) -> Tensor:
     """[B, L, L, C]; x's device must be the current one."""
-    x, weights = call.x, call.weights
-    kind = _kind(call)
-    plan = _plans.get(kind)
-    dual_gemm, einsum, ln_residual = plan or (None, None, None)
-    if plan is None:
-        dual_gemm = prepare_dual_gemm(
-            x, call.direction, call.mask, weights, call.eps_in, call.precision
-        )
-    planes, moments = fused_dual_gemm_fwd(
-        x, call.direction, call.mask, weights, call.eps_in, call.precision, prepared=dual_gemm
-    )
-    batch, n, length, pitch = planes.shape
-    product = planes.new_empty(batch, n // 2, length, pitch)
-    if plan is None:
-        einsum = prepare_einsum(planes, length, call.precision, None, product.stride())
-    trimul_einsum_fwd(planes, length, call.precision, product=product, prepared=einsum)
-    del planes  # before the output exists: the peak is a, b and the product
+    launches = _launches_of(call, lean=False)
+    a, b = empty_planes(call.x, call.weights)
+    moments = _dual_gemm(call, launches, (a, b))
+    product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    _einsum(call, launches, a, b, product)
+    del a, b  # before the output exists: the peak is a, b and the product
     moments = _with_axes_of_x(moments, call.direction)
-    if plan is None:
-        ln_residual = prepare_ln_residual(
-            product, x, moments.stride(), call.residual, call.drop_mask, weights,
-            call.eps_out, call.precision, None,
-        )  # fmt: skip
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        _plans[kind] = _Plan(dual_gemm, einsum, ln_residual)
-    if call.inplace and not _may_overwrite(call, ln_residual):
-        return _by_steps_into_residual(call, product, moments)
-    return fused_ln_residual_fwd(
-        product, x, moments, call.residual, call.drop_mask, weights, call.eps_out, call.precision,
-        out=call.residual if call.inplace else None, prepared=ln_residual,
+    stage = (product, call.x, moments, call.residual, call.drop_mask, call.weights)
+    stage += (call.eps_out, call.precision)
+    prepared = launches.of(("ln_residual",), prepare_ln_residual, *stage)
+    if call.inplace and not _may_overwrite(call, prepared):
+        return _by_steps_into_residual(call, launches, product, moments)
+    out = call.residual if call.inplace else None
+    return fused_ln_residual_fwd(*stage, out=out, prepared=prepared)
+
+
+def _dual_gemm(
+    call: TritonCall,
+    launches: Launches,
+    planes: tuple[Tensor, Tensor],
+    group: tuple[int, int] | None = None,
+    moments: Tensor | None = None,
+) -> Tensor:
+    """Stage 1 into `planes`; returns the moments."""
+    stage = (call.x, call.direction, call.mask, call.weights, call.eps_in, call.precision)
+    prepared = launches.of(
+        ("dual_gemm", group, call.x.data_ptr() % 16),
+        prepare_dual_gemm, *stage, planes, None, group, moments is not None,
     )  # fmt: skip
+    return fused_dual_gemm_fwd(*stage, planes=planes, moments=moments, prepared=prepared)[2]
+
+
+def _einsum(
+    call: TritonCall, launches: Launches, a: Tensor, b: Tensor, product: Tensor, first: int = 0
+) -> None:
+    """Stage 2 into `product`, of the channels from `first` on."""
+    prepared = launches.of(("einsum", first), prepare_einsum, a, b, call.precision, product)
+    trimul_einsum_fwd(a, b, call.precision, product=product, prepared=prepared)
+
+
+def _launches_of(call: TritonCall, lean: bool) -> Launches:
+    kind = (lean, *_kind(call))
+    found = _launches.get(kind)
+    if found is None:
+        if len(_launches) >= _MOST_KINDS:
+            _launches.clear()
+        found = _launches[kind] = Launches()
+    return found
 
 
 def _kind(call: TritonCall) -> tuple:
@@ -152,6 +161,8 @@ def run_triton_lean(call: TritonCall) -> Tensor:
     memory = torch.empty(ahead + rows * row_product, dtype=x.dtype, device=x.device)
     products = memory[ahead:].view(batch, length, hidden, pitch)
     out = call.residual if call.inplace else memory[: rows * row_out].view(x.shape)
+    slots = min(max(2 * _GROUP_MULTIPLE, int(_LEAN_PLANES * batch * channels)), 2 * hidden)
+    launches = _launches_of(call, lean=True)
     for entry in range(batch):
         of_entry = call._replace(
             **{
@@ -160,65 +171,79 @@ def run_triton_lean(call: TritonCall) -> Tensor:
             }
         )
         product = products[entry : entry + 1].transpose(1, 2)  # [1, D, L, pitch]
-        moments = _product_by_groups(of_entry, product, batch)
-        _by_steps(of_entry, product, moments, out[entry : entry + 1], step)
+        moments = _product_by_groups(of_entry, launches, product, slots)
+        _by_steps(of_entry, launches, product, moments, out[entry : entry + 1], step)
     return out
 
 
-def _product_by_groups(call: TritonCall, product: Tensor, batch: int) -> Tensor:
-    """Fills the product of one sequence of `batch`; returns the moments [1, 2, L, L] of x."""
-    x, direction, mask = call.x, call.direction, call.mask
-    length, channels = x.shape[2:]
-    hidden, pitch = product.shape[1], product.shape[3]
-    most = _LEAN_PLANES * batch * length * channels / (2 * pitch)
-    groups = math.ceil(hidden / max(16, most // 16 * 16))
-    size = -(-hidden // (16 * groups)) * 16
+def _product_by_groups(
+    call: TritonCall, launches: Launches, product: Tensor, slots: int
+) -> Tensor:
+    """Fills the product of one sequence; returns the moments [1, 2, L, L] of x.
+
+    `slots` planes have memory of their own.
+    """
+    _, hidden, length, pitch = product.shape
+    own = torch.empty(slots * length * pitch, dtype=product.dtype, device=product.device)
     moments = None
-    einsums: dict[int, PreparedLaunch] = {}
-    for first in range(0, hidden, size):
-        count = min(size, hidden - first)
-        planes, moments = fused_dual_gemm_fwd(
-            x, direction, mask, call.weights, call.eps_in, call.precision,
-            group=(first, count), moments=moments,
-        )  # fmt: skip
-        part = product[:, first : first + count]
-        if count not in einsums:
-            einsums[count] = prepare_einsum(planes, length, call.precision, None, part.stride())
-        trimul_einsum_fwd(planes, length, call.precision, product=part, prepared=einsums[count])
-        del planes  # before the next group's exist
-    return _with_axes_of_x(moments, direction)
+    for first, count, apart in groups_of(hidden, slots):
+        end = first + count
+        if apart:
+            a = product[:, end : end + count]
+            b = own[: count * length * pitch].view(1, count, length, pitch)
+        else:
+            some = own[: 2 * count * length * pitch]
+            a, b = some.view(1, 2, count, length, pitch).unbind(1)
+        moments = _dual_gemm(call, launches, (a, b), (first, count), moments)
+        _einsum(call, launches, a, b, product[:, first:end], first)
+    return _with_axes_of_x(moments, call.direction)
 
 
-def _by_steps(call: TritonCall, product: Tensor, moments: Tensor, out: Tensor, step: int) -> None:
+def groups_of(hidden: int, slots: int) -> Iterator[tuple[int, int, bool]]:
+    """Cuts `hidden` channels into few groups: (first channel, channels, whether a and b are apart).
+
+    There is memory for `slots` planes. It holds a and b of a group, or, apart, b alone; then a lies
+    in the memory of as many channels of the product as are yet to come.
+    """
+    first = 0
+    while first < hidden:
+        left = hidden - first
+        count = max(min(left, slots // 2), min(slots, left // 2))
+        if count < left:
+            count = count // _GROUP_MULTIPLE * _GROUP_MULTIPLE
+        yield first, count, count > slots // 2
+        first += count
+
+
+def _by_steps(
+    call: TritonCall, launches: Launches, product: Tensor, moments: Tensor, out: Tensor, step: int
+) -> None:
     """Stage 3 of one sequence in steps of `step` rows, one after the other, into `out`.
 
     `out` may be the memory of the residual, or of x, or lie ahead of the product in its memory.
     """
     length = call.x.shape[1]
     over_x = out.data_ptr() == call.x.data_ptr()
-    prepared: dict[tuple, PreparedLaunch] = {}
     for start in range(0, length, step):
         some = slice(start, min(start + step, length))
         x, target = call.x[:, some], out[:, some]
         residual = None if call.residual is None else call.residual[:, some]
-        operands = (product[:, :, some], x, moments[:, :, some], residual)
-        kind = (x.shape[1], *[t.data_ptr() % 16 for t in (x, target, residual) if t is not None])
-        if kind not in prepared:
-            prepared[kind] = prepare_ln_residual(
-                operands[0], x, moments.stride(), residual, call.drop_mask,
-                call.weights, call.eps_out, call.precision, None,
-            )  # fmt: skip
-        direct = not over_x or _may_overwrite(call, prepared[kind])
-        made = fused_ln_residual_fwd(
-            *operands, call.drop_mask, call.weights, call.eps_out, call.precision,
-            out=target if direct else None, prepared=prepared[kind],
-        )  # fmt: skip
+        stage = (product[:, :, some], x, moments[:, :, some], residual, call.drop_mask)
+        stage += (call.weights, call.eps_out, call.precision)
+        alignments = [t.data_ptr() % 16 for t in (x, target, residual) if t is not None]
+        prepared = launches.of(
+            ("ln_residual", x.shape[1], *alignments), prepare_ln_residual, *stage
+        )
+        direct = not over_x or _may_overwrite(call, prepared)
+        made = fused_ln_residual_fwd(*stage, out=target if direct else None, prepared=prepared)
         if not direct:
             target.copy_(made)
         del made  # the next step's takes its memory: after the first step no allocation can fail
 
 
-def _by_steps_into_residual(call: TritonCall, product: Tensor, moments: Tensor) -> Tensor:
+def _by_steps_into_residual(
+    call: TritonCall, launches: Launches, product: Tensor, moments: Tensor
+) -> Tensor:
     """Stage 3 into a residual that is x itself, where `_may_overwrite` says no."""
     step = -(-call.x.shape[1] // _LEAN_STEPS)
     for entry in range(call.x.shape[0]):
@@ -228,5 +253,5 @@ def _by_steps_into_residual(call: TritonCall, product: Tensor, moments: Tensor) 
             residual=call.residual[one],
             drop_mask=None if call.drop_mask is None else call.drop_mask[one],
         )
-        _by_steps(of_entry, product[one], moments[one], call.residual[one], step)
+        _by_steps(of_entry, launches, product[one], moments[one], call.residual[one], step)
     return call.residual

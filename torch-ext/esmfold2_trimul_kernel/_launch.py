@@ -45,6 +45,19 @@ class PreparedLaunch:
             self._compiled[grid](*arguments, *self.constants.values())
 
 
+class Launches(dict[tuple, PreparedLaunch]):
+    """The launches of all calls of one kind, by what each of them is for."""
+
+    def of(
+        self, what: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
+    ) -> PreparedLaunch:
+        """The launch for `what`; the first time, `prepare(*arguments)`."""
+        found = self.get(what)
+        if found is None:
+            found = self[what] = prepare(*arguments)
+        return found
+
+
 def descriptor_of(
     tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
 ) -> TensorDescriptor:

@@ -1,13 +1,14 @@
 """Stage 1: LayerNorm of the pair tensor, both halves of the gated dual GEMM, mask, as planes.
 
     z = LayerNorm(x; g1, b1)                                       x [B, L, L, C], any strides
-    planes[b, n, q, p] = ((z Wp^T + bp) * sigmoid(z Wg^T + bg) * mask)[b, q, p, n]   "outgoing"
-                       = ( ...                                       )[b, p, q, n]   "incoming"
+    h = (z Wp^T + bp) * sigmoid(z Wg^T + bg) * mask                [B, L, L, 2D]
+    a[b, d, q, p] = h[b, q, p, d], b[b, d, q, p] = h[b, q, p, D + d]   "outgoing"
+                  = h[b, p, q, d]                = h[b, p, q, D + d]   "incoming"
 
-Planes are [B, 2D, L, pitch] in the dtype of x: planes [0, D) are a, [D, 2D) are b, and the axis
-that stage 2 sums over (k of a[i, k], or of a[k, i]) is the contiguous one in both directions.
-"incoming" is nothing but x and mask with their two residue strides exchanged. Columns [L, pitch)
-are zeros. A call may make a group of G of the D channels alone: planes [B, 2G, L, pitch].
+a and b are planes [B, D, L, pitch] in the dtype of x, and the axis that stage 2 sums over (k of
+a[i, k], or of a[k, i]) is the contiguous one in both directions. "incoming" is nothing but x and
+mask with their two residue strides exchanged. Columns [L, pitch) are zeros. A call may make a group
+of G of the D channels alone: a and b [B, G, L, pitch].
 
 Beside them come the moments [B, 2, L, pitch] in fp32, at the same (q, p): the mean of each row of x
 (of an fp32 row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
@@ -58,23 +59,26 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 )  # fmt: skip
 def _fused_dual_gemm_fwd_kernel(
     x_ptr, mask_ptr, norm_weight_ptr, norm_bias_ptr,
-    weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, planes, moments_ptr,
+    weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, a, b, moments_ptr,
     L, pitch, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
     stride_mask_b, stride_mask_q, stride_mask_p,
     stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+    stride_a_b, stride_a_d, stride_a_q, stride_b_b, stride_b_d, stride_b_q,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, FLAT_PLANES: tl.constexpr,
+    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
     HELD: tl.constexpr, READ_MOMENTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Channels first_channel + [0, G) of a and b of BLOCK_M positions of one sequence's planes.
+    """Channels first_channel + [0, G) of a and b at BLOCK_M positions of one sequence.
 
     M = L * pitch positions m = q * pitch + p, N = the 2G output channels in blocks, K = C input
     channels. With BLOCK_K >= C the normalised rows stay on the chip while the weights stream past;
     otherwise the rows are read and normalised again for each block of channels. SPLIT programs
-    share the output channels of a tile.
+    share the output channels of a tile. FLAT_PLANES: `a` describes the planes of a and b
+    as [B * 2 * G, L * pitch].
     """
     plane_size = L * pitch
     tiles = tl.cdiv(plane_size, BLOCK_M)
@@ -107,11 +111,12 @@ def _fused_dual_gemm_fwd_kernel(
         )
         pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
 
-    valid_moments = offs_m < plane_size
+    # As q < L, but of this one the compiler sees that 16 positions share it.
+    valid_plane = offs_m < plane_size
     mean_ptrs = moments_ptr + batch * 2 * plane_size + offs_m
     if READ_MOMENTS:
-        mean = tl.load(mean_ptrs, mask=valid_moments, other=0.0)[:, None]
-        rstd = tl.load(mean_ptrs + plane_size, mask=valid_moments, other=0.0)[:, None]
+        mean = tl.load(mean_ptrs, mask=valid_plane, other=0.0)[:, None]
+        rstd = tl.load(mean_ptrs + plane_size, mask=valid_plane, other=0.0)[:, None]
     else:
         if HELD:
             mean, rstd = chunk_statistics(chunks, first, eps, C, BLOCK_K)
@@ -120,8 +125,8 @@ def _fused_dual_gemm_fwd_kernel(
         else:
             mean, rstd = row_moments(x_ptr, offs_x, stride_x_c, first, valid_m, eps, C, BLOCK_K)
         # Programs that share a tile store the same values.
-        tl.store(mean_ptrs, tl.sum(mean, 1), mask=valid_moments)
-        tl.store(mean_ptrs + plane_size, tl.sum(rstd, 1), mask=valid_moments)
+        tl.store(mean_ptrs, tl.sum(mean, 1), mask=valid_plane)
+        tl.store(mean_ptrs + plane_size, tl.sum(rstd, 1), mask=valid_plane)
 
     if HELD:
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
@@ -170,15 +175,21 @@ def _fused_dual_gemm_fwd_kernel(
         gate = add_bias(gate, gate_bias_ptr, offs_bias, limit)
         gated = value * sigmoid(gate, FAST_RECIPROCAL) * pair_mask[:, None]
         gated = gated.to(dtype).T  # [BLOCK_N, BLOCK_M]
-        start_plane = (pid_b * 2 + half) * G + start_n
-        if DESCRIPTORS:
-            planes.store([start_plane, start_m], gated)
+        if FLAT_PLANES:
+            a.store([(pid_b * 2 + half) * G + start_n, start_m], gated)
         else:
-            offs_plane = (start_plane + tl.arange(0, BLOCK_N)).to(tl.int64) * plane_size
-            valid = (offs_m < plane_size)[None, :]
+            ptr = tl.where(half == 0, a, b)
+            stride_b = tl.where(half == 0, stride_a_b, stride_b_b)
+            stride_d = tl.where(half == 0, stride_a_d, stride_b_d)
+            stride_q = tl.where(half == 0, stride_a_q, stride_b_q)
+            offs_plane = batch * stride_b + offs_n.to(tl.int64) * stride_d
+            offs_pair = q.to(tl.int64) * stride_q + p
+            # As for the product in stage 3: groups of 16 positions share a row.
+            offs_pair = tl.max_contiguous(tl.multiple_of(offs_pair, 16), 16)
+            valid = valid_plane[None, :]
             if G % BLOCK_N != 0:
                 valid = valid & (offs_n < G)[:, None]
-            tl.store(planes + offs_plane[:, None] + offs_m[None, :], gated, mask=valid)
+            tl.store(ptr + offs_plane[:, None] + offs_pair[None, :], gated, mask=valid)
 
 
 def fused_dual_gemm_fwd(
@@ -191,30 +202,40 @@ def fused_dual_gemm_fwd(
     config: LaunchConfig | None = None,
     group: tuple[int, int] | None = None,
     moments: torch.Tensor | None = None,
+    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
     prepared: PreparedLaunch | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """planes [B, 2G, L, pitch] and moments [B, 2, L, pitch] of x [B, L, L, C], mask [B, L, L].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a and b [B, G, L, pitch], and moments [B, 2, L, pitch], of x [B, L, L, C], mask [B, L, L].
 
     `precision` is about float32 inputs: "fp32", "ieee", "tf32x3", "tf32" or "bf16". `group` is
     (first channel, G), by default all D channels. `moments` are those of an earlier call with the
-    same x: they are read and returned instead of being computed again. `prepared` is what
-    `prepare_dual_gemm` made of the other arguments.
+    same x: they are read and returned instead of being computed again. `planes`, if given, are a
+    and b, which are written and returned: unit stride along p, the others multiples of 16.
+    `prepared` is what `prepare_dual_gemm` made of the other arguments.
     """
+    a, b = empty_planes(x, weights, group) if planes is None else planes
     if prepared is None:
         prepared = prepare_dual_gemm(
-            x, direction, mask, weights, eps, precision, config, group, moments is not None
+            x, direction, mask, weights, eps, precision, (a, b), config, group, moments is not None
         )
-    batch, length = x.shape[:2]
-    size = weights.p_in_weight.shape[0] // 2 if group is None else group[1]
-    pitch = padded_pitch(length)
-    planes = torch.empty(batch, 2 * size, length, pitch, dtype=x.dtype, device=x.device)
+    batch, _, length, pitch = a.shape
     if moments is None:
         moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
     prepared.launch(
         x, mask, weights.norm_in_weight, weights.norm_in_bias,
-        _projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias, planes, moments,
+        _projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias, a, b, moments,
     )  # fmt: skip
-    return planes, moments
+    return a, b, moments
+
+
+def empty_planes(
+    x: torch.Tensor, weights: Weights, group: tuple[int, int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a and b [B, G, L, pitch], not yet written, of one piece of memory [B, 2, G, L, pitch]."""
+    batch, length = x.shape[:2]
+    size = weights.p_in_weight.shape[0] // 2 if group is None else group[1]
+    shape = (batch, 2, size, length, padded_pitch(length))
+    return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
 
 
 def _projection_pair(weights: Weights) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -231,15 +252,17 @@ def prepare_dual_gemm(
     weights: Weights,
     eps: float,
     precision: str,
+    planes: tuple[torch.Tensor, torch.Tensor],
     config: LaunchConfig | None = None,
     group: tuple[int, int] | None = None,
     read_moments: bool = False,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_fwd` for tensors like these."""
-    batch, length, _, channels = x.shape
+    channels = x.shape[3]
+    a, b = planes
+    batch, size, length, pitch = a.shape
     hidden = weights.p_in_weight.shape[0] // 2
-    first_channel, size = (0, hidden) if group is None else group
-    pitch = padded_pitch(length)
+    first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
     if config is None:
         shape = shape_of(x.element_size(), max(channels, hidden), length, batch)
@@ -259,14 +282,23 @@ def prepare_dual_gemm(
     descriptors = (
         config.descriptors
         and aligned
-        and hidden % block_n == 0
-        and size % block_n == 0
         and first.stride() == second.stride()
         and gap_bytes < _MAX_DESCRIPTOR_STRIDE
     )
     gap = gap_bytes // x.element_size()
-    weight_pair = planes = None
     plane_size = length * pitch
+    flat_planes = (
+        descriptors
+        and size % block_n == 0
+        and a.stride() == b.stride() == (2 * size * plane_size, plane_size, pitch, 1)
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.storage_offset() - a.storage_offset() == size * plane_size
+    )
+    weight_pair = flat = None
+    if flat_planes:
+        flat = descriptor_of(
+            a, [2 * batch * size, plane_size], [plane_size, 1], [block_n, config.block_m]
+        )
     if descriptors:
         stride_n = first.stride(0)
         weight_pair = descriptor_of(
@@ -274,9 +306,6 @@ def prepare_dual_gemm(
             [2, 2, hidden, channels],
             [gap, hidden * stride_n, stride_n, 1],
             [2, 1, block_n, block_k],
-        )
-        planes = descriptor_of(
-            first, [batch * 2 * size, plane_size], [plane_size, 1], [block_n, config.block_m]
         )
 
     stride_x_b, stride_x_q, stride_x_p, stride_x_c = strides(x)
@@ -290,19 +319,21 @@ def prepare_dual_gemm(
         batch * triton.cdiv(plane_size, config.block_m) * split,
         [
             None, None, None, None,  # x, mask, norm weight and bias
-            weight_pair, gap, None, None, planes, None,  # biases; moments
+            weight_pair, gap, None, None, flat, None, None,  # biases; b, moments
             length, pitch, eps, first_channel,
             stride_x_b, stride_x_q, stride_x_p, stride_x_c,
             stride_mask_b, stride_mask_q, stride_mask_p,
             *first.stride(), *second.stride(),
+            *a.stride()[:3], *b.stride()[:3],
         ],
-        (0, 1, 2, 3, 4, 6, 7, 8, 9),
+        (0, 1, 2, 3, 4, 6, 7, 8, 9, 10),
         dict(
             C=channels, D=hidden, G=size,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
             WEIGHT_ALIGNMENT=16 // x.element_size() if aligned else 1, GATE_FIRST=gate_first,
-            DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
+            DESCRIPTORS=descriptors, FLAT_PLANES=flat_planes,
+            PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
             READ_MOMENTS=read_moments, SPLIT=split,
         ),

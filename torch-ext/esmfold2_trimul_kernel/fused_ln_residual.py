@@ -59,7 +59,7 @@ def _fused_ln_residual_fwd_kernel(
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, RESIDUAL_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    FLAT_PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    TILES: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
     HELD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """All C channels of BLOCK_M positions m = i * pitch + j of one sequence's output.
@@ -67,20 +67,35 @@ def _fused_ln_residual_fwd_kernel(
     M = R * pitch positions, N = C output channels in blocks, K = D channels of the product and C of
     x, in blocks of BLOCK_K that are normalised as they come. First the gate, then the projection.
 
+    TILES says how the product is cut: "flat", `product` describes planes [B * D, R * pitch] whose
+    rows follow each other; "rows", it describes rows [B, R, D, pitch], and a tile ends with its
+    row; "pointers", any strides.
+
     HELD: 16-bit rows are loaded as left operands of a product with the identity matrix, which
     brings them in fp32 into an accumulator's layout (see `_tiles.hold`), and one block of output
     channels a program. Where C = D the statistics of the product are then taken beside the gate.
     SPLIT programs share the output channels of a tile.
     """
-    plane_size = R * pitch
-    tiles = tl.cdiv(plane_size, BLOCK_M)
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
-    pid_b = pid // tiles
-    start_m = (pid - pid_b * tiles) * BLOCK_M
-    i, j = positions(start_m, pitch, BLOCK_M)
+    if TILES == "rows":
+        tiles = tl.cdiv(L, BLOCK_M)
+        row_of_all = pid // tiles
+        pid_b = row_of_all // R
+        row = row_of_all - pid_b * R
+        start_m = (pid - row_of_all * tiles) * BLOCK_M
+        i = tl.full([BLOCK_M], row, tl.int32)
+        j = start_m + tl.arange(0, BLOCK_M)
+        valid_t = j < pitch
+    else:
+        tiles = tl.cdiv(R * pitch, BLOCK_M)
+        row = 0
+        pid_b = pid // tiles
+        start_m = (pid - pid_b * tiles) * BLOCK_M
+        i, j = positions(start_m, pitch, BLOCK_M)
+        # As i < R, but of this one the compiler sees that 16 positions share it.
+        valid_t = start_m + tl.arange(0, BLOCK_M) < R * pitch
     valid_m = (i < R) & (j < L)
-    valid_t = i < R
     batch = pid_b.to(tl.int64)
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
@@ -125,8 +140,8 @@ def _fused_ln_residual_fwd_kernel(
             x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
             if BESIDE:
                 t = _load_product(
-                    product, t_ptr, pid_b * D + start_k, start_m, offs_t, offs_k,
-                    stride_product_d, valid_t, D, EVEN_D, BLOCK_M, BLOCK_K, FLAT_PRODUCT,
+                    product, t_ptr, pid_b, row, start_k, start_m, offs_t, stride_product_d, valid_t,
+                    D, EVEN_D, BLOCK_M, BLOCK_K, TILES,
                 )  # fmt: skip
             if HELD:
                 x = tl.dot(x, one)
@@ -159,8 +174,8 @@ def _fused_ln_residual_fwd_kernel(
         for start_k in range(0, D, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
             t = _load_product(
-                product, t_ptr, pid_b * D + start_k, start_m, offs_t, offs_k,
-                stride_product_d, valid_t, D, EVEN_D, BLOCK_M, BLOCK_K, FLAT_PRODUCT,
+                product, t_ptr, pid_b, row, start_k, start_m, offs_t, stride_product_d, valid_t,
+                D, EVEN_D, BLOCK_M, BLOCK_K, TILES,
             )  # fmt: skip
             if HELD:
                 t = tl.dot(t, one)
@@ -207,14 +222,17 @@ def _fused_ln_residual_fwd_kernel(
 
 @triton.jit
 def _load_product(
-    product, t_ptr, row, start_m, offs_t, offs_k, stride_k, valid_t,
+    product, t_ptr, batch, row, start_k, start_m, offs_t, stride_k, valid_t,
     D: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    FLAT_PRODUCT: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_K] tile of the product, channels offs_k; `row` is the first one's plane."""
-    if FLAT_PRODUCT:
-        return product.load([row, start_m]).T
+    """[BLOCK_M, BLOCK_K] tile of the product, channels from start_k on."""
+    if TILES == "flat":
+        return product.load([batch * D + start_k, start_m]).T
+    elif TILES == "rows":
+        return product.load([batch, row, start_k, start_m]).reshape(BLOCK_K, BLOCK_M).T
     else:
+        offs_k = start_k + tl.arange(0, BLOCK_K)
         return load_tile(t_ptr, offs_t, offs_k, stride_k, valid_t, D, EVEN_D)
 
 
@@ -265,7 +283,7 @@ def fused_ln_residual_fwd(
     """
     if prepared is None:
         prepared = prepare_ln_residual(
-            product, x, moments.stride(), residual, drop_mask, weights, eps_out, precision, config
+            product, x, moments, residual, drop_mask, weights, eps_out, precision, config
         )
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -281,13 +299,13 @@ def fused_ln_residual_fwd(
 def prepare_ln_residual(
     product: torch.Tensor,
     x: torch.Tensor,
-    moments_strides: tuple[int, ...],
+    moments: torch.Tensor,
     residual: torch.Tensor | None,
     drop_mask: torch.Tensor | None,
     weights: Weights,
     eps_out: float,
     precision: str,
-    config: LaunchConfig | None,
+    config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
     """The launch of `fused_ln_residual_fwd` for tensors like these."""
     batch, hidden, rows, pitch = product.shape
@@ -306,23 +324,27 @@ def prepare_ln_residual(
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
     emit, gate = weights.p_out_weight, weights.g_out_weight
     descriptors = config.descriptors and is_aligned(emit) and is_aligned(gate)
-    flat_product = descriptors and product.is_contiguous()
+    tiling, tiles = "pointers", triton.cdiv(rows * pitch, block_m)
     emit_arg = gate_arg = product_arg = None
     if descriptors:
         emit_arg = descriptor_of(emit, emit.shape, emit.stride(), [block_n, block_k])
         gate_arg = descriptor_of(gate, gate.shape, gate.stride(), [block_n, block_k])
-    if flat_product:
-        plane_size = rows * pitch
-        product_arg = descriptor_of(
-            product, [batch * hidden, plane_size], [plane_size, 1], [block_k, block_m]
-        )
+        stride_b, stride_d, stride_i, _ = product.stride()
+        if product.is_contiguous():
+            tiling = "flat"
+            shape, tile = [batch * hidden, rows * pitch], [block_k, block_m]
+            product_arg = descriptor_of(product, shape, [stride_d, 1], tile)
+        else:
+            tiling, tiles = "rows", rows * triton.cdiv(length, block_m)
+            shape, tile = [batch, rows, hidden, pitch], [1, 1, block_k, block_m]
+            product_arg = descriptor_of(product, shape, [stride_b, stride_i, stride_d, 1], tile)
 
     residual_strides = (0, 0, 0, 1) if residual is None else strides(residual)
     drop_strides = (0, 0, 1) if drop_mask is None else strides(drop_mask)
     elements = 16 // x.element_size()
     return PreparedLaunch(
         _fused_ln_residual_fwd_kernel,
-        batch * triton.cdiv(rows * pitch, block_m) * split,
+        batch * tiles * split,
         [
             None, product_arg, None, None, None, None, None,  # product, x, ..., drop mask, out
             None, None, None, None,  # the norms
@@ -330,7 +352,7 @@ def prepare_ln_residual(
             rows, length, pitch, eps_out,
             *product.stride()[:3],
             *strides(x),
-            *moments_strides,
+            *moments.stride(),
             *residual_strides,
             *drop_strides,
             *emit.stride(), *gate.stride(),
@@ -341,7 +363,7 @@ def prepare_ln_residual(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
-            DESCRIPTORS=descriptors, FLAT_PRODUCT=flat_product,
+            DESCRIPTORS=descriptors, TILES=tiling,
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held, SPLIT=split,
         ),

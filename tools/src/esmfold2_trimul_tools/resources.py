@@ -152,10 +152,10 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
     x = tensor(1, length, length, c)
     mask = tensor(1, length, length, dtype=torch.float32)
     with _compiling_for(kernel, target) as compiled:
-        planes, moments = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
+        a, b, moments = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
             x, "outgoing", mask, weights, 1e-5, "fp32"
         )
-        product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(planes, length, "fp32")
+        product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(a, b, "fp32")
         stage_module("fused_ln_residual").fused_ln_residual_fwd(
             product, x, moments, x, None, weights, 1e-5, "fp32"
         )

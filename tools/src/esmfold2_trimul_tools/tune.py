@@ -171,10 +171,15 @@ class StageInputs:
         config = job.launch_config(self.kernel)
         if job.stage == "fused_dual_gemm":
             stage = submodule(self.kernel, "fused_dual_gemm").fused_dual_gemm_fwd
-            return stage(self.x, "outgoing", self.mask, self.weights, 1e-5, "fp32", config)[0]
+            planes = torch.empty_like(self.planes)
+            stage(
+                self.x, "outgoing", self.mask, self.weights, 1e-5, "fp32", config,
+                planes=planes.chunk(2, dim=1),
+            )  # fmt: skip
+            return planes
         if job.stage == "trimul_einsum":
             stage = submodule(self.kernel, "trimul_einsum_triton").trimul_einsum_fwd
-            return stage(self.planes, self.length, "fp32", config)
+            return stage(*self.planes.chunk(2, dim=1), "fp32", config)
         stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
         return stage(
             self.product, self.x, self.moments, None, None, self.weights, 1e-5, "fp32", config
