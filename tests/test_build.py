@@ -197,6 +197,7 @@ def test_both_import_layouts_export_the_same_symbols(order: str):
         "layers",
         "triangle_multiplicative_update",
         "triangle_multiplicative_update_with_residual",
+        "warmup",
     ]
 
 

@@ -91,6 +91,7 @@ def test_layers_are_exported_and_of_the_right_kind(kernel):
         "layers",
         "triangle_multiplicative_update",
         "triangle_multiplicative_update_with_residual",
+        "warmup",
     ]
     layer = kernel.layers.ESMFold2TriangleMultiplication
     assert issubclass(layer, torch.nn.Module)

@@ -94,7 +94,7 @@ def test_lean_takes_four_groups_at_the_widths_of_the_models(submodule):
 
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_lean_with_tuned_settings(kernel, submodule, on_triton, monkeypatch, descriptors, direction):
+def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors, direction):
     """Planes among the product, products in rows, in the ways that a GPU takes."""
     config = submodule("launch_config").LaunchConfig
     configs = {

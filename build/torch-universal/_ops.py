@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f83ccb35ab"
+_NAMESPACE = "_esmfold2_trimul_kernel_b970c2e35c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -306,13 +306,15 @@ def prepare_ln_residual(
     eps_out: float,
     precision: str,
     config: LaunchConfig | None = None,
+    class_length: int | None = None,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_fwd` for tensors like these."""
+    """The launch of `fused_ln_residual_fwd` for tensors like these; settings as in stage 1."""
     batch, hidden, rows, pitch = product.shape
     length, channels = x.shape[2:]
     device = device_target(x.device)
     if config is None:
-        shape = shape_of(x.element_size(), max(channels, hidden), length, batch)
+        width = max(channels, hidden)
+        shape = shape_of(x.element_size(), width, class_length or length, batch)
         config = pick_config("fused_ln_residual", device.target, device.name, shape)
     block_m = config.block_m
     block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
@@ -330,7 +332,8 @@ def prepare_ln_residual(
         emit_arg = descriptor_of(emit, emit.shape, emit.stride(), [block_n, block_k])
         gate_arg = descriptor_of(gate, gate.shape, gate.stride(), [block_n, block_k])
         stride_b, stride_d, stride_i, _ = product.stride()
-        if product.is_contiguous():
+        # By the strides themselves: one row of a product in rows is contiguous too.
+        if (stride_b, stride_d, stride_i) == (hidden * rows * pitch, rows * pitch, pitch):
             tiling = "flat"
             shape, tile = [batch * hidden, rows * pitch], [block_k, block_m]
             product_arg = descriptor_of(product, shape, [stride_d, 1], tile)

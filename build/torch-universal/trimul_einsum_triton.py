@@ -144,12 +144,13 @@ def prepare_einsum(
     precision: str,
     product: torch.Tensor,
     config: LaunchConfig | None = None,
+    class_length: int | None = None,
 ) -> PreparedLaunch:
-    """The launch of `trimul_einsum_fwd` for tensors like these."""
+    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
     batch, hidden, length, pitch = a.shape
     device = device_target(a.device)
     if config is None:
-        shape = shape_of(a.element_size(), hidden, length)
+        shape = shape_of(a.element_size(), hidden, class_length or length)
         config = pick_config("trimul_einsum", device.target, device.name, shape)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     a_arg = b_arg = product_arg = None

@@ -8,8 +8,10 @@ run Triton says why, once, in the log.
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -332,29 +334,41 @@ def _run(
             )
         return residual.copy_(out) if inplace else out
 
-    from .triton_path import TritonCall, run_triton, run_triton_lean
-
-    if precision == "default":
-        highest = torch.get_float32_matmul_precision() == "highest"
-        precision = "fp32" if highest else "tf32"
+    triton_path = _triton_path()
     # The kernels index a vector of parameters by its channel; the projections bring their strides.
-    weights = Weights(*(v.contiguous() if v is not None and v.ndim == 1 else v for v in weights))
-    call = TritonCall(
-        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace
-    )
-    with _current_device(x):
+    if any([v is not None and v.ndim == 1 and not v.is_contiguous() for v in values]):
+        values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in values]
+        weights = Weights(*values)
+    call = triton_path.TritonCall(
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out,
+        kernel_precision(precision), inplace,
+    )  # fmt: skip
+    with current_device(x):
         if memory != "lean":
             try:
-                return run_triton(call)
+                return triton_path.run_triton(call)
             except torch.OutOfMemoryError:
                 # Stage 3 allocates before it writes, so an inplace call has not begun to.
                 if memory == "default":
                     raise
             _say_once("runs in lean mode: an allocation of the default mode failed")
-        return run_triton_lean(call)
+        return triton_path.run_triton_lean(call)
 
 
-def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
+@functools.cache
+def _triton_path() -> ModuleType:
+    """The module, imported where Triton is there and needed."""
+    return importlib.import_module(".triton_path", __package__)
+
+
+def kernel_precision(precision: str) -> str:
+    """The kernels' word where `precision` leaves it to torch's setting."""
+    if precision != "default":
+        return precision
+    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def current_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Within it x's device is the current one, which Triton launches on."""
     if x.device.type == "cpu":
         return contextlib.nullcontext()

@@ -59,52 +59,62 @@ def check_pair(name: str, pair: Tensor, leading: str) -> None:
         )
 
 
+# Of each parameter, in the order of Weights: its axes, whether it is required, and whether it is a
+# vector, whose dtype is free. One table, because the checks are a good part of a short call.
+_PARAMETERS = (
+    ("norm_in_weight", "[C]", False, True),
+    ("norm_in_bias", "[C]", False, True),
+    ("p_in_weight", "[2D, C]", True, False),
+    ("p_in_bias", "[2D]", False, True),
+    ("g_in_weight", "[2D, C]", True, False),
+    ("g_in_bias", "[2D]", False, True),
+    ("norm_out_weight", "[D]", False, True),
+    ("norm_out_bias", "[D]", False, True),
+    ("p_out_weight", "[C, D]", True, False),
+    ("p_out_bias", "[C]", False, True),
+    ("g_out_weight", "[C, C]", True, False),
+    ("g_out_bias", "[C]", False, True),
+)
+
+
 def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
     """Shapes, dtypes and devices of all parameters against the pair tensor."""
-    for name in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
-        _check_is_tensor(name, getattr(weights, name))
-    channels = pair.shape[-1]
+    channels, dtype, device = pair.shape[-1], pair.dtype, pair.device
     p_in = weights.p_in_weight
+    _check_is_tensor("p_in_weight", p_in)
     if p_in.ndim != 2 or p_in.shape[0] % 2 or p_in.shape[0] == 0 or p_in.shape[1] != channels:
         raise ValueError(
             f"p_in_weight must be [2D, C] with C = {channels}, the channels of {pair_name}; "
             f"got {tuple(p_in.shape)}"
         )
     hidden = p_in.shape[0] // 2
-    expected = {
-        "norm_in_weight": ("[C]", (channels,)),
-        "norm_in_bias": ("[C]", (channels,)),
-        "p_in_bias": ("[2D]", (2 * hidden,)),
-        "g_in_weight": ("[2D, C]", (2 * hidden, channels)),
-        "g_in_bias": ("[2D]", (2 * hidden,)),
-        "norm_out_weight": ("[D]", (hidden,)),
-        "norm_out_bias": ("[D]", (hidden,)),
-        "p_out_weight": ("[C, D]", (channels, hidden)),
-        "p_out_bias": ("[C]", (channels,)),
-        "g_out_weight": ("[C, C]", (channels, channels)),
-        "g_out_bias": ("[C]", (channels,)),
+    shapes = {
+        "[C]": (channels,),
+        "[D]": (hidden,),
+        "[2D]": (2 * hidden,),
+        "[2D, C]": (2 * hidden, channels),
+        "[C, D]": (channels, hidden),
+        "[C, C]": (channels, channels),
     }
-    for name, (words, shape) in expected.items():
-        value = getattr(weights, name)
-        if value is None:
+    for (name, axes, required, is_vector), value in zip(_PARAMETERS, weights, strict=True):
+        if value is None and not required:
             continue
         _check_is_tensor(name, value)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must be {words} = {list(shape)}; got {tuple(value.shape)}")
-    for name, value in weights._asdict().items():
-        if value is None:
-            continue
-        if name.startswith("norm_") or name.endswith("_bias"):
+        shape = shapes[axes]
+        if value.shape != shape:
+            raise ValueError(f"{name} must be {axes} = {list(shape)}; got {tuple(value.shape)}")
+        if is_vector:
             if value.dtype not in COMPUTE_DTYPES:
                 raise TypeError(
                     f"{name} must be torch.bfloat16, torch.float16 or torch.float32; "
                     f"got {value.dtype}"
                 )
-        elif value.dtype != pair.dtype:
+        elif value.dtype != dtype:
             raise TypeError(
-                f"{name} must have the dtype of {pair_name}, {pair.dtype}; got {value.dtype}"
+                f"{name} must have the dtype of {pair_name}, {dtype}; got {value.dtype}"
             )
-        _check_device(name, value, pair_name, pair)
+        if value.device != device:
+            _refuse_device(name, value, pair_name, pair)
 
 
 def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor | None:
@@ -113,7 +123,7 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
         return None
     _check_is_tensor("mask", mask)
     wanted = pair.shape[:-1]
-    aligned = mask.ndim <= len(wanted) and all(
+    aligned = mask.shape == wanted or mask.ndim <= len(wanted) and all(
         have in (1, want)
         for have, want in zip(reversed(mask.shape), reversed(wanted), strict=False)
     )
@@ -125,7 +135,7 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
     if mask.dtype.is_complex:
         raise TypeError(f"mask must be bool or real; got {mask.dtype}")
     _check_device("mask", mask, pair_name, pair)
-    return mask.expand(wanted)
+    return mask if mask.shape == wanted else mask.expand(wanted)
 
 
 def check_residual(residual: Tensor | None, pair: Tensor) -> None:
@@ -219,6 +229,10 @@ def _check_is_tensor(name: str, value: Tensor) -> None:
 
 def _check_device(name: str, value: Tensor, pair_name: str, pair: Tensor) -> None:
     if value.device != pair.device:
-        raise ValueError(
-            f"{name} must be on the device of {pair_name}, {pair.device}; got {value.device}"
-        )
+        _refuse_device(name, value, pair_name, pair)
+
+
+def _refuse_device(name: str, value: Tensor, pair_name: str, pair: Tensor) -> None:
+    raise ValueError(
+        f"{name} must be on the device of {pair_name}, {pair.device}; got {value.device}"
+    )

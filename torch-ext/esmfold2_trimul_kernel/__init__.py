@@ -3,10 +3,11 @@
 `triangle_multiplicative_update` and `triangle_multiplicative_update_with_residual` are AlphaFold
 2's Algorithms 11 ("outgoing" edges) and 12 ("incoming" edges), Supplementary Methods 1.6.5, on a
 pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same function as a Hugging
-Face Hub layer for ESMFold2 in transformers.
+Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand.
 """
 
 from . import layers
+from ._warmup import warmup
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
@@ -16,4 +17,5 @@ __all__ = [
     "layers",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
+    "warmup",
 ]

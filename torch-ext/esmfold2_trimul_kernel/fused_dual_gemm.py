@@ -256,8 +256,12 @@ def prepare_dual_gemm(
     config: LaunchConfig | None = None,
     group: tuple[int, int] | None = None,
     read_moments: bool = False,
+    class_length: int | None = None,
 ) -> PreparedLaunch:
-    """The launch of `fused_dual_gemm_fwd` for tensors like these."""
+    """The launch of `fused_dual_gemm_fwd` for tensors like these.
+
+    Where there is no `config`, it is that of their length, or of `class_length`.
+    """
     channels = x.shape[3]
     a, b = planes
     batch, size, length, pitch = a.shape
@@ -265,7 +269,8 @@ def prepare_dual_gemm(
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
     if config is None:
-        shape = shape_of(x.element_size(), max(channels, hidden), length, batch)
+        width = max(channels, hidden)
+        shape = shape_of(x.element_size(), width, class_length or length, batch)
         config = pick_config("fused_dual_gemm", device.target, device.name, shape)
     block_n = min(config.block_n, max(16, triton.next_power_of_2(size)))
     if size % 16 == 0:  # whole blocks, if smaller ones

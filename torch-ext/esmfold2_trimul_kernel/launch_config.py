@@ -62,14 +62,29 @@ def pick_config(stage: str, target: str, device_name: str, shape: Shape) -> Laun
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}; got {stage!r}")
-    table = _table(device_name.replace(" ", "_")) or _table(target) or _table("default")
-    for entry in table[stage][str(shape.element_bytes)]:
+    for entry in _settings(target, device_name)[stage][str(shape.element_bytes)]:
         widest, longest = entry["max_width"], entry["max_length"]
         if (widest is None or shape.width <= widest) and (
             longest is None or shape.length <= longest
         ):
             return LaunchConfig(**entry["config"])
     raise ValueError(f"no setting of {stage} for {shape}")
+
+
+def class_lengths(target: str, device_name: str) -> list[int]:
+    """One length of each class that the settings of a device tell apart, for any stage."""
+    bounds = {
+        entry["max_length"]
+        for stage in STAGES
+        for entries in _settings(target, device_name)[stage].values()
+        for entry in entries
+    }
+    finite = sorted(bound for bound in bounds if bound is not None)
+    return [*finite, finite[-1] + 1 if finite else 1]
+
+
+def _settings(target: str, device_name: str) -> dict:
+    return _table(device_name.replace(" ", "_")) or _table(target) or _table("default")
 
 
 @functools.cache

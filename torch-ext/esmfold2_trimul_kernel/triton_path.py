@@ -44,6 +44,7 @@ class TritonCall(NamedTuple):
     eps_out: float
     precision: str
     inplace: bool  # the output is written over the residual
+    class_length: int | None = None  # launch settings are those of this L; None: of x's own
 
 
 _launches: dict[tuple, Launches] = {}
@@ -60,7 +61,9 @@ def run_triton(call: TritonCall) -> Tensor:
     moments = _with_axes_of_x(moments, call.direction)
     stage = (product, call.x, moments, call.residual, call.drop_mask, call.weights)
     stage += (call.eps_out, call.precision)
-    prepared = launches.of(("ln_residual",), prepare_ln_residual, *stage)
+    prepared = launches.of(
+        ("ln_residual",), prepare_ln_residual, *stage, None, call.class_length
+    )
     if call.inplace and not _may_overwrite(call, prepared):
         return _by_steps_into_residual(call, launches, product, moments)
     out = call.residual if call.inplace else None
@@ -79,6 +82,7 @@ def _dual_gemm(
     prepared = launches.of(
         ("dual_gemm", group, call.x.data_ptr() % 16),
         prepare_dual_gemm, *stage, planes, None, group, moments is not None,
+        call.class_length,
     )  # fmt: skip
     return fused_dual_gemm_fwd(*stage, planes=planes, moments=moments, prepared=prepared)[2]
 
@@ -87,7 +91,10 @@ def _einsum(
     call: TritonCall, launches: Launches, a: Tensor, b: Tensor, product: Tensor, first: int = 0
 ) -> None:
     """Stage 2 into `product`, of the channels from `first` on."""
-    prepared = launches.of(("einsum", first), prepare_einsum, a, b, call.precision, product)
+    prepared = launches.of(
+        ("einsum", first),
+        prepare_einsum, a, b, call.precision, product, None, call.class_length,
+    )  # fmt: skip
     trimul_einsum_fwd(a, b, call.precision, product=product, prepared=prepared)
 
 
@@ -115,6 +122,7 @@ def _kind(call: TritonCall) -> tuple:
         call.eps_out,
         call.precision,
         call.inplace,
+        call.class_length,
         weights.p_in_weight.shape[0],
         weights.g_in_weight.data_ptr() - weights.p_in_weight.data_ptr(),
         *[
@@ -232,8 +240,9 @@ def _by_steps(
         stage += (call.weights, call.eps_out, call.precision)
         alignments = [t.data_ptr() % 16 for t in (x, target, residual) if t is not None]
         prepared = launches.of(
-            ("ln_residual", x.shape[1], *alignments), prepare_ln_residual, *stage
-        )
+            ("ln_residual", x.shape[1], *alignments),
+            prepare_ln_residual, *stage, None, call.class_length,
+        )  # fmt: skip
         direct = not over_x or _may_overwrite(call, prepared)
         made = fused_ln_residual_fwd(*stage, out=target if direct else None, prepared=prepared)
         if not direct:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_f83ccb35ab"
+_BUILD_ID = "_esmfold2_trimul_kernel_b970c2e35c"
 
 
 def _load_package() -> ModuleType:

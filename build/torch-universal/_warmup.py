@@ -1,0 +1,96 @@
+"""Compiling beforehand: what the first calls of a process would wait for."""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from ._device import device_target
+from .launch_config import class_lengths
+from .trimul_with_residual import current_device, execution_path, kernel_precision
+from .validation import COMPUTE_DTYPES, Weights, check_memory, resolve_precision
+
+_LENGTH = 16  # of the pair tensors that the kernels are compiled with
+
+
+def warmup(
+    channels: int = 256,
+    hidden: int | None = None,
+    *,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    norm_dtype: torch.dtype | None = torch.float32,
+    mask_dtypes: Iterable[torch.dtype | None] = (torch.bool, torch.float32),
+    residual: bool = False,
+    drop_mask_dtype: torch.dtype | None = None,
+    lengths: Iterable[int] | None = None,
+    precision: str | None = None,
+    memory: str = "default",
+) -> None:
+    """Compiles the kernels that calls of one kind need, so that no such call waits for a compiler.
+
+    Lengths share kernels in a few classes; all classes are compiled, or those of `lengths`. Triton
+    keeps what it compiled on the disk, so later processes of the same machine profit too. The
+    defaults are what ESMFold2's trunk asks for.
+
+    Args:
+        channels, hidden: C and D; hidden is channels unless given.
+        device: the accelerator.
+        dtype: of the pair tensor and the projections.
+        norm_dtype: of the LayerNorms' parameters; None where they have none.
+        mask_dtypes: the dtypes that masks will have, None for calls without a mask.
+        residual: whether calls add a residual.
+        drop_mask_dtype: the dtype of the drop masks; None for calls without one.
+        lengths: L of the calls to come; None means any.
+        precision: as for `triangle_multiplicative_update_with_residual`.
+        memory: "default" or "lean": the kernels of that mode.
+
+    Raises:
+        ValueError: a device that doesn't run the Triton kernels, or an argument that doesn't fit.
+        TypeError: a dtype that the kernels don't take.
+    """
+    hidden = channels if hidden is None else hidden
+    for name, value in (("channels", channels), ("hidden", hidden)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    if norm_dtype is not None and norm_dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            "norm_dtype must be torch.bfloat16, torch.float16, torch.float32 or None; "
+            f"got {norm_dtype}"
+        )
+    check_memory(memory)
+    if memory == "auto":
+        raise ValueError("memory must be 'default' or 'lean' for warmup; got 'auto'")
+    device = torch.empty(0, device=device).device  # with its index
+    path = execution_path(device, dtype)
+    if path.name != "triton":
+        raise ValueError(f"device must run the Triton kernels: {path.reason}; got {device}")
+
+    def zeros(*shape: int, dtype: torch.dtype | None = dtype) -> torch.Tensor | None:
+        return None if dtype is None else torch.zeros(shape, dtype=dtype, device=device)
+
+    x = zeros(1, _LENGTH, _LENGTH, channels)
+    bundle = zeros(4 * hidden, channels)  # one tensor, as in ESMFold2
+    weights = Weights(
+        zeros(channels, dtype=norm_dtype), zeros(channels, dtype=norm_dtype),
+        bundle[: 2 * hidden], None, bundle[2 * hidden :], None,
+        zeros(hidden, dtype=norm_dtype), zeros(hidden, dtype=norm_dtype),
+        zeros(channels, hidden), None, zeros(channels, channels), None,
+    )  # fmt: skip
+    from . import triton_path  # imports Triton
+
+    run = triton_path.run_triton if memory == "default" else triton_path.run_triton_lean
+    target = device_target(device)
+    lengths = class_lengths(target.target, target.name) if lengths is None else list(lengths)
+    if not all([isinstance(length, int) and length > 0 for length in lengths]):
+        raise ValueError(f"lengths must be positive integers; got {lengths}")
+    with current_device(x):
+        for mask_dtype, length in itertools.product(mask_dtypes, lengths):
+            run(
+                triton_path.TritonCall(
+                    x, "outgoing", zeros(1, _LENGTH, _LENGTH, dtype=mask_dtype),
+                    x if residual else None, zeros(1, _LENGTH, channels, dtype=drop_mask_dtype),
+                    weights, 1e-5, 1e-5, kernel_precision(resolve_precision(precision, "pair", x)),
+                    inplace=False, class_length=length,
+                )
+            )  # fmt: skip

@@ -1,0 +1,121 @@
+"""warmup: after it no call of its kind brings a kernel that is not compiled yet."""
+
+import pytest
+import torch
+from helpers import make_problem
+
+
+@pytest.fixture
+def kernels_of(submodule, on_triton, monkeypatch):
+    """kernels_of(function): what it would have compiled for sm_90; nothing is launched."""
+    target = submodule("_device").target_of("sm_90", "any")
+    stages = ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual")
+    for name in (*stages, "_warmup"):
+        monkeypatch.setattr(submodule(name), "device_target", lambda _: target)
+    any_alignment = ("mask_ptr", "moments_ptr", "drop_ptr")  # do_not_specialize in the kernels
+    seen = set()
+
+    def launch(self, *tensors):
+        names = [self.kernel.arg_names[place] for place in self.places]
+        seen.add(
+            (
+                self.kernel.fn.__name__,
+                *self.constants.items(),
+                *self.options.items(),
+                *[
+                    None if t is None else (t.dtype, name in any_alignment or t.data_ptr() % 16)
+                    for name, t in zip(names, tensors, strict=True)
+                ],
+            )
+        )
+
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", launch)
+    submodule("triton_path")._launches.clear()
+
+    def run(function) -> set:
+        seen.clear()
+        function()
+        return set(seen)
+
+    yield run
+    submodule("triton_path")._launches.clear()
+
+
+def call_lengths(kernel, lengths, *, channels, hidden, mask, residual, memory, dtype):
+    for direction in ("outgoing", "incoming"):
+        for length in lengths:
+            problem = make_problem(
+                length, channels, hidden, dtype=dtype, mask=mask, residual=residual
+            )
+            # As ESMFold2 has them: one tensor for both input projections.
+            bundle = torch.cat([problem.weights["p_in_weight"], problem.weights["g_in_weight"]])
+            problem.weights |= {
+                "p_in_weight": bundle[: 2 * hidden], "g_in_weight": bundle[2 * hidden :],
+            }  # fmt: skip
+            kernel.triangle_multiplicative_update_with_residual(
+                problem.x, direction, problem.residual, None, mask=problem.mask,
+                **problem.weights, memory=memory,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("channels, hidden, dtype", [
+    (128, 128, torch.bfloat16), (64, 32, torch.float16), (16, 24, torch.float32),
+])  # fmt: skip
+def test_every_length_is_compiled(kernel, kernels_of, memory, residual, channels, hidden, dtype):
+    kind = dict(channels=channels, hidden=hidden, dtype=dtype, residual=residual, memory=memory)
+    warmed = kernels_of(
+        lambda: kernel.warmup(**kind, mask_dtypes=[torch.bool], device="cpu")
+    )
+    lengths = (1, 64, 76, 97, 160, 161, 321)
+    called = kernels_of(lambda: call_lengths(kernel, lengths, **kind, mask="bool"))
+    assert called and called <= warmed
+
+
+def test_lengths_limit_what_is_compiled(kernel, kernels_of):
+    all_ = kernels_of(lambda: kernel.warmup(device="cpu"))
+    some = kernels_of(lambda: kernel.warmup(device="cpu", lengths=[76]))
+    assert some < all_
+    kind = dict(channels=256, hidden=256, dtype=torch.bfloat16, residual=False, memory="default")
+    assert kernels_of(lambda: call_lengths(kernel, [76], **kind, mask="bool")) <= some
+
+
+def test_masks_of_every_dtype(kernel, kernels_of):
+    def warmed(*dtypes):
+        return kernels_of(lambda: kernel.warmup(device="cpu", mask_dtypes=dtypes, lengths=[64]))
+
+    assert len(warmed(torch.bool)) == len(warmed(None)) == 3
+    # Stages 2 and 3 have no mask.
+    assert len(warmed(torch.bool, torch.float32, None)) == 5
+
+
+def test_it_runs(kernel, on_triton):
+    kernel.warmup(16, device=on_triton, lengths=[5])
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"channels": 0}, ValueError, "channels must be a positive integer; got 0"),
+    ({"hidden": 2.0}, ValueError, "hidden must be a positive integer; got 2.0"),
+    ({"memory": "auto"}, ValueError, "memory must be 'default' or 'lean' for warmup; got 'auto'"),
+    ({"memory": "x"}, ValueError, "memory must be 'auto', 'default' or 'lean'; got 'x'"),
+    ({"norm_dtype": torch.float64}, TypeError, "norm_dtype must be torch.bfloat16, torch.float16, "
+     "torch.float32 or None; got torch.float64"),
+    ({"dtype": torch.int8}, TypeError,
+     "dtype must be torch.bfloat16, torch.float16 or torch.float32; got torch.int8"),
+    ({"precision": "bf16"}, ValueError,
+     "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16'; got 'bf16'"),
+    ({"lengths": [0]}, ValueError, "lengths must be positive integers; got [0]"),
+])  # fmt: skip
+def test_refusals(kernel, on_triton, changes, error, message):
+    with pytest.raises(error) as caught:
+        kernel.warmup(**{"channels": 16, "device": on_triton, **changes})
+    assert str(caught.value) == message
+
+
+def test_a_device_without_the_kernels(kernel):
+    with pytest.raises(ValueError) as caught:
+        kernel.warmup(16, device="cpu")
+    assert str(caught.value) == (
+        "device must run the Triton kernels: CPU tensors run the ATen path; got cpu"
+    )
