@@ -27,7 +27,10 @@ def pytest_configure(config):
 
 
 def _repair_interpreter() -> None:
-    """Triton 3.6 to 3.9: `tl.dot` multiplies bf16 bit patterns, and fp32 -> bf16 casts truncate."""
+    """Triton 3.6 to 3.9: `tl.dot` multiplies bf16 bit patterns, and casts to bf16 truncate.
+
+    Of integers and bools they even keep the number as the bit pattern.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -48,8 +51,10 @@ def _repair_interpreter() -> None:
         return create_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
 
     def repaired_cast(self, src, dst_type):
-        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
-            return TensorHandle(round_to_bf16(src.data), tl.bfloat16)
+        if dst_type.scalar == tl.bfloat16 and (
+            src.dtype.scalar == tl.float32 or src.dtype.scalar.is_int()
+        ):
+            return TensorHandle(round_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
         return cast_impl(self, src, dst_type)
 
     InterpreterBuilder.create_dot = repaired_dot

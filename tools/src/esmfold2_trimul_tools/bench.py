@@ -25,7 +25,6 @@ import torch
 from .bench_clock import CpuClock, GpuClock, gemm_milliseconds, make_clock, measure_ceilings
 from .bench_environment import describe_environment
 from .bench_first_call import first_call_seconds
-from .bench_options import HELP
 from .bench_problem import Case, Problem, make_problem, reference, relative_error
 from .bench_report import markdown, text
 from .bench_results import (
@@ -43,6 +42,7 @@ from .bench_rivals import Absent, Rival, Sources, first_line
 from .bench_settings import Settings, read_settings
 from .errors import UserError
 from .memory import measure_peak_memory
+from .options import HELP
 from .repository import load_kernel
 
 Progress = Callable[[str, int, int], None]

@@ -42,14 +42,14 @@ def describe_environment(
         "torch": torch.__version__,
         "triton": _triton_version(),
         "cuda": torch.version.cuda,
-        "driver": _driver_version() if on_gpu else None,
+        "driver": driver_version() if on_gpu else None,
         "clocks": "left as they were",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "rivals": sources.versions(on_gpu),
         "kernel": sources.kernel.__name__,
         "paths": paths,
         "seed": settings.seed,
-        "commit": commit or _commit(settings.root),
+        "commit": commit or checkout_commit(settings.root),
         "date": datetime.date.today().isoformat(),
         "commands": [command],
     }
@@ -72,11 +72,12 @@ def _triton_version() -> str | None:
         return None
 
 
-def _driver_version() -> str | None:
+def driver_version() -> str | None:
+    """The NVIDIA driver's, of the first GPU."""
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 
-def _commit(root: Path) -> str | None:
+def checkout_commit(root: Path) -> str | None:
     """The checkout's commit, and whether tracked files differ from it."""
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changed = commit and _output("git", "-C", str(root), "status", "-s", "--untracked-files=no")

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from .bench_options import HELP
 from .errors import UserError
+from .options import HELP, TUNE_HELP
 from .sequences import file_stems, parse_sequence, read_fasta
 
 if TYPE_CHECKING:
@@ -368,6 +368,34 @@ def bench(
         _print_bench(measured)
     if not module.ours_is_right(measured):
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help=TUNE_HELP["out"])],
+    results: Annotated[Path | None, typer.Option(help=TUNE_HELP["results"])] = None,
+    stages: Annotated[list[str] | None, typer.Option("--stage", help=TUNE_HELP["stage"])] = None,
+    widths: Annotated[list[int] | None, typer.Option("--width", help=TUNE_HELP["width"])] = None,
+    kernel_root: KernelRoot = None,
+    commit: Annotated[str | None, typer.Option(help=TUNE_HELP["commit"])] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search launch settings on this machine's GPU and write the fastest as a table.
+
+    Every candidate is checked before it is timed. The shipped table of this
+    GPU's architecture is where the new one starts from; it is not changed.
+    """
+    from . import tune as module
+
+    command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
+    with _ProgressBar() as report:
+        measured = module.run(
+            out, results, stages, widths, kernel_root, commit, command, progress=report
+        )
+    if as_json:
+        _print_json(measured)
+    else:
+        print(module.text(measured))
 
 
 @app.command()

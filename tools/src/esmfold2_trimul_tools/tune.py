@@ -4,7 +4,10 @@ Every candidate of a stage is compiled (in processes of its own, several at a ti
 held to float32 PyTorch, and it is timed at the lengths of each class; the fastest of a class is
 kept. Needs torch, Triton and one NVIDIA GPU; no other package.
 
-    python -m esmfold2_trimul_tools.tune --out configs/NVIDIA_H200.json
+    python -m esmfold2_trimul_tools.tune --out sm_90.json --results tune.json
+
+A table written to torch-ext/esmfold2_trimul_kernel/configs is taken by devices of that target, or,
+where it is named after one device (NVIDIA_H200.json), by that device alone.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import json
 import math
 import multiprocessing
 import os
+import platform
+import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,9 @@ from types import ModuleType
 
 import torch
 
+from .bench_environment import checkout_commit, driver_version
+from .errors import UserError
+from .options import TUNE_HELP
 from .repository import find_root, load_kernel, submodule
 
 STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
@@ -51,18 +58,23 @@ class Job:
         return submodule(kernel, "launch_config").LaunchConfig(**dict(self.config))
 
 
-def candidates(stage: str, width: int) -> list[Job]:
-    """The settings to try for 16-bit tensors of C = D = width on compute capability 9.0 or newer.
+def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
+    """The settings to try for 16-bit tensors of C = D = width.
 
     Pruned by what was found on sm_90 (docs/performance.md): operands held in registers, at least
-    two blocks a multiprocessor in stages 1 and 3, no more registers than that allows.
+    two blocks a multiprocessor in stages 1 and 3, no more registers than that allows. Without
+    `descriptors`, for GPUs that have none in hardware, the same shapes through pointers.
     """
     grid = {
         "fused_dual_gemm": _dual_gemm_settings,
         "trimul_einsum": _einsum_settings,
         "fused_ln_residual": _ln_residual_settings,
     }[stage]
-    return [Job(stage, width, tuple(sorted(config.items()))) for config in grid(width)]
+    settings = list(grid(width))
+    if not descriptors:
+        settings = [config | {"descriptors": False} for config in settings]
+    jobs = [Job(stage, width, tuple(sorted(config.items()))) for config in settings]
+    return list(dict.fromkeys(jobs))
 
 
 def _dual_gemm_settings(width: int) -> Iterator[dict]:
@@ -94,6 +106,8 @@ def _einsum_settings(width: int) -> Iterator[dict]:
         (128, 64, 64, 4, 4, True, 2), (64, 128, 64, 4, 4, True, 2), (64, 64, 64, 4, 4, True, 3),
         (64, 64, 64, 4, 3, True, 0), (64, 64, 64, 4, 3, False, 0), (64, 64, 32, 4, 4, False, 0),
         (64, 128, 64, 4, 3, False, 0), (128, 128, 64, 8, 3, False, 0),
+        (64, 256, 64, 4, 3, True, 1), (64, 256, 64, 4, 2, True, 2), (128, 128, 128, 8, 2, True, 1),
+        (128, 256, 128, 8, 2, True, 1), (128, 128, 64, 4, 2, True, 2),
     ):  # fmt: skip
         yield {
             "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps,
@@ -238,33 +252,47 @@ def tune(
     widths: tuple[int, ...] = WIDTHS,
     classes: tuple[tuple[int | None, tuple[int, ...]], ...] = CLASSES,
     processes: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     jobs: list[Job] | None = None,
+    command: str = "",
+    commit: str | None = None,
 ) -> dict:
-    """Times the candidates on the current CUDA device.
+    """Times the candidates on the first CUDA device.
 
     Args:
         root: the kernel repository.
         stages, widths: what to tune.
         classes: (largest length, lengths to time) pairs, in order; the last has no largest length.
         processes: compilations at a time; by default as many as there are cores.
-        progress: called with (done, total, what).
+        progress: called with (what, done, total).
         jobs: candidates to use in place of `candidates`.
+        command, commit: to be recorded; without `commit`, git is asked.
 
     Returns:
         {"environment": ..., "rows": [{stage, width, length, config, milliseconds, error}, ...],
         "failed": [{stage, width, config, why}, ...]}; a candidate that could not be compiled or
         was wrong is in "failed", with no time.
+
+    Raises:
+        UserError: there is no NVIDIA GPU.
     """
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        raise UserError("tune needs an NVIDIA GPU: torch.cuda finds none")
     if jobs is None:
-        jobs = [job for stage in stages for width in widths for job in candidates(stage, width)]
+        descriptors = torch.cuda.get_device_capability(0) >= (9, 0)
+        jobs = [
+            job
+            for stage in stages
+            for width in widths
+            for job in candidates(stage, width, descriptors)
+        ]
     lengths = sorted({length for _, some in classes for length in some})
     steps = len(jobs) + len(widths) * len(lengths)
     done = 0
 
     def say(what: str) -> None:
         if progress is not None:
-            progress(done, steps, what)
+            progress(what, done, steps)
 
     failed, good = [], []
     context = multiprocessing.get_context("spawn")
@@ -301,7 +329,8 @@ def tune(
             done += 1
     say("done")
     rows = [row for row in rows if not any(_is(row, job) for job in wrong)]
-    return {"environment": environment(), "rows": rows, "failed": failed}
+    where = environment(command, commit or checkout_commit(root))
+    return {"environment": where, "rows": rows, "failed": failed}
 
 
 def _named(job: Job) -> dict:
@@ -312,16 +341,19 @@ def _is(row: dict, job: Job) -> bool:
     return all(row[name] == value for name, value in _named(job).items())
 
 
-def environment() -> dict:
+def environment(command: str, commit: str | None) -> dict:
     """Where and with what the times were taken."""
     import triton
 
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name(0),
+        "driver": driver_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
+        "command": command,
     }
 
 
@@ -392,30 +424,7 @@ def _shortest(config: dict) -> dict:
     return {k: v for k, v in config.items() if k not in defaults or v != defaults[k]}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the settings table to write")
-    parser.add_argument("--results", type=Path, help="write every timing there, as JSON")
-    parser.add_argument("--stage", choices=STAGES, action="append")
-    parser.add_argument("--width", type=int, action="append")
-    parser.add_argument("--kernel-root", type=Path)
-    args = parser.parse_args(arguments)
-    root = find_root(args.kernel_root)
-    started = time.monotonic()
-
-    def progress(done: int, total: int, what: str) -> None:
-        print(f"\r{done} of {total}: {what:40}", end="", file=sys.stderr, flush=True)
-
-    results = tune(
-        root, tuple(args.stage or STAGES), tuple(args.width or WIDTHS), progress=progress
-    )
-    print(file=sys.stderr)
-    write(root, results, args.out, args.results)
-    print(f"{time.monotonic() - started:.0f} s; wrote {args.out}")
-    return 0
-
-
-def write(root: Path, results: dict, out: Path, everything: Path | None) -> dict:
+def write(root: Path, results: dict, out: Path | None, everything: Path | None) -> dict:
     """Writes the table of `results` over the package's own for this target; returns the table."""
     kernel = load_kernel(root)
     target = submodule(kernel, "_device").device_target(torch.device("cuda", 0)).target
@@ -429,6 +438,81 @@ def write(root: Path, results: dict, out: Path, everything: Path | None) -> dict
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(document, indent=2) + "\n")
     return settings
+
+
+def text(results: dict, classes: tuple = CLASSES) -> str:
+    """The fastest setting of each stage, width and class, a line each."""
+    lines = [f"{results['environment']['device']}: milliseconds, geometric mean of the lengths"]
+    for stage, width in sorted({(row["stage"], row["width"]) for row in results["rows"]}):
+        for _, lengths in classes:
+            best = fastest(results["rows"], stage, width, lengths)
+            if best is not None:
+                some = ", ".join(map(str, lengths))
+                setting = " ".join(f"{k}={v}" for k, v in _shortest(best[0]).items())
+                lines.append(f"{stage} C = {width}, L = {some}: {best[1]:.4f}  {setting}")
+    lines.append(f"{len(results['failed'])} candidates failed")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command without typer and rich; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m esmfold2_trimul_tools.tune", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help=TUNE_HELP["out"])
+    parser.add_argument("--results", type=Path, help=TUNE_HELP["results"])
+    parser.add_argument("--stage", action="append", dest="stages", help=TUNE_HELP["stage"])
+    parser.add_argument(
+        "--width", type=int, action="append", dest="widths", help=TUNE_HELP["width"]
+    )
+    parser.add_argument("--kernel-root", type=Path, help=TUNE_HELP["kernel_root"])
+    parser.add_argument("--commit", help=TUNE_HELP["commit"])
+    args = parser.parse_args(arguments)
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
+
+    command = shlex.join(["python", "-m", "esmfold2_trimul_tools.tune", *arguments])
+    try:
+        results = run(**vars(args), command=command, progress=progress)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    print(text(results))
+    return 0
+
+
+def run(
+    out: Path,
+    results: Path | None,
+    stages: list[str] | None,
+    widths: list[int] | None,
+    kernel_root: Path | None,
+    commit: str | None,
+    command: str,
+    progress: Callable[[str, int, int], None],
+) -> dict:
+    """What both commands do: tunes, writes the files, returns the results.
+
+    Raises:
+        UserError: no GPU, no kernel repository, or an unknown stage or width.
+    """
+    for stage in stages or ():
+        if stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    for width in widths or ():
+        if not 16 <= width <= 512:
+            raise UserError(f"width must be from 16 to 512; got {width}")
+    root = find_root(kernel_root)
+    measured = tune(
+        root, tuple(stages or STAGES), tuple(widths or WIDTHS),
+        progress=progress, command=command, commit=commit,
+    )  # fmt: skip
+    write(root, measured, out, results)
+    return measured
 
 
 if __name__ == "__main__":

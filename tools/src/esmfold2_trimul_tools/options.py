@@ -1,4 +1,4 @@
-"""What the benchmark's options mean, for both of its commands. Lists are separated by commas."""
+"""What the options of bench and tune mean, for both commands of each; lists in bench by commas."""
 
 HELP = {
     "device": "cpu, cuda or cuda:N. Default: a GPU if there is one.",
@@ -26,4 +26,13 @@ HELP = {
     "markdown": "Print Markdown tables.",
     "plot": "Draw plots into this folder, as SVG and PNG.",
     "json": "Print one JSON document and nothing else.",
+}
+TUNE_HELP = {
+    "out": "Write the settings table to this file.",
+    "results": "Write every timing to this file.",
+    "stage": "Tune this stage alone: fused_dual_gemm, trimul_einsum, fused_ln_residual; may be "
+    "repeated.",
+    "width": "Tune this C = D alone; may be repeated. Default: 128 and 256.",
+    "kernel_root": HELP["kernel_root"],
+    "commit": HELP["commit"],
 }
