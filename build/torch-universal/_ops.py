@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b970c2e35c"
+_NAMESPACE = "_esmfold2_trimul_kernel_c2e21de3d7"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -7,13 +7,15 @@
     out    = residual + drop_mask * delta
 
 Two forms of it. `trimul_inference` is what CPU tensors run: channel-major GEMMs over blocks of
-positions that stay in the CPU's caches, elementwise work in place and in fp32, a, b and t the only
-pair-sized tensors besides the output. Its GEMMs run in bf16 for bf16 inputs where the CPU
-multiplies bf16 natively, and in fp32 otherwise: emulated 16-bit GEMMs are several times slower than
-fp32 ones. `trimul_differentiable` is the formula as written, for autograd to follow on any device.
+positions that stay in the CPU's caches, sums, norms and gates in fp32. It holds two pair-sized
+tensors: a, which t overwrites, and the output, in whose memory b lies until t is there (where D > C
+it doesn't fit, and is a third). Its GEMMs run in bf16 for bf16 inputs where the CPU multiplies bf16
+natively, and in fp32 otherwise: emulated 16-bit GEMMs are several times slower than fp32 ones.
+`trimul_differentiable` is the formula as written, for autograd to follow on any device.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,19 @@ from .validation import Weights
 # Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
 _BLOCK_POSITIONS = 2048
+
+
+class _Parameters(NamedTuple):
+    """The parameters as `trimul_inference` uses them: in the GEMMs' dtype where not in fp32."""
+
+    norm_weight: Tensor | None  # [C], fp32
+    norm_bias: Tensor | None  # [C], fp32
+    in_weight: Tensor  # [4D, C]: values of a, values of b, gates of a, gates of b
+    in_bias: Tensor | None  # [4D]
+    gate_weight: Tensor  # [C, C]
+    gate_bias: Tensor | None  # [C]
+    out_weight: Tensor  # [C, D], fp32, times the second norm's weight
+    out_bias: Tensor | None  # [C], fp32, with the second norm's bias, projected, in it
 
 
 def trimul_inference(
@@ -37,77 +52,87 @@ def trimul_inference(
     eps_out: float,
 ) -> Tensor:
     """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C]; returns like x."""
-    batch, length = x.shape[:2]
-    w = _in_gemm_dtype(weights, gemm_dtype(x.dtype, x.device.type))
-    rows = max(1, _BLOCK_POSITIONS // length) if x.device.type == "cpu" else length
-    out = None
+    batch, length, _, channels = x.shape
+    hidden = weights.p_out_weight.shape[1]
+    dtype = gemm_dtype(x.dtype, x.device.type)
+    parameters = _prepare(weights, dtype)
+    positions = _BLOCK_POSITIONS if x.device.type == "cpu" else length * length
+    rows = min(length, max(1, positions // length))
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    a = torch.empty(hidden, length, length, dtype=x.dtype, device=x.device)
+    b = torch.empty_like(a) if hidden > channels else None
     for index in range(batch):
+        if hidden <= channels:  # b is done with before its place is wanted
+            b = out[index].view(-1)[: a.numel()].view(a.shape)
         pair_mask = None if mask is None else mask[index]
-        product = _gated_product(x[index], direction, pair_mask, w, rows, eps_in)
-        if out is None:  # after a and b of the first sequence are gone
-            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        z = _write_planes(a, b, x[index], pair_mask, parameters, rows, eps_in)
+        _multiply_planes(a, b, direction, dtype, positions)
         for start in range(0, length, rows):
             window = slice(start, start + rows)
-            delta, gate = _emit(product[:, window], x[index, window], w, eps_in, eps_out)
+            if rows < length:  # there were several blocks
+                z = _normalize_rows(x[index, window], parameters, eps_in)
+            delta, gate = _emit(a[:, window], z, parameters, eps_out)
             if drop_mask is not None:
                 gate.mul_(drop_mask[index])
             if residual is None:
                 torch.mul(delta, gate, out=out[index, window])
             else:
                 torch.addcmul(residual[index, window], delta, gate, out=out[index, window])
-        del product
     return out
 
 
-def _gated_product(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    w: Weights,
-    rows: int,
-    eps: float,
+def _write_planes(
+    a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: _Parameters, rows: int, eps: float
 ) -> Tensor:
-    """t [D, L, L] of one sequence x [L, L, C], in x's dtype."""
-    length = x.shape[0]
-    hidden = w.p_in_weight.shape[0] // 2
-    planes = torch.empty(2 * hidden, length, length, dtype=x.dtype, device=x.device)
+    """a and b [D, L, L] of one sequence x [L, L, C]; returns z of the last block."""
+    hidden, length, _ = a.shape
+    dtype = p.in_weight.dtype
+    # A product with a bool rounds nothing; any other mask multiplies before a and b are rounded.
+    exact = mask is None or mask.dtype == torch.bool
+    if mask is not None:
+        mask = mask.to(dtype if exact else torch.float32)
+    # Rows that begin at multiples of 16 elements, whatever L: MKL is slow to write any others.
+    pitch = -(-rows * length // 16) * 16
+    workspace = torch.empty(4 * hidden, pitch, dtype=dtype, device=x.device)
     for start in range(0, length, rows):
         window = slice(start, start + rows)
-        z = _layer_norm(x[window].flatten(0, 1), w.norm_in_weight, w.norm_in_bias, eps)
-        z = z.to(w.p_in_weight.dtype)
-        value = _project(w.p_in_weight, w.p_in_bias, z)  # [2D, positions]
-        gate = _project(w.g_in_weight, w.g_in_bias, z).float().sigmoid_()
+        z = _normalize_rows(x[window], p, eps)
+        projected = workspace[:, : z.shape[0]]
+        _project(p.in_weight, p.in_bias, z, out=projected)
+        gated = F.glu(projected if exact else projected.float(), dim=0)  # value * sigmoid(gate)
         if mask is not None:
-            gate.mul_(mask[window].reshape(1, -1))
-        shape = (2 * hidden, -1, length)
-        torch.mul(value.view(shape), gate.view(shape), out=planes[:, window])
-    left, right = planes[:hidden], planes[hidden:]
-    if direction == "outgoing":
-        right = right.transpose(1, 2)
-    else:
-        left = left.transpose(1, 2)
-    dtype = w.p_in_weight.dtype
-    if x.dtype == dtype:
-        return torch.bmm(left, right)
-    product = torch.empty(hidden, length, length, dtype=x.dtype, device=x.device)
-    channels_at_once = max(1, _BLOCK_POSITIONS * hidden // (length * length))
-    for start in range(0, hidden, channels_at_once):
-        group = slice(start, start + channels_at_once)
-        product[group] = torch.bmm(left[group].to(dtype), right[group].to(dtype))
-    return product
+            gated *= mask[window].reshape(1, -1)
+        a[:, window], b[:, window] = gated.view(2, hidden, -1, length)
+    return z
 
 
-def _emit(
-    product: Tensor, x: Tensor, w: Weights, eps_in: float, eps_out: float
-) -> tuple[Tensor, Tensor]:
-    """The projection of t [D, rows, L] and the gate of x, both [rows, L, C] in fp32."""
-    mixed = product.flatten(1).t().contiguous()  # [positions, D]
-    mixed = _layer_norm(mixed, w.norm_out_weight, w.norm_out_bias, eps_out)
-    delta = F.linear(mixed, w.p_out_weight, w.p_out_bias)
-    z = _layer_norm(x.flatten(0, 1), w.norm_in_weight, w.norm_in_bias, eps_in)
-    z = z.to(w.g_out_weight.dtype)
-    gate = F.linear(z, w.g_out_weight, w.g_out_bias).float().sigmoid_()
-    return delta.view(x.shape), gate.view(x.shape)
+def _multiply_planes(
+    a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, positions: int
+) -> None:
+    """t [D, L, L] into the place of a, by GEMMs in `dtype`."""
+    hidden, length, _ = a.shape
+    # As many channels as hold a block's elements, and on many cores a matrix for each thread.
+    channels = max(
+        1, min(torch.get_num_threads(), hidden // 16), positions * hidden // (length * length)
+    )
+    for start in range(0, hidden, channels):
+        group = slice(start, start + channels)
+        left, right = a[group].to(dtype), b[group].to(dtype)
+        if direction == "outgoing":
+            right = right.mT
+        else:
+            left = left.mT
+        a[group] = torch.bmm(left, right)
+
+
+def _emit(product: Tensor, z: Tensor, p: _Parameters, eps: float) -> tuple[Tensor, Tensor]:
+    """The projection of t [D, rows, L] and the gate of z, both [rows, L, C] in fp32."""
+    shape = (*product.shape[1:], -1)
+    mixed = _normalize_columns(product, eps)
+    delta = F.linear(mixed.t(), p.out_weight, p.out_bias)
+    gate = F.linear(z, p.gate_weight, p.gate_bias).float().sigmoid_()
+    return delta.view(shape), gate.view(shape)
 
 
 def gemm_dtype(dtype: torch.dtype, device_type: str = "cpu") -> torch.dtype:
@@ -124,21 +149,37 @@ def _multiplies_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _in_gemm_dtype(weights: Weights, dtype: torch.dtype) -> Weights:
+def _prepare(w: Weights, dtype: torch.dtype) -> _Parameters:
     """The parameters in the dtypes that they are used in: norms and the last projection in fp32.
 
     The last projection is a small part of the time, and its rounding would come on top of the
     output's own.
     """
-    in_fp32 = ("p_out_weight", "p_out_bias")
-    return Weights(
-        **{
-            name: None
-            if value is None
-            else value.to(torch.float32 if name.startswith("norm_") or name in in_fp32 else dtype)
-            for name, value in weights._asdict().items()
-        }
+    in_bias = None
+    if w.p_in_bias is not None or w.g_in_bias is not None:
+        zeros = w.p_in_weight.new_zeros(w.p_in_weight.shape[0])
+        halves = (zeros if half is None else half for half in (w.p_in_bias, w.g_in_bias))
+        in_bias = torch.cat([half.to(dtype) for half in halves])
+    out_weight, out_bias = w.p_out_weight.float(), _cast(w.p_out_bias, torch.float32)
+    if w.norm_out_bias is not None:
+        shift = out_weight @ w.norm_out_bias.float()
+        out_bias = shift if out_bias is None else out_bias + shift
+    if w.norm_out_weight is not None:
+        out_weight = out_weight * w.norm_out_weight.float()
+    return _Parameters(
+        _cast(w.norm_in_weight, torch.float32),
+        _cast(w.norm_in_bias, torch.float32),
+        torch.cat([w.p_in_weight, w.g_in_weight]).to(dtype),
+        in_bias,
+        w.g_out_weight.to(dtype),
+        _cast(w.g_out_bias, dtype),
+        out_weight,
+        out_bias,
     )
+
+
+def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(dtype)
 
 
 def _layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -152,11 +193,31 @@ def _layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
 
 
-def _project(weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
-    """z @ weight.T + bias, channel-major: [channels out, positions]."""
+def _normalize_rows(x: Tensor, p: _Parameters, eps: float) -> Tensor:
+    """z [positions, C] of a block [rows, L, C], in the dtype of the GEMMs."""
+    z = _layer_norm(x.flatten(0, 1), p.norm_weight, p.norm_bias, eps)
+    return z.to(p.in_weight.dtype)
+
+
+def _normalize_columns(planes: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the first axis in fp32, without weights: [D, rows, L] to [D, positions].
+
+    What `_layer_norm` does to rows, the shift by the first channel included, without turning the
+    planes around: a transposed copy takes longer than the passes here.
+    """
+    columns = torch.sub(planes, planes[:1].float()).flatten(1)
+    columns -= columns.mean(0)
+    variance = columns.square().mean(0)
+    columns *= variance.add_(eps).rsqrt_()
+    return columns
+
+
+def _project(weight: Tensor, bias: Tensor | None, z: Tensor, out: Tensor) -> None:
+    """out = z @ weight.T + bias, channel-major: [channels out, positions]."""
     if bias is None:
-        return torch.mm(weight, z.t())
-    return torch.addmm(bias[:, None], weight, z.t())
+        torch.mm(weight, z.t(), out=out)
+    else:
+        torch.addmm(bias[:, None], weight, z.t(), out=out)
 
 
 def trimul_differentiable(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b970c2e35c"
+_BUILD_ID = "_esmfold2_trimul_kernel_c2e21de3d7"
 
 
 def _load_package() -> ModuleType:
