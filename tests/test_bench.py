@@ -19,6 +19,7 @@ from esmfold2_trimul_tools.bench_problem import (
     make_problem,
     reference,
     relative_error,
+    sample,
     stage_floors,
 )
 from esmfold2_trimul_tools.bench_results import (
@@ -71,6 +72,17 @@ def test_reference_is_the_tests_own(case):
     wanted = oracle(Problem(problem.x, problem.weights, case.direction, problem.mask))
     assert relative_error(reference(problem), wanted) < 1e-12
     assert torch.equal(problem.x, x)
+
+
+@pytest.mark.parametrize("case", ODD_CASES, ids=str)
+def test_a_sample_is_the_references(case):
+    problem = make_problem(case, CPU)
+    some = sample(problem)
+    residues = min(16, case.length)
+    assert some.wanted.shape == (case.batch, residues, residues, case.channels)
+    for chosen in (some.i, some.j):
+        assert {0, case.length - 1} <= set(chosen.tolist()) and chosen.unique().numel() == residues
+    assert relative_error(some.wanted, some.of(reference(problem))) < 1e-12
 
 
 def test_relative_error_is_over_the_whole_tensor():
@@ -272,9 +284,9 @@ class CountingClock(bench_clock.CpuClock):
         return {"device_ms": bench_clock.spread([2.0, 2.0]), "wall_ms": None, "host_ms": None}
 
 
-def measure(make, sources, checked=True, clock=None, case=CASE):
+def measure(make, sources, in_full=True, clock=None, case=CASE):
     problem = make_problem(case, CPU)
-    wanted = reference(problem) if checked else None
+    wanted = reference(problem) if in_full else sample(problem)
     return bench.measure(Rival("fake", make), problem, sources, wanted, clock, budget=1e-3)
 
 
@@ -338,13 +350,23 @@ def test_a_rival_that_fails_while_it_is_timed_has_no_time(sources):
     assert row["device_ms"] is None
 
 
-def test_beyond_float64_an_output_must_still_be_finite(sources):
-    def answers(factor):
-        return lambda problem, _: Call(lambda: problem.x * factor)
+def test_a_long_output_is_checked_at_some_pairs_and_must_be_finite(sources):
+    case = Case(16, 40, "float32")
 
-    row = measure(answers(2.0), sources, checked=False, clock=CountingClock())
-    assert (row["status"], row["error"]) == ("measured", None)
-    row = measure(answers(float("inf")), sources, checked=False, clock=CountingClock())
+    def answers(change):
+        def make(problem, _):
+            out = answer(problem)
+            change(out)
+            return Call(lambda: out)
+
+        return measure(make, sources, in_full=False, clock=CountingClock(), case=case)
+
+    row = answers(lambda out: None)
+    assert (row["status"], row["checked_pairs"]) == ("measured", 16 * 16)
+    assert 0 < row["error"] < 1e-7
+    row = answers(lambda out: out.mul_(1.1))
+    assert (row["status"], row["note"]) == ("wrong", "relative error 1.0e-01")
+    row = answers(lambda out: out[0, 17, 23].fill_(float("inf")))
     assert (row["status"], row["note"]) == ("wrong", "gave numbers that are not finite")
 
 
@@ -352,13 +374,15 @@ def test_peak_memory_is_counted_in_pair_tensors(sources):
     case = Case(64, 256, "float32")  # 16 MiB a pair tensor
 
     def make(problem, _):
+        out = answer(problem)
+
         def call():
             held = torch.ones(5, *problem.x.shape)
-            return held.sum(0)
+            return out + 0 * held[0, 0, 0, 0, 0]
 
         return Call(call)
 
-    row = measure(make, sources, checked=False, clock=CountingClock(), case=case)
+    row = measure(make, sources, in_full=False, clock=CountingClock(), case=case)
     assert row["peak_pairs"] == pytest.approx(6, abs=0.5)
 
 

@@ -8,6 +8,8 @@ from helpers import make_problem
 @pytest.fixture
 def kernels_of(submodule, on_triton, monkeypatch):
     """kernels_of(function): what it would have compiled for sm_90; nothing is launched."""
+    if on_triton == "cuda":
+        pytest.skip("calls whose launches are left out can't be told from others by the GPU")
     target = submodule("_device").target_of("sm_90", "any")
     stages = ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual")
     for name in (*stages, "_warmup"):

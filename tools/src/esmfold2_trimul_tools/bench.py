@@ -25,7 +25,15 @@ import torch
 from .bench_clock import CpuClock, GpuClock, gemm_milliseconds, make_clock, measure_ceilings
 from .bench_environment import describe_environment
 from .bench_first_call import first_call_seconds
-from .bench_problem import Case, Problem, make_problem, reference, relative_error
+from .bench_problem import (
+    Case,
+    Problem,
+    Sample,
+    make_problem,
+    reference,
+    relative_error,
+    sample,
+)
 from .bench_report import markdown, text
 from .bench_results import (
     ROW,
@@ -102,7 +110,8 @@ def run(
             continue
         try:
             problem = make_problem(case, settings.device, settings.seed)
-            wanted = reference(problem) if case.length <= settings.check_up_to else None
+            in_full = case.length <= settings.check_up_to
+            wanted = reference(problem) if in_full else sample(problem)
             gemm_ms = None
             if settings.device.type == "cpu":
                 gemm_ms = gemm_milliseconds(case, clock, settings.budget)
@@ -125,11 +134,11 @@ def measure(
     rival: Rival,
     problem: Problem,
     sources: Sources,
-    wanted: torch.Tensor | None,
+    wanted: torch.Tensor | Sample,
     clock: CpuClock | GpuClock,
     budget: float,
 ) -> Row:
-    """The row of one rival, held to `wanted` ([B, L, L, C] in float64, or None) and then timed."""
+    """The row of one rival, held to `wanted` ([B, L, L, C] in float64, or a sample), then timed."""
     row = problem.case.columns() | dict.fromkeys(ROW) | {"rival": rival.name, "speed_up": {}}
     try:
         with torch.no_grad():
@@ -157,21 +166,24 @@ def _settle(clock: CpuClock | GpuClock, row: Row) -> None:
         raise DeviceLostError(f"{where} broke the device: {first_line(error)}") from None
 
 
-def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | None) -> Row:
-    """error, status and note of an output."""
+def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample) -> Row:
+    """error, checked, status and note of an output."""
     x = problem.x
     if got.shape != x.shape or got.dtype != x.dtype:
         note = f"gave {got.dtype} {tuple(got.shape)} for {x.dtype} {tuple(x.shape)}"
         return {"status": "wrong", "note": note}
-    if wanted is None:
-        if not got.isfinite().all():
+    checked = problem.case.pairs
+    if isinstance(wanted, Sample):
+        if not all(rows.isfinite().all() for rows in got.split(1, dim=1)):
             return {"status": "wrong", "note": "gave numbers that are not finite"}
-        return {"status": "measured"}
+        got, wanted = wanted.of(got), wanted.wanted
+        checked = wanted.shape[:-1].numel()
     error = relative_error(got, wanted)
     if not error <= _WILD_ERROR[problem.case.dtype]:
         kept = error if math.isfinite(error) else None
-        return {"status": "wrong", "note": f"relative error {error:.1e}", "error": kept}
-    return {"status": "measured", "error": error}
+        note = f"relative error {error:.1e}"
+        return {"status": "wrong", "note": note, "error": kept, "checked_pairs": checked}
+    return {"status": "measured", "error": error, "checked_pairs": checked}
 
 
 def _peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:

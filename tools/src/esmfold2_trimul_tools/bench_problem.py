@@ -15,6 +15,7 @@ EPS = 1e-5
 _HIDDEN_RESIDUES = 3
 _CHANNELS_AT_ONCE = 16  # of float64 planes: 0.5 GB each at L = 2048
 _ROWS_AT_ONCE = 64
+_SAMPLED = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     def projection(rows: int, columns: int) -> Tensor:
         return randn(rows, columns).mul_(columns**-0.5).to(case.torch_dtype)
 
-    x = randn(case.batch, length, length, channels).mul_(1.5).add_(0.3).to(case.torch_dtype)
+    x = torch.empty(case.batch, length, length, channels, dtype=case.torch_dtype, device=device)
+    for rows in x.split(_ROWS_AT_ONCE, dim=1):  # in float32 it may not fit
+        rows.copy_(randn(*rows.shape).mul_(1.5).add_(0.3))
     weights = {
         "norm_in_weight": 1 + 0.2 * randn(channels),
         "norm_in_bias": 0.2 * randn(channels),
@@ -112,32 +115,79 @@ def reference(problem: Problem) -> Tensor:
     w = {name: value.double() for name, value in problem.weights.items()}
     z = problem.x.double()
     for rows in z.split(_ROWS_AT_ONCE, dim=1):
-        rows.copy_(
-            F.layer_norm(rows, (case.channels,), w["norm_in_weight"], w["norm_in_bias"], EPS)
-        )
-
-    def plane(channels: slice) -> Tensor:
-        gate = torch.sigmoid(F.linear(z, w["g_in_weight"][channels]))
-        gated = F.linear(z, w["p_in_weight"][channels]).mul_(gate)
-        if mask is not None:
-            gated.mul_(mask.unsqueeze(-1))
-        return gated.movedim(-1, 1)  # [B, channels, L, L]
-
+        rows.copy_(_norm_in(rows, w))
     t = z.new_empty(*z.shape[:-1], case.hidden)
-    for start in range(0, case.hidden, _CHANNELS_AT_ONCE):
-        stop = min(start + _CHANNELS_AT_ONCE, case.hidden)
-        a = plane(slice(start, stop))
-        b = plane(slice(case.hidden + start, case.hidden + stop))
+    for group in torch.arange(case.hidden).split(_CHANNELS_AT_ONCE):
+        a = _plane(z, mask, w, group)
+        b = _plane(z, mask, w, case.hidden + group)
         product = a @ b.mT if case.direction == "outgoing" else a.mT @ b
-        t[..., start:stop] = product.movedim(1, -1)
+        t[..., group] = product.movedim(1, -1)
         del a, b, product
 
     # D = C, so the answer fits where the product was.
     for t_rows, z_rows in zip(t.split(_ROWS_AT_ONCE, 1), z.split(_ROWS_AT_ONCE, 1), strict=True):
-        mixed = F.layer_norm(t_rows, (case.hidden,), w["norm_out_weight"], w["norm_out_bias"], EPS)
-        gate = torch.sigmoid(F.linear(z_rows, w["g_out_weight"]))
-        t_rows.copy_(F.linear(mixed, w["p_out_weight"]).mul_(gate))
+        t_rows.copy_(_emit(t_rows, z_rows, w))
     return t
+
+
+class Sample(NamedTuple):
+    """The float64 answer [B, R, R, C] at the pairs of residues i [R] with residues j [R]."""
+
+    i: Tensor
+    j: Tensor
+    wanted: Tensor
+
+    def of(self, out: Tensor) -> Tensor:
+        """The same pairs of an output [B, L, L, C]."""
+        return out[:, self.i[:, None], self.j]
+
+
+def sample(problem: Problem) -> Sample:
+    """The reference at the pairs of 16 residues i with 16 residues j, for any L.
+
+    The first, the last and random ones; needed of x are their pairs with all others, no more.
+    """
+    case = problem.case
+    generator = torch.Generator().manual_seed(0)
+
+    def residues() -> Tensor:
+        inner = 1 + torch.randperm(max(0, case.length - 2), generator=generator)[: _SAMPLED - 2]
+        ends = torch.tensor([0, case.length - 1])
+        return torch.cat([ends, inner]).unique().to(problem.x.device)
+
+    w = {name: value.double() for name, value in problem.weights.items()}
+    sides = []
+    i, j = residues(), residues()
+    for some, offset in ((i, 0), (j, case.hidden)):
+        # All pairs of a residue: its row where outgoing, its column where incoming.
+        side = 1 if case.direction == "outgoing" else 2
+        rows = problem.x.index_select(side, some)
+        mask = None if problem.mask is None else problem.mask.index_select(side, some)
+        if case.direction == "incoming":
+            rows, mask = rows.transpose(1, 2), None if mask is None else mask.mT
+        z = _norm_in(rows.double(), w)
+        sides.append(_plane(z, mask, w, offset + torch.arange(case.hidden)))  # [B, D, R, L]
+    t = (sides[0] @ sides[1].mT).movedim(1, -1)
+    z = _norm_in(problem.x[:, i[:, None], j].double(), w)
+    return Sample(i, j, _emit(t, z, w))
+
+
+def _norm_in(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], EPS)
+
+
+def _plane(z: Tensor, mask: Tensor | None, w: dict[str, Tensor], channels: Tensor) -> Tensor:
+    """Some channels of a and b, [B, channels, i, k], of z [B, i, k, C]."""
+    gated = F.linear(z, w["g_in_weight"][channels]).sigmoid_()
+    gated.mul_(F.linear(z, w["p_in_weight"][channels]))
+    if mask is not None:
+        gated.mul_(mask.unsqueeze(-1))
+    return gated.movedim(-1, 1)
+
+
+def _emit(t: Tensor, z: Tensor, w: dict[str, Tensor]) -> Tensor:
+    mixed = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], EPS)
+    return F.linear(mixed, w["p_out_weight"]).mul_(F.linear(z, w["g_out_weight"]).sigmoid_())
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -15,7 +15,8 @@ HELP = {
     "compile_lengths": "The lengths at which anything is compiled by torch.compile. Default: all.",
     "published": "The folder that holds the published package, esmfold2_trimul. Default: the Hub.",
     "budget": "Seconds of timing for each row.",
-    "check_up_to": "The longest L that is held to float64. Default: 1024 on a GPU, 512 on a CPU.",
+    "check_up_to": "The longest L that is held to float64 at all pairs; longer at some. "
+    "Default: 1024 on a GPU, 512 on a CPU.",
     "first_call": "Also time first calls, in fresh processes with an empty Triton cache.",
     "seed": "Of the random inputs.",
     "kernel_root": "The kernel repository. Default: the tools' own checkout.",
