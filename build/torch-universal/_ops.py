@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c2e21de3d7"
+_NAMESPACE = "_esmfold2_trimul_kernel_c236f510dc"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
