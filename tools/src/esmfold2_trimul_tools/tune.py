@@ -433,11 +433,27 @@ def write(root: Path, results: dict, out: Path | None, everything: Path | None) 
     if not base.is_file():
         base = configs / "default.json"
     settings = table(results, json.loads(base.read_text()))
-    for path, document in ((out, settings), (everything, results)):
+    for path, text_ in ((out, json.dumps(settings, indent=2)), (everything, timings(results))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, indent=2) + "\n")
+            path.write_text(text_ + "\n")
     return settings
+
+
+def timings(results: dict) -> str:
+    """The results as JSON with a line for each candidate, its times and errors by length."""
+    candidates_: dict[str, dict] = {}
+    for row in results["rows"]:
+        named = {name: row[name] for name in ("stage", "width", "config")}
+        key = json.dumps(named, sort_keys=True)
+        entry = candidates_.setdefault(key, {**named, "milliseconds": {}, "error": {}})
+        for name, digits in (("milliseconds", 5), ("error", 3)):
+            entry[name][str(row["length"])] = float(f"{row[name]:.{digits}g}")
+    lines = {"candidates": list(candidates_.values()), "failed": results["failed"]}
+    parts = [f'"environment": {json.dumps(results["environment"], indent=1)}']
+    for name, some in lines.items():
+        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, some)) + "\n]")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def text(results: dict, classes: tuple = CLASSES) -> str:
