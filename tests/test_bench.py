@@ -1,5 +1,6 @@
 """The benchmark's own bookkeeping: no test here says how fast anything is."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from esmfold2_trimul_tools.bench_problem import (
     Case,
     make_problem,
     reference,
+    reference_gradient,
     relative_error,
     sample,
     stage_floors,
@@ -420,7 +422,11 @@ def test_our_own_rivals_are_right(sources, dtype):
     case = Case(16, 9, dtype, "incoming", "float")
     problem = make_problem(case, CPU)
     wanted = reference(problem)
-    makes = {rival.name: rival.make for rival in RIVALS if rival.on_cpu and not rival.slow}
+    makes = {
+        rival.name: rival.make
+        for rival in RIVALS
+        if rival.on_cpu and not rival.slow and case.passes in rival.passes
+    }
     assert makes.keys() == {"ours", "in-tree, chunk 64", "in-tree, unchunked"}
     with torch.no_grad():
         errors = {
@@ -429,6 +435,60 @@ def test_our_own_rivals_are_right(sources, dtype):
         module = bench_rivals.in_tree(problem, sources, chunk_size=64).function
     assert max(errors.values()) < (1e-2 if dtype == "bfloat16" else 1e-6)
     assert module.chunk_size == 64 and module.norm_mix.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_reference_gradient_is_that_of_the_tests_own(direction):
+    problem = make_problem(Case(16, 9, "float32", direction, passes="training"), CPU)
+    weights = {name: value.double() for name, value in problem.weights.items()}
+    direction_of_x = torch.randn(problem.x.shape, dtype=torch.float64)
+
+    def loss(step: float) -> torch.Tensor:
+        x = problem.x.double() + step * direction_of_x
+        return (oracle(Problem(x, weights, direction, problem.mask)) * problem.grad_out).sum()
+
+    wanted = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    got = (reference_gradient(problem) * direction_of_x).sum()
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("rival", [rival for rival in RIVALS if rival.on_cpu and not rival.slow],
+                         ids=lambda rival: rival.name)  # fmt: skip
+def test_training_gives_the_gradients_of_all_that_a_rival_takes(sources, rival, monkeypatch):
+    asked = []
+    grad = torch.autograd.grad
+
+    def counting(out, leaves, grad_out):
+        gradients = grad(out, leaves, grad_out)
+        asked.append([gradient.shape for gradient in gradients])
+        return gradients
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    case = Case(16, 9, "float32", "incoming", passes="training")
+    problem = make_problem(case, CPU)
+    wanted = reference_gradient(problem)
+    asked.clear()
+    row = bench.measure(rival, problem, sources, wanted, CountingClock(), budget=1e-3)
+    assert (row["status"], row["note"], row["passes"]) == ("measured", None, "training")
+    assert 0 < row["error"] < 1e-5
+    # x, four vectors of the norms, and the projections, of which the in-tree module joins two.
+    assert {len(shapes) for shapes in asked} == {8 if rival.name.startswith("in-tree") else 9}
+
+
+def test_training_rows_have_no_floor_and_groups_of_their_own(sources, tmp_path):
+    forward = row_of("ours", milliseconds=2.0)
+    both = row_of("ours", dataclasses.replace(CASE, passes="training"), milliseconds=6.0)
+    assert both["floor_ms"] is both["floor_share"] is None and forward["floor_share"]
+    del forward["passes"]  # as results of before have it
+    environment = describe_environment(read_settings(**TINY), sources, "the command", "abc")
+    results = {"environment": environment, "ceilings": CEILINGS, "rows": [forward, both]}
+    names = [name for name, _ in bench_report.groups(results)]
+    assert names == ["float32, outgoing, bool mask",
+                     "float32, outgoing, bool mask, forward and backward"]  # fmt: skip
+    assert "forward and backward" in bench_report.text(results)
+    assert bench_report.markdown(results).count("ours, of floor") == 1
+    assert {path.stem for path in bench_plots.plot(results, tmp_path)} >= {"time_1", "time_2"}
+    assert not (tmp_path / "floor_2.svg").exists()
 
 
 def test_cuequivariance_gets_its_arguments_in_its_own_order(kernel, sources, monkeypatch):
@@ -801,7 +861,12 @@ def test_options_choose_the_rivals(monkeypatch):
         "ours", "ours, torch.compile", "ours, CUDA graph", "ours, lean", *basic[1:], "published",
         "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
     ]  # fmt: skip
-    assert len(names(device="cuda", compile=True, max_autotune=True, graphs=True)) == len(RIVALS)
+    everything = dict(compile=True, max_autotune=True, graphs=True, passes="training,forward")
+    assert len(names(device="cuda", **everything)) == len(RIVALS)
+    assert names(device="cuda", passes="training") == [
+        "ours", "ours, torch.compile", "ours, recompute all", *basic[1:], "published",
+        "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
+    ]  # fmt: skip
     settings = read_settings(device="cuda", compile_lengths="384")
     assert settings.dtypes == ("bfloat16",) and len(settings.cases()) == 30
     at = {length: settings.rivals_at(Case(128, length, "bfloat16")) for length in (384, 512)}

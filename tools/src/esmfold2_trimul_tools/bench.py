@@ -31,6 +31,7 @@ from .bench_problem import (
     Sample,
     make_problem,
     reference,
+    reference_gradient,
     relative_error,
     sample,
 )
@@ -46,7 +47,7 @@ from .bench_results import (
     row_case,
     write_results,
 )
-from .bench_rivals import Absent, Rival, Sources, first_line
+from .bench_rivals import Absent, Rival, Sources, first_line, trained
 from .bench_settings import Settings, read_settings
 from .errors import UserError
 from .memory import measure_peak_memory
@@ -110,10 +111,9 @@ def run(
             continue
         try:
             problem = make_problem(case, settings.device, settings.seed)
-            in_full = case.length <= settings.check_up_to
-            wanted = reference(problem) if in_full else sample(problem)
+            wanted = _answer(problem, settings.check_up_to)
             gemm_ms = None
-            if settings.device.type == "cpu":
+            if settings.device.type == "cpu" and case.passes == "forward":
                 gemm_ms = gemm_milliseconds(case, clock, settings.budget)
             for rival in rivals:
                 report(f"{case}, {rival.name}")
@@ -122,7 +122,8 @@ def run(
                 results["rows"].append(row)
                 count += 1
                 _settle(clock, row)
-                if settings.first_call and rival.first_call and row["status"] == "measured":
+                first_call = settings.first_call and rival.first_call and case.passes == "forward"
+                if first_call and row["status"] == "measured":
                     _add_first_call(row, case, settings, results["rows"])
             del problem, wanted
         finally:
@@ -130,19 +131,33 @@ def run(
     report("done")
 
 
+def _answer(problem: Problem, check_up_to: int) -> torch.Tensor | Sample | None:
+    """What an output is held to: all of it in float64, or of a long sequence a sample.
+
+    In training it is the gradient of x; of a long sequence nothing.
+    """
+    in_full = problem.case.length <= check_up_to
+    if problem.case.passes == "training":
+        return reference_gradient(problem) if in_full else None
+    return reference(problem) if in_full else sample(problem)
+
+
 def measure(
     rival: Rival,
     problem: Problem,
     sources: Sources,
-    wanted: torch.Tensor | Sample,
+    wanted: torch.Tensor | Sample | None,
     clock: CpuClock | GpuClock,
     budget: float,
 ) -> Row:
-    """The row of one rival, held to `wanted` ([B, L, L, C] in float64, or a sample), then timed."""
+    """The row of one rival, held to what `_answer` gave, and then timed."""
     row = problem.case.columns() | dict.fromkeys(ROW) | {"rival": rival.name, "speed_up": {}}
     try:
-        with torch.no_grad():
+        training = problem.case.passes == "training"
+        with torch.set_grad_enabled(training):
             call = rival.make(problem, sources)
+            if training:
+                call = trained(call, problem.grad_out)
             row |= _check(call(), problem, wanted)
             if row["status"] == "measured":
                 if not rival.in_capture:
@@ -166,16 +181,18 @@ def _settle(clock: CpuClock | GpuClock, row: Row) -> None:
         raise DeviceLostError(f"{where} broke the device: {first_line(error)}") from None
 
 
-def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample) -> Row:
+def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample | None) -> Row:
     """error, checked, status and note of an output."""
     x = problem.x
     if got.shape != x.shape or got.dtype != x.dtype:
         note = f"gave {got.dtype} {tuple(got.shape)} for {x.dtype} {tuple(x.shape)}"
         return {"status": "wrong", "note": note}
     checked = problem.case.pairs
-    if isinstance(wanted, Sample):
+    if not isinstance(wanted, torch.Tensor):
         if not all(rows.isfinite().all() for rows in got.split(1, dim=1)):
             return {"status": "wrong", "note": "gave numbers that are not finite"}
+        if wanted is None:
+            return {"status": "measured"}
         got, wanted = wanted.of(got), wanted.wanted
         checked = wanted.shape[:-1].numel()
     error = relative_error(got, wanted)

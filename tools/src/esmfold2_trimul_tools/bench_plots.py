@@ -24,6 +24,7 @@ _STYLES = (
     ("ours, torch.compile", "#D55E00", ":", "s"),
     ("ours, CUDA graph", "#D55E00", "--", "D"),
     ("ours, lean", "#D55E00", "-.", "p"),
+    ("ours, recompute all", "#D55E00", "-.", "*"),
     ("ours", "#D55E00", "-", "o"),
     ("in-tree, chunk 64", "#0072B2", "-", "v"),
     ("in-tree, unchunked", "#0072B2", "--", "^"),
@@ -82,7 +83,7 @@ def _draw(quantity: _Quantity, rows: list[Row], title: str) -> Figure:
     """A panel for each C, a line for each rival, one legend below; with times their floor."""
     widths = list(dict.fromkeys(row["C"] for row in rows))
     rivals = list(dict.fromkeys(row["rival"] for row in rows))
-    with_floor = quantity.name == "time"
+    with_floor = quantity.name == "time" and all(row["floor_ms"] is not None for row in rows)
     lines_of_legend = -(-(len(rivals) + with_floor) // _LEGEND_COLUMNS)
     size = (1 + 5 * max(len(widths), 1.4), 4.6 + 0.25 * lines_of_legend)
     figure = Figure(figsize=size, layout="constrained")

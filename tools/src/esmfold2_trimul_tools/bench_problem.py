@@ -11,7 +11,10 @@ from torch import Tensor
 
 DIRECTIONS = ("outgoing", "incoming")
 MASKS = ("bool", "float", "none")
+# A forward call; or one and the gradients of all that it takes but the mask.
+PASSES = ("forward", "training")
 EPS = 1e-5
+_COLUMNS = ("batch", "dtype", "direction", "mask", "passes")
 _HIDDEN_RESIDUES = 3
 _CHANNELS_AT_ONCE = 16  # of float64 planes: 0.5 GB each at L = 2048
 _ROWS_AT_ONCE = 64
@@ -28,6 +31,7 @@ class Case:
     direction: str = "outgoing"
     mask: str = "bool"
     batch: int = 1
+    passes: str = "forward"
 
     @property
     def hidden(self) -> int:
@@ -54,20 +58,25 @@ class Case:
             "C": self.channels,
             "D": self.hidden,
             "L": self.length,
-            **{name: asdict(self)[name] for name in ("batch", "dtype", "direction", "mask")},
+            **{name: value for name, value in asdict(self).items() if name in _COLUMNS},
         }
 
     def __str__(self) -> str:
-        return f"C={self.channels} L={self.length} {self.dtype} {self.direction} mask={self.mask}"
+        name = f"C={self.channels} L={self.length} {self.dtype} {self.direction} mask={self.mask}"
+        return name if self.passes == "forward" else f"{name} {self.passes}"
 
 
 class Problem(NamedTuple):
-    """x [B, L, L, C], the eight parameters by their public names (norms in float32), the mask."""
+    """x [B, L, L, C], the eight parameters by their public names (norms in float32), the mask.
+
+    grad_out is the gradient of the output, where gradients are asked for.
+    """
 
     case: Case
     x: Tensor
     weights: dict[str, Tensor]
     mask: Tensor | None
+    grad_out: Tensor | None = None
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
@@ -102,7 +111,8 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
         real = torch.arange(length, device=device) < max(1, length - _HIDDEN_RESIDUES)
         mask = (real[:, None] & real[None, :]).expand(case.batch, -1, -1).contiguous()
         mask = mask.float() if case.mask == "float" else mask
-    return Problem(case, x, weights, mask)
+    grad_out = randn(*x.shape).to(case.torch_dtype) if case.passes == "training" else None
+    return Problem(case, x, weights, mask, grad_out)
 
 
 def reference(problem: Problem) -> Tensor:
@@ -128,6 +138,24 @@ def reference(problem: Problem) -> Tensor:
     for t_rows, z_rows in zip(t.split(_ROWS_AT_ONCE, 1), z.split(_ROWS_AT_ONCE, 1), strict=True):
         t_rows.copy_(_emit(t_rows, z_rows, w))
     return t
+
+
+def reference_gradient(problem: Problem) -> Tensor:
+    """The gradient of x [B, L, L, C] in float64, by autograd of the formula as it is written."""
+    w = {name: value.double() for name, value in problem.weights.items()}
+    x = problem.x.double().requires_grad_()
+    with torch.enable_grad():
+        z = _norm_in(x, w)
+        gated = F.linear(z, w["g_in_weight"]).sigmoid() * F.linear(z, w["p_in_weight"])
+        if problem.mask is not None:
+            gated = gated * problem.mask.unsqueeze(-1)
+        a, b = gated.movedim(-1, 1).chunk(2, dim=1)
+        t = a @ b.mT if problem.case.direction == "outgoing" else a.mT @ b
+        mixed = F.layer_norm(
+            t.movedim(1, -1), (problem.case.hidden,), w["norm_out_weight"], w["norm_out_bias"], EPS
+        )
+        out = F.linear(mixed, w["p_out_weight"]) * F.linear(z, w["g_out_weight"]).sigmoid()
+    return torch.autograd.grad(out, x, problem.grad_out.double())[0]
 
 
 class Sample(NamedTuple):

@@ -6,22 +6,19 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
-from .bench_results import Results, Row
+from .bench_results import Results, Row, row_case
 from .bench_rivals import OURS
-
-_GROUP = ("dtype", "direction", "mask")
 
 
 def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
-    """(name, rows) of each dtype, direction and mask that was measured."""
-    keys = dict.fromkeys(tuple(row[name] for name in _GROUP) for row in results["rows"])
-    for dtype, direction, mask in keys:
-        rows = [
-            row
-            for row in results["rows"]
-            if (row["dtype"], row["direction"], row["mask"]) == (dtype, direction, mask)
-        ]
-        yield f"{dtype}, {direction}, {_mask_in_words(mask)}", rows
+    """(name, rows) of each dtype, direction, mask and passes that were measured."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in results["rows"]:
+        case = row_case(row)
+        found.setdefault((case.dtype, case.direction, case.mask, case.passes), []).append(row)
+    for (dtype, direction, mask, passes), rows in found.items():
+        name = f"{dtype}, {direction}, {_mask_in_words(mask)}"
+        yield name if passes == "forward" else f"{name}, forward and backward", rows
 
 
 def caption(results: Results) -> str:
@@ -54,7 +51,7 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         "first call, s": lambda row: _or_dash(row["first_call_s"], "{:.1f}".format),
         "peak, pairs": lambda row: _or_dash(row["peak_pairs"], "{:.2f}".format),
         "error": lambda row: _or_dash(row["error"], "{:.1e}".format),
-        "of floor": lambda row: f"{row['floor_share']:.0%}",
+        "of floor": lambda row: _or_dash(row["floor_share"], "{:.0%}".format),
         "x GEMMs": lambda row: _or_dash(row["gemm_times"], "{:.2f}".format),
         "vs in-tree": lambda row: _or_dash(row["speed_up"].get("in-tree, chunk 64"), ratio),
         "vs cuEq": lambda row: _or_dash(row["speed_up"].get("cuequivariance, bf16 norms"), ratio),
@@ -125,7 +122,9 @@ def ratio(value: float) -> str:
 
 def _tables(rows: list[Row]) -> Iterator[tuple[str, str]]:
     """(title, Markdown table) of what one group's rows hold; the table is empty if nothing."""
-    extra = {"ours, of floor": lambda ours: f"{ours['floor_share']:.0%}"}
+    extra = {}
+    if any(row["floor_share"] is not None for row in rows):
+        extra["ours, of floor"] = lambda ours: f"{ours['floor_share']:.0%}"
     if any(row["gemm_times"] is not None for row in rows):
         extra["ours, x GEMM time"] = lambda ours: f"{ours['gemm_times']:.2f}"
     beside = "in brackets a rival's over ours"

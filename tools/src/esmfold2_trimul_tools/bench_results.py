@@ -2,7 +2,8 @@
 
     {"environment": {...}, "ceilings": {...}, "rows": [{...}, ...]}
 
-A row is one rival at one shape: C, D, L, batch, dtype, direction, mask, and the entries of `ROW`.
+A row is one rival at one shape: C, D, L, batch, dtype, direction, mask, passes, and the entries of
+`ROW`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ ROW = {
     "rival": "its name in bench_rivals.RIVALS",
     "status": "measured; absent (can't be had here), failed (raised) or wrong, and then not timed",
     "note": "why it was not timed, or what else is to be said",
-    "error": "relative L2 error against float64 over the pairs that were checked",
+    "error": "relative L2 error against float64 over the pairs that were checked; of the output, "
+    "in training of the gradient of x",
     "checked_pairs": "B L L, or for long sequences some hundred of them",
     "device_ms": "median, p10, p90 and number of the times of single calls; on a GPU, caches cold",
     "wall_ms": "time a call of many issued back to back, on a GPU",
     "host_ms": "time until one call returns to its caller, on a GPU",
     "peak_pairs": "most memory beyond the inputs, the output included, in tensors of x's size",
     "first_call_s": "seconds of the first call in a fresh process with an empty Triton cache",
-    "floor_ms": "sum of the three stages' floors",
+    "floor_ms": "sum of the three stages' floors, of a forward call",
     "floor_share": "floor_ms / median device_ms",
     "gemm_ms": "time of plain float32 GEMMs of the same FLOPs, on a CPU",
     "gemm_times": "median device_ms / gemm_ms",
@@ -41,11 +43,13 @@ ROW = {
 
 def derive(row: Row, case: Case, ceilings: dict[str, Any], gemm_ms: float | None) -> None:
     """Fill in what follows from the row's time, the ceilings and the GEMMs' time."""
-    floors = stage_floors(case, ceilings["copy_bytes_per_s"], ceilings["matrix_flops_per_s"])
-    row["floor_ms"] = 1e3 * sum(floors)
     row["gemm_ms"] = gemm_ms
+    if case.passes == "forward":
+        floors = stage_floors(case, ceilings["copy_bytes_per_s"], ceilings["matrix_flops_per_s"])
+        row["floor_ms"] = 1e3 * sum(floors)
     if row["device_ms"] is not None:
-        row["floor_share"] = row["floor_ms"] / row["device_ms"]["median"]
+        if row["floor_ms"] is not None:
+            row["floor_share"] = row["floor_ms"] / row["device_ms"]["median"]
         row["gemm_times"] = None if gemm_ms is None else row["device_ms"]["median"] / gemm_ms
 
 
@@ -61,7 +65,9 @@ def compare(rows: list[Row]) -> None:
 
 def row_case(row: Row) -> Case:
     """The shape that a row is of."""
-    return Case(row["C"], row["L"], row["dtype"], row["direction"], row["mask"], batch=row["batch"])
+    names = ("C", "L", "dtype", "direction", "mask", "batch")
+    # Results of before there was training have no passes.
+    return Case(*[row[name] for name in names], passes=row.get("passes", "forward"))
 
 
 def read_results(path: Path) -> Results:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench_problem import EPS, Problem
+from .bench_problem import EPS, PASSES, Problem
 
 _PUBLISHED = "esmfold2_trimul"
 _HUB_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the published layer
@@ -85,7 +85,7 @@ class Rival:
     always takes part. on_cpu: whether it takes part on a CPU too. slow: it compiles for a while at
     each length, and --compile-lengths holds it to some. in_capture: it is the replay of a CUDA
     graph, whose memory is set aside at capture. first_call: its first call in a fresh process is
-    worth timing.
+    worth timing. passes: what it takes part in.
     """
 
     name: str
@@ -95,14 +95,15 @@ class Rival:
     slow: bool = False
     in_capture: bool = False
     first_call: bool = False
+    passes: tuple[str, ...] = PASSES
 
 
-def ours(problem: Problem, sources: Sources, memory: str = "default") -> Call:
+def ours(problem: Problem, sources: Sources, **options: str) -> Call:
     """The public function, without a residual."""
     return Call(
         sources.kernel.triangle_multiplicative_update_with_residual,
         (problem.x, problem.case.direction, None, None),
-        {**problem.weights, "mask": problem.mask, "eps": EPS, "memory": memory},
+        {**problem.weights, "mask": problem.mask, "eps": EPS, "memory": "default", **options},
     )
 
 
@@ -147,12 +148,12 @@ def published(problem: Problem, sources: Sources) -> Call:
     function = module.triangle_multiplicative_update_with_residual
     weights = {name: value.bfloat16() for name, value in problem.weights.items()}
 
-    def update(x: Tensor) -> Tensor:
+    def update(x: Tensor, **weights: Tensor) -> Tensor:
         zeros = torch.zeros_like(x)
         direction, mask = problem.case.direction, problem.mask
         return function(x, direction, zeros, None, **weights, mask=mask, eps=EPS)
 
-    return Call(update, (problem.x,))
+    return Call(update, (problem.x,), weights)
 
 
 def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
@@ -219,6 +220,22 @@ def captured(make: Maker) -> Maker:
     return made
 
 
+def trained(call: Call, grad_out: Tensor) -> Call:
+    """The call and the gradients of x and of every parameter that it takes; returns that of x."""
+    tensors = [*call.args, *call.kwargs.values()]
+    # A mask is [B, L, L].
+    leaves = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim != 3]
+    if isinstance(call.function, torch.nn.Module):
+        leaves += call.function.parameters()
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step() -> Tensor:
+        return torch.autograd.grad(call(), leaves, grad_out)[0]
+
+    return Call(step)
+
+
 def _replay(graph: torch.cuda.CUDAGraph, out: Tensor, call: Call) -> Tensor:
     """`call` is only held: the graph reads the parameters that it was made with."""
     graph.replay()
@@ -232,22 +249,27 @@ _ours_compiled = compiled(ours, fullgraph=True)
 _in_tree_compiled = compiled(in_tree)
 _in_tree_autotuned = compiled(in_tree, mode="max-autotune-no-cudagraphs")
 
+FORWARD = ("forward",)
 OURS = "ours"
 RIVALS = (
     Rival(OURS, ours, on_cpu=True, first_call=True),
     Rival("ours, torch.compile", _ours_compiled, slow=True),
-    Rival("ours, CUDA graph", captured(ours), in_capture=True),
-    Rival("ours, lean", partial(ours, memory="lean")),
+    Rival("ours, CUDA graph", captured(ours), in_capture=True, passes=FORWARD),
+    Rival("ours, lean", partial(ours, memory="lean"), passes=FORWARD),
+    Rival("ours, recompute all", partial(ours, recompute="all"), on_cpu=True, passes=("training",)),
     Rival("in-tree, chunk 64", _in_tree_in_chunks, on_cpu=True),
     Rival("in-tree, unchunked", in_tree, on_cpu=True),
     Rival("in-tree, torch.compile", _in_tree_compiled, "compile", on_cpu=True, slow=True),
     Rival("in-tree, max-autotune", _in_tree_autotuned, "max_autotune", slow=True),
-    Rival("in-tree, CUDA graph", captured(in_tree), "graphs", in_capture=True),
+    Rival("in-tree, CUDA graph", captured(in_tree), "graphs", in_capture=True, passes=FORWARD),
     Rival("published", published, first_call=True),
-    Rival("published, CUDA graph", captured(published), "graphs", in_capture=True),
+    Rival("published, CUDA graph", captured(published), "graphs", in_capture=True, passes=FORWARD),
     Rival("cuequivariance, bf16 norms", _cuequivariance_16),
     Rival("cuequivariance, fp32 norms", _cuequivariance_32),
-    Rival("cuequivariance, CUDA graph", captured(_cuequivariance_16), "graphs", in_capture=True),
+    Rival(
+        "cuequivariance, CUDA graph", captured(_cuequivariance_16), "graphs", in_capture=True,
+        passes=FORWARD,
+    ),  # fmt: skip
 )
 # What every rival's time is compared with, where it was measured beside it.
 BASELINES = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .bench_problem import DIRECTIONS, MASKS, Case
+from .bench_problem import DIRECTIONS, MASKS, PASSES, Case
 from .bench_rivals import OURS, RIVALS, Rival
 from .errors import UserError
 from .model import DTYPES, resolve_device, resolve_dtype
@@ -31,6 +31,7 @@ class Settings:
     dtypes: tuple[str, ...]
     directions: tuple[str, ...]
     masks: tuple[str, ...]
+    passes: tuple[str, ...]
     rivals: tuple[Rival, ...]
     compile_lengths: tuple[int, ...] | None
     published: Path | None
@@ -42,7 +43,8 @@ class Settings:
     def cases(self) -> list[Case]:
         """The shapes, in the order in which they are measured."""
         return [
-            Case(channels, length, dtype, direction, mask)
+            Case(channels, length, dtype, direction, mask, passes=passes)
+            for passes in self.passes
             for dtype in self.dtypes
             for direction in self.directions
             for mask in self.masks
@@ -56,7 +58,8 @@ class Settings:
         return [
             rival
             for rival in self.rivals
-            if not rival.slow or lengths is None or case.length in lengths
+            if case.passes in rival.passes
+            and (not rival.slow or lengths is None or case.length in lengths)
         ]
 
 
@@ -69,6 +72,7 @@ def read_settings(
     dtypes: str | None = None,
     directions: str = "outgoing",
     masks: str = "bool",
+    passes: str = "forward",
     rivals: list[str] | None = None,
     compile: bool = False,
     max_autotune: bool = False,
@@ -103,6 +107,7 @@ def read_settings(
         all_lengths = _CPU_LENGTHS if found.type == "cpu" else _GPU_LENGTHS
     default_dtype = str(resolve_dtype(None, found)).removeprefix("torch.")
     options = {"compile": compile, "max_autotune": max_autotune, "graphs": graphs}
+    all_passes = _words("--passes", passes, PASSES)
     return Settings(
         device=found,
         root=find_root(kernel_root),
@@ -111,7 +116,8 @@ def read_settings(
         dtypes=_words("--dtypes", dtypes or default_dtype, DTYPES),
         directions=_words("--directions", directions, DIRECTIONS),
         masks=_words("--masks", masks, MASKS),
-        rivals=_choose(rivals, options, found),
+        passes=all_passes,
+        rivals=_choose(rivals, options, found, all_passes),
         compile_lengths=compile_lengths and _numbers("--compile-lengths", compile_lengths),
         published=published,
         budget=budget,
@@ -122,7 +128,10 @@ def read_settings(
 
 
 def _choose(
-    names: list[str] | None, options: dict[str, bool], device: torch.device
+    names: list[str] | None,
+    options: dict[str, bool],
+    device: torch.device,
+    passes: tuple[str, ...],
 ) -> tuple[Rival, ...]:
     """The rivals called `names`, and ours; without names those that the options include here."""
     if not names:
@@ -131,6 +140,7 @@ def _choose(
             for rival in RIVALS
             if (rival.option is None or options[rival.option])
             and (rival.on_cpu or device.type != "cpu")
+            and not set(passes).isdisjoint(rival.passes)
         )
     known = [rival.name for rival in RIVALS]
     for name in names:

@@ -305,6 +305,7 @@ def bench(
     dtypes: Annotated[str | None, typer.Option(help=HELP["dtypes"])] = None,
     directions: Annotated[str, typer.Option(help=HELP["directions"])] = "outgoing",
     masks: Annotated[str, typer.Option(help=HELP["masks"])] = "bool",
+    passes: Annotated[str, typer.Option(help=HELP["passes"])] = "forward",
     rivals: Annotated[list[str] | None, typer.Option("--rival", help=HELP["rival"])] = None,
     compile: Annotated[bool, typer.Option("--compile", help=HELP["compile"])] = False,
     max_autotune: Annotated[
@@ -343,6 +344,7 @@ def bench(
             dtypes=dtypes,
             directions=directions,
             masks=masks,
+            passes=passes,
             rivals=rivals,
             compile=compile,
             max_autotune=max_autotune,

@@ -8,6 +8,7 @@ HELP = {
     "dtypes": "Of float32, bfloat16 and float16. Default: bfloat16 on a GPU, float32 on a CPU.",
     "directions": "Of outgoing and incoming.",
     "masks": "Of bool, float and none.",
+    "passes": "Of forward and training, which is forward and backward.",
     "rival": "Measure this rival, and ours, instead of all; may be repeated.",
     "compile": "Also transformers' module under torch.compile.",
     "max_autotune": "Also transformers' module under torch.compile with max-autotune. Slow.",
