@@ -223,7 +223,7 @@ def fused_dual_gemm_fwd(
         moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
     prepared.launch(
         x, mask, weights.norm_in_weight, weights.norm_in_bias,
-        _projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias, a, b, moments,
+        projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias, a, b, moments,
     )  # fmt: skip
     return a, b, moments
 
@@ -238,7 +238,7 @@ def empty_planes(
     return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
 
 
-def _projection_pair(weights: Weights) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def projection_pair(weights: Weights) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """The two projections from the one that lies lower in memory, and whether that is the gate."""
     value, gate = weights.p_in_weight, weights.g_in_weight
     gate_first = gate.data_ptr() < value.data_ptr()
@@ -280,7 +280,7 @@ def prepare_dual_gemm(
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
     # The two projections as one operand.
-    first, second, gate_first = _projection_pair(weights)
+    first, second, gate_first = projection_pair(weights)
     gap_bytes = second.data_ptr() - first.data_ptr()
     aligned = is_aligned(first) and is_aligned(second) and gap_bytes % 16 == 0
     split = shared_by(config.split, 2 * triton.cdiv(size, block_n))
