@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_a533271a12"
+_NAMESPACE = "_esmfold2_trimul_kernel_f56469be75"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -9,8 +9,9 @@
     dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),  dn = de We, t^ = (t - mean) rstd
 
 Two kernels: the first recomputes e and o and writes de and dq, the second is the GEMM dn = de We
-with the LayerNorm's backward behind it. Both means over the D channels of a row are sums over its C
-channels of de, which the first kernel has at hand, so that no program needs a whole row of dn:
+with the LayerNorm's backward behind it, and writes t^. Both means over the D channels of a row are
+sums over its C channels of de, which the first kernel has at hand, so that no program needs a whole
+row of dn:
 
     mean(g2 dn)    = sum_c de_c u_c,                u = We g2 / D
     mean(g2 dn t^) = sum_c de_c (We n - We b2)_c / D,           as n = g2 t^ + b2
@@ -38,6 +39,7 @@ from ._tiles import (
     load_weight,
     normalise,
     positions,
+    quarters,
     row_moments,
     sigmoid,
     store_tile,
@@ -56,7 +58,7 @@ from .validation import Weights
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
     t_ptr, x_ptr, moments_ptr, grad_ptr, drop_ptr,
-    grad_emit_ptr, grad_gate_ptr, hat_t_ptr, hat_x_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
+    grad_emit_ptr, grad_gate_ptr, hat_x_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
     R, L, pitch, eps_out,
@@ -74,9 +76,9 @@ def _fused_ln_residual_bwd_kernel(
     """de and dq of all C channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
 
     M = R * pitch positions, N = C channels in blocks, K = C channels of x and D of t. Every output
-    is optional: rows of t^ and x^, `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row,
-    and both means of the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is
-    the gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile.
+    is optional: x^ [R*L, C], `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row, and
+    both means of the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the
+    gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -111,17 +113,9 @@ def _fused_ln_residual_bwd_kernel(
             x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
             hat = normalise(x, offs_k, first_x, mean_x, rstd_x, None, None, C, EVEN_C)
             store_tile(hat_x_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
-    if hat_t_ptr is not None:
-        for start_k in range(0, D, BLOCK_K):
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D).to(tl.float32)
-            hat = normalise(t, offs_k, first_t, mean_t, rstd_t, None, None, D, EVEN_D)
-            store_tile(hat_t_ptr, row * D, offs_k, hat.to(dtype), valid_m, D, EVEN_D)
-
     mean_grad = tl.zeros([BLOCK_M], tl.float32)
     mean_grad_hat = tl.zeros([BLOCK_M], tl.float32)
     for start_n in range(0, C, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, C, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -135,7 +129,8 @@ def _fused_ln_residual_bwd_kernel(
                 C, C, BLOCK_N, BLOCK_K, False,
             )  # fmt: skip
             gate = dot(z, gate_tile.T, gate, PRECISION)
-        gate = sigmoid(add_bias(gate, gate_bias_ptr, offs_n, C), FAST_RECIPROCAL)
+        gate = add_bias(gate, gate_bias_ptr, start_n + tl.arange(0, BLOCK_N), C)
+        gate = sigmoid(gate, FAST_RECIPROCAL)
 
         emit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, D, BLOCK_K):
@@ -153,36 +148,43 @@ def _fused_ln_residual_bwd_kernel(
         # The pads of t may be no numbers.
         emit = tl.where(valid_m[:, None], emit, 0.0)
 
+        # A quarter of the columns at a time: what is read and written in layouts of its own would
+        # be as many registers again.
         EVEN_N: tl.constexpr = C % BLOCK_N == 0
-        grad = load_tile(grad_ptr, offs_grad, offs_n, stride_grad_c, valid_m, C, EVEN_N)
-        grad = grad.to(tl.float32)
-        emit_biased = add_bias(emit, emit_bias_ptr, offs_n, C)
-        if grad_drop_ptr is not None:
-            grad_drop = grad * emit_biased * gate
-            store_tile(grad_drop_ptr, row * C, offs_n, grad_drop.to(dtype), valid_m, C, EVEN_N)
-        if drop_ptr is not None:
-            offs_drop = j.to(tl.int64) * stride_drop_j
-            grad *= load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False).to(
-                tl.float32
-            )
-        grad_emit = grad * gate
-        grad_gate = grad_emit * emit_biased * (1.0 - gate)
-        if sums_ptr is not None:
-            sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + offs_n
-            tl.store(sums_ptrs, tl.sum(grad_emit, 0), mask=offs_n < C)
-            tl.store(sums_ptrs + C, tl.sum(grad_gate, 0), mask=offs_n < C)
-        if grad_gate_ptr is not None:
-            store_tile(grad_gate_ptr, row * C, offs_n, grad_gate.to(dtype), valid_m, C, EVEN_N)
-        if grad_emit_ptr is not None:
-            grad_emit = grad_emit.to(dtype)
-            store_tile(grad_emit_ptr, row * C, offs_n, grad_emit, valid_m, C, EVEN_N)
-            # As they were rounded: the means are those of what the second kernel multiplies.
-            grad_emit = grad_emit.to(tl.float32)
-        if rows_ptr is not None:
-            scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
-            mean_grad += tl.sum(grad_emit * scale, 1)
-            shift = load_channels(emit_shift_ptr, offs_n, 0.0, C, EVEN_N)
-            mean_grad_hat += tl.sum(grad_emit * (emit - shift), 1)
+        emits = quarters(emit)
+        gates = quarters(gate)
+        for quarter in tl.static_range(len(emits)):
+            emit, gate = emits[quarter], gates[quarter]
+            offs_n = start_n + quarter * emit.shape[1] + tl.arange(0, emit.shape[1])
+            grad = load_tile(grad_ptr, offs_grad, offs_n, stride_grad_c, valid_m, C, EVEN_N)
+            grad = grad.to(tl.float32)
+            biased = add_bias(emit, emit_bias_ptr, offs_n, C)
+            if grad_drop_ptr is not None:
+                grad_drop = (grad * biased * gate).to(dtype)
+                store_tile(grad_drop_ptr, row * C, offs_n, grad_drop, valid_m, C, EVEN_N)
+            if drop_ptr is not None:
+                offs_drop = j.to(tl.int64) * stride_drop_j
+                drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
+                grad *= drop.to(tl.float32)
+            grad_emit = grad * gate
+            grad_gate = grad_emit * biased * (1.0 - gate)
+            if sums_ptr is not None:
+                sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + offs_n
+                tl.store(sums_ptrs, tl.sum(grad_emit, 0), mask=offs_n < C)
+                tl.store(sums_ptrs + C, tl.sum(grad_gate, 0), mask=offs_n < C)
+            if grad_gate_ptr is not None:
+                grad_gate = grad_gate.to(dtype)
+                store_tile(grad_gate_ptr, row * C, offs_n, grad_gate, valid_m, C, EVEN_N)
+            if grad_emit_ptr is not None:
+                rounded = grad_emit.to(dtype)
+                store_tile(grad_emit_ptr, row * C, offs_n, rounded, valid_m, C, EVEN_N)
+                # The means are those of what the second kernel multiplies.
+                grad_emit = rounded.to(tl.float32)
+            if rows_ptr is not None:
+                scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
+                mean_grad += tl.sum(grad_emit * scale, 1)
+                shift = load_channels(emit_shift_ptr, offs_n, 0.0, C, EVEN_N)
+                mean_grad_hat += tl.sum(grad_emit * (emit - shift), 1)
 
     if rows_ptr is not None:
         count = R.to(tl.int64) * L
@@ -196,17 +198,18 @@ def _fused_ln_residual_bwd_kernel(
 
 @triton.jit(do_not_specialize=["R", "L"])
 def _norm_out_bwd_kernel(
-    grad_emit_ptr, t_ptr, rows_ptr, grad_t_ptr, emit_weight, norm_weight_ptr,
+    grad_emit_ptr, t_ptr, rows_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
     R, L, pitch, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i,
     stride_emit_n, stride_emit_k,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)) of one [BLOCK_M, BLOCK_N] tile.
+    """dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)) of one [BLOCK_M, BLOCK_N] tile, and t^.
 
-    M = R * pitch positions, N = D channels of t, K = C channels of dn = de We. dt may be written
-    over t: a program reads and writes the same elements. Columns [L, pitch) become zeros.
+    M = R * pitch positions, N = D channels of t, K = C channels of dn = de We. Either output is
+    optional. dt may be written over t: a program reads and writes the same elements. Columns
+    [L, pitch) of dt become zeros.
     """
     BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
@@ -219,38 +222,42 @@ def _norm_out_bwd_kernel(
     dtype = t_ptr.dtype.element_ty
     row = i.to(tl.int64) * L + j
 
-    grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start_k in range(0, C, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
-        emit_tile = load_weight(
-            emit_weight, start_k, start_n, stride_emit_n, stride_emit_k,
-            C, D, BLOCK_K, BLOCK_N, False,
-        )  # fmt: skip
-        grad = dot(grad_emit, emit_tile, grad, PRECISION)
+    if grad_t_ptr is not None:
+        grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start_k in range(0, C, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
+            emit_tile = load_weight(
+                emit_weight, start_k, start_n, stride_emit_n, stride_emit_k,
+                C, D, BLOCK_K, BLOCK_N, False,
+            )  # fmt: skip
+            grad = dot(grad_emit, emit_tile, grad, PRECISION)
 
+    EVEN_D: tl.constexpr = D % BLOCK_N == 0
     count = R.to(tl.int64) * L
     mean_t = tl.load(rows_ptr + count + row, mask=valid_m, other=0.0)[:, None]
     rstd_t = tl.load(rows_ptr + 2 * count + row, mask=valid_m, other=0.0)[:, None]
-    mean_grad = tl.load(rows_ptr + 3 * count + row, mask=valid_m, other=0.0)[:, None]
-    mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
-    EVEN_D: tl.constexpr = D % BLOCK_N == 0
     offs_t = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_t_i + j, 16), 16)
     t = load_tile(t_ptr, offs_t, offs_n, stride_t_d, valid_t, D, EVEN_D).to(tl.float32)
     first_t = None
     if dtype == tl.float32:
         first_t = tl.load(rows_ptr + row, mask=valid_m, other=0.0)[:, None]
     hat = normalise(t, offs_n, first_t, mean_t, rstd_t, None, None, D, EVEN_D)
-    grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
-    grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
-    # The pads of t may be no numbers.
-    grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
-    offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
-    ptrs = grad_t_ptr + (offs_n.to(tl.int64) * stride_grad_d)[:, None] + offs_grad[None, :]
-    valid = valid_t[None, :]
-    if not EVEN_D:
-        valid = valid & (offs_n < D)[:, None]
-    tl.store(ptrs, grad, mask=valid)
+    if hat_ptr is not None:
+        store_tile(hat_ptr, row * D, offs_n, hat.to(dtype), valid_m, D, EVEN_D)
+    if grad_t_ptr is not None:
+        mean_grad = tl.load(rows_ptr + 3 * count + row, mask=valid_m, other=0.0)[:, None]
+        mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
+        grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
+        grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
+        # The pads of t may be no numbers.
+        grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
+        offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
+        ptrs = grad_t_ptr + (offs_n.to(tl.int64) * stride_grad_d)[:, None] + offs_grad[None, :]
+        valid = valid_t[None, :]
+        if not EVEN_D:
+            valid = valid & (offs_n < D)[:, None]
+        tl.store(ptrs, grad, mask=valid)
 
 
 class Rows(NamedTuple):
@@ -268,9 +275,8 @@ class Stage3Gradients(NamedTuple):
 
     emit: torch.Tensor | None  # de [R*L, C] in the dtype of x
     gate: torch.Tensor | None  # dq [R*L, C] in the dtype of x
-    hat_t: torch.Tensor | None  # t^ [R*L, D] in the dtype of x
     hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
-    rows: torch.Tensor | None  # [5, R*L] in fp32, for `norm_out_bwd`; it takes `emit` to be wanted
+    rows: torch.Tensor | None  # [5, R*L] in fp32, for `norm_out_bwd`
     drop_mask: torch.Tensor | None  # [R*L, C] in the dtype of x
     sums: torch.Tensor | None  # [programs, 2, C] in fp32, partial sums of de and dq
 
@@ -324,7 +330,7 @@ def prepare_ln_residual_bwd(
         _fused_ln_residual_bwd_kernel,
         triton.cdiv(count * pitch, block_m),
         [
-            *[None] * 22,
+            *[None] * 21,
             count, length, pitch, eps_out,
             *t.stride()[:2],
             *strides(x),
@@ -333,7 +339,7 @@ def prepare_ln_residual_bwd(
             *drop_strides,
             *weights.p_out_weight.stride(), *weights.g_out_weight.stride(),
         ],
-        tuple(range(22)),
+        tuple(range(21)),
         dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
@@ -349,21 +355,24 @@ def norm_out_bwd(
     grad_emit: torch.Tensor,
     t: torch.Tensor,
     rows: torch.Tensor,
-    grad_t: torch.Tensor,
     weights: Weights,
     prepared: PreparedLaunch,
+    grad_t: torch.Tensor | None,
+    hat_t: torch.Tensor | None,
 ) -> None:
-    """grad_t [D, R, pitch] of grad_emit [R*L, C], t [D, R, pitch] and `rows` [5, R*L].
+    """grad_t [D, R, pitch] and t^ [R*L, D], where given, of what `fused_ln_residual_bwd` wrote.
 
-    grad_t has the dtype of t, and may be t. `prepared` is what `prepare_norm_out_bwd` made of
-    tensors like these.
+    That is grad_emit [R*L, C] and `rows` [5, R*L], of t [D, R, pitch]. Both outputs have the dtype
+    of t, and grad_t may be t. `prepared` is what `prepare_norm_out_bwd` made of tensors like these.
     """
-    prepared.launch(grad_emit, t, rows, grad_t, weights.p_out_weight, weights.norm_out_weight)
+    prepared.launch(
+        grad_emit, t, rows, grad_t, hat_t, weights.p_out_weight, weights.norm_out_weight
+    )
 
 
 def prepare_norm_out_bwd(
     t: torch.Tensor,
-    grad_t: torch.Tensor,
+    grad_t: torch.Tensor | None,
     length: int,
     weights: Weights,
     precision: str,
@@ -383,11 +392,12 @@ def prepare_norm_out_bwd(
         _norm_out_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m) * triton.cdiv(hidden, block_n),
         [
-            *[None] * 6,
-            count, length, pitch, *t.stride()[:2], *grad_t.stride()[:2],
+            *[None] * 7,
+            count, length, pitch, *t.stride()[:2],
+            *((0, 0) if grad_t is None else grad_t.stride()[:2]),
             *weights.p_out_weight.stride(),
         ],
-        tuple(range(6)),
+        tuple(range(7)),
         dict(
             C=channels, D=hidden, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             PRECISION=dot_precision(precision, device.fp32_dots),

@@ -286,9 +286,9 @@ class _Sequence(NamedTuple):
                 emit=self._rows(count, channels)
                 if wanted.stage_1 or wanted.emit_products else None,
                 gate=self._rows(count, channels) if wanted.out_gate_first else into_x,
-                hat_t=self._rows(count, hidden) if wanted.emit_products else None,
                 hat_x=self._rows(count, channels) if wanted.out_gate_first else None,
-                rows=_float32(call.x, 5, count) if wanted.stage_1 else None,
+                rows=_float32(call.x, 5, count)
+                if wanted.stage_1 or wanted.emit_products else None,
                 drop_mask=self._rows(count, channels) if wanted.drop_mask else None,
                 sums=_float32(call.x, prepared.programs, 2, channels)
                 if wanted.emit_sums or wanted.out_gate_sums else None,
@@ -300,21 +300,24 @@ class _Sequence(NamedTuple):
                     self.totals.emit_sums.add_(emit_sums)
                 if wanted.out_gate_sums:
                     self.totals.in_sums[4 * hidden :].add_(gate_sums)
-            if wanted.emit_products:
-                _add_product(self.totals.emit_products, out.emit, out.hat_t)
             if wanted.out_gate_first:
                 _add_product(self.totals.in_products[4 * hidden :], out.gate, out.hat_x)
             if wanted.drop_mask:
                 some = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = some if grad_drop is None else grad_drop.add_(some)
-            if wanted.stage_1:
-                some_t = grad_t[:, chunk]
+            if out.rows is not None:
+                some_t = grad_t[:, chunk] if wanted.stage_1 else None
+                hat_t = self._rows(count, hidden) if wanted.emit_products else None
                 prepared = self.launches.of(
                     ("norm_out_bwd", count),
                     prepare_norm_out_bwd, rows.t, some_t, length, weights, call.precision, None,
                     call.class_length,
                 )  # fmt: skip
-                norm_out_bwd(out.emit, rows.t, out.rows, some_t, weights, prepared)
+                norm_out_bwd(out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t)
+                if hat_t is not None:
+                    _add_product(self.totals.emit_products, out.emit, hat_t)
+                del hat_t
+            del out  # the next chunk's takes its memory
         if grad_drop is not None:
             self.gradients["drop_mask"].copy_(grad_drop)
 
@@ -380,6 +383,8 @@ class _Sequence(NamedTuple):
                     ("norm_in_bwd", count, *_alignments(x, some_x)), prepare_norm_in_bwd, x, some
                 )
                 norm_in_bwd(grad_z, x, some, weights, some_x, prepared)
+                del grad_z
+            del out  # the next chunk's takes its memory
 
     def _columns(self, hidden: int) -> Iterator[slice]:
         """The columns of [dp, dg, dq] whose products with x^ are wanted, neighbours together."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_a533271a12"
+_BUILD_ID = "_esmfold2_trimul_kernel_f56469be75"
 
 
 def _load_package() -> ModuleType:
