@@ -29,8 +29,10 @@ from ._tiles import (
     dot,
     dot_precision,
     halves,
+    hold,
     is_aligned,
     load_channels,
+    load_chunks,
     load_first,
     load_tile,
     load_weight_pair,
@@ -40,7 +42,7 @@ from ._tiles import (
     store_tile,
     strides,
 )
-from .fused_dual_gemm import projection_pair
+from .fused_dual_gemm import lower_projection, projection_pair
 from .launch_config import LaunchConfig, pick_config, shape_of
 from .validation import Weights
 
@@ -64,7 +66,8 @@ def _fused_dual_gemm_bwd_kernel(
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     """dp and dg of all 2D channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
 
@@ -94,7 +97,10 @@ def _fused_dual_gemm_bwd_kernel(
     first = None
     if dtype == tl.float32:
         first = load_first(x_ptr, offs_x, valid_m)
-    if BLOCK_K >= C:
+    if HELD:
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
+        z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
+    elif BLOCK_K >= C:
         offs_c = tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
         z = normalise(
@@ -119,7 +125,7 @@ def _fused_dual_gemm_bwd_kernel(
             weights = load_weight_pair(
                 weight_pair, half, start_n, 0, weight_gap,
                 stride_first_n, stride_first_k, stride_second_n, stride_second_k,
-                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, False,
+                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
             acc = dot(z, weights.T, acc, PRECISION)
         else:
@@ -133,7 +139,7 @@ def _fused_dual_gemm_bwd_kernel(
                 weights = load_weight_pair(
                     weight_pair, half, start_n, start_k, weight_gap,
                     stride_first_n, stride_first_k, stride_second_n, stride_second_k,
-                    D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, False,
+                    D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
                 )  # fmt: skip
                 acc = dot(z, weights.T, acc, PRECISION)
         value, gate = halves(acc)
@@ -246,7 +252,7 @@ def fused_dual_gemm_bwd(
     """
     prepared.launch(
         x, mask, moments, planes, *out, weights.norm_in_weight, weights.norm_in_bias,
-        projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias,
+        lower_projection(weights), weights.p_in_bias, weights.g_in_bias,
     )  # fmt: skip
 
 
@@ -277,29 +283,31 @@ def prepare_dual_gemm_bwd(
     if group % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(group, block_n)
     block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
-    first, second, gate_first = projection_pair(weights)
-    gap_bytes = second.data_ptr() - first.data_ptr()
-    aligned = is_aligned(first) and is_aligned(second) and gap_bytes % 16 == 0
+    held = config.held and block_k >= channels
+    if held and x.element_size() != 2:
+        raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
+    pair = projection_pair(weights, block_n, block_k, config.descriptors)
     elements = 16 // x.element_size()
     return PreparedLaunch(
         _fused_dual_gemm_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m),
         [
-            *[None] * 13,
-            gap_bytes // x.element_size(), count, length, pitch, planes.stride(0), grads_width,
+            *[None] * 10, pair.descriptor, None, None,
+            pair.gap, count, length, pitch, planes.stride(0), grads_width,
             *strides(x),
             *moments.stride(),
             *((0, 0) if mask is None else strides(mask)),
-            *first.stride(), *second.stride(),
+            *pair.strides,
         ],
         tuple(range(13)),
         dict(
             C=channels, D=hidden, G=group,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
-            WEIGHT_ALIGNMENT=elements if aligned else 1, GATE_FIRST=gate_first,
+            WEIGHT_ALIGNMENT=pair.alignment, GATE_FIRST=pair.gate_first,
+            DESCRIPTORS=pair.descriptor is not None,
             PRECISION=dot_precision(precision, device.fp32_dots),
-            FAST_RECIPROCAL=device.fast_reciprocal,
+            FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
         ),
         config.options(),
     )  # fmt: skip
