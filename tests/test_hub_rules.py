@@ -22,10 +22,12 @@ TRITON_MODULES = {
     "_launch.py",
     "_tiles.py",
     "fused_dual_gemm.py",
+    "fused_dual_gemm_backward.py",
     "fused_ln_residual.py",
+    "fused_ln_residual_backward.py",
     "trimul_einsum_triton.py",
 }
-NEEDS_TRITON = {*TRITON_MODULES, "triton_path.py"}
+NEEDS_TRITON = {*TRITON_MODULES, "triton_backward.py", "triton_path.py"}
 LAYER_VARIABLES = {"can_torch_compile", "has_backward"}
 
 

@@ -81,6 +81,15 @@ def load_tile(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH: tl.constexpr, EVEN_
 
 
 @triton.jit
+def store_tile(ptr, offs_m, offs_n, tile, valid_m, WIDTH: tl.constexpr, EVEN_N: tl.constexpr):
+    """Stores tile [M, N] at row offsets offs_m and channels offs_n, which have unit stride."""
+    valid = valid_m[:, None]
+    if not EVEN_N:
+        valid = valid & (offs_n < WIDTH)[None, :]
+    tl.store(ptr + offs_m[:, None] + offs_n[None, :], tile, mask=valid)
+
+
+@triton.jit
 def load_first(ptr, offs_m, valid_m):
     """[M, 1]: the first channel of each row in fp32, the shift of `row_statistics`."""
     return tl.load(ptr + offs_m, mask=valid_m, other=0.0).to(tl.float32)[:, None]

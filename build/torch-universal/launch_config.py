@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
+FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
+STAGES = (*FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd")
 _CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -29,7 +30,7 @@ class LaunchConfig:
     held: bool = False  # 16-bit rows are normalised in the layout of an accumulator (`hold`)
     maxnreg: int | None = None  # NVIDIA only
     persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
-    split: int = 1  # stages 1 and 3: programs that share the output channels of a tile
+    split: int = 1  # stages 1 and 3, forward: programs that share the output channels of a tile
 
     def options(self) -> dict[str, int]:
         """The part that Triton's launcher takes."""
@@ -72,10 +73,10 @@ def pick_config(stage: str, target: str, device_name: str, shape: Shape) -> Laun
 
 
 def class_lengths(target: str, device_name: str) -> list[int]:
-    """One length of each class that the settings of a device tell apart, for any stage."""
+    """One length of each class that a device's settings of the forward tell apart."""
     bounds = {
         entry["max_length"]
-        for stage in STAGES
+        for stage in FORWARD_STAGES
         for entries in _settings(target, device_name)[stage].values()
         for entry in entries
     }

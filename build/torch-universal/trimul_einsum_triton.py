@@ -1,9 +1,15 @@
-"""Stage 2: the batched triangular product of the planes.
+"""Stage 2: the batched triangular product of the planes, and the two products of its backward.
 
     product[b, d, i, j] = sum_k a[b, d, i, k] * b[b, d, j, k]
 
 a and b are planes [B, D, L, pitch], k contiguous (stage 1 wrote them so for both directions);
 product is [B, D, L, pitch] in the same dtype, j contiguous. Sums run in fp32.
+
+In the backward either operand may lie the other way round, its summed axis the rows of its planes:
+
+    grad_a[i, k] = sum_j grad[i, j] b[j, k]        grad_b[j, k] = sum_i grad[i, j] a[i, k]
+
+or, for "incoming", where stage 1 has exchanged the residue axes of x, their transposes.
 """
 
 import torch
@@ -21,13 +27,15 @@ _GROUP_M = tl.constexpr(8)
 @triton.jit(do_not_specialize=["L", "tiles"])
 def _trimul_einsum_fwd_kernel(
     a, b, product, L, pitch, D, tiles,
-    stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
-    stride_product_b, stride_product_d, stride_product_i,
+    stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
+    stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TURNED_A: tl.constexpr, TURNED_B: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BLOCK_M, BLOCK_N] of a @ b^T of the planes; M = i, N = j, K = k, all of extent L.
 
+    A plane of a is [M, K], or [K, M] if TURNED_A; one of b is [N, K], or [K, N] if TURNED_B.
     PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the one
     before is being stored.
     """
@@ -37,25 +45,26 @@ def _trimul_einsum_fwd_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _product_tile(
                 tile, a, b, product, L, pitch, D,
-                stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
-                stride_product_b, stride_product_d, stride_product_i,
-                BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+                stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
+                stride_product_b, stride_product_d, stride_product_row,
+                BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
             )  # fmt: skip
     else:
         _product_tile(
             tl.program_id(0), a, b, product, L, pitch, D,
-            stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
-            stride_product_b, stride_product_d, stride_product_i,
-            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+            stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
+            stride_product_b, stride_product_d, stride_product_row,
+            BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _product_tile(
     tile, a, b, product, L, pitch, D,
-    stride_a_b, stride_a_d, stride_a_i, stride_b_b, stride_b_d, stride_b_j,
-    stride_product_b, stride_product_d, stride_product_i,
+    stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
+    stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TURNED_A: tl.constexpr, TURNED_B: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of a @ b^T of one plane.
@@ -80,9 +89,15 @@ def _product_tile(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
         for start_k in range(0, L, BLOCK_K):
-            a_tile = a.load([batch, channel, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
-            b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K)
-            acc = dot(a_tile, b_tile.T, acc, PRECISION)
+            if TURNED_A:
+                a_tile = a.load([batch, channel, start_k, start_m]).reshape(BLOCK_K, BLOCK_M).T
+            else:
+                a_tile = a.load([batch, channel, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
+            if TURNED_B:
+                b_tile = b.load([batch, channel, start_k, start_n]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K).T
+            acc = dot(a_tile, b_tile, acc, PRECISION)
         # In halves: the buffer that a store goes through is half as large, and leaves room for
         # another stage of loads.
         left, right = halves(acc)
@@ -98,22 +113,36 @@ def _product_tile(
         offs_k = tl.arange(0, BLOCK_K)
         plane_a = batch.to(tl.int64) * stride_a_b + channel.to(tl.int64) * stride_a_d
         plane_b = batch.to(tl.int64) * stride_b_b + channel.to(tl.int64) * stride_b_d
-        # Rows past L read row L - 1: their sums are never stored, and no row needs a mask.
-        row_m = tl.minimum(offs_m, L - 1).to(tl.int64) * stride_a_i
-        row_n = tl.minimum(offs_n, L - 1).to(tl.int64) * stride_b_j
-        a_ptrs = a + plane_a + row_m[:, None] + offs_k[None, :]
-        b_ptrs = b + plane_b + row_n[:, None] + offs_k[None, :]
         for start_k in range(0, L, BLOCK_K):
-            # Columns [L, pitch) are zeros. Bounded by pitch, not by L: a multiple of 16 keeps the
-            # accesses 16 bytes wide.
-            valid_k = (start_k + offs_k < pitch)[None, :]
-            a_tile = tl.load(a_ptrs + start_k, mask=valid_k, other=0.0)
-            b_tile = tl.load(b_ptrs + start_k, mask=valid_k, other=0.0)
+            a_tile = _load_operand(
+                a + plane_a, offs_m, start_k + offs_k, L, pitch, stride_a_row, TURNED_A
+            )
+            b_tile = _load_operand(
+                b + plane_b, offs_n, start_k + offs_k, L, pitch, stride_b_row, TURNED_B
+            )
             acc = dot(a_tile, b_tile.T, acc, PRECISION)
         base = batch.to(tl.int64) * stride_product_b + channel.to(tl.int64) * stride_product_d
-        ptrs = product + base + (offs_m.to(tl.int64) * stride_product_i)[:, None] + offs_n[None, :]
+        row_m = offs_m.to(tl.int64) * stride_product_row
+        ptrs = product + base + row_m[:, None] + offs_n[None, :]
         valid = (offs_m < L)[:, None] & (offs_n < pitch)[None, :]
         tl.store(ptrs, acc.to(product.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _load_operand(plane, offs, offs_k, L, pitch, stride_row, TURNED: tl.constexpr):
+    """[rows offs, summed offs_k] of one plane [L, pitch], or of its transpose if TURNED.
+
+    Columns are bounded by pitch, not by L: a multiple of 16 keeps the accesses 16 bytes wide.
+    Columns [L, pitch) are zeros where they are summed over; beyond, sums are never stored.
+    """
+    if TURNED:
+        ptrs = plane + (offs_k.to(tl.int64) * stride_row)[:, None] + offs[None, :]
+        return tl.load(ptrs, mask=(offs_k < L)[:, None] & (offs < pitch)[None, :], other=0.0).T
+    else:
+        # Rows past L read row L - 1: no row needs a mask.
+        row = tl.minimum(offs, L - 1).to(tl.int64) * stride_row
+        ptrs = plane + row[:, None] + offs_k[None, :]
+        return tl.load(ptrs, mask=(offs_k < pitch)[None, :], other=0.0)
 
 
 def trimul_einsum_fwd(
@@ -123,9 +152,12 @@ def trimul_einsum_fwd(
     config: LaunchConfig | None = None,
     product: torch.Tensor | None = None,
     prepared: PreparedLaunch | None = None,
+    turned: tuple[bool, bool] = (False, False),
 ) -> torch.Tensor:
     """product [B, D, L, pitch] of a and b [B, D, L, pitch]; columns [L, pitch) have no meaning.
 
+    `turned` says of a and of b whether the product is that of the transposed planes; those of the
+    other operand must then have zeros in columns [L, pitch).
     `product`, if given, is written and returned. All three have unit stride along the last axis,
     and other strides that are multiples of 16. `prepared` is what `prepare_einsum` made of the
     other arguments.
@@ -133,7 +165,7 @@ def trimul_einsum_fwd(
     if product is None:
         product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if prepared is None:
-        prepared = prepare_einsum(a, b, precision, product, config)
+        prepared = prepare_einsum(a, b, precision, product, config, turned=turned)
     prepared.launch(a, b, product)
     return product
 
@@ -145,6 +177,7 @@ def prepare_einsum(
     product: torch.Tensor,
     config: LaunchConfig | None = None,
     class_length: int | None = None,
+    turned: tuple[bool, bool] = (False, False),
 ) -> PreparedLaunch:
     """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
     batch, hidden, length, pitch = a.shape
@@ -156,8 +189,13 @@ def prepare_einsum(
     a_arg = b_arg = product_arg = None
     if config.descriptors:
         shape = [batch, hidden, length, length]
-        a_arg = descriptor_of(a, shape, a.stride(), [1, 1, block_m, block_k])
-        b_arg = descriptor_of(b, shape, b.stride(), [1, 1, block_n, block_k])
+        tile_a, tile_b = [block_m, block_k], [block_n, block_k]
+        if turned[0]:
+            tile_a.reverse()
+        if turned[1]:
+            tile_b.reverse()
+        a_arg = descriptor_of(a, shape, a.stride(), [1, 1, *tile_a])
+        b_arg = descriptor_of(b, shape, b.stride(), [1, 1, *tile_b])
         product_arg = descriptor_of(product, shape, product.stride(), [1, 1, block_m, block_n // 2])
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
@@ -173,6 +211,7 @@ def prepare_einsum(
         (0, 1, 2),
         dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            TURNED_A=turned[0], TURNED_B=turned[1],
             DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
             PERSISTENT=config.persistent > 0,
         ),

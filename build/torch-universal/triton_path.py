@@ -52,25 +52,44 @@ _launches: dict[tuple, Launches] = {}
 
 def run_triton(call: TritonCall) -> Tensor:
     """[B, L, L, C]; x's device must be the current one."""
-    launches = _launches_of(call, lean=False)
-    a, b = empty_planes(call.x, call.weights)
-    moments = _dual_gemm(call, launches, (a, b))
-    product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    _einsum(call, launches, a, b, product)
-    del a, b  # before the output exists: the peak is a, b and the product
-    moments = _with_axes_of_x(moments, call.direction)
+    return run_triton_saving(call)[0]
+
+
+def run_triton_saving(call: TritonCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with what a backward can take up again: (out, product, moments).
+
+    The product [B, D, L, pitch] in the dtype of x and the moments [B, 2, L, pitch] of x in fp32 are
+    as stages 2 and 1 wrote them.
+    """
+    launches = launches_of(call, "default")
+    product, raw_moments = _product(call, launches)
+    moments = with_axes_of_x(raw_moments, call.direction)
     stage = (product, call.x, moments, call.residual, call.drop_mask, call.weights)
     stage += (call.eps_out, call.precision)
     prepared = launches.of(
         ("ln_residual",), prepare_ln_residual, *stage, None, call.class_length
     )
     if call.inplace and not _may_overwrite(call, prepared):
-        return _by_steps_into_residual(call, launches, product, moments)
-    out = call.residual if call.inplace else None
-    return fused_ln_residual_fwd(*stage, out=out, prepared=prepared)
+        out = _by_steps_into_residual(call, launches, product, moments)
+    else:
+        out = call.residual if call.inplace else None
+        out = fused_ln_residual_fwd(*stage, out=out, prepared=prepared)
+    return out, product, raw_moments
 
 
-def _dual_gemm(
+def _product(call: TritonCall, launches: Launches) -> tuple[Tensor, Tensor]:
+    """Stages 1 and 2: the product [B, D, L, pitch], and stage 1's moments.
+
+    a and b end here, before the output exists: the peak is a, b and the product.
+    """
+    a, b = empty_planes(call.x, call.weights)
+    moments = dual_gemm(call, launches, (a, b))
+    product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    einsum(call, launches, a, b, product)
+    return product, moments
+
+
+def dual_gemm(
     call: TritonCall,
     launches: Launches,
     planes: tuple[Tensor, Tensor],
@@ -80,26 +99,33 @@ def _dual_gemm(
     """Stage 1 into `planes`; returns the moments."""
     stage = (call.x, call.direction, call.mask, call.weights, call.eps_in, call.precision)
     prepared = launches.of(
-        ("dual_gemm", group, call.x.data_ptr() % 16),
+        ("dual_gemm", group, moments is None, call.x.data_ptr() % 16),
         prepare_dual_gemm, *stage, planes, None, group, moments is not None,
         call.class_length,
     )  # fmt: skip
     return fused_dual_gemm_fwd(*stage, planes=planes, moments=moments, prepared=prepared)[2]
 
 
-def _einsum(
-    call: TritonCall, launches: Launches, a: Tensor, b: Tensor, product: Tensor, first: int = 0
+def einsum(
+    call: TritonCall,
+    launches: Launches,
+    a: Tensor,
+    b: Tensor,
+    product: Tensor,
+    what: object = 0,
+    turned: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Stage 2 into `product`, of the channels from `first` on."""
+    """Stage 2 into `product`; `what` tells its launch from others of the call's kind."""
     prepared = launches.of(
-        ("einsum", first),
-        prepare_einsum, a, b, call.precision, product, None, call.class_length,
+        ("einsum", what),
+        prepare_einsum, a, b, call.precision, product, None, call.class_length, turned,
     )  # fmt: skip
     trimul_einsum_fwd(a, b, call.precision, product=product, prepared=prepared)
 
 
-def _launches_of(call: TritonCall, lean: bool) -> Launches:
-    kind = (lean, *_kind(call))
+def launches_of(call: TritonCall, *what: object) -> Launches:
+    """The launches for `what` of calls of this kind."""
+    kind = (what, *_kind(call))
     found = _launches.get(kind)
     if found is None:
         if len(_launches) >= _MOST_KINDS:
@@ -132,7 +158,7 @@ def _kind(call: TritonCall) -> tuple:
     )
 
 
-def _with_axes_of_x(moments: Tensor, direction: str) -> Tensor:
+def with_axes_of_x(moments: Tensor, direction: str) -> Tensor:
     """Stage 1's moments [B, 2, q, p] as [B, 2, i, j]."""
     return moments.transpose(-1, -2) if direction == "incoming" else moments
 
@@ -170,7 +196,7 @@ def run_triton_lean(call: TritonCall) -> Tensor:
     products = memory[ahead:].view(batch, length, hidden, pitch)
     out = call.residual if call.inplace else memory[: rows * row_out].view(x.shape)
     slots = min(max(2 * _GROUP_MULTIPLE, int(_LEAN_PLANES * batch * channels)), 2 * hidden)
-    launches = _launches_of(call, lean=True)
+    launches = launches_of(call, "lean")
     for entry in range(batch):
         of_entry = call._replace(
             **{
@@ -202,9 +228,9 @@ def _product_by_groups(
         else:
             some = own[: 2 * count * length * pitch]
             a, b = some.view(1, 2, count, length, pitch).unbind(1)
-        moments = _dual_gemm(call, launches, (a, b), (first, count), moments)
-        _einsum(call, launches, a, b, product[:, first:end], first)
-    return _with_axes_of_x(moments, call.direction)
+        moments = dual_gemm(call, launches, (a, b), (first, count), moments)
+        einsum(call, launches, a, b, product[:, first:end], first)
+    return with_axes_of_x(moments, call.direction)
 
 
 def groups_of(hidden: int, slots: int) -> Iterator[tuple[int, int, bool]]:

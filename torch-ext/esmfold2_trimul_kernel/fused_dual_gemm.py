@@ -15,10 +15,12 @@ Beside them come the moments [B, 2, L, pitch] in fp32, at the same (q, p): the m
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of
@@ -223,7 +225,7 @@ def fused_dual_gemm_fwd(
         moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
     prepared.launch(
         x, mask, weights.norm_in_weight, weights.norm_in_bias,
-        _projection_pair(weights)[0], weights.p_in_bias, weights.g_in_bias, a, b, moments,
+        lower_projection(weights), weights.p_in_bias, weights.g_in_bias, a, b, moments,
     )  # fmt: skip
     return a, b, moments
 
@@ -238,11 +240,55 @@ def empty_planes(
     return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
 
 
-def _projection_pair(weights: Weights) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The two projections from the one that lies lower in memory, and whether that is the gate."""
+class ProjectionPair(NamedTuple):
+    """The two projections [2D, C] as one operand of a kernel."""
+
+    gate_first: bool  # whether the gate's lies lower in memory
+    gap: int  # elements from the first to the second
+    strides: tuple[int, ...]  # of the first and of the second
+    alignment: int  # elements of 16 bytes if both are aligned to them, else 1
+    descriptor: TensorDescriptor | None  # of [2, 2, D, C], if there may be one
+
+
+def projection_pair(
+    weights: Weights, block_n: int, block_k: int, descriptors: bool
+) -> ProjectionPair:
+    """The pair for tiles [2, 1, block_n, block_k], by a descriptor if `descriptors` and legal."""
+    first = lower_projection(weights)
+    gate_first = first is weights.g_in_weight
+    second = weights.p_in_weight if gate_first else weights.g_in_weight
+    elements = 16 // first.element_size()
+    gap_bytes = second.data_ptr() - first.data_ptr()
+    gap = gap_bytes // first.element_size()
+    aligned = is_aligned(first) and is_aligned(second) and gap_bytes % 16 == 0
+    descriptor = None
+    if (
+        descriptors
+        and aligned
+        and first.stride() == second.stride()
+        and gap_bytes < _MAX_DESCRIPTOR_STRIDE
+    ):
+        hidden, channels = first.shape[0] // 2, first.shape[1]
+        stride_n = first.stride(0)
+        descriptor = descriptor_of(
+            first,
+            [2, 2, hidden, channels],
+            [gap, hidden * stride_n, stride_n, 1],
+            [2, 1, block_n, block_k],
+        )
+    return ProjectionPair(
+        gate_first,
+        gap,
+        (*first.stride(), *second.stride()),
+        elements if aligned else 1,
+        descriptor,
+    )
+
+
+def lower_projection(weights: Weights) -> torch.Tensor:
+    """The projection of the two that lies lower in memory."""
     value, gate = weights.p_in_weight, weights.g_in_weight
-    gate_first = gate.data_ptr() < value.data_ptr()
-    return (gate, value, True) if gate_first else (value, gate, False)
+    return gate if gate.data_ptr() < value.data_ptr() else value
 
 
 def prepare_dual_gemm(
@@ -279,18 +325,9 @@ def prepare_dual_gemm(
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
-    # The two projections as one operand.
-    first, second, gate_first = _projection_pair(weights)
-    gap_bytes = second.data_ptr() - first.data_ptr()
-    aligned = is_aligned(first) and is_aligned(second) and gap_bytes % 16 == 0
+    pair = projection_pair(weights, block_n, block_k, config.descriptors)
     split = shared_by(config.split, 2 * triton.cdiv(size, block_n))
-    descriptors = (
-        config.descriptors
-        and aligned
-        and first.stride() == second.stride()
-        and gap_bytes < _MAX_DESCRIPTOR_STRIDE
-    )
-    gap = gap_bytes // x.element_size()
+    descriptors = pair.descriptor is not None
     plane_size = length * pitch
     flat_planes = (
         descriptors
@@ -299,18 +336,10 @@ def prepare_dual_gemm(
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and b.storage_offset() - a.storage_offset() == size * plane_size
     )
-    weight_pair = flat = None
+    flat = None
     if flat_planes:
         flat = descriptor_of(
             a, [2 * batch * size, plane_size], [plane_size, 1], [block_n, config.block_m]
-        )
-    if descriptors:
-        stride_n = first.stride(0)
-        weight_pair = descriptor_of(
-            first,
-            [2, 2, hidden, channels],
-            [gap, hidden * stride_n, stride_n, 1],
-            [2, 1, block_n, block_k],
         )
 
     stride_x_b, stride_x_q, stride_x_p, stride_x_c = strides(x)
@@ -324,11 +353,11 @@ def prepare_dual_gemm(
         batch * triton.cdiv(plane_size, config.block_m) * split,
         [
             None, None, None, None,  # x, mask, norm weight and bias
-            weight_pair, gap, None, None, flat, None, None,  # biases; b, moments
+            pair.descriptor, pair.gap, None, None, flat, None, None,  # biases; b, moments
             length, pitch, eps, first_channel,
             stride_x_b, stride_x_q, stride_x_p, stride_x_c,
             stride_mask_b, stride_mask_q, stride_mask_p,
-            *first.stride(), *second.stride(),
+            *pair.strides,
             *a.stride()[:3], *b.stride()[:3],
         ],
         (0, 1, 2, 3, 4, 6, 7, 8, 9, 10),
@@ -336,7 +365,7 @@ def prepare_dual_gemm(
             C=channels, D=hidden, G=size,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
-            WEIGHT_ALIGNMENT=16 // x.element_size() if aligned else 1, GATE_FIRST=gate_first,
+            WEIGHT_ALIGNMENT=pair.alignment, GATE_FIRST=pair.gate_first,
             DESCRIPTORS=descriptors, FLAT_PLANES=flat_planes,
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,

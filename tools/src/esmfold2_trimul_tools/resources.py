@@ -41,6 +41,17 @@ STAGE_KERNELS = {
     "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
     "fused_ln_residual": "_fused_ln_residual_fwd_kernel",
 }
+# Of the backward, in the order of a call: a name, its module and its kernel. Stage 2 runs its
+# forward's kernel with one operand, the other, or both turned.
+BACKWARD_KERNELS = (
+    ("fused_ln_residual_bwd", "fused_ln_residual_backward", "_fused_ln_residual_bwd_kernel"),
+    ("norm_out_bwd", "fused_ln_residual_backward", "_norm_out_bwd_kernel"),
+    ("trimul_einsum_bwd_a", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
+    ("trimul_einsum_bwd_b", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
+    ("trimul_einsum_bwd_ab", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
+    ("fused_dual_gemm_bwd", "fused_dual_gemm_backward", "_fused_dual_gemm_bwd_kernel"),
+    ("norm_in_bwd", "fused_dual_gemm_backward", "_norm_in_bwd_kernel"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ CASES = tuple(
         (128, 64), (128, 128), (128, 512), (256, 64), (256, 128), (256, 256), (256, 512), (512, 512)
     )
 )
+# Settings of the backward don't depend on the length; stage 2's are those of long proteins.
+BACKWARD_CASES = tuple(case for case in CASES if case.length == 512)
 
 
 class _StandInDriver:
@@ -123,8 +136,9 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
             previous = None
         driver.set_active(_StandInDriver(_gpu_target(target)))
         stack.callback(driver.set_active, previous)
-        for stage, kernel_name in STAGE_KERNELS.items():
-            module = importlib.import_module(f"{kernel.__name__}.{stage}")
+        jit_functions = set(STAGE_KERNELS.items()) | {entry[1:] for entry in BACKWARD_KERNELS}
+        for module_name, kernel_name in sorted(jit_functions):
+            module = importlib.import_module(f"{kernel.__name__}.{module_name}")
             for name, value in (
                 (kernel_name, _Recorder(getattr(module, kernel_name), compiled)),
                 ("device_target", lambda _: stand_in),
@@ -134,34 +148,93 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
         yield compiled
 
 
+class _Arguments:
+    """The meta tensors of one call of `case`, and the package's modules by name."""
+
+    def __init__(self, kernel: ModuleType, case: Case) -> None:
+        self._kernel, self._dtype = kernel, case.dtype
+        c, length = case.width, case.length
+        norms = [self.tensor(c, dtype=torch.float32) for _ in range(4)]
+        self.weights = self.module("validation").Weights(
+            *norms[:2], self.tensor(2 * c, c), None, self.tensor(2 * c, c), None,
+            *norms[2:], self.tensor(c, c), None, self.tensor(c, c), None,
+        )  # fmt: skip
+        self.x = self.tensor(1, length, length, c)
+        self.mask = self.tensor(1, length, length, dtype=torch.float32)
+
+    def module(self, name: str) -> ModuleType:
+        return importlib.import_module(f"{self._kernel.__name__}.{name}")
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self._dtype, device="meta")
+
+
 def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
     """(stage, binary, config) of the three stages of one call."""
-
-    def stage_module(name: str) -> ModuleType:
-        return importlib.import_module(f"{kernel.__name__}.{name}")
-
-    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    c, length = case.width, case.length
-    norms = [tensor(c, dtype=torch.float32) for _ in range(4)]
-    weights = stage_module("validation").Weights(
-        *norms[:2], tensor(2 * c, c), None, tensor(2 * c, c), None,
-        *norms[2:], tensor(c, c), None, tensor(c, c), None,
-    )  # fmt: skip
-    x = tensor(1, length, length, c)
-    mask = tensor(1, length, length, dtype=torch.float32)
+    of = _Arguments(kernel, case)
     with _compiling_for(kernel, target) as compiled:
-        a, b, moments = stage_module("fused_dual_gemm").fused_dual_gemm_fwd(
-            x, "outgoing", mask, weights, 1e-5, "fp32"
+        a, b, moments = of.module("fused_dual_gemm").fused_dual_gemm_fwd(
+            of.x, "outgoing", of.mask, of.weights, 1e-5, "fp32"
         )
-        product = stage_module("trimul_einsum_triton").trimul_einsum_fwd(a, b, "fp32")
-        stage_module("fused_ln_residual").fused_ln_residual_fwd(
-            product, x, moments, x, None, weights, 1e-5, "fp32"
+        product = of.module("trimul_einsum_triton").trimul_einsum_fwd(a, b, "fp32")
+        of.module("fused_ln_residual").fused_ln_residual_fwd(
+            product, of.x, moments, of.x, None, of.weights, 1e-5, "fp32"
         )
     return [
         (stage, binary, config)
         for stage, (binary, config) in zip(STAGE_KERNELS, compiled, strict=True)
+    ]
+
+
+def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
+    """(name, binary, config) of the kernels of one call's backward, for all that ESMFold2 trains.
+
+    The rows of a sequence are one chunk.
+    """
+    of = _Arguments(kernel, case)
+    x, weights, width = of.x[0], of.weights, case.width
+    pairs = case.length**2
+    planes, _ = of.module("fused_dual_gemm").empty_planes(of.x, weights)
+    float32 = torch.float32
+    moments = of.tensor(2, case.length, case.length, dtype=float32)
+    stage_3 = of.module("fused_ln_residual_backward")
+    stage_1 = of.module("fused_dual_gemm_backward")
+    with _compiling_for(kernel, target) as compiled:
+        rows = stage_3.Rows(planes[0], x, moments, x, None)
+        prepared = stage_3.prepare_ln_residual_bwd(rows, weights, 1e-5, "fp32")
+        out = stage_3.Stage3Gradients(
+            of.tensor(pairs, width), of.tensor(pairs, width), None,
+            of.tensor(5, pairs, dtype=float32), None,
+            of.tensor(prepared.programs, 2, width, dtype=float32),
+        )  # fmt: skip
+        means = of.tensor(width, dtype=float32), of.tensor(width, dtype=float32)
+        stage_3.fused_ln_residual_bwd(rows, weights, means, prepared, out)
+        prepared = stage_3.prepare_norm_out_bwd(rows.t, rows.t, case.length, weights, "fp32")
+        stage_3.norm_out_bwd(
+            out.emit, rows.t, out.rows, weights, prepared, rows.t, of.tensor(pairs, width)
+        )
+
+        for turned in ((True, False), (False, True), (True, True)):
+            of.module("trimul_einsum_triton").trimul_einsum_fwd(
+                planes, planes, "fp32", turned=turned
+            )
+
+        both = of.tensor(2 * width, *planes.shape[2:])
+        arguments = x, of.mask[0], moments, both, weights
+        prepared = stage_1.prepare_dual_gemm_bwd(
+            *arguments, "fp32", of.module("triton_backward").group_size(width, case.length),
+            5 * width,
+        )  # fmt: skip
+        out = stage_1.Stage1Gradients(
+            of.tensor(pairs, 5 * width), of.tensor(pairs, width), None,
+            of.tensor(prepared.programs, 4 * width, dtype=float32),
+        )  # fmt: skip
+        stage_1.fused_dual_gemm_bwd(*arguments, prepared, out)
+        prepared = stage_1.prepare_norm_in_bwd(x, moments)
+        stage_1.norm_in_bwd(out.hat_x, x, moments, weights, x, prepared)
+    return [
+        (name, binary, config)
+        for (name, *_), (binary, config) in zip(BACKWARD_KERNELS, compiled, strict=True)
     ]
 
 
@@ -292,11 +365,14 @@ def collect(
             progress(done, len(jobs), f"{target} {case}")
         where = {"target": target, "case": str(case)}
         try:
-            for stage, binary, config in compile_case(kernel, target, case):
+            found = compile_case(kernel, target, case)
+            if case in BACKWARD_CASES:
+                found += compile_backward_case(kernel, target, case)
+            for stage, binary, config in found:
                 code = asdict(read_machine_code(binary))
                 rows.append({"kernel": stage, **where, "config": config, **code})
         except Exception as error:  # whatever a compiler may raise is a finding, not a crash
-            rows.append({"kernel": "all stages", **where, "config": {}, "error": repr(error)})
+            rows.append({"kernel": "all kernels", **where, "config": {}, "error": repr(error)})
     if progress is not None:
         progress(len(jobs), len(jobs), "done")
     return rows

@@ -385,12 +385,12 @@ def table(
     """A settings table: `base` with the 16-bit settings that were fastest in `results`.
 
     Of two neighbouring classes of one width that have the same setting only the longer is written;
-    settings of `base` for widths beyond those tuned stay.
+    settings of `base` for widths beyond those tuned stay, and so do those of the backward.
     """
     environment_ = results["environment"]
     tuned = {
         "note": (
-            f"16-bit settings measured on one {environment_['device']} (torch "
+            f"16-bit settings of the forward measured on one {environment_['device']} (torch "
             f"{environment_['torch']}, Triton {environment_['triton']}, {environment_['date']}) "
             "by `esmfold2-trimul tune`; see docs/performance.md."
         )
@@ -412,7 +412,7 @@ def table(
         widest = max(widths, default=0)
         kept = [e for e in base[stage]["2"] if e["max_width"] is None or e["max_width"] > widest]
         tuned[stage] = {**base[stage], "2": entries + kept}
-    return tuned
+    return base | tuned
 
 
 def _shortest(config: dict) -> dict:

@@ -1,0 +1,464 @@
+"""The backward on the Triton path against float64 autograd: every gradient, alone and together."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Problem, in_tree_module, make_problem, relative_error
+from test_aten import PeakBytes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PARAMETERS = (
+    "norm_in_weight", "norm_in_bias", "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias",
+    "norm_out_weight", "norm_out_bias", "p_out_weight", "p_out_bias", "g_out_weight", "g_out_bias",
+)  # fmt: skip
+FLOAT32_BUDGET = 2e-5
+
+
+def leaves_of(problem: Problem) -> dict[str, torch.Tensor]:
+    """The differentiable tensors of the problem by name; the masks only where they are real."""
+    leaves = {"x": problem.x, **problem.weights, **problem.biases}
+    for name in ("mask", "drop_mask"):
+        value = getattr(problem, name)
+        if value is not None and value.is_floating_point():
+            leaves[name] = value
+    return leaves
+
+
+def plain_formula(leaves: dict[str, torch.Tensor], problem: Problem) -> torch.Tensor:
+    """Algorithms 11 and 12 as they are written, in the dtype of the leaves."""
+    x, get = leaves["x"], leaves.get
+    mask = get("mask", problem.mask)
+    z = F.layer_norm(x, x.shape[-1:], get("norm_in_weight"), get("norm_in_bias"), problem.eps)
+    ab = F.linear(z, get("p_in_weight"), get("p_in_bias"))
+    ab = ab * torch.sigmoid(F.linear(z, get("g_in_weight"), get("g_in_bias")))
+    if mask is not None:
+        ab = ab * mask.unsqueeze(-1).to(x.dtype)
+    a, b = ab.chunk(2, dim=-1)
+    equation = "bikd,bjkd->bijd" if problem.direction == "outgoing" else "bkid,bkjd->bijd"
+    t = torch.einsum(equation, a, b)
+    t = F.layer_norm(t, t.shape[-1:], get("norm_out_weight"), get("norm_out_bias"), problem.eps)
+    delta = F.linear(t, get("p_out_weight"), get("p_out_bias"))
+    delta = delta * torch.sigmoid(F.linear(z, get("g_out_weight"), get("g_out_bias")))
+    drop_mask = get("drop_mask", problem.drop_mask)
+    return delta if drop_mask is None else delta * drop_mask
+
+
+def grad_out_of(problem: Problem) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(problem.x.shape, generator=generator).to(problem.x.dtype)
+
+
+def gradients_in_float64(problem: Problem, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
+    leaves = {
+        name: leaf.detach().cpu().double().requires_grad_()
+        for name, leaf in leaves_of(problem).items()
+    }
+    out = plain_formula(leaves, problem)
+    found = torch.autograd.grad(out, list(leaves.values()), grad_out.cpu().double())
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.fixture
+def call_of(submodule, on_triton):
+    """call_of(problem): the problem on the device as the path takes it."""
+
+    def make(problem: Problem, precision: str = "fp32"):
+        p = problem.to(on_triton)
+        values = {**p.weights, **p.biases}
+        return submodule("triton_path").TritonCall(
+            p.x, p.direction, p.mask, p.residual,
+            None if p.drop_mask is None else p.drop_mask.squeeze(1),
+            submodule("validation").Weights(**{name: values.get(name) for name in PARAMETERS}),
+            p.eps, p.eps, precision, False,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def backward(submodule, call_of, on_triton):
+    """backward(problem, needs=None, recompute=False): the gradients by name."""
+
+    def run(problem: Problem, needs=None, recompute=False, grad_out=None, precision="fp32"):
+        call = call_of(problem, precision)
+        saved = (None, None)
+        if not recompute:
+            _, *saved = submodule("triton_path").run_triton_saving(call)
+        grad_out = grad_out_of(problem) if grad_out is None else grad_out
+        return submodule("triton_backward").run_triton_backward(
+            call, grad_out.to(on_triton), *saved, frozenset(needs or leaves_of(problem))
+        )
+
+    return run
+
+
+def assert_gradients(got: dict, problem: Problem, budget: float, grad_out=None) -> None:
+    wanted = gradients_in_float64(problem, grad_out_of(problem) if grad_out is None else grad_out)
+    leaves = leaves_of(problem)
+    errors = {}
+    for name, gradient in got.items():
+        want = wanted[name].squeeze(1) if name == "drop_mask" else wanted[name]
+        assert gradient.shape == want.shape and gradient.dtype == leaves[name].dtype, name
+        errors[name] = relative_error(gradient, want)
+    assert all(error <= budget for error in errors.values()), errors
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_every_gradient(backward, direction, recompute):
+    problem = make_problem(
+        7, 32, 48, direction=direction, mask="soft", drop_mask=True, biases=True, batch=2
+    )
+    got = backward(problem, recompute=recompute)
+    assert set(got) == {"x", "mask", "drop_mask", *PARAMETERS}
+    assert_gradients(got, problem, FLOAT32_BUDGET)
+
+
+@pytest.mark.parametrize("channels, hidden", [(16, 16), (48, 24), (5, 3), (200, 16)])
+def test_widths(backward, channels, hidden):
+    problem = make_problem(6, channels, hidden, mask="soft", biases=True)
+    assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("length", [1, 2, 16, 33])
+def test_lengths(backward, length, direction):
+    # Of one residue the mask scales t, which the LayerNorm undoes: its gradient is but rounding.
+    mask = "bool" if length == 1 else "soft"
+    problem = make_problem(length, 16, mask=mask, direction=direction)
+    assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_16_bits_as_the_module_in_the_tree(backward, direction, dtype):
+    """No gradient has more than 1.3 times the error of transformers' module in the same dtype."""
+    problem = make_problem(21, 48, dtype=dtype, direction=direction, mask="float")
+    problem.mask = problem.mask.bool()
+    grad_out = grad_out_of(problem)
+    module = in_tree_module(problem)
+    x = problem.x.clone().requires_grad_()
+    module(x, problem.mask).backward(grad_out)
+    wanted = gradients_in_float64(problem, grad_out)
+    value, gate = module.proj_bundle.weight.grad.chunk(2)
+    in_tree = {
+        "x": x.grad,
+        "norm_in_weight": module.norm_start.weight.grad,
+        "norm_in_bias": module.norm_start.bias.grad,
+        "p_in_weight": value,
+        "g_in_weight": gate,
+        "norm_out_weight": module.norm_mix.weight.grad,
+        "norm_out_bias": module.norm_mix.bias.grad,
+        "p_out_weight": module.proj_emit.weight.grad,
+        "g_out_weight": module.proj_gate.weight.grad,
+    }
+    got = backward(problem)
+    assert set(got) == set(in_tree)
+    for name, gradient in got.items():
+        assert gradient.dtype == in_tree[name].dtype
+        limit = 1.3 * relative_error(in_tree[name], wanted[name])
+        assert relative_error(gradient, wanted[name]) <= limit, name
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "expanded"])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_masks(backward, mask, direction):
+    problem = make_problem(7, 16, 24, mask=mask, direction=direction, seed=3)
+    assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
+
+
+def test_a_mask_of_integers_has_no_gradient(backward):
+    problem = make_problem(5, 16, mask="bool")
+    whole = backward(problem)
+    problem.mask = problem.mask.to(torch.int32)
+    got = backward(problem)
+    assert all(torch.equal(got[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gradients_of_masks_in_their_own_dtype(backward, dtype):
+    problem = make_problem(6, 16, mask="soft", drop_mask=True)
+    problem.mask, problem.drop_mask = problem.mask.to(dtype), problem.drop_mask.to(dtype)
+    budget = 3e-3 if dtype == torch.bfloat16 else FLOAT32_BUDGET
+    assert_gradients(backward(problem, ["mask", "drop_mask"]), problem, budget)
+
+
+def test_without_norm_parameters(backward):
+    problem = make_problem(6, 16, 24, mask="soft", biases=True)
+    for name in ("norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias"):
+        del problem.weights[name]
+    assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
+
+
+def test_norm_weights_of_zero(backward):
+    """Nothing is divided by them."""
+    problem = make_problem(6, 16)
+    for name in ("norm_in_weight", "norm_out_weight"):
+        problem.weights[name][::3] = 0
+    assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
+
+
+@pytest.mark.parametrize("what", ["expanded", "turned", "sliced"])
+def test_gradients_and_x_of_any_strides(backward, what):
+    problem = make_problem(6, 16, mask="soft")
+    if what == "expanded":
+        grad_out = torch.randn(16).expand(problem.x.shape)
+    elif what == "turned":
+        grad_out = torch.randn(1, 6, 16, 6).transpose(-1, -2)
+        problem.x = problem.x.transpose(1, 2)
+    else:
+        grad_out = torch.randn(1, 6, 6, 20)[..., 3:19]
+        problem.x = torch.randn(1, 6, 9, 16)[:, :, 2:8]
+    got = backward(problem, grad_out=grad_out)
+    assert got["x"].is_contiguous()
+    assert_gradients(got, problem, FLOAT32_BUDGET, grad_out)
+
+
+def test_rows_far_from_zero_and_constant_rows(backward):
+    problem = make_problem(6, 16, 24)
+    problem.x += 300
+    assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
+    problem.x[0, 2] = 1000.0
+    assert all(bool(gradient.isfinite().all()) for gradient in backward(problem).values())
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_chunks_groups_and_blocks_as_on_a_gpu(
+    backward, submodule, monkeypatch, direction, descriptors
+):
+    """Several chunks, groups and blocks of channels, of which none divides the width."""
+    config = submodule("launch_config").LaunchConfig
+    configs = {
+        "fused_dual_gemm": config(64, 16, 64, 4, 2, descriptors),
+        "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
+        "fused_ln_residual": config(64, 64, 64, 4, 2, descriptors),
+        "fused_ln_residual_bwd": config(32, 32, 16, 4, 2),
+        "norm_out_bwd": config(64, 16, 32, 4, 2),
+        "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2),
+    }
+    for name in (
+        "fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual",
+        "fused_ln_residual_backward", "fused_dual_gemm_backward",
+    ):  # fmt: skip
+        monkeypatch.setattr(submodule(name), "pick_config", lambda stage, *_: configs[stage])
+    path, subject = submodule("triton_path"), submodule("triton_backward")
+    monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
+    monkeypatch.setattr(subject, "_CHUNKS", 4)
+    monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
+    path._launches.clear()
+    problem = make_problem(9, 40, 32, direction=direction, mask="soft", drop_mask=True)
+    assert subject.group_size(32, 9) == 16
+    try:
+        assert_gradients(backward(problem, recompute=True), problem, FLOAT32_BUDGET)
+    finally:
+        path._launches.clear()
+
+
+NEEDS = [
+    *[(name,) for name in ("x", "mask", "drop_mask", *PARAMETERS)],
+    ("x", "g_out_weight"),
+    ("p_in_weight", "g_out_weight"),
+    ("p_out_weight", "p_out_bias"),
+    ("x", "mask", "p_in_bias"),
+    tuple(name for name in PARAMETERS if "bias" not in name),
+]
+
+
+def test_alone_as_together(submodule, backward, call_of, on_triton):
+    """Exactly what was asked for comes back, with the very bits that it has among all others."""
+    problem = make_problem(5, 16, 24, mask="soft", drop_mask=True, biases=True)
+    together = backward(problem)
+    call, grad_out = call_of(problem), grad_out_of(problem).to(on_triton)
+    _, *saved = submodule("triton_path").run_triton_saving(call)
+    for needs in NEEDS:
+        got = submodule("triton_backward").run_triton_backward(
+            call, grad_out, *saved, frozenset(needs)
+        )
+        assert set(got) == set(needs)
+        for name, gradient in got.items():
+            assert torch.equal(gradient, together[name]), (name, needs)
+
+
+@pytest.mark.parametrize(
+    "needs, kernels, products",
+    [
+        (["p_out_bias"], "part of stage 3", 0),
+        (["drop_mask"], "part of stage 3", 0),
+        (["p_out_weight"], "stage 3", 1),
+        (["g_out_weight"], "part of stage 3", 1),
+        (["mask"], "all but the last", 0),
+        (["p_in_bias"], "all but the last", 0),
+        (["p_in_weight"], "all but the last", 1),
+        (["x"], "all", 1),
+        (["x", "p_in_weight", "g_in_weight", "g_out_weight"], "all", 2),
+        (["x", "p_in_weight", "g_out_weight", "p_out_weight"], "all", 4),
+    ],
+)
+def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
+    """The backward's launches, and the vendor's GEMMs."""
+    problem = make_problem(5, 16, 24, mask="soft", drop_mask=True, biases=True)
+    launched, launch = [], submodule("_launch").PreparedLaunch.launch
+
+    def record(prepared, *tensors):
+        launched.append(prepared.kernel.__name__)
+        launch(prepared, *tensors)
+
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", record)
+    with CountedProducts() as counted:
+        backward(problem, needs)
+    wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
+    wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
+    if kernels != "part of stage 3":
+        wanted += ["_norm_out_bwd_kernel"]
+    if "all" in kernels:
+        wanted += ["_fused_dual_gemm_fwd_kernel"]
+        wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel"]
+    if kernels == "all":
+        wanted += ["_norm_in_bwd_kernel"]
+    assert launched == wanted
+    assert counted.number == products
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts matrix products within it."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_calls_give_equal_bits(backward, dtype):
+    problem = make_problem(9, 16, 24, dtype=dtype, mask="soft", drop_mask=True, biases=True)
+    first, second = backward(problem), backward(problem)
+    again = backward(problem, recompute=True)
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]) and torch.equal(gradient, again[name]), name
+
+
+def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
+    problem = make_problem(9, 16)
+    call, needs = call_of(problem), frozenset(leaves_of(problem))
+    _, product, moments = submodule("triton_path").run_triton_saving(call)
+    assert product.shape == (1, 16, 9, 16) and product.dtype == problem.x.dtype
+    assert moments.shape == (1, 2, 9, 16) and moments.dtype == torch.float32
+    run = submodule("triton_backward").run_triton_backward
+    kept = product.clone(), moments.clone()
+    first, second = (
+        run(call, grad_out_of(problem).to(on_triton), product, moments, needs) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in needs)
+    assert torch.equal(product, kept[0]) and torch.equal(moments, kept[1])
+
+
+def test_the_saving_forward_is_the_forward(submodule, call_of):
+    call = call_of(make_problem(9, 16, residual=True, mask="soft"))
+    path = submodule("triton_path")
+    assert torch.equal(path.run_triton_saving(call)[0], path.run_triton(call))
+
+
+def test_gradients_share_no_memory(backward):
+    problem = make_problem(4, 16, mask="soft", biases=True)
+    gradients = list(backward(problem).values())
+    memories = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    assert len(memories) == len(gradients)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_nothing_to_sum(backward, shape):
+    batch, length = shape
+    problem = make_problem(length, 16, batch=batch, mask="soft", biases=True)
+    got = backward(problem, recompute=True)
+    assert all(gradient.count_nonzero() == 0 for gradient in got.values())
+
+
+@pytest.mark.parametrize("setting", ["highest", "high"])
+@pytest.mark.parametrize(
+    "precision, wanted",
+    [("fp32", "highest"), ("ieee", "highest"), ("tf32x3", "highest"), ("tf32", "high")],
+)
+def test_products_follow_the_precision_of_the_call(
+    submodule, backward, monkeypatch, setting, precision, wanted
+):
+    """Whatever torch's own setting is, which is as it was afterwards."""
+    subject, seen = submodule("triton_backward"), []
+    add = subject._add_product
+
+    def record(*tensors):
+        seen.append(torch.get_float32_matmul_precision())
+        add(*tensors)
+
+    monkeypatch.setattr(subject, "_add_product", record)
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        backward(make_problem(3, 16), ["p_out_weight"], precision=precision)
+        assert seen == [wanted] and torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+@pytest.mark.parametrize("recompute, limit", [(False, 3.9), (True, 3.9)])
+@pytest.mark.parametrize("width, length", [(256, 64), (128, 96)])
+def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, recompute, limit):
+    """Counted from the allocations, in tensors of the pair's size, t not counted if it was saved.
+
+    The last chunk of the rows is no larger than the groups' planes.
+    """
+    subject = submodule("triton_backward")
+    monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
+    monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *tensors: None)
+    problem = make_problem(1, width, dtype=torch.float16)
+    problem.x = torch.zeros(1, length, length, width, dtype=torch.float16)
+    call = call_of(problem)
+    product = torch.zeros(1, width, length, length, dtype=torch.float16, device=on_triton)
+    moments = torch.zeros(1, 2, length, length, device=on_triton)
+    saved = (None, None) if recompute else (product, moments)
+    needs = frozenset(leaves_of(problem))
+    grad_out = torch.zeros_like(call.x)
+    with PeakBytes(call.x, grad_out, product, moments, *problem.weights.values()) as bytes_:
+        subject.run_triton_backward(call, grad_out, *saved, needs)
+    # The parameters' sums, the projections stacked and one chunk's products: no length makes them
+    # larger.
+    sums = (4 * 6 + 2 * 5 + 2 * 5) * width**2
+    assert 3.5 <= (bytes_.peak - sums) / call.x.nbytes <= limit
+
+
+def test_prepared_launches_serve_the_next_call(backward, submodule):
+    plans = submodule("triton_path")._launches
+    plans.clear()
+    problem = make_problem(6, 16, dtype=torch.float16)
+    for _ in range(2):
+        problem.x = torch.randn_like(problem.x)
+        got = backward(problem)
+        assert_gradients(got, problem, 5e-3)
+        assert len(plans) == 2  # the forward's and the backward's
+    backward(problem, ["x"])
+    assert len(plans) == 3
+
+
+def test_constants_come_in_the_order_of_the_kernels(submodule, call_of):
+    """`PreparedLaunch` appends them: a launcher that names them in another order would mislead."""
+    call = call_of(make_problem(4, 16, mask="soft"))
+    stage_3, stage_1 = (
+        submodule("fused_ln_residual_backward"), submodule("fused_dual_gemm_backward")
+    )  # fmt: skip
+    t = torch.zeros(16, 4, 16, device=call.x.device)
+    x, moments = call.x[0], torch.zeros(2, 4, 4, device=call.x.device)
+    rows = stage_3.Rows(t, x, moments, x, None)
+    arguments = (x, call.mask[0], moments, torch.cat([t, t]), call.weights, "fp32", 16, 80)
+    for stage in (
+        stage_3.prepare_ln_residual_bwd(rows, call.weights, 1e-5, "fp32"),
+        stage_3.prepare_norm_out_bwd(t, t, 4, call.weights, "fp32"),
+        stage_1.prepare_dual_gemm_bwd(*arguments),
+        stage_1.prepare_norm_in_bwd(x, moments),
+    ):
+        names = stage.kernel.arg_names
+        assert names[len(names) - len(stage.constants) :] == list(stage.constants)
+        assert len(names) == len(stage.arguments) + len(stage.constants)
+        assert all(stage.arguments[place] is None for place in stage.places)
