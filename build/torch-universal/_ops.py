@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c236f510dc"
+_NAMESPACE = "_esmfold2_trimul_kernel_fe6dfbacc3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

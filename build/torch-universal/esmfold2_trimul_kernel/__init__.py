@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c236f510dc"
+_BUILD_ID = "_esmfold2_trimul_kernel_fe6dfbacc3"
 
 
 def _load_package() -> ModuleType:
