@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_fe6dfbacc3"
+_NAMESPACE = "_esmfold2_trimul_kernel_d4562a14cb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -364,20 +364,22 @@ def _trimul_bwd(
     mask: Tensor | None,
     drop_mask: Tensor | None,
     *others,
-) -> list[Tensor]:
-    """The op on real tensors: the gradients of those of `DIFFERENTIABLE` that `needs` marks."""
+) -> tuple[Tensor, ...]:
+    """The op on real tensors: a tensor for each name of `DIFFERENTIABLE`, empty if not in `needs`.
+
+    A fixed number of tensors rather than a list, because vmap can loop over such an op.
+    """
     *values, eps_in, eps_out, precision, product, moments, needs = others
-    names = [
-        name for name, needed in zip(gradients.DIFFERENTIABLE, needs, strict=True) if needed
-    ]
     if x.numel() == 0:
-        leaves = dict(zip(gradients.DIFFERENTIABLE, (x, mask, drop_mask, *values), strict=True))
-        return [torch.zeros_like(leaves[name]).contiguous() for name in names]
+        leaves = (x, mask, drop_mask, *values)
+        return tuple([grad.zero_() for grad in _empty_gradients(*leaves, needs)])
+    named = zip(gradients.DIFFERENTIABLE, needs, strict=True)
+    names = frozenset([name for name, needed in named if needed])
     if execution_path(x.device, x.dtype).name == "aten":
         with torch.autocast(x.device.type, enabled=False):
             found = aten_backward.trimul_backward(
                 grad_out, x, direction, mask, drop_mask, Weights(*values), eps_in, eps_out,
-                product, frozenset(names),
+                product, names,
             )  # fmt: skip
     else:
         call = _triton_call(
@@ -385,9 +387,12 @@ def _trimul_bwd(
         )
         with current_device(x):
             found = _triton_backward().run_triton_backward(
-                call, grad_out, product, moments, frozenset(names)
+                call, grad_out, product, moments, names
             )
-    return [found[name] for name in names]
+    # What was not computed is an empty tensor of its own: outputs of an op share no memory.
+    return tuple([
+        found[name] if name in names else x.new_empty(0) for name in gradients.DIFFERENTIABLE
+    ])
 
 
 def _run(
@@ -489,6 +494,15 @@ def _empty_saved(x: Tensor, *others) -> tuple[Tensor, Tensor]:
     return x.new_empty(product_shape), x.new_empty(moments_shape, dtype=torch.float32)
 
 
+def _empty_gradients(x: Tensor, *others) -> tuple[Tensor, ...]:
+    """The outputs of `trimul_bwd`, not yet written; `others` are its other leaves, and `needs`."""
+    *leaves, needs = others
+    return tuple([
+        leaf.new_empty(leaf.shape) if needed else x.new_empty(0)
+        for leaf, needed in zip((x, *leaves), needs, strict=True)
+    ])
+
+
 def _trimul_fwd_fake(x: Tensor, *others) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -508,10 +522,9 @@ def _trimul_bwd_fake(
     mask: Tensor | None,
     drop_mask: Tensor | None,
     *others,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     *values, _, _, _, _, _, needs = others
-    leaves = zip((x, mask, drop_mask, *values), needs, strict=True)
-    return [leaf.new_empty(leaf.shape) for leaf, needed in leaves if needed]
+    return _empty_gradients(x, mask, drop_mask, *values, needs)
 
 
 _WEIGHTS = (
@@ -541,17 +554,16 @@ for _name, _arguments, _returns, _function, _fake in (
         "trimul_fwd_saving", _FORWARD.format(residual="Tensor?") + ", str recompute",
         "(Tensor, Tensor, Tensor)", _trimul_fwd_saving, _trimul_fwd_saving_fake,
     ),
-    ("trimul_bwd", _BACKWARD, "Tensor[]", _trimul_bwd, _trimul_bwd_fake),
+    (
+        "trimul_bwd", _BACKWARD, f"({', '.join(['Tensor'] * len(gradients.DIFFERENTIABLE))})",
+        _trimul_bwd, _trimul_bwd_fake,
+    ),
 ):  # fmt: skip
     _library.define(f"{_name}({_arguments}) -> {_returns}")
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
-torch.library.register_autograd(
-    add_op_namespace_prefix("trimul_fwd_saving"),
-    gradients.backward,
-    setup_context=gradients.save_for_backward,
-    lib=_library,
-)
-torch.library.register_autograd(
-    add_op_namespace_prefix("trimul_bwd"), gradients.refuse_double_backward, lib=_library
-)
+for _name, _autograd_function in (
+    ("trimul_fwd_saving", gradients.TriangleMultiplication),
+    ("trimul_bwd", gradients.TriangleMultiplicationGradients),
+):
+    _library.impl(_name, gradients.autograd_kernel(_autograd_function, _name), "Autograd")

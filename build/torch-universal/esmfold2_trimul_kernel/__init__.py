@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_fe6dfbacc3"
+_BUILD_ID = "_esmfold2_trimul_kernel_d4562a14cb"
 
 
 def _load_package() -> ModuleType:
