@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d4562a14cb"
+_NAMESPACE = "_esmfold2_trimul_kernel_b37e0c4416"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

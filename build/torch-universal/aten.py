@@ -29,6 +29,7 @@ from .validation import Weights
 # Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
 _BLOCK_POSITIONS = 2048
+_LEAST_POSITIONS = 256  # where a pass is to go over more blocks than it has to
 
 
 class Parameters(NamedTuple):
@@ -128,10 +129,15 @@ def empty_planes(x: Tensor, weights: Weights) -> Tensor:
     return x.new_empty((1, *saved_shape(x, weights)[1:]))
 
 
-def block_of(x: Tensor) -> tuple[int, int]:
-    """Positions of a block of x [B, L, L, C], and the rows [L, C] that make one."""
+def block_of(x: Tensor, parts: int = 1) -> tuple[int, int]:
+    """Positions of a block of x [B, L, L, C], and the rows [L, C] that make one.
+
+    Where a block's buffers count, `parts` is the number of blocks to make of a sequence at least.
+    """
     length = x.shape[1]
-    positions = _BLOCK_POSITIONS if x.device.type == "cpu" else length * length
+    positions = max(_LEAST_POSITIONS, length * length // parts)
+    if x.device.type == "cpu":
+        positions = min(positions, _BLOCK_POSITIONS)
     return positions, min(length, max(1, positions // length))
 
 

@@ -48,6 +48,9 @@ from .validation import Weights
 # b is computed again for so many parts of the channels, one after the other: each part reads x and
 # normalises its rows again, and holds so much less of b.
 _PARTS = 4
+# A block's buffers are about eleven, of fp32, in the size of its part of x; with so many blocks at
+# least they are less than a pair tensor, or of 16 bits less than one and a half.
+_LEAST_BLOCKS = 16
 _OF_NORM_IN = frozenset(("x", "norm_in_weight", "norm_in_bias"))
 # Gradients for which the backward has to go through the triangular product.
 _BEHIND_PRODUCT = _OF_NORM_IN | {"mask", "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias"}
@@ -106,7 +109,7 @@ def trimul_backward(
     `aten.trimul_saving`, or None, and then t is computed again.
     """
     dtype = gemm_dtype(x.dtype, x.device.type)
-    positions, rows = block_of(x)
+    positions, rows = block_of(x, _LEAST_BLOCKS)
     parameters = prepare(weights, dtype)
     sums = _zero_sums(weights, needs, sum_dtype(dtype))
     call = _Call(direction, parameters, eps_in, eps_out, positions, rows, needs, sums)

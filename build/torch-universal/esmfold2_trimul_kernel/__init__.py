@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_d4562a14cb"
+_BUILD_ID = "_esmfold2_trimul_kernel_b37e0c4416"
 
 
 def _load_package() -> ModuleType:
