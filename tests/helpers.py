@@ -105,9 +105,44 @@ def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) ->
 
 def reference(problem: Problem) -> Tensor:
     """AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, in float64, line by line."""
+    return _formula(problem).detach()
 
+
+@torch.enable_grad()
+def reference_gradients(problem: Problem, grad_out: Tensor) -> dict[str, Tensor]:
+    """Float64 autograd's gradients of every leaf of the problem, for that of the output."""
+    leaves = {
+        name: leaf.detach().cpu().double().requires_grad_()
+        for name, leaf in leaves_of(problem).items()
+    }
+    out = _formula(with_leaves(problem, leaves))
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.detach().cpu().double())
+    return dict(zip(leaves, grads, strict=True))
+
+
+def leaves_of(problem: Problem) -> dict[str, Tensor]:
+    """The problem's tensors that may have a gradient, by the names of the arguments."""
+    named = vars(problem) | problem.weights | problem.biases
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+
+
+def with_leaves(problem: Problem, leaves: dict[str, Tensor]) -> Problem:
+    """The problem with other tensors in the place of some."""
+
+    def put(group: dict) -> dict:
+        return {name: leaves.get(name, value) for name, value in group.items()}
+
+    weights, biases = put(problem.weights), put(problem.biases)
+    return Problem(**put(vars(problem)) | {"weights": weights, "biases": biases})
+
+
+def _formula(problem: Problem) -> Tensor:
     def double(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().cpu().double()
+        return None if value is None else value.cpu().double()
 
     w = {name: double(value) for name, value in problem.weights.items()}
     bias = {name: double(value) for name, value in problem.biases.items()}
@@ -132,15 +167,15 @@ def reference(problem: Problem) -> Tensor:
     return delta if problem.residual is None else double(problem.residual) + delta
 
 
-def run(kernel, problem: Problem, device: str = "cpu") -> Tensor:
+def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:
     """The public function that takes this problem's arguments, on `device`."""
     p = problem.to(device)
     if p.biases:
         return kernel.triangle_multiplicative_update(
-            p.x, p.direction, p.mask, eps=p.eps, **p.weights, **p.biases
+            p.x, p.direction, p.mask, eps=p.eps, **p.weights, **p.biases, **others
         )
     return kernel.triangle_multiplicative_update_with_residual(
-        p.x, p.direction, p.residual, p.drop_mask, mask=p.mask, eps=p.eps, **p.weights
+        p.x, p.direction, p.residual, p.drop_mask, mask=p.mask, eps=p.eps, **p.weights, **others
     )
 
 

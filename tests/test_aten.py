@@ -1,4 +1,4 @@
-"""The ATen path: its two forms against float64, the memory of one, the gradients of the other."""
+"""The ATen path: its forms against float64, its memory and its products, forward and backward."""
 
 import dataclasses
 
@@ -9,10 +9,13 @@ from helpers import (
     ERROR_BUDGET,
     assert_close,
     in_tree_module,
+    leaves_of,
     make_problem,
     reference,
+    reference_gradients,
     relative_error,
     run,
+    with_leaves,
 )
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -55,7 +58,7 @@ def aten(submodule):
 
 @pytest.fixture
 def call(submodule):
-    """call(function, problem): either form, with the arguments that the entry point gives it."""
+    """call(function, problem): a form, with the arguments that the entry point gives it."""
     weights_type = submodule("validation").Weights
 
     def call(function, p):
@@ -72,6 +75,26 @@ def call(submodule):
         )
 
     return call
+
+
+@pytest.fixture
+def backward(submodule, call):
+    """backward(problem, grad_out, needs, saved): the gradients, by name."""
+    function = submodule("aten_backward").trimul_backward
+
+    def backward(p, grad_out, needs=None, saved=None):
+        needs = frozenset(leaves_of(p)) - {"residual"} if needs is None else frozenset(needs)
+
+        def trimul_backward(x, direction, mask, residual, drop_mask, *others):
+            return function(grad_out, x, direction, mask, drop_mask, *others, saved, needs)
+
+        return call(trimul_backward, p)
+
+    return backward
+
+
+def grad_like(out: Tensor) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
 
 
 @pytest.fixture(params=[True, False], ids=["native_bf16", "no_native_bf16"])
@@ -298,76 +321,240 @@ def test_peak_memory_of_a_wider_product(aten, call, native, monkeypatch):
     assert 4 * problem.x.nbytes <= ours.peak <= 4.6 * problem.x.nbytes
 
 
-WEIGHTS = [
-    "norm_in_weight", "norm_in_bias", "p_in_weight", "g_in_weight",
-    "norm_out_weight", "norm_out_bias", "p_out_weight", "g_out_weight",
-]  # fmt: skip
+@pytest.mark.parametrize("length, channels, hidden, others", PLAIN + FULL)
+def test_gradients_through_the_formula(aten, call, length, channels, hidden, others):
+    problem = make_problem(length, channels, hidden, **others)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+    out = call(aten.trimul_differentiable, problem)
+    grads = torch.autograd.grad(out, leaves.values(), grad_like(out))
+    wanted = reference_gradients(problem, grad_like(out))
+    for name, gradient in zip(leaves, grads, strict=True):
+        error = (gradient.double() - wanted[name]).norm()
+        assert error <= 2e-5 * wanted[name].norm() + 1e-7, name
 
 
-def with_input(problem, name: str, value: Tensor):
-    """The problem with another value of one input."""
-    if name in vars(problem):
-        return dataclasses.replace(problem, **{name: value})
-    group = "weights" if name in problem.weights else "biases"
-    return dataclasses.replace(problem, **{group: getattr(problem, group) | {name: value}})
+@pytest.mark.parametrize("length, channels, hidden, others", PLAIN[2:] + FULL[1:])
+def test_gradients_through_bf16_gemms(
+    aten, call, backward, monkeypatch, length, channels, hidden, others
+):
+    problem = make_problem(length, channels, hidden, dtype=BF16, **others)
+    grad_out = grad_like(problem.x)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+    out = call(aten.trimul_differentiable, problem)
+    plain = dict(zip(leaves, torch.autograd.grad(out, leaves.values(), grad_out), strict=True))
+    wanted = reference_gradients(problem, grad_out)
+    with torch.no_grad():
+        fp32 = backward(problem, grad_out)
+        monkeypatch.setattr(aten, "_multiplies_bf16", lambda: True)
+        bf16 = backward(problem, grad_out)
+    for name in bf16:
+        wanted_like = wanted[name].view(bf16[name].shape)
+        budget = relative_error(plain[name].view(bf16[name].shape), wanted_like)
+        assert relative_error(fp32[name], wanted_like) <= budget, name
+        assert relative_error(bf16[name], wanted_like) <= 1.2 * budget, name
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("channels, hidden", [(16, 24), (24, 13)])
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
-@pytest.mark.parametrize(
-    "name, biases",
-    [(name, False) for name in ("x", "mask", "residual", "drop_mask", *WEIGHTS)]
-    + [(name, True) for name in ("x", "mask", *WEIGHTS)]
-    + [(name, True) for name in ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")],
-)
-def test_gradient_of_each_input_alone(kernel, name, biases, direction):
-    """Against central differences of the float64 reference, along the gradient and at random."""
+@torch.no_grad()
+def test_blocks_of_positions_do_not_show_in_gradients(
+    aten, backward, native, monkeypatch, direction, channels, hidden, dtype
+):
     problem = make_problem(
-        6, 5, 4, batch=2, direction=direction, mask="soft",
-        residual=not biases, drop_mask=not biases, biases=biases,
+        13, channels, hidden, batch=2, dtype=dtype, direction=direction, mask="soft",
+        drop_mask=True, biases=True,
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    probe = torch.randn(problem.x.shape, generator=generator).double()
-    old = (vars(problem) | problem.weights | problem.biases)[name]
-    value = old.clone().requires_grad_()
-    out = run(kernel, with_input(problem, name, value))
-    assert out.requires_grad
-    (gradient,) = torch.autograd.grad(out, value, probe.float())
-    assert gradient.dtype == value.dtype
-    gradient = gradient.double()
-
-    directions = [gradient / gradient.norm()]
-    for _ in range(3):
-        random = torch.randn(value.shape, generator=generator).double()
-        directions.append(random / random.norm())
-    step = 1e-4
-    for along in directions:
-        ahead = reference(with_input(problem, name, old.double() + step * along))
-        behind = reference(with_input(problem, name, old.double() - step * along))
-        slope = float(((ahead - behind) * probe).sum()) / (2 * step)
-        assert float((gradient * along).sum()) == pytest.approx(
-            slope, abs=2e-5 * float(gradient.norm())
+    grad_out = grad_like(problem.x)
+    results = []
+    for positions in (10**6, 50, 13, 1):
+        monkeypatch.setattr(aten, "_BLOCK_POSITIONS", positions)
+        results.append(backward(problem, grad_out))
+    wanted = reference_gradients(problem, grad_out)
+    for name, gradient in results[0].items():
+        assert relative_error(gradient, wanted[name].view(gradient.shape)) <= (
+            2e-5 if dtype == torch.float32 else 1.5e-2
         )
+        for other in results[1:]:
+            assert relative_error(other[name], gradient.double()) <= (
+                2e-6 if dtype == torch.float32 else 6e-3
+            ), name
 
 
+@pytest.mark.parametrize("saved", [False, True])
+@torch.no_grad()
+def test_gradients_of_a_sequence_do_not_see_its_batch(aten, call, backward, native, saved):
+    problem = make_problem(11, 16, batch=3, mask="soft", drop_mask=True, dtype=BF16)
+    grad_out = grad_like(problem.x)
+    of_positions = ("x", "mask", "drop_mask")
+    product = call(aten.trimul_saving, problem)[1] if saved else None
+    batch = backward(problem, grad_out, of_positions, product)
+    for index in range(3):
+        window = slice(index, index + 1)
+        alone = with_leaves(
+            problem,
+            {name: getattr(problem, name)[window] for name in of_positions},
+        )
+        got = backward(
+            alone, grad_out[window], of_positions, product[window] if saved else None
+        )
+        for name in of_positions:
+            assert torch.equal(got[name], batch[name][window]), name
+
+
+@pytest.mark.parametrize("recompute", ["product", "all"])
+@pytest.mark.parametrize("positions", [10**6, 4])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("channels, hidden", [(3, 2), (2, 3)])
+def test_gradcheck(
+    kernel, submodule, aten, monkeypatch, direction, channels, hidden, positions, recompute
+):
+    """In float64, which the functions refuse but the path computes in."""
+    for module in ("validation", "trimul_with_residual"):
+        monkeypatch.setattr(submodule(module), "COMPUTE_DTYPES", (torch.float64,))
+    monkeypatch.setattr(aten, "_BLOCK_POSITIONS", positions)
+    for others in ({"biases": True}, {"residual": True, "drop_mask": True}):
+        problem = make_problem(4, channels, hidden, direction=direction, mask="soft", **others)
+        problem.eps = 0.1
+        leaves = leaves_of(problem)
+        values = [leaf.double().requires_grad_() for leaf in leaves.values()]
+
+        def call(*values):
+            given = dict(zip(leaves, values, strict=True))  # noqa: B023
+            return run(kernel, with_leaves(problem, given), recompute=recompute)  # noqa: B023
+
+        assert torch.autograd.gradcheck(call, values, fast_mode=positions == 4)
+
+
+def peak_of_training(aten, call, backward, problem, recompute: str, batch: int = 1) -> float:
+    """The peak of forward and backward in pair tensors, with the output's gradient counted in."""
+    with PeakBytes(problem.x, problem.mask, *problem.weights.values()) as memory:
+        if recompute == "product":
+            out, saved = call(aten.trimul_saving, problem)
+        else:
+            out, saved = call(aten.trimul_inference, problem), None
+        grad_out = torch.ones_like(out)
+        del out
+        needs = {"x", *problem.weights}
+        backward(problem, grad_out, needs, saved)
+    return memory.peak / problem.x.nbytes
+
+
+def in_tree_peak_of_training(problem) -> float:
+    module = in_tree_module(problem)
+    x = problem.x.clone().requires_grad_()
+    with torch.enable_grad(), PeakBytes(x, problem.mask, *module.parameters()) as memory:
+        out = module(x, problem.mask)
+        grad_out = torch.ones_like(out)
+        out.backward(grad_out)
+    return memory.peak / problem.x.nbytes
+
+
+@pytest.mark.parametrize("recompute", ["product", "all"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@torch.no_grad()
+def test_peak_memory_of_forward_and_backward(
+    aten, call, backward, monkeypatch, direction, dtype, recompute
+):
+    """t, dt, dx and a quarter of b, and the gradient of the output; blocks are small here."""
+    monkeypatch.setattr(aten, "_BLOCK_POSITIONS", 64)
+    problem = make_problem(64, 32, dtype=dtype, direction=direction, mask="bool")
+    ours = peak_of_training(aten, call, backward, problem, recompute)
+    assert 4.25 <= ours <= 5.1
+    assert ours < in_tree_peak_of_training(problem) / 3
+
+
+@torch.no_grad()
+def test_peak_memory_of_training_at_the_real_width(aten, call, backward):
+    """C = 256, and blocks as they are, which count for more the shorter the sequence."""
+    problem = make_problem(96, 256, dtype=BF16, mask="bool")
+    ours = peak_of_training(aten, call, backward, problem, "product")
+    assert ours < in_tree_peak_of_training(problem) / 3
+
+
+@torch.no_grad()
+def test_peak_memory_of_a_batch(aten, call, backward, monkeypatch):
+    """dt, and a quarter of b, are one sequence's: 1.25 / 4 of the batch's pair tensors."""
+    monkeypatch.setattr(aten, "_BLOCK_POSITIONS", 64)
+    problem = make_problem(32, 32, batch=4, mask="bool")
+    kept = peak_of_training(aten, call, backward, problem, "product")
+    assert 3 + 1.25 / 4 <= kept <= 3 + 1.25 / 4 + 0.4
+    again = peak_of_training(aten, call, backward, problem, "all")
+    assert 2 + 2.25 / 4 <= again <= 2 + 2.25 / 4 + 0.4
+
+
+class Products(TorchDispatchMode):
+    """Multiply-adds of the matrix products within, and whether any was a batch of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.batches = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0].rstrip("_")
+        if name in ("mm", "addmm", "bmm"):
+            left, right = [value for value in args if isinstance(value, Tensor)][-2:]
+            self.count += left.numel() * right.shape[-1]
+            self.batches += name == "bmm"
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_gradient_that_is_not_asked_for_is_not_computed(aten, call, backward):
+    problem = make_problem(9, 8, 6, mask="soft", drop_mask=True, biases=True)
+    everything = set(leaves_of(problem))
+    grad_out = grad_like(problem.x)
+    saved = call(aten.trimul_saving, problem)[1]
+
+    def products(needs) -> Products:
+        with Products() as counted:
+            got = backward(problem, grad_out, needs, saved)
+        assert set(got) == set(needs)
+        return counted
+
+    whole = products(everything).count
+    pairs = 9 * 9
+    of_weights = {"p_in_weight": 12 * 8, "g_in_weight": 12 * 8, "g_out_weight": 8 * 8}
+    for name, size in of_weights.items():
+        assert whole - products(everything - {name}).count == pairs * size
+    both = {"p_out_weight", "norm_out_weight"}
+    assert whole - products(everything - both).count == pairs * 8 * 6
+    through_norm = everything - {"x", "norm_in_weight", "norm_in_bias"}
+    assert whole - products(through_norm).count == pairs * (2 * 12 * 8 + 8 * 8)
+    # Up to the second norm nothing goes through the triangular product, nor to a and b.
+    outside = {
+        "drop_mask", "norm_out_weight", "norm_out_bias", "p_out_weight", "p_out_bias",
+        "g_out_weight", "g_out_bias",
+    }  # fmt: skip
+    assert products(outside).batches == 0
+    assert all(products({name}).batches > 0 for name in everything - outside)
+    assert products(()).count <= products({"p_out_bias"}).count < whole / 6
+
+
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_have_the_dtypes_of_their_inputs(kernel, dtype):
-    problem = make_problem(6, 8, dtype=dtype, mask="soft", residual=True, drop_mask=True)
-    inputs = [problem.x, problem.mask, problem.residual, problem.drop_mask]
-    inputs += problem.weights.values()
-    for value in inputs:
-        value.requires_grad_()
-    out = run(kernel, problem)
-    for value, gradient in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
-        assert gradient.dtype == value.dtype and gradient.isfinite().all()
+@torch.no_grad()
+def test_a_backward_leaves_its_inputs_as_they_are(aten, call, backward, native, saved, dtype):
+    problem = make_problem(9, 16, dtype=dtype, mask="soft", drop_mask=True, biases=True)
+    product = call(aten.trimul_saving, problem)[1] if saved else None
+    inputs = [*leaves_of(problem).values(), grad_like(problem.x)]
+    inputs += [product] if saved else []
+    before = [value.clone() for value in inputs]
+    got = backward(problem, inputs[15], None, product)
+    places = {value.untyped_storage().data_ptr() for value in inputs}
+    assert all(torch.equal(one, other) for one, other in zip(inputs, before, strict=True))
+    outputs = {value.untyped_storage().data_ptr() for value in got.values()}
+    assert not outputs & places and len(outputs) == len(got)
 
 
-def test_nothing_is_kept_for_a_backward_that_cannot_come(aten, kernel, monkeypatch):
-    """Weights that require a gradient don't cost the inference form where gradients are off."""
+def test_which_form_runs(aten, submodule, kernel, monkeypatch):
+    """The saving form only where a gradient can come, the formula only under transforms."""
     problem = make_problem(5, 8)
     for value in problem.weights.values():
         value.requires_grad_()
     used = []
-    for form in ("trimul_inference", "trimul_differentiable"):
+    for form in ("trimul_inference", "trimul_saving", "trimul_differentiable"):
         intact = getattr(aten, form)
         monkeypatch.setattr(
             aten, form, lambda *of, form=form, intact=intact: used.append(form) or intact(*of)
@@ -377,7 +564,15 @@ def test_nothing_is_kept_for_a_backward_that_cannot_come(aten, kernel, monkeypat
     with torch.inference_mode():
         assert not run(kernel, problem).requires_grad
     assert run(kernel, problem).requires_grad
-    assert used == ["trimul_inference", "trimul_inference", "trimul_differentiable"]
+    assert run(kernel, problem, recompute="all").requires_grad
+    torch.func.grad(lambda x: run(kernel, with_leaves(problem, {"x": x})).sum())(problem.x)
+    torch.func.jvp(
+        lambda x: run(kernel, with_leaves(problem, {"x": x})), (problem.x,), (problem.x,)
+    )
+    assert used == [
+        "trimul_inference", "trimul_inference", "trimul_saving", "trimul_inference",
+        "trimul_differentiable", "trimul_differentiable",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("with_grad", [False, True])

@@ -13,6 +13,7 @@ from fresh_process import ROOT
 from helpers import ERROR_BUDGET, in_tree_module, make_problem, reference, relative_error
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FLOWS = ("outgoing", "incoming")
 # Channels, length, flow, visibility; the wide ones are few and short for the interpreter's sake.
@@ -36,12 +37,10 @@ def device(request, path) -> str:
     return request.getfixturevalue("on_triton") if path == "triton" else "cpu"
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["aten"])
 def grad_device(request) -> str:
-    """A device of tensors that need a gradient: both take the ATen path."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    return request.param
+    """The device whose tensors take the path, with a gradient."""
+    return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"
 
 
 @pytest.fixture
@@ -51,18 +50,32 @@ def bind(kernel):
     return lambda module: types.MethodType(forward, module)
 
 
-def swap_through_kernels(model: nn.Module) -> None:
+MODES = {
+    "inference": Mode.INFERENCE,
+    "compiled inference": Mode.INFERENCE | Mode.TORCH_COMPILE,
+    "training": Mode.TRAINING,
+    "compiled training": Mode.TRAINING | Mode.TORCH_COMPILE,
+}
+
+
+def swap_through_kernels(
+    model: nn.Module, mode: Mode = Mode.INFERENCE, use_fallback: bool = True
+) -> None:
     """Our layer at every site, as the kernels library puts it there."""
     device = next(model.parameters()).device.type
     layer = LocalLayerRepository(repo_path=ROOT, layer_name="ESMFold2TriangleMultiplication")
-    mapping = {"EsmFold2TriangleMultiplication": {device: {Mode.INFERENCE: layer}}}
+    mapping = {"EsmFold2TriangleMultiplication": {device: {mode: layer}}}
     with use_kernel_mapping(mapping, inherit_mapping=False):
-        kernelize(model, mode=Mode.INFERENCE, device=device)
+        kernelize(model, mode=mode, device=device, use_fallback=use_fallback)
 
 
 def problem_and_module(length: int, channels: int, device: str = "cpu", **others):
     problem = make_problem(length, channels, **others).to(device)
     return problem, in_tree_module(problem)
+
+
+def checkpoint_without_reentry(function, *arguments, **keywords):
+    return checkpoint(function, *arguments, use_reentrant=False, **keywords)
 
 
 def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -109,6 +122,20 @@ def test_through_the_kernels_library(bind, device, flow):
     assert not torch.equal(got, stock)
     restore_stock(module)
     assert torch.equal(module(problem.x, problem.mask), stock)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kernelize_takes_the_layer_in_every_mode(bind, grad_device, mode):
+    """Without a fallback: a layer that is not fit for the mode would be refused."""
+    problem, module = problem_and_module(9, 16, grad_device, mask="bool")
+    bound = gradients(bind(module), module, problem)
+    swap_through_kernels(module, MODES[mode], use_fallback=False)
+    call = module
+    if Mode.TORCH_COMPILE in MODES[mode]:
+        torch._dynamo.reset()
+        call = torch.compile(module, fullgraph=True, backend="aot_eager")
+    got = gradients(call, module, problem)
+    assert all(torch.equal(got[name], bound[name]) for name in bound)
 
 
 @torch.no_grad()
@@ -255,12 +282,28 @@ def test_gradients_agree_with_the_in_tree_modules(bind, grad_device, flow, visib
 def test_gradients_of_the_compiled_module(grad_device):
     problem, module = problem_and_module(9, 16, grad_device, mask="bool")
     wanted = gradients(module, module, problem)
-    swap_through_kernels(module)
+    swap_through_kernels(module, MODES["compiled training"])
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     got = gradients(compiled, module, problem)
     for name in got:
         assert distance(got[name], wanted[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_compiled_module_trains_on_any_length(grad_device, dynamic):
+    module = in_tree_module(make_problem(1, 16)).to(grad_device)
+    in_tree = copy.deepcopy(module)
+    swap_through_kernels(module, MODES["compiled training"])
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=dynamic)
+    for length in (9, 12, 17, 11):
+        problem = make_problem(length, 16, mask="bool").to(grad_device)
+        wanted = gradients(in_tree, in_tree, problem)
+        got = gradients(compiled, module, problem)
+        assert all(distance(got[name], wanted[name]) <= 1e-5 for name in got)
+    assert len(backend.graphs) <= 2
 
 
 def test_bf16_gradients_are_as_good_as_the_in_tree_modules(bind, grad_device):
@@ -273,6 +316,127 @@ def test_bf16_gradients_are_as_good_as_the_in_tree_modules(bind, grad_device):
     for name in got:
         assert got[name].dtype == stock[name].dtype
         assert distance(got[name], wanted[name]) <= 1.1 * distance(stock[name], wanted[name]), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_under_autocast(bind, grad_device, dtype, compiled):
+    """fp32 parameters get fp32 gradients, as near to the exact ones as the in-tree module's."""
+    problem, module = problem_and_module(16, 16, grad_device, mask="bool")
+    wanted = gradients(module, module, problem)
+    call = bind(module)
+    if compiled:
+        swap_through_kernels(module, MODES["compiled training"])
+        torch._dynamo.reset()
+        call = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def under_autocast(forward):
+        def run(*arguments):
+            with torch.autocast(grad_device, dtype=dtype):
+                return forward(*arguments)
+
+        return run
+
+    in_tree = in_tree_module(problem)
+    stock = gradients(under_autocast(in_tree), in_tree, problem)
+    got = gradients(under_autocast(call), module, problem)
+    for name in got:
+        assert got[name].dtype == torch.float32
+        assert distance(got[name], wanted[name]) <= 1.3 * distance(stock[name], wanted[name]), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_under_checkpoint(bind, grad_device, autocast, reentrant):
+    problem, module = problem_and_module(12, 16, grad_device, mask="float")
+    layer = bind(module)
+
+    def call(*arguments):
+        with torch.autocast(grad_device, dtype=torch.bfloat16, enabled=autocast):
+            return layer(*arguments)
+
+    def checkpointed(*arguments):
+        with torch.autocast(grad_device, dtype=torch.bfloat16, enabled=autocast):
+            return checkpoint(layer, *arguments, use_reentrant=reentrant)
+
+    wanted = gradients(call, module, problem)
+    got = gradients(checkpointed, module, problem)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_functional_call(bind, grad_device):
+    """Parameters from a call's arguments, and their gradients there, not at the module's own."""
+    problem, module = problem_and_module(9, 16, grad_device, mask="bool")
+    wanted = gradients(bind(module), module, problem)
+    swap_through_kernels(module, MODES["training"])
+    module.zero_grad()
+    parameters = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in module.named_parameters()
+    }
+
+    def call(x, mask):
+        return torch.func.functional_call(module, parameters, (x, mask))
+
+    got = gradients(call, module, problem)
+    assert torch.equal(got["x"], wanted["x"])
+    for name, value in parameters.items():
+        assert got[name] is None
+        assert torch.equal(value.grad, wanted[name])
+
+
+def test_frozen_parameters_have_no_gradient(bind, grad_device):
+    problem, module = problem_and_module(9, 16, grad_device)
+    wanted = gradients(bind(module), module, problem)
+    module.requires_grad_(False)
+    module.norm_mix.weight.requires_grad_()
+    got = gradients(bind(module), module, problem)
+    assert {name for name, value in got.items() if value is not None} == {"x", "norm_mix.weight"}
+    assert torch.equal(got["norm_mix.weight"], wanted["norm_mix.weight"])
+    assert torch.equal(got["x"], wanted["x"])
+
+
+def test_recompute_is_read_from_the_environment(bind, grad_device, monkeypatch):
+    problem, module = problem_and_module(12, 16, grad_device, mask="bool")
+    layer, variable = bind(module), "ESMFOLD2_TRIMUL_RECOMPUTE"
+
+    def saved_elements() -> int:
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.numel()) or t, lambda t: t
+        ):
+            layer(problem.x, problem.mask)
+        return sum(saved)
+
+    wanted, kept = gradients(layer, module, problem), saved_elements()
+    monkeypatch.setenv(variable, "product")
+    assert saved_elements() == kept
+    monkeypatch.setenv(variable, "all")
+    assert saved_elements() <= kept - problem.x.numel()
+    got = gradients(layer, module, problem)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    monkeypatch.setenv(variable, "everything")
+    with pytest.raises(ValueError) as caught:
+        layer(problem.x)
+    assert str(caught.value) == f"{variable} must be 'product' or 'all'; got 'everything'"
+
+
+def test_a_training_step_of_a_whole_trunk(submodule, grad_device):
+    """Every site of a small model's trunk, checkpointed as transformers does it."""
+    model = random_model(torch.device(grad_device), torch.float32, 0, tiny_config())
+    trunk = next(m for m in model.modules() if type(m).__name__ == "EsmFold2PairUpdateStack")
+    channels = next(iter(triangle_modules(trunk).values())).dim
+    problem = make_problem(9, channels, mask="bool").to(grad_device)
+    trunk.train()
+    for layer in trunk.modules():
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = checkpoint_without_reentry
+    wanted = gradients(trunk, trunk, problem)
+    swap_through_kernels(trunk, MODES["training"])
+    got = gradients(trunk, trunk, problem)
+    for name, gradient in got.items():
+        assert distance(gradient, wanted[name]) <= 1e-4, name
 
 
 def test_a_whole_model_folds_as_on_the_stock_path(submodule, monkeypatch, path, device):

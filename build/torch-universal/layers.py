@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from .trimul_with_residual import triangle_multiplicative_update_with_residual
-from .validation import check_memory
+from .validation import check_memory, check_recompute
 
 MEMORY_VARIABLE = "ESMFOLD2_TRIMUL_MEMORY"
+RECOMPUTE_VARIABLE = "ESMFOLD2_TRIMUL_RECOMPUTE"
 
 
 class ESMFold2TriangleMultiplication(nn.Module):
     """Triangle multiplication without residual, for ESMFold2 (AlphaFold 2, Algorithms 11, 12)."""
 
-    # Gradients flow through the ATen path; the layer is registered for inference all the same.
     has_backward = True
     can_torch_compile = True
 
@@ -34,17 +34,21 @@ class ESMFold2TriangleMultiplication(nn.Module):
             visibility: [B, L, L] pair mask of any real dtype, or None for "every pair is real".
 
         The environment variable ESMFOLD2_TRIMUL_MEMORY, "auto" by default, is the function's
-        `memory`: "lean" trades time for memory.
+        `memory`: "lean" trades time for memory. ESMFOLD2_TRIMUL_RECOMPUTE, "product" by default, is
+        its `recompute`: with "all" nothing but the inputs is kept for the backward.
 
         Returns:
             [B, L, L, C] in the dtype of the computation.
 
         Raises:
             ValueError, TypeError: shapes, dtypes or devices that don't fit each other, or a word
-                in ESMFOLD2_TRIMUL_MEMORY that is none of "auto", "default" and "lean".
+                in ESMFOLD2_TRIMUL_MEMORY or ESMFOLD2_TRIMUL_RECOMPUTE that the function doesn't
+                know.
         """
         memory = os.environ.get(MEMORY_VARIABLE, "auto")
         check_memory(memory, MEMORY_VARIABLE)
+        recompute = os.environ.get(RECOMPUTE_VARIABLE, "product")
+        check_recompute(recompute, RECOMPUTE_VARIABLE)
         bundle = self.proj_bundle.weight
         emit, gate = self.proj_emit.weight, self.proj_gate.weight
         if torch.is_autocast_enabled(pair_grid.device.type):
@@ -68,6 +72,7 @@ class ESMFold2TriangleMultiplication(nn.Module):
             eps=self.norm_start.eps,
             eps_out=self.norm_mix.eps,
             memory=memory,
+            recompute=recompute,
         )
 
 

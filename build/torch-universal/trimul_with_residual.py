@@ -1,9 +1,9 @@
-"""Entry points: the two public functions, the registered op, and which path runs.
+"""Entry points: the two public functions, the registered ops, and which path runs.
 
 CUDA, ROCm and XPU tensors run the Triton kernels, CPU tensors the ATen path (or, with
-TRITON_INTERPRET=1 set before the import, the Triton kernels in Triton's interpreter). A call that
-needs gradients runs the ATen formula, which autograd follows. An accelerator's call that does not
-run Triton says why, once, in the log.
+TRITON_INTERPRET=1 set before the import, the Triton kernels in Triton's interpreter), with
+gradients as without. Forward-mode AD and the transforms of torch.func follow the formula in plain
+PyTorch. An accelerator's call that does not run Triton says why, once, in the log.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten
+from . import aten, aten_backward, gradients
 from ._ops import add_op_namespace_prefix, ops
 from .validation import (
     COMPUTE_DTYPES,
@@ -29,6 +29,7 @@ from .validation import (
     check_inplace,
     check_memory,
     check_pair,
+    check_recompute,
     check_residual,
     check_weights,
     resolve_precision,
@@ -63,6 +64,7 @@ def triangle_multiplicative_update_with_residual(
     eps_out: float | None = None,
     precision: str | None = None,
     memory: str = "auto",
+    recompute: str = "product",
     inplace: bool = False,
 ) -> Tensor:
     """`residual + drop_mask * TriangleMultiplication(pair)`, the update and the sum in one pass.
@@ -92,6 +94,9 @@ def triangle_multiplicative_update_with_residual(
             arguments. "lean" holds at most one and a half, its result included, and takes longer.
             "auto" is "default", and "lean" where an allocation of that fails, which the log says
             once. It is about the Triton kernels; the ATen path has one way.
+        recompute: what a backward computes again. "product" keeps the product of a and b for it,
+            one tensor of the pair's size beside the inputs; "all" keeps the inputs alone, and takes
+            longer. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
 
@@ -102,7 +107,8 @@ def triangle_multiplicative_update_with_residual(
         storage that is a few per cent longer.
 
     Raises:
-        ValueError: a direction, shape, device, eps, precision, memory or inplace that doesn't fit.
+        ValueError: a direction, shape, device, eps, precision, memory, recompute or inplace that
+            doesn't fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
     """
     check_direction(direction)
@@ -117,6 +123,7 @@ def triangle_multiplicative_update_with_residual(
     if eps_out is not None:
         check_eps("eps_out", eps_out)
     check_memory(memory)
+    check_recompute(recompute)
     check_inplace(inplace, pair, residual, (mask, drop_mask, *weights))
     return _update(
         pair,
@@ -129,6 +136,7 @@ def triangle_multiplicative_update_with_residual(
         eps if eps_out is None else eps_out,
         resolve_precision(precision, "pair", pair),
         memory,
+        recompute,
         inplace,
     )
 
@@ -153,6 +161,7 @@ def triangle_multiplicative_update(
     precision: str | None = None,
     *,
     memory: str = "auto",
+    recompute: str = "product",
 ) -> Tensor:
     """The triangle multiplication of x, with the signature of `cuequivariance_torch`'s function.
 
@@ -172,13 +181,14 @@ def triangle_multiplicative_update(
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
             None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
             ATen path follows torch's own settings, which on a CPU are the more exact.
-        memory: "auto", "default" or "lean", as for `triangle_multiplicative_update_with_residual`.
+        memory, recompute: as for `triangle_multiplicative_update_with_residual`.
 
     Returns:
         [..., L, L, C] in the dtype of x, contiguous: the update, without a residual.
 
     Raises:
-        ValueError: a direction, shape, device, eps, precision or memory that doesn't fit.
+        ValueError: a direction, shape, device, eps, precision, memory or recompute that doesn't
+            fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
     """
     check_direction(direction)
@@ -190,6 +200,7 @@ def triangle_multiplicative_update(
     check_weights("x", x, weights)
     check_eps("eps", eps)
     check_memory(memory)
+    check_recompute(recompute)
     mask = broadcast_mask(mask, "x", x)
     leading = x.shape[:-3]
     batch = leading.numel()
@@ -204,6 +215,7 @@ def triangle_multiplicative_update(
         eps,
         resolve_precision(precision, "x", x),
         memory,
+        recompute,
         inplace=False,
     )
     return out.view(x.shape)
@@ -218,7 +230,7 @@ class ExecutionPath(NamedTuple):
 
 @functools.cache
 def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
-    """The path that a call without gradients takes for tensors of this device and dtype."""
+    """The path that a call takes for tensors of this device and dtype."""
     if dtype not in COMPUTE_DTYPES:
         raise TypeError(
             f"dtype must be torch.bfloat16, torch.float16 or torch.float32; got {dtype}"
@@ -261,6 +273,7 @@ def _update(
     eps_out: float,
     precision: str,
     memory: str,
+    recompute: str,
     inplace: bool,
 ) -> Tensor:
     """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C], all of them checked."""
@@ -268,15 +281,21 @@ def _update(
         tensor is not None and tensor.requires_grad
         for tensor in (x, mask, residual, drop_mask, *weights)
     )
-    if needs_grad or forward_ad._current_level >= 0:
+    by_formula = forward_ad._current_level >= 0
+    if needs_grad or by_formula:
         if inplace:
             raise ValueError("inplace must be False where a gradient is needed; got True")
-        if x.device.type != "cpu":
-            _say("a gradient is needed, and the Triton kernels have no backward")
-        with torch.autocast(x.device.type, enabled=False):
-            return aten.trimul_differentiable(
-                x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
-            )
+        if by_formula or torch._C._are_functorch_transforms_active():
+            if x.device.type != "cpu":
+                _say("torch.func or forward-mode AD goes through it, which takes the formula")
+            with torch.autocast(x.device.type, enabled=False):
+                return aten.trimul_differentiable(
+                    x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
+                )
+        return ops.trimul_fwd_saving(
+            x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory,
+            recompute,
+        )[0]  # fmt: skip
     if inplace:
         ops.trimul_fwd_(
             x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory
@@ -311,6 +330,71 @@ def _trimul_fwd_(x: Tensor, *others) -> None:
     _run(x, *others, inplace=True)
 
 
+def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    """The op on real tensors for calls that need a gradient: the output, and what is kept for it.
+
+    Without `recompute` of the product the second and third are t and the moments of x (the latter
+    of the Triton path alone); what is not kept is empty.
+    """
+    *arguments, recompute = others
+    if x.numel() == 0 or recompute == "all":
+        product, moments = _empty_saved(x, *others)
+        return _run(x, *arguments, inplace=False), product, moments
+    direction, mask, residual, drop_mask, *values, eps_in, eps_out, precision, _ = arguments
+    path = execution_path(x.device, x.dtype)
+    if path.name == "aten":
+        if x.device.type != "cpu":
+            _say(path.reason)
+        with torch.autocast(x.device.type, enabled=False):
+            saved = aten.trimul_saving(
+                x, direction, mask, residual, drop_mask, Weights(*values), eps_in, eps_out
+            )
+        return *saved, x.new_empty(0, dtype=torch.float32)
+    call = _triton_call(
+        x, direction, mask, residual, drop_mask, values, eps_in, eps_out, precision
+    )
+    with current_device(x):
+        return _triton_path().run_triton_saving(call)
+
+
+def _trimul_bwd(
+    grad_out: Tensor,
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    drop_mask: Tensor | None,
+    *others,
+) -> tuple[Tensor, ...]:
+    """The op on real tensors: a tensor for each name of `DIFFERENTIABLE`, empty if not in `needs`.
+
+    A fixed number of tensors rather than a list, because vmap can loop over such an op.
+    """
+    *values, eps_in, eps_out, precision, product, moments, needs = others
+    if x.numel() == 0:
+        leaves = (x, mask, drop_mask, *values)
+        return tuple([grad.zero_() for grad in _empty_gradients(*leaves, needs)])
+    named = zip(gradients.DIFFERENTIABLE, needs, strict=True)
+    names = frozenset([name for name, needed in named if needed])
+    if execution_path(x.device, x.dtype).name == "aten":
+        with torch.autocast(x.device.type, enabled=False):
+            found = aten_backward.trimul_backward(
+                grad_out, x, direction, mask, drop_mask, Weights(*values), eps_in, eps_out,
+                product, names,
+            )  # fmt: skip
+    else:
+        call = _triton_call(
+            x, direction, mask, None, drop_mask, values, eps_in, eps_out, precision
+        )
+        with current_device(x):
+            found = _triton_backward().run_triton_backward(
+                call, grad_out, product, moments, names
+            )
+    # What was not computed is an empty tensor of its own: outputs of an op share no memory.
+    return tuple([
+        found[name] if name in names else x.new_empty(0) for name in gradients.DIFFERENTIABLE
+    ])
+
+
 def _run(
     x: Tensor,
     direction: str,
@@ -321,7 +405,6 @@ def _run(
     inplace: bool,
 ) -> Tensor:
     *values, eps_in, eps_out, precision, memory = others
-    weights = Weights(*values)
     if x.numel() == 0:
         return x.new_empty(x.shape)
     path = execution_path(x.device, x.dtype)
@@ -330,19 +413,14 @@ def _run(
             _say(path.reason)
         with torch.autocast(x.device.type, enabled=False):
             out = aten.trimul_inference(
-                x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
+                x, direction, mask, residual, drop_mask, Weights(*values), eps_in, eps_out
             )
         return residual.copy_(out) if inplace else out
 
     triton_path = _triton_path()
-    # The kernels index a vector of parameters by its channel; the projections bring their strides.
-    if any([v is not None and v.ndim == 1 and not v.is_contiguous() for v in values]):
-        values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in values]
-        weights = Weights(*values)
-    call = triton_path.TritonCall(
-        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out,
-        kernel_precision(precision), inplace,
-    )  # fmt: skip
+    call = _triton_call(
+        x, direction, mask, residual, drop_mask, values, eps_in, eps_out, precision, inplace
+    )
     with current_device(x):
         if memory != "lean":
             try:
@@ -355,10 +433,38 @@ def _run(
         return triton_path.run_triton_lean(call)
 
 
+def _triton_call(
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    drop_mask: Tensor | None,
+    values: list[Tensor | None],
+    eps_in: float,
+    eps_out: float,
+    precision: str,
+    inplace: bool = False,
+):  # -> triton_path.TritonCall, whose module imports Triton
+    """The op's arguments as the Triton path takes them; `values` are the fields of Weights."""
+    # The kernels index a vector of parameters by its channel; the projections bring their strides.
+    if any([v is not None and v.ndim == 1 and not v.is_contiguous() for v in values]):
+        values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in values]
+    return _triton_path().TritonCall(
+        x, direction, mask, residual, drop_mask, Weights(*values), eps_in, eps_out,
+        kernel_precision(precision), inplace,
+    )  # fmt: skip
+
+
 @functools.cache
 def _triton_path() -> ModuleType:
     """The module, imported where Triton is there and needed."""
     return importlib.import_module(".triton_path", __package__)
+
+
+@functools.cache
+def _triton_backward() -> ModuleType:
+    """The module, imported where Triton is there and a gradient needed."""
+    return importlib.import_module(".triton_backward", __package__)
 
 
 def kernel_precision(precision: str) -> str:
@@ -375,6 +481,28 @@ def current_device(x: Tensor) -> contextlib.AbstractContextManager:
     return getattr(torch, x.device.type).device_of(x)
 
 
+def _empty_saved(x: Tensor, *others) -> tuple[Tensor, Tensor]:
+    """The second and third output of `trimul_fwd_saving`, not yet written; `others` are its own."""
+    _, _, _, _, *values, _, _, _, _, recompute = others
+    product_shape, moments_shape = (0,), (0,)
+    if recompute == "product":
+        product_shape = aten.saved_shape(x, Weights(*values))
+        if execution_path(x.device, x.dtype).name == "triton":
+            batch, _, length, _ = product_shape
+            product_shape = (*product_shape[:3], _triton_path().padded_pitch(length))
+            moments_shape = (batch, 2, length, length)
+    return x.new_empty(product_shape), x.new_empty(moments_shape, dtype=torch.float32)
+
+
+def _empty_gradients(x: Tensor, *others) -> tuple[Tensor, ...]:
+    """The outputs of `trimul_bwd`, not yet written; `others` are its other leaves, and `needs`."""
+    *leaves, needs = others
+    return tuple([
+        leaf.new_empty(leaf.shape) if needed else x.new_empty(0)
+        for leaf, needed in zip((x, *leaves), needs, strict=True)
+    ])
+
+
 def _trimul_fwd_fake(x: Tensor, *others) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -383,19 +511,59 @@ def _trimul_fwd__fake(x: Tensor, *others) -> None:
     return None
 
 
-_ARGUMENTS = (
-    "Tensor x, str direction, Tensor? mask, {residual} residual, Tensor? drop_mask, "
+def _trimul_fwd_saving_fake(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    return (x.new_empty(x.shape), *_empty_saved(x, *others))
+
+
+def _trimul_bwd_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    drop_mask: Tensor | None,
+    *others,
+) -> tuple[Tensor, ...]:
+    *values, _, _, _, _, _, needs = others
+    return _empty_gradients(x, mask, drop_mask, *values, needs)
+
+
+_WEIGHTS = (
     "Tensor? norm_in_weight, Tensor? norm_in_bias, Tensor p_in_weight, Tensor? p_in_bias, "
     "Tensor g_in_weight, Tensor? g_in_bias, Tensor? norm_out_weight, Tensor? norm_out_bias, "
     "Tensor p_out_weight, Tensor? p_out_bias, Tensor g_out_weight, Tensor? g_out_bias, "
-    "float eps_in, float eps_out, str precision, str memory"
+    "float eps_in, float eps_out, str precision"
 )
-# Library.define rather than custom_op: its call costs a tenth of the Python time.
+_FORWARD = (
+    "Tensor x, str direction, Tensor? mask, {residual} residual, Tensor? drop_mask, "
+    f"{_WEIGHTS}, str memory"
+)
+_BACKWARD = (
+    "Tensor grad_out, Tensor x, str direction, Tensor? mask, Tensor? drop_mask, "
+    f"{_WEIGHTS}, Tensor? product, Tensor? moments, bool[] needs"
+)
+# Library.define rather than custom_op: its call costs a tenth of the Python time. A call without a
+# gradient has ops of its own, which autograd has no part in.
 _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
-for _name, _residual, _returns, _function, _fake in (
-    ("trimul_fwd", "Tensor?", "Tensor", _trimul_fwd, _trimul_fwd_fake),
-    ("trimul_fwd_", "Tensor(a!)", "()", _trimul_fwd_, _trimul_fwd__fake),
-):
-    _library.define(f"{_name}({_ARGUMENTS.format(residual=_residual)}) -> {_returns}")
+for _name, _arguments, _returns, _function, _fake in (
+    ("trimul_fwd", _FORWARD.format(residual="Tensor?"), "Tensor", _trimul_fwd, _trimul_fwd_fake),
+    (
+        "trimul_fwd_", _FORWARD.format(residual="Tensor(a!)"), "()",
+        _trimul_fwd_, _trimul_fwd__fake,
+    ),
+    (
+        "trimul_fwd_saving", _FORWARD.format(residual="Tensor?") + ", str recompute",
+        "(Tensor, Tensor, Tensor)", _trimul_fwd_saving, _trimul_fwd_saving_fake,
+    ),
+    (
+        "trimul_bwd", _BACKWARD, f"({', '.join(['Tensor'] * len(gradients.DIFFERENTIABLE))})",
+        _trimul_bwd, _trimul_bwd_fake,
+    ),
+):  # fmt: skip
+    _library.define(f"{_name}({_arguments}) -> {_returns}")
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
+for _name, _autograd_function in (
+    ("trimul_fwd_saving", gradients.TriangleMultiplication),
+    ("trimul_bwd", gradients.TriangleMultiplicationGradients),
+):
+    _library.impl(_name, gradients.autograd_kernel(_autograd_function, _name), "Autograd")

@@ -14,6 +14,7 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elements
 DIRECTIONS = ("outgoing", "incoming")
 MEMORY_MODES = ("auto", "default", "lean")
+RECOMPUTE_MODES = ("product", "all")
 # The public words for `precision`, and what the kernels call them.
 PRECISIONS = {"IEEE": "ieee", "TF32": "tf32", "TF32x3": "tf32x3", "bfloat16": "bf16"}
 
@@ -173,6 +174,11 @@ def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
 def check_memory(memory: str, name: str = "memory") -> None:
     if memory not in MEMORY_MODES:
         raise ValueError(f"{name} must be 'auto', 'default' or 'lean'; got {memory!r}")
+
+
+def check_recompute(recompute: str, name: str = "recompute") -> None:
+    if recompute not in RECOMPUTE_MODES:
+        raise ValueError(f"{name} must be 'product' or 'all'; got {recompute!r}")
 
 
 def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: tuple) -> None:

@@ -11,10 +11,13 @@ positions that stay in the CPU's caches, sums, norms and gates in fp32. It holds
 tensors: a, which t overwrites, and the output, in whose memory b lies until t is there (where D > C
 it doesn't fit, and is a third). Its GEMMs run in bf16 for bf16 inputs where the CPU multiplies bf16
 natively, and in fp32 otherwise: emulated 16-bit GEMMs are several times slower than fp32 ones.
-`trimul_differentiable` is the formula as written, for autograd to follow on any device.
+`trimul_saving` is the same and returns t too, for the backward, which is in `aten_backward`.
+`trimul_differentiable` is the formula as written, which forward-mode AD and the transforms of
+torch.func can follow on any device and to any order.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,12 +29,13 @@ from .validation import Weights
 # Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
 _BLOCK_POSITIONS = 2048
+_LEAST_POSITIONS = 256  # where a pass is to go over more blocks than it has to
 
 
-class _Parameters(NamedTuple):
+class Parameters(NamedTuple):
     """The parameters as `trimul_inference` uses them: in the GEMMs' dtype where not in fp32."""
 
-    norm_weight: Tensor | None  # [C], fp32
+    norm_weight: Tensor | None  # [C], fp32 (this and all that follows: float64 for float64)
     norm_bias: Tensor | None  # [C], fp32
     in_weight: Tensor  # [4D, C]: values of a, values of b, gates of a, gates of b
     in_bias: Tensor | None  # [4D]
@@ -52,27 +56,65 @@ def trimul_inference(
     eps_out: float,
 ) -> Tensor:
     """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C]; returns like x."""
+    product = empty_planes(x, weights).expand(x.shape[0], -1, -1, -1)
+    return _forward(x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, product)
+
+
+def trimul_saving(
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    drop_mask: Tensor | None,
+    weights: Weights,
+    eps_in: float,
+    eps_out: float,
+) -> tuple[Tensor, Tensor]:
+    """The same, and t [B, D, L, L] in the dtype of x."""
+    product = x.new_empty(saved_shape(x, weights))
+    out = _forward(x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, product)
+    return out, product
+
+
+def saved_shape(x: Tensor, weights: Weights) -> tuple[int, int, int, int]:
+    """The shape [B, D, L, L] of what `trimul_saving` saves."""
+    return (x.shape[0], weights.p_out_weight.shape[1], *x.shape[1:3])
+
+
+def _forward(
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    drop_mask: Tensor | None,
+    weights: Weights,
+    eps_in: float,
+    eps_out: float,
+    product: Tensor,
+) -> Tensor:
+    """The output; t goes to `product` [B, D, L, L], in which sequences may share memory."""
     batch, length, _, channels = x.shape
-    hidden = weights.p_out_weight.shape[1]
+    hidden = product.shape[1]
     dtype = gemm_dtype(x.dtype, x.device.type)
-    parameters = _prepare(weights, dtype)
-    positions = _BLOCK_POSITIONS if x.device.type == "cpu" else length * length
-    rows = min(length, max(1, positions // length))
+    parameters = prepare(weights, dtype)
+    positions, rows = block_of(x)
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    a = torch.empty(hidden, length, length, dtype=x.dtype, device=x.device)
-    b = torch.empty_like(a) if hidden > channels else None
+    b = empty_planes(x, weights)[0] if hidden > channels else None
     for index in range(batch):
+        a = product[index]
         if hidden <= channels:  # b is done with before its place is wanted
             b = out[index].view(-1)[: a.numel()].view(a.shape)
         pair_mask = None if mask is None else mask[index]
-        z = _write_planes(a, b, x[index], pair_mask, parameters, rows, eps_in)
-        _multiply_planes(a, b, direction, dtype, positions)
+        z = write_planes(a, b, x[index], pair_mask, parameters, rows, eps_in)
+        multiply_planes(a, b, direction, dtype, positions)
         for start in range(0, length, rows):
             window = slice(start, start + rows)
             if rows < length:  # there were several blocks
-                z = _normalize_rows(x[index, window], parameters, eps_in)
-            delta, gate = _emit(a[:, window], z, parameters, eps_out)
+                z = normalize_rows(x[index, window], parameters, eps_in)
+            mixed, _ = normalize_columns(a[:, window], eps_out)
+            shape = x[index, window].shape
+            delta, gate = (each.view(shape) for each in emit(mixed, z, parameters))
             if drop_mask is not None:
                 gate.mul_(drop_mask[index])
             if residual is None:
@@ -82,8 +124,30 @@ def trimul_inference(
     return out
 
 
-def _write_planes(
-    a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: _Parameters, rows: int, eps: float
+def empty_planes(x: Tensor, weights: Weights) -> Tensor:
+    """[1, D, L, L] in the dtype of x, not yet written."""
+    return x.new_empty((1, *saved_shape(x, weights)[1:]))
+
+
+def block_of(x: Tensor, parts: int = 1) -> tuple[int, int]:
+    """Positions of a block of x [B, L, L, C], and the rows [L, C] that make one.
+
+    Where a block's buffers count, `parts` is the number of blocks to make of a sequence at least.
+    """
+    length = x.shape[1]
+    positions = max(_LEAST_POSITIONS, length * length // parts)
+    if x.device.type == "cpu":
+        positions = min(positions, _BLOCK_POSITIONS)
+    return positions, min(length, max(1, positions // length))
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums, norms and gates: fp32; float64 for float64, which only torch's gradcheck brings."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def write_planes(
+    a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: Parameters, rows: int, eps: float
 ) -> Tensor:
     """a and b [D, L, L] of one sequence x [L, L, C]; returns z of the last block."""
     hidden, length, _ = a.shape
@@ -91,33 +155,36 @@ def _write_planes(
     # A product with a bool rounds nothing; any other mask multiplies before a and b are rounded.
     exact = mask is None or mask.dtype == torch.bool
     if mask is not None:
-        mask = mask.to(dtype if exact else torch.float32)
-    # Rows that begin at multiples of 16 elements, whatever L: MKL is slow to write any others.
-    pitch = -(-rows * length // 16) * 16
-    workspace = torch.empty(4 * hidden, pitch, dtype=dtype, device=x.device)
+        mask = mask.to(dtype if exact else sum_dtype(dtype))
+    workspace = None
     for start in range(0, length, rows):
         window = slice(start, start + rows)
-        z = _normalize_rows(x[window], p, eps)
+        z = normalize_rows(x[window], p, eps)
+        if workspace is None:  # the first block is the largest
+            workspace = empty_columns(4 * hidden, z)
         projected = workspace[:, : z.shape[0]]
-        _project(p.in_weight, p.in_bias, z, out=projected)
-        gated = F.glu(projected if exact else projected.float(), dim=0)  # value * sigmoid(gate)
+        project(p.in_weight, p.in_bias, z, out=projected)
+        # value * sigmoid(gate)
+        gated = F.glu(projected if exact else projected.to(sum_dtype(dtype)), dim=0)
         if mask is not None:
             gated *= mask[window].reshape(1, -1)
         a[:, window], b[:, window] = gated.view(2, hidden, -1, length)
     return z
 
 
-def _multiply_planes(
+def empty_columns(channels: int, z: Tensor) -> Tensor:
+    """[channels, positions] for z [positions, C], in its dtype, not yet written."""
+    # Rows that begin at multiples of 16 elements, whatever L: MKL is slow to write any others.
+    pitch = -(-z.shape[0] // 16) * 16
+    return z.new_empty(channels, pitch)[:, : z.shape[0]]
+
+
+def multiply_planes(
     a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, positions: int
 ) -> None:
     """t [D, L, L] into the place of a, by GEMMs in `dtype`."""
     hidden, length, _ = a.shape
-    # As many channels as hold a block's elements, and on many cores a matrix for each thread.
-    channels = max(
-        1, min(torch.get_num_threads(), hidden // 16), positions * hidden // (length * length)
-    )
-    for start in range(0, hidden, channels):
-        group = slice(start, start + channels)
+    for group in channel_groups(hidden, length, positions):
         left, right = a[group].to(dtype), b[group].to(dtype)
         if direction == "outgoing":
             right = right.mT
@@ -126,20 +193,28 @@ def _multiply_planes(
         a[group] = torch.bmm(left, right)
 
 
-def _emit(product: Tensor, z: Tensor, p: _Parameters, eps: float) -> tuple[Tensor, Tensor]:
-    """The projection of t [D, rows, L] and the gate of z, both [rows, L, C] in fp32."""
-    shape = (*product.shape[1:], -1)
-    mixed = _normalize_columns(product, eps)
+def channel_groups(hidden: int, length: int, positions: int) -> Iterator[slice]:
+    """The channels of planes [D, L, L] whose products are one batch of GEMMs."""
+    # As many channels as hold a block's elements, and on many cores a matrix for each thread.
+    channels = max(
+        1, min(torch.get_num_threads(), hidden // 16), positions * hidden // (length * length)
+    )
+    for start in range(0, hidden, channels):
+        yield slice(start, start + channels)
+
+
+def emit(mixed: Tensor, z: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
+    """The projection of the normalised t [D, positions] and the gate: [positions, C] in fp32."""
     delta = F.linear(mixed.t(), p.out_weight, p.out_bias)
-    gate = F.linear(z, p.gate_weight, p.gate_bias).float().sigmoid_()
-    return delta.view(shape), gate.view(shape)
+    gate = F.linear(z, p.gate_weight, p.gate_bias).to(delta.dtype).sigmoid_()
+    return delta, gate
 
 
 def gemm_dtype(dtype: torch.dtype, device_type: str = "cpu") -> torch.dtype:
     """The dtype of the GEMMs for inputs of `dtype`: an accelerator multiplies every one of them."""
     if device_type != "cpu" or (dtype == torch.bfloat16 and _multiplies_bf16()):
         return dtype
-    return torch.float32
+    return sum_dtype(dtype)
 
 
 @functools.cache
@@ -149,7 +224,7 @@ def _multiplies_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _prepare(w: Weights, dtype: torch.dtype) -> _Parameters:
+def prepare(w: Weights, dtype: torch.dtype) -> Parameters:
     """The parameters in the dtypes that they are used in: norms and the last projection in fp32.
 
     The last projection is a small part of the time, and its rounding would come on top of the
@@ -160,15 +235,16 @@ def _prepare(w: Weights, dtype: torch.dtype) -> _Parameters:
         zeros = w.p_in_weight.new_zeros(w.p_in_weight.shape[0])
         halves = (zeros if half is None else half for half in (w.p_in_bias, w.g_in_bias))
         in_bias = torch.cat([half.to(dtype) for half in halves])
-    out_weight, out_bias = w.p_out_weight.float(), _cast(w.p_out_bias, torch.float32)
+    wide = sum_dtype(dtype)
+    out_weight, out_bias = w.p_out_weight.to(wide), _cast(w.p_out_bias, wide)
     if w.norm_out_bias is not None:
-        shift = out_weight @ w.norm_out_bias.float()
+        shift = out_weight @ w.norm_out_bias.to(wide)
         out_bias = shift if out_bias is None else out_bias + shift
     if w.norm_out_weight is not None:
-        out_weight = out_weight * w.norm_out_weight.float()
-    return _Parameters(
-        _cast(w.norm_in_weight, torch.float32),
-        _cast(w.norm_in_bias, torch.float32),
+        out_weight = out_weight * w.norm_out_weight.to(wide)
+    return Parameters(
+        _cast(w.norm_in_weight, wide),
+        _cast(w.norm_in_bias, wide),
         torch.cat([w.p_in_weight, w.g_in_weight]).to(dtype),
         in_bias,
         w.g_out_weight.to(dtype),
@@ -188,31 +264,37 @@ def _layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     A row's own first channel is taken off beforehand: LayerNorm doesn't see a shift, and a constant
     row becomes exact zeros, however large the constant.
     """
-    rows = rows.float()
-    shifted = rows - rows[..., :1]
+    shifted = shift_rows(rows)
     return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
 
 
-def _normalize_rows(x: Tensor, p: _Parameters, eps: float) -> Tensor:
+def shift_rows(rows: Tensor) -> Tensor:
+    """`rows` in fp32 without each one's first channel."""
+    rows = rows.to(sum_dtype(rows.dtype))
+    return rows - rows[..., :1]
+
+
+def normalize_rows(x: Tensor, p: Parameters, eps: float) -> Tensor:
     """z [positions, C] of a block [rows, L, C], in the dtype of the GEMMs."""
     z = _layer_norm(x.flatten(0, 1), p.norm_weight, p.norm_bias, eps)
     return z.to(p.in_weight.dtype)
 
 
-def _normalize_columns(planes: Tensor, eps: float) -> Tensor:
+def normalize_columns(planes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm over the first axis in fp32, without weights: [D, rows, L] to [D, positions].
 
     What `_layer_norm` does to rows, the shift by the first channel included, without turning the
-    planes around: a transposed copy takes longer than the passes here.
+    planes around: a transposed copy takes longer than the passes here. Also returns the reciprocal
+    standard deviations [positions].
     """
-    columns = torch.sub(planes, planes[:1].float()).flatten(1)
+    columns = torch.sub(planes, planes[:1].to(sum_dtype(planes.dtype))).flatten(1)
     columns -= columns.mean(0)
-    variance = columns.square().mean(0)
-    columns *= variance.add_(eps).rsqrt_()
-    return columns
+    rstd = columns.square().mean(0).add_(eps).rsqrt_()
+    columns *= rstd
+    return columns, rstd
 
 
-def _project(weight: Tensor, bias: Tensor | None, z: Tensor, out: Tensor) -> None:
+def project(weight: Tensor, bias: Tensor | None, z: Tensor, out: Tensor) -> None:
     """out = z @ weight.T + bias, channel-major: [channels out, positions]."""
     if bias is None:
         torch.mm(weight, z.t(), out=out)
@@ -256,6 +338,5 @@ def trimul_differentiable(
 
 def _layer_norm_of(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`_layer_norm` with fp32 parameters, in the dtype of `value`."""
-    weight = None if weight is None else weight.float()
-    bias = None if bias is None else bias.float()
-    return _layer_norm(value, weight, bias, eps).to(value.dtype)
+    wide = sum_dtype(value.dtype)
+    return _layer_norm(value, _cast(weight, wide), _cast(bias, wide), eps).to(value.dtype)

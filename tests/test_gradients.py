@@ -1,0 +1,588 @@
+"""Gradients of the two public functions against float64, and all that autograd may ask of them."""
+
+import contextlib
+
+import pytest
+import torch
+from helpers import (
+    Problem,
+    in_tree_module,
+    leaves_of,
+    make_problem,
+    reference,
+    reference_gradients,
+    relative_error,
+    run,
+    with_leaves,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+BF16 = torch.bfloat16
+LIMIT = 2e-5  # of the relative error of any float32 gradient
+RECOMPUTE = ("product", "all")
+# length, channels, hidden, and what else the call has
+CASES = [
+    (1, 8, 8, {"batch": 2}),
+    (2, 16, 16, {"direction": "incoming", "mask": "float", "biases": True}),
+    (9, 16, 16, {"mask": "bool", "residual": True}),
+    (17, 24, 24, {"direction": "incoming", "mask": "expanded", "drop_mask": True, "batch": 2}),
+    (13, 7, 11, {"mask": "soft", "biases": True, "batch": 2}),
+    (15, 40, 24, {"direction": "incoming", "mask": "soft", "residual": True, "drop_mask": True}),
+    (11, 24, 40, {"mask": "soft", "residual": True, "drop_mask": True, "batch": 2}),
+]
+NAMES = (
+    "x", "mask", "residual", "drop_mask", "norm_in_weight", "norm_in_bias", "p_in_weight",
+    "g_in_weight", "norm_out_weight", "norm_out_bias", "p_out_weight", "g_out_weight",
+)  # fmt: skip
+BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
+
+
+@pytest.fixture(params=["aten"])
+def device(request) -> str:
+    """The device whose tensors take the path: every test here is for each path."""
+    return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"
+
+
+def grad_of_output(problem: Problem) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(problem.x.shape, generator=generator).to(problem.x.dtype)
+
+
+def gradients(
+    kernel,
+    problem: Problem,
+    device: str,
+    names: tuple[str, ...] | None = None,
+    through=None,
+    **others,
+) -> dict[str, Tensor]:
+    """Of the leaves `names`, or all; `through(call, leaves)` may make the call in its own way."""
+    leaves = {
+        name: leaf.detach().clone().to(device) for name, leaf in leaves_of(problem).items()
+    }
+    wanted = {name: leaves[name].requires_grad_() for name in names or leaves}
+
+    def call(*values: Tensor) -> Tensor:
+        given = leaves | dict(zip(wanted, values, strict=True))
+        return run(kernel, with_leaves(problem.to(device), given), device, **others)
+
+    out = call(*wanted.values()) if through is None else through(call, *wanted.values())
+    out.backward(grad_of_output(problem).to(device))
+    return {name: leaf.grad for name, leaf in wanted.items()}
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert set(got) == set(wanted)
+    for name, gradient in got.items():
+        assert torch.equal(gradient, wanted[name]), name
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("length, channels, hidden, others", CASES)
+def test_all_together(kernel, device, length, channels, hidden, others, recompute):
+    problem = make_problem(length, channels, hidden, **others)
+    wanted = reference_gradients(problem, grad_of_output(problem))
+    got = gradients(kernel, problem, device, recompute=recompute)
+    assert set(got) == set(wanted)
+    for name, leaf in leaves_of(problem).items():
+        assert got[name].shape == leaf.shape and got[name].dtype == leaf.dtype, name
+        assert relative_error(got[name], wanted[name]) <= LIMIT, name
+
+
+class Asked(TorchDispatchMode):
+    """The gradients that the backward op was asked for."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self._names = names
+        self.names: list[set[str]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.__name__.startswith("trimul_bwd"):
+            self.names.append({n for n, need in zip(self._names, args[-1], strict=True) if need})
+            for name, gradient in zip(self._names, out, strict=True):
+                assert name in self.names[-1] or gradient.numel() == 0
+        return out
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize(
+    "name, biases",
+    [(name, False) for name in NAMES]
+    + [(name, True) for name in NAMES if name not in ("residual", "drop_mask")]
+    + [(name, True) for name in BIASES],
+)
+def test_each_alone_and_no_other(kernel, device, submodule, name, biases, direction):
+    problem = make_problem(
+        7, 8, 6, batch=2, direction=direction, mask="soft",
+        residual=not biases, drop_mask=not biases, biases=biases,
+    )  # fmt: skip
+    wanted = reference_gradients(problem, grad_of_output(problem))[name]
+    with Asked(submodule("gradients").DIFFERENTIABLE) as asked:
+        got = gradients(kernel, problem, device, (name,))[name]
+    assert asked.names == ([] if name == "residual" else [{name}])
+    assert relative_error(got, wanted) <= LIMIT
+
+
+@pytest.mark.parametrize("flow", ["outgoing", "incoming"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_16_bit_errors_beside_the_in_tree_modules(kernel, device, flow, dtype, recompute):
+    problem = make_problem(24, 32, dtype=dtype, direction=flow, mask="bool", batch=2)
+    wanted = reference_gradients(problem, grad_of_output(problem))
+    module = in_tree_module(problem)
+    x = problem.x.clone().requires_grad_()
+    module(x, problem.mask).backward(grad_of_output(problem))
+    of_values, of_gates = module.proj_bundle.weight.grad.chunk(2)
+    in_tree = {
+        "x": x.grad,
+        "norm_in_weight": module.norm_start.weight.grad,
+        "norm_in_bias": module.norm_start.bias.grad,
+        "p_in_weight": of_values,
+        "g_in_weight": of_gates,
+        "norm_out_weight": module.norm_mix.weight.grad,
+        "norm_out_bias": module.norm_mix.bias.grad,
+        "p_out_weight": module.proj_emit.weight.grad,
+        "g_out_weight": module.proj_gate.weight.grad,
+    }
+    got = gradients(kernel, problem, device, recompute=recompute)
+    assert set(got) == set(in_tree)
+    for name, gradient in got.items():
+        assert gradient.dtype == in_tree[name].dtype
+        error = relative_error(gradient, wanted[name])
+        assert error <= 1.3 * relative_error(in_tree[name], wanted[name]), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+def test_dtypes_are_the_leaves_own(kernel, device, dtype):
+    problem = make_problem(
+        6, 8, dtype=dtype, norm_dtype=torch.float32, mask="soft", residual=True, drop_mask=True
+    )
+    problem.mask = problem.mask.to(torch.float16)
+    problem.drop_mask = problem.drop_mask.float()
+    problem.weights["norm_in_bias"] = problem.weights["norm_in_bias"].to(BF16)
+    leaves = leaves_of(problem)
+    got = gradients(kernel, problem, device)
+    wanted = reference_gradients(problem, grad_of_output(problem))
+    for name, gradient in got.items():
+        assert gradient.dtype == leaves[name].dtype
+        assert relative_error(gradient, wanted[name]) <= 2e-2, name
+
+
+def test_residual_that_is_the_pair(kernel, device):
+    problem = make_problem(9, 16, mask="bool")
+    wanted = reference_gradients(problem, grad_of_output(problem))["x"]
+    p = problem.to(device)
+    p.x = p.residual = p.x.clone().requires_grad_()
+    run(kernel, p, device).backward(grad_of_output(problem).to(device))
+    assert relative_error(p.x.grad, wanted + grad_of_output(problem).double()) <= LIMIT
+
+
+def test_drop_mask_in_both_shapes(kernel, device):
+    problem = make_problem(8, 16, batch=2, drop_mask=True)
+    four = gradients(kernel, problem, device)
+    problem.drop_mask = problem.drop_mask.reshape(2 * 8, 16)
+    two = gradients(kernel, problem, device)
+    assert two["drop_mask"].shape == (16, 16) and four["drop_mask"].shape == (2, 1, 8, 16)
+    two["drop_mask"] = two["drop_mask"].view(2, 1, 8, 16)
+    assert_equal(two, four)
+
+
+def test_masks_of_fewer_dimensions(kernel, device):
+    """The gradient of a broadcast mask is summed to its shape; a bool or int mask has none."""
+    problem = make_problem(6, 8, batch=2)
+    mask = torch.rand(6)
+    problem.mask = mask.expand(2, 6, 6)
+    wanted = reference_gradients(problem, grad_of_output(problem))["mask"]
+    problem.mask = mask
+    got = gradients(kernel, problem, device)["mask"]
+    assert relative_error(got, wanted.sum((0, 1))) <= LIMIT
+    for dtype in (torch.bool, torch.int32):
+        problem.mask = (mask > 0.3).expand(2, 6, 6).to(dtype)
+        got = gradients(kernel, problem, device)
+        assert "mask" not in got
+        wanted = reference_gradients(problem, grad_of_output(problem))
+        assert all(relative_error(got[name], wanted[name]) <= LIMIT for name in got)
+
+
+def test_absent_norm_parameters(kernel, device):
+    """Any of the four may be absent, and the others still have their gradients."""
+    full = make_problem(7, 8)
+    norms = ["norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias"]
+    for absent in (norms, *([name] for name in norms)):
+        problem = make_problem(7, 8)
+        for name in absent:
+            full.weights[name] = torch.full((8,), float(name.endswith("weight")))
+        problem.weights |= {n: v for n, v in full.weights.items() if n not in absent}
+        wanted = reference_gradients(
+            with_leaves(problem, {n: full.weights[n] for n in absent}), grad_of_output(problem)
+        )
+        problem.weights |= dict.fromkeys(absent)
+        got = gradients(kernel, problem, device)
+        assert set(wanted) - set(got) == set(absent)
+        assert all(relative_error(got[name], wanted[name]) <= LIMIT for name in got)
+
+
+def test_rows_of_one_constant(kernel, device):
+    problem = make_problem(6, 16, mask="soft")
+    problem.x[0, 2] = 1000.0
+    problem.x[0, :, 4] = -3.0
+    wanted = reference_gradients(problem, grad_of_output(problem))
+    got = gradients(kernel, problem, device)
+    for name in got:
+        assert relative_error(got[name], wanted[name]) <= LIMIT, name
+
+
+def test_all_pairs_masked(kernel, device):
+    problem = make_problem(6, 16, residual=True)
+    problem.mask = torch.zeros(1, 6, 6)
+    wanted = reference_gradients(problem, grad_of_output(problem))
+    for name, gradient in gradients(kernel, problem, device).items():
+        error = gradient.cpu().double() - wanted[name]
+        assert error.norm() <= LIMIT * max(1.0, float(wanted[name].norm())), name
+
+
+@pytest.mark.parametrize("kind", ["expanded", "strided"])
+def test_gradients_of_the_output_of_any_strides(kernel, device, kind):
+    problem = make_problem(7, 8, batch=2, mask="bool", drop_mask=True).to(device)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+    grad = grad_of_output(problem).to(device)
+    if kind == "expanded":
+        grad = grad[:1, :1, :1, :1].expand(problem.x.shape)
+    else:
+        grad = grad.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    wanted = reference_gradients(problem, grad)
+    out = run(kernel, problem, device)
+    for name, got in zip(leaves, torch.autograd.grad(out, leaves.values(), grad), strict=True):
+        assert relative_error(got, wanted[name]) <= LIMIT, name
+
+
+def test_strided_leaves(kernel, device):
+    """Gradients arrive in the leaves' places, whatever their strides."""
+    problem = make_problem(6, 8, mask="soft", residual=True)
+    wanted = reference_gradients(problem, grad_of_output(problem))
+    for name in ("x", "residual"):
+        value = getattr(problem, name)
+        setattr(problem, name, value.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1))
+    weights = problem.weights
+    weights["p_in_weight"] = weights["p_in_weight"].t().contiguous().t()
+    bundle = torch.cat([weights["norm_in_weight"], weights["norm_in_bias"]]).view(2, 8).t()
+    weights["norm_in_weight"], weights["norm_in_bias"] = bundle.contiguous().unbind(1)
+    leaves = {n: leaf.to(device).requires_grad_() for n, leaf in leaves_of(problem).items()}
+    out = run(kernel, with_leaves(problem.to(device), leaves), device)
+    grads = torch.autograd.grad(out, leaves.values(), grad_of_output(problem).to(device))
+    for name, got in zip(leaves, grads, strict=True):
+        assert relative_error(got, wanted[name]) <= LIMIT, name
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5, 16), (2, 0, 0, 16)])
+def test_empty(kernel, device, shape):
+    problem = make_problem(4, 16, residual=True)
+    problem.x, problem.residual = torch.zeros(shape), torch.zeros(shape)
+    problem.mask = torch.ones(shape[:3])
+    got = gradients(kernel, problem, device)
+    for name, leaf in leaves_of(problem).items():
+        assert torch.equal(got[name], torch.zeros_like(leaf, device=device)), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_output_is_that_without_a_gradient(kernel, device, dtype):
+    problem = make_problem(12, 16, dtype=dtype, mask="soft", residual=True, drop_mask=True)
+    wanted = run(kernel, problem, device)
+    for recompute in RECOMPUTE:
+        problem.x.requires_grad_()
+        got = run(kernel, problem, device, recompute=recompute)
+        assert got.requires_grad and got.is_contiguous()
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_equal_bits_from_equal_calls(kernel, device, recompute):
+    problem = make_problem(
+        20, 16, batch=2, dtype=BF16, mask="soft", residual=True, drop_mask=True
+    )
+    first = gradients(kernel, problem, device, recompute=recompute)
+    for _ in range(3):
+        assert_equal(gradients(kernel, problem, device, recompute=recompute), first)
+
+
+def test_recomputed_is_saved(kernel, device):
+    """Both choices give the same bits: the product that is computed again is the one saved."""
+    for dtype in (BF16, torch.float32):
+        problem = make_problem(11, 16, dtype=dtype, mask="soft", drop_mask=True)
+        saved = gradients(kernel, problem, device, recompute="product")
+        assert_equal(gradients(kernel, problem, device, recompute="all"), saved)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_a_second_backward_of_a_kept_graph(kernel, device, recompute):
+    problem = make_problem(9, 16, mask="soft", residual=True, drop_mask=True).to(device)
+    leaves = [leaf.requires_grad_() for leaf in leaves_of(problem).values()]
+    out = run(kernel, problem, device, recompute=recompute)
+    grad = grad_of_output(problem).to(device)
+    first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    second = torch.autograd.grad(out, leaves, grad)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(out, leaves, grad)
+
+
+def test_an_input_changed_before_the_backward_is_noticed(kernel, device):
+    problem = make_problem(5, 8).to(device)
+    leaf = problem.x.clone().requires_grad_()
+    problem.x = leaf * 1.0
+    out = run(kernel, problem, device)
+    problem.x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("recompute, pair_sized", [("product", 1), ("all", 0)])
+@pytest.mark.parametrize("channels, hidden", [(16, 16), (8, 24)])
+def test_what_is_saved(kernel, device, recompute, pair_sized, channels, hidden):
+    """The inputs but for the residual, and at most the product beside them."""
+    problem = make_problem(
+        16, channels, hidden, batch=2, mask="soft", residual=True, drop_mask=True
+    ).to(device)
+    for leaf in leaves_of(problem).values():
+        leaf.requires_grad_()
+    inputs = {leaf.untyped_storage().data_ptr() for leaf in leaves_of(problem).values()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run(kernel, problem, device, recompute=recompute)
+    storages = {t.untyped_storage().data_ptr() for t in saved}
+    assert problem.residual.untyped_storage().data_ptr() not in storages
+    beside = [t for t in saved if t.untyped_storage().data_ptr() not in inputs and t.numel()]
+    pairs = 2 * 16 * 16
+    assert sum(t.numel() > 2 * pairs for t in beside) == pair_sized
+    moments = 2 * pairs
+    assert sum(t.numel() for t in beside) <= pair_sized * (pairs * hidden + moments)
+
+
+def test_nothing_is_saved_without_a_gradient(kernel, device, submodule, monkeypatch):
+    problem = make_problem(5, 8).to(device)
+    for value in problem.weights.values():
+        value.requires_grad_()
+    function = submodule("gradients").TriangleMultiplication
+    monkeypatch.setattr(function, "apply", None)
+    with torch.no_grad():
+        assert not run(kernel, problem, device).requires_grad
+    with torch.inference_mode():
+        out = run(kernel, problem, device)
+        assert not out.requires_grad and out.is_inference()
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_double_backward_is_refused(kernel, device, recompute):
+    problem = make_problem(5, 8, mask="soft").to(device)
+    leaves = [leaf.requires_grad_() for leaf in leaves_of(problem).values()]
+    out = run(kernel, problem, device, recompute=recompute)
+    grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    assert all(grad.requires_grad for grad in grads)
+    with pytest.raises(
+        NotImplementedError,
+        match="the gradients of the triangle multiplication can't be differentiated again; the "
+        "transforms of torch.func can take higher derivatives, in plain PyTorch",
+    ):
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+def test_a_graph_of_the_gradients_alone_changes_nothing(kernel, device):
+    problem = make_problem(5, 8, mask="soft").to(device)
+    leaves = [leaf.requires_grad_() for leaf in leaves_of(problem).values()]
+    grad = grad_of_output(problem).to(device)
+    plain = torch.autograd.grad(run(kernel, problem, device), leaves, grad)
+    graphed = torch.autograd.grad(run(kernel, problem, device), leaves, grad, create_graph=True)
+    assert all(torch.equal(one, two) for one, two in zip(plain, graphed, strict=True))
+
+
+def test_inplace_needs_no_gradient(kernel, device):
+    problem = make_problem(5, 8, residual=True).to(device)
+    problem.weights["p_in_weight"].requires_grad_()
+    message = "inplace must be False where a gradient is needed; got True"
+    with pytest.raises(ValueError, match=message):
+        run(kernel, problem, device, inplace=True)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_recompute_is_checked(kernel, device, biases):
+    problem = make_problem(5, 8, biases=biases)
+    for recompute in ("none", "", None, True):
+        with pytest.raises(ValueError) as caught:
+            run(kernel, problem, device, recompute=recompute)
+        assert str(caught.value) == f"recompute must be 'product' or 'all'; got {recompute!r}"
+
+
+class TestTransforms:
+    """torch.func and forward-mode AD follow the formula, to any order."""
+
+    def test_grad(self, kernel, device):
+        problem = make_problem(6, 8, direction="incoming", mask="soft")
+        wanted = reference_gradients(problem, grad_of_output(problem))["x"]
+        p, grad = problem.to(device), grad_of_output(problem).to(device)
+
+        def loss(x: Tensor) -> Tensor:
+            return (run(kernel, with_leaves(p, {"x": x}), device) * grad).sum()
+
+        assert relative_error(torch.func.grad(loss)(p.x), wanted) <= LIMIT
+        batch = torch.func.vmap(torch.func.grad(loss))(torch.stack([p.x, 2 * p.x]))
+        assert relative_error(batch[0], wanted) <= LIMIT
+
+    def test_second_derivatives(self, kernel, device):
+        problem = make_problem(4, 5).to(device)
+        weight = problem.weights["norm_in_weight"]
+
+        def loss(weight: Tensor) -> Tensor:
+            return run(kernel, with_leaves(problem, {"norm_in_weight": weight}), device).sum()
+
+        hessian = torch.func.hessian(loss)(weight)
+        step = 1e-2
+        for index in range(2):
+            along = step * torch.eye(5, device=device)[index]
+            slopes = torch.func.grad(loss)
+            wanted = (slopes(weight + along) - slopes(weight - along)) / (2 * step)
+            assert relative_error(hessian[index], wanted.cpu().double()) <= 1e-2
+
+    def test_batched_gradients(self, kernel, device):
+        problem = make_problem(6, 8, mask="soft").to(device)
+        leaves = [leaf.requires_grad_() for leaf in leaves_of(problem).values()]
+        grads = torch.randn(3, *problem.x.shape, device=device)
+        out = run(kernel, problem, device)
+        batched = torch.autograd.grad(
+            out, leaves, grads, is_grads_batched=True, retain_graph=True
+        )
+        for index, grad in enumerate(grads):
+            alone = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            assert all(torch.equal(b[index], a) for b, a in zip(batched, alone, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_under_checkpoint(kernel, device, reentrant, recompute):
+    problem = make_problem(9, 16, dtype=BF16, mask="soft", residual=True, drop_mask=True)
+    wanted = gradients(kernel, problem, device)
+    got = gradients(
+        kernel, problem, device, recompute=recompute,
+        through=lambda call, *leaves: checkpoint(call, *leaves, use_reentrant=reentrant),
+    )  # fmt: skip
+    assert_equal(got, wanted)
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_autocast_does_not_reach_inside(kernel, device, dtype, backward_inside):
+    """The dtype of the pair tensor decides, in the backward too."""
+    problem = make_problem(9, 16, dtype=dtype, mask="soft", drop_mask=True)
+    wanted = gradients(kernel, problem, device)
+    leaves = {n: leaf.to(device).requires_grad_() for n, leaf in leaves_of(problem).items()}
+    moved = with_leaves(problem.to(device), leaves)
+    autocast = torch.autocast(device, dtype=BF16)
+    with autocast:
+        out = run(kernel, moved, device)
+    with autocast if backward_inside else contextlib.nullcontext():
+        out.backward(grad_of_output(problem).to(device))
+    assert_equal({name: leaf.grad for name, leaf in leaves.items()}, wanted)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recompute):
+    problem = make_problem(
+        5, 16, direction="incoming", mask="soft", residual=True, drop_mask=True
+    ).to(device)
+    for leaf in leaves_of(problem).values():
+        leaf.requires_grad_()
+    weights = [problem.weights.get(name) for name in submodule("validation").Weights._fields]
+    drop_mask = problem.drop_mask.detach().squeeze(1).requires_grad_()
+    numbers = (1e-5, 1e-5, "default")
+    ops = submodule("_ops").ops
+    forward = (
+        problem.x, "incoming", problem.mask, problem.residual, drop_mask, *weights, *numbers,
+        "auto", recompute,
+    )  # fmt: skip
+    results = torch.library.opcheck(ops.trimul_fwd_saving.default, forward)
+    assert set(results.values()) == {"SUCCESS"}
+
+    with torch.no_grad():
+        _, product, moments = ops.trimul_fwd_saving(*forward)
+    kept = (product, moments) if recompute == "product" else (None, None)
+    leaves = (problem.x, problem.mask, drop_mask, *weights)
+    grad = grad_of_output(problem).to(device)
+    detached = [None if leaf is None else leaf.detach() for leaf in leaves]
+    for needs in ([leaf is not None for leaf in leaves], [True] + [False] * 14):
+        backward = (
+            grad, detached[0], "incoming", *detached[1:], *numbers, *kept, needs,
+        )  # fmt: skip
+        results = torch.library.opcheck(ops.trimul_bwd.default, backward)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("recompute", RECOMPUTE)
+    def test_into_one_graph(self, kernel, device, recompute):
+        problem = make_problem(9, 16, mask="soft", residual=True, drop_mask=True)
+        torch._dynamo.reset()
+
+        def through(call, *leaves):
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            return compiled(*leaves)
+
+        wanted = gradients(kernel, problem, device, recompute=recompute)
+        got = gradients(kernel, problem, device, recompute=recompute, through=through)
+        assert_equal(got, wanted)
+
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_compiles_once_more_at_most_when_lengths_vary(self, kernel, device, dynamic):
+        backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend=backend, dynamic=dynamic)
+        def block(x, residual, mask, drop_mask, weights):
+            return kernel.triangle_multiplicative_update_with_residual(
+                x, "outgoing", residual, drop_mask, mask=mask, **weights
+            )
+
+        graphs = []
+        for length in (9, 11, 14, 12, 20):
+            problem = make_problem(length, 16, mask="soft", residual=True, drop_mask=True)
+            wanted = gradients(kernel, problem, device)
+            leaves = {n: v.to(device).requires_grad_() for n, v in leaves_of(problem).items()}
+            p = with_leaves(problem.to(device), leaves)
+            out = block(p.x, p.residual, p.mask, p.drop_mask, p.weights)
+            out.backward(grad_of_output(problem).to(device))
+            assert_equal({name: leaf.grad for name, leaf in leaves.items()}, wanted)
+            graphs.append(len(backend.graphs))
+        assert graphs[-1] <= 2 and graphs[1:] == [graphs[-1]] * 4
+
+    def test_only_what_needs_a_gradient_has_one(self, kernel, device, submodule):
+        problem = make_problem(6, 8, mask="soft").to(device)
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def update(problem: Problem) -> Tensor:
+            return run(kernel, problem, device)
+
+        problem.x.requires_grad_()
+        problem.weights["p_in_weight"].requires_grad_()
+        out = update(problem)
+        with Asked(submodule("gradients").DIFFERENTIABLE) as asked:
+            out.backward(grad_of_output(problem).to(device))
+        assert asked.names == [{"x", "p_in_weight"}]
+
+
+def test_reference_gradients_are_those_of_central_differences():
+    """The oracle of this file is autograd's of the formula; the formula itself is its judge."""
+    problem = make_problem(4, 5, 3, mask="soft", residual=True, drop_mask=True)
+    probe = grad_of_output(problem).double()
+    step = 1e-5
+    for name, gradient in reference_gradients(problem, grad_of_output(problem)).items():
+        leaf = leaves_of(problem)[name].double()
+        along = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(2)).double()
+        ahead = reference(with_leaves(problem, {name: leaf + step * along}))
+        behind = reference(with_leaves(problem, {name: leaf - step * along}))
+        slope = float(((ahead - behind) * probe).sum()) / (2 * step)
+        assert float((gradient * along).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-6)
