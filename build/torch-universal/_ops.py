@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c3e971ec4e"
+_NAMESPACE = "_esmfold2_trimul_kernel_14312ca0a3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
