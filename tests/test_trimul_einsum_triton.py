@@ -86,3 +86,25 @@ def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
     config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2)
     planes = make_planes(16 * 9 + 3, 1, 1, torch.float32, submodule)
     assert_product(submodule, on_triton, planes, 16 * 9 + 3, config)
+
+
+@pytest.mark.parametrize("turned", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("descriptors, persistent", [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_operands_that_lie_the_other_way(submodule, on_triton, turned, descriptors, persistent):
+    """Planes [K, M] of a and [K, N] of b; with both turned no pad is ever summed over."""
+    config = submodule("launch_config").LaunchConfig(
+        16, 32, 16, 4, 2, descriptors, persistent=persistent
+    )
+    for length in (1, 37):
+        pads = float("nan") if descriptors or all(turned) else 0.0
+        planes = make_planes(length, 2, 1, torch.float16, submodule, pads)
+        a, b = planes.to(on_triton).chunk(2, dim=1)
+        product = submodule("trimul_einsum_triton").trimul_einsum_fwd(
+            a, b, "fp32", config, turned=turned
+        )
+        left, right = (
+            plane[..., :length].transpose(-1, -2) if turn else plane[..., :length]
+            for plane, turn in zip(planes.chunk(2, dim=1), turned, strict=True)
+        )
+        wanted = left.double() @ right.double().transpose(-1, -2)
+        assert relative_error(product[..., :length], wanted) <= STAGE_BUDGET[torch.float16]

@@ -108,7 +108,7 @@ def assert_gradients(got: dict, problem: Problem, budget: float, grad_out=None) 
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 def test_every_gradient(backward, direction, recompute):
     problem = make_problem(
-        7, 32, 48, direction=direction, mask="soft", drop_mask=True, biases=True, batch=2
+        5, 16, 24, direction=direction, mask="soft", drop_mask=True, biases=True, batch=2
     )
     got = backward(problem, recompute=recompute)
     assert set(got) == {"x", "mask", "drop_mask", *PARAMETERS}
@@ -121,12 +121,11 @@ def test_widths(backward, channels, hidden):
     assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
 
 
-@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 @pytest.mark.parametrize("length", [1, 2, 16, 33])
-def test_lengths(backward, length, direction):
+def test_lengths(backward, length):
     # Of one residue the mask scales t, which the LayerNorm undoes: its gradient is but rounding.
     mask = "bool" if length == 1 else "soft"
-    problem = make_problem(length, 16, mask=mask, direction=direction)
+    problem = make_problem(length, 16, 4, mask=mask, direction="incoming")
     assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
 
 
@@ -134,7 +133,7 @@ def test_lengths(backward, length, direction):
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 def test_16_bits_as_the_module_in_the_tree(backward, direction, dtype):
     """No gradient has more than 1.3 times the error of transformers' module in the same dtype."""
-    problem = make_problem(21, 48, dtype=dtype, direction=direction, mask="float")
+    problem = make_problem(11, 48, dtype=dtype, direction=direction, mask="float")
     problem.mask = problem.mask.bool()
     grad_out = grad_out_of(problem)
     module = in_tree_module(problem)
@@ -268,7 +267,7 @@ NEEDS = [
 
 def test_alone_as_together(submodule, backward, call_of, on_triton):
     """Exactly what was asked for comes back, with the very bits that it has among all others."""
-    problem = make_problem(5, 16, 24, mask="soft", drop_mask=True, biases=True)
+    problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     together = backward(problem)
     call, grad_out = call_of(problem), grad_out_of(problem).to(on_triton)
     _, *saved = submodule("triton_path").run_triton_saving(call)
@@ -298,7 +297,7 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
 )
 def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
     """The backward's launches, and the vendor's GEMMs."""
-    problem = make_problem(5, 16, 24, mask="soft", drop_mask=True, biases=True)
+    problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     launched, launch = [], submodule("_launch").PreparedLaunch.launch
 
     def record(prepared, *tensors):
@@ -333,7 +332,7 @@ class CountedProducts(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_calls_give_equal_bits(backward, dtype):
-    problem = make_problem(9, 16, 24, dtype=dtype, mask="soft", drop_mask=True, biases=True)
+    problem = make_problem(5, 16, 24, dtype=dtype, mask="soft", drop_mask=True, biases=True)
     first, second = backward(problem), backward(problem)
     again = backward(problem, recompute=True)
     for name, gradient in first.items():
@@ -347,12 +346,14 @@ def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
     assert product.shape == (1, 16, 9, 16) and product.dtype == problem.x.dtype
     assert moments.shape == (1, 2, 9, 16) and moments.dtype == torch.float32
     run = submodule("triton_backward").run_triton_backward
+    product[..., 9:] = float("nan")  # these columns have no meaning
     kept = product.clone(), moments.clone()
     first, second = (
         run(call, grad_out_of(problem).to(on_triton), product, moments, needs) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in needs)
-    assert torch.equal(product, kept[0]) and torch.equal(moments, kept[1])
+    assert_gradients(first, problem, FLOAT32_BUDGET)
+    assert torch.equal(product[..., :9], kept[0][..., :9]) and torch.equal(moments, kept[1])
 
 
 def test_the_saving_forward_is_the_forward(submodule, call_of):
@@ -402,9 +403,9 @@ def test_products_follow_the_precision_of_the_call(
         torch.set_float32_matmul_precision(previous)
 
 
-@pytest.mark.parametrize("recompute, limit", [(False, 3.9), (True, 3.9)])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("width, length", [(256, 64), (128, 96)])
-def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, recompute, limit):
+def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, recompute):
     """Counted from the allocations, in tensors of the pair's size, t not counted if it was saved.
 
     The last chunk of the rows is no larger than the groups' planes.
@@ -426,7 +427,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     # The parameters' sums, the projections stacked and one chunk's products: no length makes them
     # larger.
     sums = (4 * 6 + 2 * 5 + 2 * 5) * width**2
-    assert 3.5 <= (bytes_.peak - sums) / call.x.nbytes <= limit
+    assert 3.5 <= (bytes_.peak - sums) / call.x.nbytes <= 3.85
 
 
 def test_prepared_launches_serve_the_next_call(backward, submodule):

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4df424d4a3"
+_NAMESPACE = "_esmfold2_trimul_kernel_74f03cfb04"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -236,6 +236,7 @@ class _Sequence(NamedTuple):
         for first in range(0, product.shape[1], size):
             a, b, moments = self._group_planes(first, size, moments)
             einsum(self.call, self.launches, a, b, product[:, first : first + size], first)
+            del a, b  # the next group's take their memory
         return moments
 
     def _group_planes(
@@ -326,23 +327,25 @@ class _Sequence(NamedTuple):
 
         Group after group, da before db, with the axes of x: [D / G, 2, G, L, pitch].
         """
-        hidden = grad_t.shape[0]
-        for first in range(0, hidden, size):
-            a, b, _ = self._group_planes(first, size, moments)
-            grad = grad_t[None, first : first + size]
-            grad_a = memory[None, 2 * first : 2 * first + size]
-            grad_b = memory[None, 2 * first + size : 2 * first + 2 * size]
-            for operands, out, turned in (
-                # da[i, k] = sum_j dt[i, j] b[j, k], or its transpose
-                ((grad, b), grad_a, (False, True))
-                if self.call.direction == "outgoing"
-                else ((b, grad), grad_a, (True, False)),
-                # db[j, k] = sum_i dt[i, j] a[i, k], or its transpose
-                ((grad, a), grad_b, (True, True))
-                if self.call.direction == "outgoing"
-                else ((a, grad), grad_b, (True, True)),
-            ):
-                einsum(self.call, self.launches, *operands, out, (first, turned), turned)
+        for first in range(0, grad_t.shape[0], size):
+            grad_planes = memory[2 * first : 2 * (first + size)]
+            self._stage_2_of_group(grad_t[first : first + size], first, moments, grad_planes)
+
+    def _stage_2_of_group(
+        self, grad: Tensor, first: int, moments: Tensor, grad_planes: Tensor
+    ) -> None:
+        """From dt [G, L, pitch], channels from `first` on, da and db into grad_planes [2G, ...]."""
+        size = grad.shape[0]
+        a, b, _ = self._group_planes(first, size, moments)
+        grad, grad_a, grad_b = grad[None], grad_planes[None, :size], grad_planes[None, size:]
+        if self.call.direction == "outgoing":
+            # da[i, k] = sum_j dt[i, j] b[j, k], db[j, k] = sum_i dt[i, j] a[i, k]
+            products = ((grad, b, grad_a, (False, True)), (grad, a, grad_b, (True, True)))
+        else:  # their transposes
+            products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
+        for left, right, out, turned in products:
+            what = first, turned
+            einsum(self.call, self.launches, left, right, out, what, turned)
 
     def _stage_1(self, planes: Tensor, moments: Tensor, size: int) -> None:
         """From da and db, planes [2D, L, pitch] in groups of `size` channels, and dq to dx."""
