@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b37e0c4416"
+_NAMESPACE = "_esmfold2_trimul_kernel_4e329549ae"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b37e0c4416"
+_BUILD_ID = "_esmfold2_trimul_kernel_4e329549ae"
 
 
 def _load_package() -> ModuleType:
