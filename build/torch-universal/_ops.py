@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_74f03cfb04"
+_NAMESPACE = "_esmfold2_trimul_kernel_c7d540471a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

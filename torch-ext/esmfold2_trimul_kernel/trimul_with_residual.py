@@ -341,17 +341,18 @@ def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
         product, moments = _empty_saved(x, *others)
         return _run(x, *arguments, inplace=False), product, moments
     direction, mask, residual, drop_mask, *values, eps_in, eps_out, precision, _ = arguments
+    weights = Weights(*values)
     path = execution_path(x.device, x.dtype)
     if path.name == "aten":
         if x.device.type != "cpu":
             _say(path.reason)
         with torch.autocast(x.device.type, enabled=False):
             saved = aten.trimul_saving(
-                x, direction, mask, residual, drop_mask, Weights(*values), eps_in, eps_out
+                x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
         return *saved, x.new_empty(0, dtype=torch.float32)
     call = _triton_call(
-        x, direction, mask, residual, drop_mask, values, eps_in, eps_out, precision
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision
     )
     with current_device(x):
         return _triton_path().run_triton_saving(call)
@@ -375,20 +376,19 @@ def _trimul_bwd(
         return tuple([grad.zero_() for grad in _empty_gradients(*leaves, needs)])
     named = zip(gradients.DIFFERENTIABLE, needs, strict=True)
     names = frozenset([name for name, needed in named if needed])
-    if execution_path(x.device, x.dtype).name == "aten":
-        with torch.autocast(x.device.type, enabled=False):
+    settings = Weights(*values), eps_in, eps_out
+    # A backward under autocast must not lower the precision of the products, the vendor's included.
+    with torch.autocast(x.device.type, enabled=False):
+        if execution_path(x.device, x.dtype).name == "aten":
             found = aten_backward.trimul_backward(
-                grad_out, x, direction, mask, drop_mask, Weights(*values), eps_in, eps_out,
-                product, names,
-            )  # fmt: skip
-    else:
-        call = _triton_call(
-            x, direction, mask, None, drop_mask, values, eps_in, eps_out, precision
-        )
-        with current_device(x):
-            found = _triton_backward().run_triton_backward(
-                call, grad_out, product, moments, names
+                grad_out, x, direction, mask, drop_mask, *settings, product, names
             )
+        else:
+            call = _triton_call(x, direction, mask, None, drop_mask, *settings, precision)
+            with current_device(x):
+                found = _triton_backward().run_triton_backward(
+                    call, grad_out, product, moments, names
+                )
     # What was not computed is an empty tensor of its own: outputs of an op share no memory.
     return tuple([
         found[name] if name in names else x.new_empty(0) for name in gradients.DIFFERENTIABLE
@@ -405,6 +405,7 @@ def _run(
     inplace: bool,
 ) -> Tensor:
     *values, eps_in, eps_out, precision, memory = others
+    weights = Weights(*values)
     if x.numel() == 0:
         return x.new_empty(x.shape)
     path = execution_path(x.device, x.dtype)
@@ -413,13 +414,13 @@ def _run(
             _say(path.reason)
         with torch.autocast(x.device.type, enabled=False):
             out = aten.trimul_inference(
-                x, direction, mask, residual, drop_mask, Weights(*values), eps_in, eps_out
+                x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
         return residual.copy_(out) if inplace else out
 
     triton_path = _triton_path()
     call = _triton_call(
-        x, direction, mask, residual, drop_mask, values, eps_in, eps_out, precision, inplace
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace
     )
     with current_device(x):
         if memory != "lean":
@@ -439,18 +440,19 @@ def _triton_call(
     mask: Tensor | None,
     residual: Tensor | None,
     drop_mask: Tensor | None,
-    values: list[Tensor | None],
+    weights: Weights,
     eps_in: float,
     eps_out: float,
     precision: str,
     inplace: bool = False,
-):  # -> triton_path.TritonCall, whose module imports Triton
-    """The op's arguments as the Triton path takes them; `values` are the fields of Weights."""
+) -> "TritonCall":  # noqa: F821 (of triton_path, which imports Triton)
+    """The op's arguments as the Triton path takes them."""
     # The kernels index a vector of parameters by its channel; the projections bring their strides.
-    if any([v is not None and v.ndim == 1 and not v.is_contiguous() for v in values]):
-        values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in values]
+    if any([v is not None and v.ndim == 1 and not v.is_contiguous() for v in weights]):
+        values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in weights]
+        weights = Weights(*values)
     return _triton_path().TritonCall(
-        x, direction, mask, residual, drop_mask, Weights(*values), eps_in, eps_out,
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out,
         kernel_precision(precision), inplace,
     )  # fmt: skip
 
@@ -488,9 +490,10 @@ def _empty_saved(x: Tensor, *others) -> tuple[Tensor, Tensor]:
     if recompute == "product":
         product_shape = aten.saved_shape(x, Weights(*values))
         if execution_path(x.device, x.dtype).name == "triton":
-            batch, _, length, _ = product_shape
-            product_shape = (*product_shape[:3], _triton_path().padded_pitch(length))
-            moments_shape = (batch, 2, length, length)
+            batch, hidden, length, _ = product_shape
+            pitch = _triton_path().padded_pitch(length)
+            product_shape = (batch, hidden, length, pitch)
+            moments_shape = (batch, 2, length, pitch)
     return x.new_empty(product_shape), x.new_empty(moments_shape, dtype=torch.float32)
 
 
