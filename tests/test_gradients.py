@@ -39,7 +39,7 @@ NAMES = (
 BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
 
 
-@pytest.fixture(params=["aten"])
+@pytest.fixture(params=["aten", "triton"])
 def device(request) -> str:
     """The device whose tensors take the path: every test here is for each path."""
     return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"
