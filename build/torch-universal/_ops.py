@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_14312ca0a3"
+_NAMESPACE = "_esmfold2_trimul_kernel_202bc62a3b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

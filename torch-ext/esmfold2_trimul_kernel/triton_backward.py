@@ -129,6 +129,7 @@ class _Totals(NamedTuple):
     in_sums: Tensor  # [4D + C]
 
 
+@torch.no_grad()
 def run_triton_backward(
     call: TritonCall,
     grad_out: Tensor,
