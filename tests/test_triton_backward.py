@@ -233,9 +233,9 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_dual_gemm": config(64, 16, 64, 4, 2, descriptors),
         "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
         "fused_ln_residual": config(64, 64, 64, 4, 2, descriptors),
-        "fused_ln_residual_bwd": config(32, 32, 16, 4, 2),
+        "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
         "norm_out_bwd": config(64, 16, 32, 4, 2),
-        "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2),
+        "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
     }
     for name in (
         "fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual",

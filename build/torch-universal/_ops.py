@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_202bc62a3b"
+_NAMESPACE = "_esmfold2_trimul_kernel_524e8919ac"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

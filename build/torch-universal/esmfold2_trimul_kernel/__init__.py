@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_202bc62a3b"
+_BUILD_ID = "_esmfold2_trimul_kernel_524e8919ac"
 
 
 def _load_package() -> ModuleType:
