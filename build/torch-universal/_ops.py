@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e5227f3967"
+_NAMESPACE = "_esmfold2_trimul_kernel_b248dad841"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
