@@ -233,9 +233,9 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_dual_gemm": config(64, 16, 64, 4, 2, descriptors),
         "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
         "fused_ln_residual": config(64, 64, 64, 4, 2, descriptors),
-        "fused_ln_residual_bwd": config(32, 32, 16, 4, 2),
+        "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
         "norm_out_bwd": config(64, 16, 32, 4, 2),
-        "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2),
+        "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
     }
     for name in (
         "fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual",
@@ -253,6 +253,32 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         assert_gradients(backward(problem, recompute=True), problem, FLOAT32_BUDGET)
     finally:
         path._launches.clear()
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("channels", [5, 48, 128])
+def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
+    block_k = max(16, 1 << (channels - 1).bit_length())
+    config = submodule("launch_config").LaunchConfig(64, 16, block_k, 4, 2, descriptors, True)
+    stage = submodule("fused_dual_gemm_backward")
+    problem = make_problem(4, channels, 16, dtype=torch.float16, mask="soft")
+    wanted = backward(problem)
+    submodule("triton_path")._launches.clear()
+    monkeypatch.setattr(stage, "pick_config", lambda *_: config)
+    try:
+        got = backward(problem)
+    finally:
+        submodule("triton_path")._launches.clear()
+    for name, gradient in got.items():
+        assert relative_error(gradient, wanted[name].cpu().double()) <= 2e-3, name
+
+
+def test_held_rows_of_float32_are_refused(backward, submodule, monkeypatch):
+    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, True, True)
+    monkeypatch.setattr(submodule("fused_dual_gemm_backward"), "pick_config", lambda *_: config)
+    submodule("triton_path")._launches.clear()
+    with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
+        backward(make_problem(4, 32))
 
 
 NEEDS = [
@@ -337,6 +363,12 @@ def test_equal_calls_give_equal_bits(backward, dtype):
     again = backward(problem, recompute=True)
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]) and torch.equal(gradient, again[name]), name
+
+
+@pytest.mark.parametrize("name", ["p_out_bias", "p_out_weight", "g_out_weight"])
+def test_parameters_of_the_output_alone_without_a_product(backward, name):
+    problem = make_problem(4, 16, biases=True)
+    assert_gradients(backward(problem, [name], recompute=True), problem, FLOAT32_BUDGET)
 
 
 def test_what_was_saved_serves_twice(submodule, call_of, on_triton):

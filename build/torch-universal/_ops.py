@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c7d540471a"
+_NAMESPACE = "_esmfold2_trimul_kernel_01ee16e873"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

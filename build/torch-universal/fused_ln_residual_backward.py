@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch
+from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
     dot,
@@ -57,7 +57,7 @@ from .validation import Weights
     ]
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
-    t_ptr, x_ptr, moments_ptr, grad_ptr, drop_ptr,
+    t_ptr, t_planes, x_ptr, moments_ptr, grad_ptr, drop_ptr,
     grad_emit_ptr, grad_gate_ptr, hat_x_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
@@ -70,7 +70,7 @@ def _fused_ln_residual_bwd_kernel(
     stride_emit_n, stride_emit_k, stride_gate_n, stride_gate_k,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr,
+    X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """de and dq of all C channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
@@ -78,7 +78,8 @@ def _fused_ln_residual_bwd_kernel(
     M = R * pitch positions, N = C channels in blocks, K = C channels of x and D of t. Every output
     is optional: x^ [R*L, C], `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row, and
     both means of the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the
-    gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile.
+    gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. DESCRIPTORS: of
+    the projections, and `t_planes` of t as [D, R * pitch].
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -126,7 +127,7 @@ def _fused_ln_residual_bwd_kernel(
             ).to(dtype)  # fmt: skip
             gate_tile = load_weight(
                 gate_weight, start_n, start_k, stride_gate_n, stride_gate_k,
-                C, C, BLOCK_N, BLOCK_K, False,
+                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             gate = dot(z, gate_tile.T, gate, PRECISION)
         gate = add_bias(gate, gate_bias_ptr, start_n + tl.arange(0, BLOCK_N), C)
@@ -135,14 +136,17 @@ def _fused_ln_residual_bwd_kernel(
         emit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, D, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D)
+            if DESCRIPTORS:
+                t = t_planes.load([start_k, start_m]).T
+            else:
+                t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D)
             n = normalise(
                 t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
                 norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
             ).to(dtype)  # fmt: skip
             emit_tile = load_weight(
                 emit_weight, start_n, start_k, stride_emit_n, stride_emit_k,
-                C, D, BLOCK_N, BLOCK_K, False,
+                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             emit = dot(n, emit_tile.T, emit, PRECISION)
         # The pads of t may be no numbers.
@@ -263,7 +267,7 @@ def _norm_out_bwd_kernel(
 class Rows(NamedTuple):
     """Some rows of one sequence: what stage 3 read, and the gradient of what it wrote."""
 
-    t: torch.Tensor  # [D, R, pitch], unit stride along the last axis, others multiples of 16
+    t: torch.Tensor  # [D, R, pitch], whole rows of planes, their strides multiples of 16
     x: torch.Tensor  # [R, L, C]
     moments: torch.Tensor  # [2, R, L], stage 1's, with the axes of x
     grad_out: torch.Tensor  # [R, L, C]
@@ -294,7 +298,7 @@ def fused_ln_residual_bwd(
     is what `prepare_ln_residual_bwd` made of tensors like these.
     """
     prepared.launch(
-        *rows, *out,
+        rows.t, *rows, *out,
         weights.norm_in_weight, weights.norm_in_bias,
         weights.norm_out_weight, weights.norm_out_bias,
         weights.p_out_weight, weights.p_out_bias, weights.g_out_weight, weights.g_out_bias,
@@ -326,24 +330,34 @@ def prepare_ln_residual_bwd(
     block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
     drop_strides = (0, 1) if drop_mask is None else strides(drop_mask)
     elements = 16 // x.element_size()
+    emit, gate = weights.p_out_weight, weights.g_out_weight
+    descriptors = config.descriptors and is_aligned(emit) and is_aligned(gate)
+    t_planes = emit_arg = gate_arg = None
+    if descriptors:
+        t_planes = descriptor_of(
+            t, [hidden, count * pitch], [t.stride(0), 1], [block_k, block_m]
+        )
+        emit_arg = descriptor_of(emit, emit.shape, emit.stride(), [block_n, block_k])
+        gate_arg = descriptor_of(gate, gate.shape, gate.stride(), [block_n, block_k])
     return PreparedLaunch(
         _fused_ln_residual_bwd_kernel,
         triton.cdiv(count * pitch, block_m),
         [
-            *[None] * 21,
+            None, t_planes, *[None] * 14,  # x to sums, the norms
+            emit_arg, None, gate_arg, None, None, None,
             count, length, pitch, eps_out,
             *t.stride()[:2],
             *strides(x),
             *moments.stride(),
             *strides(grad_out),
             *drop_strides,
-            *weights.p_out_weight.stride(), *weights.g_out_weight.stride(),
+            *emit.stride(), *gate.stride(),
         ],
-        tuple(range(21)),
+        tuple(range(22)),
         dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
-            GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1,
+            GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1, DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal,
         ),

@@ -67,10 +67,11 @@ _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
 _GROUP_MULTIPLE = 16
 
-_OF_STAGE_1 = frozenset(
-    ("x", "mask", "norm_in_weight", "norm_in_bias")
-    + ("p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias")
-)
+# Whose gradients come through the product t.
+_THROUGH_PRODUCT = (
+    "x", "mask", "norm_in_weight", "norm_in_bias",
+    "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias",
+)  # fmt: skip
 
 
 class _Wanted(NamedTuple):
@@ -105,7 +106,7 @@ def _wanted(needs: frozenset[str], weights: Weights) -> _Wanted:
 
     shift_in, shift_out = weights.norm_in_bias is not None, weights.norm_out_bias is not None
     return _Wanted(
-        stage_1=any_of(*_OF_STAGE_1),
+        stage_1=any_of(*_THROUGH_PRODUCT),
         dz="x" in needs,
         mask="mask" in needs,
         drop_mask="drop_mask" in needs,
@@ -129,6 +130,7 @@ class _Totals(NamedTuple):
     in_sums: Tensor  # [4D + C]
 
 
+@torch.no_grad()
 def run_triton_backward(
     call: TritonCall,
     grad_out: Tensor,
@@ -153,7 +155,7 @@ def run_triton_backward(
     for name in ("x", "mask", "drop_mask"):
         if name in needs:
             like = getattr(call, name)
-            # Of the mask the kernel writes a dense plane, whatever its own strides are.
+            # Contiguous, whatever the strides of the argument are.
             gradients[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
     def zeros(is_wanted: bool, *shape: int) -> Tensor | None:
