@@ -13,6 +13,7 @@ from fresh_process import ROOT
 from helpers import ERROR_BUDGET, in_tree_module, make_problem, reference, relative_error
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 FLOWS = ("outgoing", "incoming")
@@ -296,7 +297,7 @@ def test_the_compiled_module_trains_on_any_length(grad_device, dynamic):
     in_tree = copy.deepcopy(module)
     swap_through_kernels(module, MODES["compiled training"])
     torch._dynamo.reset()
-    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=dynamic)
     for length in (9, 12, 17, 11):
         problem = make_problem(length, 16, mask="bool").to(grad_device)
