@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4e329549ae"
+_NAMESPACE = "_esmfold2_trimul_kernel_f8f4269290"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
