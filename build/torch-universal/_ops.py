@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f8f4269290"
+_NAMESPACE = "_esmfold2_trimul_kernel_74603b3e65"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

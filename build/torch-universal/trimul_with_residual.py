@@ -95,9 +95,8 @@ def triangle_multiplicative_update_with_residual(
             "auto" is "default", and "lean" where an allocation of that fails, which the log says
             once. It is about the Triton kernels; the ATen path has one way.
         recompute: what a backward computes again. "product" keeps the product of a and b for it,
-            one tensor of the pair's size beside the inputs, in the default mode of `memory` whatever
-            that says; "all" keeps the inputs alone, and takes longer. Without a gradient nothing is
-            kept.
+            one tensor of the pair's size beside the inputs, in the default mode whatever `memory`
+            says; "all" keeps the inputs alone, and takes longer. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
 

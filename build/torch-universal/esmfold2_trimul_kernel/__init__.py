@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_f8f4269290"
+_BUILD_ID = "_esmfold2_trimul_kernel_74603b3e65"
 
 
 def _load_package() -> ModuleType:
