@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_74603b3e65"
+_NAMESPACE = "_esmfold2_trimul_kernel_047554070f"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -96,7 +96,7 @@ def triangle_multiplicative_update_with_residual(
             once. It is about the Triton kernels; the ATen path has one way.
         recompute: what a backward computes again. "product" keeps the product of a and b for it,
             one tensor of the pair's size beside the inputs, in the default mode whatever `memory`
-            says; "all" keeps the inputs alone, and takes longer. Without a gradient nothing is kept.
+            says; "all" keeps the inputs alone and takes longer. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
 

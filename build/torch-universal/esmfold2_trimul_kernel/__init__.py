@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_74603b3e65"
+_BUILD_ID = "_esmfold2_trimul_kernel_047554070f"
 
 
 def _load_package() -> ModuleType:
