@@ -31,10 +31,11 @@ class Problem:
         def move(value):
             return value.to(device) if isinstance(value, Tensor) else value
 
-        values = {name: move(value) for name, value in vars(self).items()}
-        values["weights"] = {name: move(value) for name, value in self.weights.items()}
-        values["biases"] = {name: move(value) for name, value in self.biases.items()}
-        return Problem(**values)
+        # Field by field: torch 2.11 can't compile a loop over them.
+        weights = {name: move(value) for name, value in self.weights.items()}
+        biases = {name: move(value) for name, value in self.biases.items()}
+        others = (move(self.mask), move(self.residual), move(self.drop_mask))
+        return Problem(move(self.x), weights, self.direction, *others, self.eps, biases)
 
 
 def make_problem(

@@ -38,7 +38,7 @@ def device(request, path) -> str:
     return request.getfixturevalue("on_triton") if path == "triton" else "cpu"
 
 
-@pytest.fixture(params=["aten"])
+@pytest.fixture(params=["aten", "triton"])
 def grad_device(request) -> str:
     """The device whose tensors take the path, with a gradient."""
     return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"

@@ -440,7 +440,7 @@ def test_products_follow_the_precision_of_the_call(
 def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, recompute):
     """Counted from the allocations, in tensors of the pair's size, t not counted if it was saved.
 
-    The last chunk of the rows is no larger than the groups' planes.
+    A chunk's rows of [dp, dg, dq], x^ and dz are the largest buffers beside dx, da and db.
     """
     subject = submodule("triton_backward")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
@@ -458,14 +458,15 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
         subject.run_triton_backward(call, grad_out, *saved, needs)
     # The parameters' sums, the projections stacked and one chunk's products: no length makes them
     # larger.
-    sums = (4 * 6 + 2 * 5 + 2 * 5) * width**2
-    assert 3.5 <= (bytes_.peak - sums) / call.x.nbytes <= 3.85
+    chunks_product = 4 if on_triton == "cuda" else 2  # bytes of an element
+    sums = (4 * 6 + 2 * 5 + chunks_product * 5) * width**2
+    assert 3.75 <= (bytes_.peak - sums) / call.x.nbytes <= 3.95
 
 
-def test_prepared_launches_serve_the_next_call(backward, submodule):
+def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):
     plans = submodule("triton_path")._launches
     plans.clear()
-    problem = make_problem(6, 16, dtype=torch.float16)
+    problem = make_problem(6, 16, dtype=torch.float16).to(on_triton)
     for _ in range(2):
         problem.x = torch.randn_like(problem.x)
         got = backward(problem)

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_01ee16e873"
+_NAMESPACE = "_esmfold2_trimul_kernel_6221832d13"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

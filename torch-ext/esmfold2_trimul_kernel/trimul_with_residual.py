@@ -95,8 +95,8 @@ def triangle_multiplicative_update_with_residual(
             "auto" is "default", and "lean" where an allocation of that fails, which the log says
             once. It is about the Triton kernels; the ATen path has one way.
         recompute: what a backward computes again. "product" keeps the product of a and b for it,
-            one tensor of the pair's size beside the inputs; "all" keeps the inputs alone, and takes
-            longer. Without a gradient nothing is kept.
+            one tensor of the pair's size beside the inputs, in the default mode whatever `memory`
+            says; "all" keeps the inputs alone and takes longer. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
 
@@ -333,8 +333,8 @@ def _trimul_fwd_(x: Tensor, *others) -> None:
 def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     """The op on real tensors for calls that need a gradient: the output, and what is kept for it.
 
-    Without `recompute` of the product the second and third are t and the moments of x (the latter
-    of the Triton path alone); what is not kept is empty.
+    With recompute="product" the second and third are t and the moments of x (these of the Triton
+    path alone), otherwise both are empty.
     """
     *arguments, recompute = others
     if x.numel() == 0 or recompute == "all":

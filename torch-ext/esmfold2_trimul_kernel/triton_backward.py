@@ -14,9 +14,10 @@ multiple of 64:
     dx, in which dq lay                            1
     da, db; dt lies at the end, where no group     2 1/4
     has yet put its da and db
-    a and b of one group, or the chunks' rows      1/2
+    a and b of one group; or, when dt is gone,     1/2
+    a chunk's rows of [dp, dg, dq], x^ and dz      7/8
 
-3 3/4 in all, and t is a fourth if the caller saved it. A small sequence is one group and one chunk,
+3 7/8 in all, and t is one more if the caller saved it. A small sequence is one group and one chunk,
 for fewer launches. The parameters' gradients come from few products: with t^ and x^ the normalised
 rows without norm weights and [dp, dg, dq] the rows of one matrix,
 
@@ -60,7 +61,7 @@ from .validation import Weights
 
 # Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
 # small to fill a GPU: pairs of a chunk, elements of a group's planes.
-_CHUNKS = 16
+_CHUNKS = 8
 _CHUNK_PAIRS = 16_384
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
