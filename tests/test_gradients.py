@@ -588,6 +588,38 @@ class TestCompiled:
         assert asked.names == [{"x", "p_in_weight"}]
 
 
+@pytest.mark.kernels_ci
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_captured_in_a_cuda_graph(kernel, recompute):
+    first, second = (
+        make_problem(33, 32, dtype=BF16, mask="soft", residual=True, seed=seed) for seed in (0, 1)
+    )
+    grad_out = grad_of_output(first).cuda()
+    leaves = {name: leaf.requires_grad_() for name, leaf in fresh_leaves(first, "cuda").items()}
+    problem = with_leaves(first.to("cuda"), leaves)
+
+    def step() -> tuple[Tensor, ...]:
+        out = run(kernel, problem, "cuda", recompute=recompute)
+        return torch.autograd.grad(out, list(leaves.values()), grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for name, leaf in leaves_of(second).items():
+            leaves[name].copy_(leaf)
+    graph.replay()
+    got = [gradient.clone() for gradient in captured]
+    for name, mine, eager in zip(leaves, got, step(), strict=True):
+        assert torch.equal(mine, eager), name
+
+
 def test_reference_gradients_are_those_of_central_differences():
     """The oracle of this file is autograd's of the formula; the formula itself is its judge."""
     problem = make_problem(4, 5, 3, mask="soft", residual=True, drop_mask=True)

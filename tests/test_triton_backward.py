@@ -460,7 +460,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     # larger.
     chunks_product = 4 if on_triton == "cuda" else 2  # bytes of an element
     sums = (4 * 6 + 2 * 5 + chunks_product * 5) * width**2
-    assert 3.75 <= (bytes_.peak - sums) / call.x.nbytes <= 3.95
+    assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1
 
 
 def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):

@@ -36,6 +36,8 @@ SHARED_LIMIT = {
 TARGETS = tuple(SHARED_LIMIT)
 # Outside a loop, for which another block on a multiprocessor made up (stage 1 on an H200).
 MAX_SPILL_BYTES = 256
+# In a loop two registers: settings with as many were the fastest by far, measured on an H100.
+MAX_LOOP_SPILL_BYTES = 8
 STAGE_KERNELS = {
     "fused_dual_gemm": "_fused_dual_gemm_fwd_kernel",
     "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
@@ -391,6 +393,6 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, of {limit}")
         if row["spill_bytes"] > MAX_SPILL_BYTES:
             found.append(f"{where}: {row['spill_bytes']} bytes of spills, of {MAX_SPILL_BYTES}")
-        if row["spills_in_loop"]:
+        if row["spills_in_loop"] and row["spill_bytes"] > MAX_LOOP_SPILL_BYTES:
             found.append(f"{where}: registers spill inside a loop")
     return found
