@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b248dad841"
+_NAMESPACE = "_esmfold2_trimul_kernel_afad13b3d0"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b248dad841"
+_BUILD_ID = "_esmfold2_trimul_kernel_afad13b3d0"
 
 
 def _load_package() -> ModuleType:
