@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6221832d13"
+_NAMESPACE = "_esmfold2_trimul_kernel_27e2a3774e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6221832d13"
+_BUILD_ID = "_esmfold2_trimul_kernel_27e2a3774e"
 
 
 def _load_package() -> ModuleType:
