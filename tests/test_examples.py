@@ -8,13 +8,16 @@ from fresh_process import ROOT, python_output
 
 pytest.importorskip("kernels")
 
-RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+RUN = (
+    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 NUMBER = r"(\d\.\de[+-]\d\d)"
 
 
-def printed_by(example: str) -> str:
+def printed_by(example: str, *arguments: str) -> str:
     search_path = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tools/src"))
-    return python_output(RUN, str(ROOT / "examples" / example), PYTHONPATH=search_path)
+    path = str(ROOT / "examples" / example)
+    return python_output(RUN, path, *arguments, PYTHONPATH=search_path)
 
 
 def test_fold_with_kernel():
@@ -37,3 +40,19 @@ def test_any_model():
     # Twice the budget of one float32 result: plain PyTorch has an error of its own.
     assert all(0 < float(difference) <= 1e-5 for _, difference in rows)
     assert "parameters without a gradient: 0" in output.splitlines()
+
+
+def test_finetune(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "finetune.png"
+    output = printed_by("finetune.py", "--length", "14", "--width", "16", "--layers", "1",
+                        "--steps", "3", "--device", "cpu", "--out", str(plot))  # fmt: skip
+    swapped, sites = re.search(r"(?m)^sites swapped: (\d+) of (\d+)$", output).groups()
+    assert swapped == sites
+    losses = re.findall(r"(?m)^(\w+): loss (\d\.\d+) to (\d\.\d+), .* steps a second", output)
+    assert [name for name, *_ in losses] == ["ours", "stock"]
+    assert all(float(last) < float(first) for _, first, last in losses)
+    difference = float(re.search(rf"the losses differ by at most {NUMBER} of them", output)[1])
+    assert 0 <= difference < 1e-5
+    assert plot.stat().st_size > 1000

@@ -536,53 +536,53 @@ def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recom
 
 
 class TestCompiled:
+    @staticmethod
+    def gradients_of(block, problem: Problem, device: str) -> dict[str, Tensor]:
+        """Of all leaves of `block`(x, residual, mask, drop_mask, weights)."""
+        leaves = {n: v.requires_grad_() for n, v in fresh_leaves(problem, device).items()}
+        p = with_leaves(problem.to(device), leaves)
+        out = block(p.x, p.residual, p.mask, p.drop_mask, p.weights)
+        out.backward(grad_of_output(problem).to(device))
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    @staticmethod
+    def block(kernel, recompute: str = "product", **options):
+        """The function, compiled into one graph."""
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, **{"backend": "aot_eager", **options})
+        def block(x, residual, mask, drop_mask, weights):
+            return kernel.triangle_multiplicative_update_with_residual(
+                x, "outgoing", residual, drop_mask, mask=mask, recompute=recompute, **weights
+            )
+
+        return block
+
     @pytest.mark.parametrize("recompute", RECOMPUTE)
     def test_into_one_graph(self, kernel, device, recompute):
         problem = make_problem(9, 16, mask="soft", residual=True, drop_mask=True)
-        torch._dynamo.reset()
-
-        def through(call, *leaves):
-            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-            return compiled(*leaves)
-
         wanted = gradients(kernel, problem, device, recompute=recompute)
-        got = gradients(kernel, problem, device, recompute=recompute, through=through)
-        assert_equal(got, wanted)
+        block = self.block(kernel, recompute)
+        assert_equal(self.gradients_of(block, problem, device), wanted)
 
     @pytest.mark.parametrize("dynamic", [None, True])
     def test_compiles_once_more_at_most_when_lengths_vary(self, kernel, device, dynamic):
         backend = CompileCounterWithBackend("aot_eager")
-        torch._dynamo.reset()
-
-        @torch.compile(fullgraph=True, backend=backend, dynamic=dynamic)
-        def block(x, residual, mask, drop_mask, weights):
-            return kernel.triangle_multiplicative_update_with_residual(
-                x, "outgoing", residual, drop_mask, mask=mask, **weights
-            )
-
+        block = self.block(kernel, backend=backend, dynamic=dynamic)
         graphs = []
         for length in (9, 11, 14, 12, 20):
             problem = make_problem(length, 16, mask="soft", residual=True, drop_mask=True)
             wanted = gradients(kernel, problem, device)
-            leaves = {n: v.requires_grad_() for n, v in fresh_leaves(problem, device).items()}
-            p = with_leaves(problem.to(device), leaves)
-            out = block(p.x, p.residual, p.mask, p.drop_mask, p.weights)
-            out.backward(grad_of_output(problem).to(device))
-            assert_equal({name: leaf.grad for name, leaf in leaves.items()}, wanted)
+            assert_equal(self.gradients_of(block, problem, device), wanted)
             graphs.append(len(backend.graphs))
         assert graphs[-1] <= 2 and graphs[1:] == [graphs[-1]] * 4
 
     def test_only_what_needs_a_gradient_has_one(self, kernel, device, submodule):
         problem = make_problem(6, 8, mask="soft").to(device)
-        torch._dynamo.reset()
-
-        @torch.compile(fullgraph=True, backend="aot_eager")
-        def update(problem: Problem) -> Tensor:
-            return run(kernel, problem, device)
-
+        block = self.block(kernel)
         problem.x.requires_grad_()
         problem.weights["p_in_weight"].requires_grad_()
-        out = update(problem)
+        out = block(problem.x, None, problem.mask, None, problem.weights)
         with Asked(submodule("gradients").DIFFERENTIABLE) as asked:
             out.backward(grad_of_output(problem).to(device))
         assert asked.names == [{"x", "p_in_weight"}]
