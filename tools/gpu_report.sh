@@ -46,7 +46,7 @@ else
     echo "no GPU: the CPU path is measured, and nothing is tuned"
 fi
 if has checks; then
-    run checks 150 bash -c '"$0" -m pytest -q -m kernels_ci tests 2>&1 | tee "$1/checks.txt" | tail -3' \
+    run checks 210 bash -c '"$0" -m pytest -q -m kernels_ci tests 2>&1 | tee "$1/checks.txt" | tail -3' \
         "$python" "$folder"
 fi
 if has benchmark; then
@@ -58,7 +58,7 @@ if has benchmark; then
     fi
 fi
 if has tuning && [ "$gpu" = yes ]; then
-    run tuning 210 "$python" -m esmfold2_trimul_tools.tune \
+    run tuning 120 "$python" -m esmfold2_trimul_tools.tune \
         --out "$folder/tuned.json" --results "$folder/tuning.json"
 fi
 echo "the report is in $folder"
