@@ -92,8 +92,7 @@ def test_lean_takes_four_groups_at_the_widths_of_the_models(submodule):
     assert [count for _, count, _ in groups_of(128, 48)] == [48, 40, 24, 16]
 
 
-@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("descriptors, direction", [(False, "incoming"), (True, "outgoing")])
 def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors, direction):
     """Planes among the product, products in rows, in the ways that a GPU takes."""
     config = submodule("launch_config").LaunchConfig
