@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_27e2a3774e"
+_NAMESPACE = "_esmfold2_trimul_kernel_8bae9ceed2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

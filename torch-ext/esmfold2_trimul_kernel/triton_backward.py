@@ -177,14 +177,8 @@ def run_triton_backward(
     with _vendor_precision(call.precision, x.dtype):
         for entry in range(batch if length else 0):
             one = slice(entry, entry + 1)
-            of_entry = call._replace(
-                **{
-                    name: None if (value := getattr(call, name)) is None else value[one]
-                    for name in ("x", "mask", "residual", "drop_mask")
-                }
-            )
             _Sequence(
-                of_entry,
+                call.of_entry(entry),
                 launches,
                 wanted,
                 totals,

@@ -46,6 +46,16 @@ class TritonCall(NamedTuple):
     inplace: bool  # the output is written over the residual
     class_length: int | None = None  # launch settings are those of this L; None: of x's own
 
+    def of_entry(self, entry: int) -> "TritonCall":
+        """The call on one sequence of the batch."""
+        tensors = {name: getattr(self, name) for name in ("x", "mask", "residual", "drop_mask")}
+        return self._replace(
+            **{
+                name: None if tensor is None else tensor[entry : entry + 1]
+                for name, tensor in tensors.items()
+            }
+        )
+
 
 _launches: dict[tuple, Launches] = {}
 
@@ -198,12 +208,7 @@ def run_triton_lean(call: TritonCall) -> Tensor:
     slots = min(max(2 * _GROUP_MULTIPLE, int(_LEAN_PLANES * batch * channels)), 2 * hidden)
     launches = launches_of(call, "lean")
     for entry in range(batch):
-        of_entry = call._replace(
-            **{
-                name: None if (value := getattr(call, name)) is None else value[entry : entry + 1]
-                for name in ("x", "mask", "residual", "drop_mask")
-            }
-        )
+        of_entry = call.of_entry(entry)
         product = products[entry : entry + 1].transpose(1, 2)  # [1, D, L, pitch]
         moments = _product_by_groups(of_entry, launches, product, slots)
         _by_steps(of_entry, launches, product, moments, out[entry : entry + 1], step)
@@ -283,10 +288,6 @@ def _by_steps_into_residual(
     step = -(-call.x.shape[1] // _LEAN_STEPS)
     for entry in range(call.x.shape[0]):
         one = slice(entry, entry + 1)
-        of_entry = call._replace(
-            x=call.x[one],
-            residual=call.residual[one],
-            drop_mask=None if call.drop_mask is None else call.drop_mask[one],
-        )
-        _by_steps(of_entry, launches, product[one], moments[one], call.residual[one], step)
+        of_entry = call.of_entry(entry)
+        _by_steps(of_entry, launches, product[one], moments[one], of_entry.residual, step)
     return call.residual

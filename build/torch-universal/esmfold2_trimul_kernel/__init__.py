@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_27e2a3774e"
+_BUILD_ID = "_esmfold2_trimul_kernel_8bae9ceed2"
 
 
 def _load_package() -> ModuleType:

@@ -146,15 +146,9 @@ def reference_gradient(problem: Problem) -> Tensor:
     x = problem.x.double().requires_grad_()
     with torch.enable_grad():
         z = _norm_in(x, w)
-        gated = F.linear(z, w["g_in_weight"]).sigmoid() * F.linear(z, w["p_in_weight"])
-        if problem.mask is not None:
-            gated = gated * problem.mask.unsqueeze(-1)
-        a, b = gated.movedim(-1, 1).chunk(2, dim=1)
+        a, b = _plane(z, problem.mask, w, slice(None)).chunk(2, dim=1)
         t = a @ b.mT if problem.case.direction == "outgoing" else a.mT @ b
-        mixed = F.layer_norm(
-            t.movedim(1, -1), (problem.case.hidden,), w["norm_out_weight"], w["norm_out_bias"], EPS
-        )
-        out = F.linear(mixed, w["p_out_weight"]) * F.linear(z, w["g_out_weight"]).sigmoid()
+        out = _emit(t.movedim(1, -1), z, w)
     return torch.autograd.grad(out, x, problem.grad_out.double())[0]
 
 
@@ -204,18 +198,20 @@ def _norm_in(x: Tensor, w: dict[str, Tensor]) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], EPS)
 
 
-def _plane(z: Tensor, mask: Tensor | None, w: dict[str, Tensor], channels: Tensor) -> Tensor:
+def _plane(
+    z: Tensor, mask: Tensor | None, w: dict[str, Tensor], channels: Tensor | slice
+) -> Tensor:
     """Some channels of a and b, [B, channels, i, k], of z [B, i, k, C]."""
-    gated = F.linear(z, w["g_in_weight"][channels]).sigmoid_()
-    gated.mul_(F.linear(z, w["p_in_weight"][channels]))
+    gate = F.linear(z, w["g_in_weight"][channels]).sigmoid()
+    gated = gate * F.linear(z, w["p_in_weight"][channels])
     if mask is not None:
-        gated.mul_(mask.unsqueeze(-1))
+        gated = gated * mask.unsqueeze(-1)
     return gated.movedim(-1, 1)
 
 
 def _emit(t: Tensor, z: Tensor, w: dict[str, Tensor]) -> Tensor:
     mixed = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], EPS)
-    return F.linear(mixed, w["p_out_weight"]).mul_(F.linear(z, w["g_out_weight"]).sigmoid_())
+    return F.linear(mixed, w["p_out_weight"]) * F.linear(z, w["g_out_weight"]).sigmoid()
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
