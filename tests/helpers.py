@@ -148,7 +148,7 @@ def _formula(problem: Problem) -> Tensor:
     w = {name: double(value) for name, value in problem.weights.items()}
     bias = {name: double(value) for name, value in problem.biases.items()}
     x = double(problem.x)
-    z = F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], problem.eps)
+    z = F.layer_norm(x, x.shape[-1:], w.get("norm_in_weight"), w.get("norm_in_bias"), problem.eps)
     value = F.linear(z, w["p_in_weight"], bias.get("p_in_bias"))
     gate = torch.sigmoid(F.linear(z, w["g_in_weight"], bias.get("g_in_bias")))
     ab = value * gate
@@ -159,7 +159,7 @@ def _formula(problem: Problem) -> Tensor:
         t = torch.einsum("bikd,bjkd->bijd", a, b)
     else:
         t = torch.einsum("bkid,bkjd->bijd", a, b)
-    t = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], problem.eps)
+    t = F.layer_norm(t, t.shape[-1:], w.get("norm_out_weight"), w.get("norm_out_bias"), problem.eps)
     delta = F.linear(t, w["p_out_weight"], bias.get("p_out_bias"))
     delta = delta * torch.sigmoid(F.linear(z, w["g_out_weight"], bias.get("g_out_bias")))
     if problem.drop_mask is not None:
@@ -215,3 +215,22 @@ def in_tree_module(problem: Problem) -> torch.nn.Module:
     module.load_state_dict({name: value.clone() for name, value in values.items()}, assign=True)
     module.norm_start.eps = module.norm_mix.eps = problem.eps
     return module.to(problem.x.device)
+
+
+def in_tree_gradients(problem: Problem, grad_out: Tensor) -> dict[str, Tensor]:
+    """That module's gradients of x and of the parameters, by the names of our arguments."""
+    module = in_tree_module(problem)
+    x = problem.x.clone().requires_grad_()
+    module(x, problem.mask).backward(grad_out)
+    of_values, of_gates = module.proj_bundle.weight.grad.chunk(2)
+    return {
+        "x": x.grad,
+        "norm_in_weight": module.norm_start.weight.grad,
+        "norm_in_bias": module.norm_start.bias.grad,
+        "p_in_weight": of_values,
+        "g_in_weight": of_gates,
+        "norm_out_weight": module.norm_mix.weight.grad,
+        "norm_out_bias": module.norm_mix.bias.grad,
+        "p_out_weight": module.proj_emit.weight.grad,
+        "g_out_weight": module.proj_gate.weight.grad,
+    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import (
     Problem,
-    in_tree_module,
+    in_tree_gradients,
     leaves_of,
     make_problem,
     reference,
@@ -147,21 +147,7 @@ def test_each_alone_and_no_other(kernel, device, submodule, name, biases, direct
 def test_16_bit_errors_beside_the_in_tree_modules(kernel, device, flow, dtype):
     problem = make_problem(24, 32, dtype=dtype, direction=flow, mask="bool", batch=2)
     wanted = reference_gradients(problem, grad_of_output(problem))
-    module = in_tree_module(problem)
-    x = problem.x.clone().requires_grad_()
-    module(x, problem.mask).backward(grad_of_output(problem))
-    of_values, of_gates = module.proj_bundle.weight.grad.chunk(2)
-    in_tree = {
-        "x": x.grad,
-        "norm_in_weight": module.norm_start.weight.grad,
-        "norm_in_bias": module.norm_start.bias.grad,
-        "p_in_weight": of_values,
-        "g_in_weight": of_gates,
-        "norm_out_weight": module.norm_mix.weight.grad,
-        "norm_out_bias": module.norm_mix.bias.grad,
-        "p_out_weight": module.proj_emit.weight.grad,
-        "g_out_weight": module.proj_gate.weight.grad,
-    }
+    in_tree = in_tree_gradients(problem, grad_of_output(problem))
     got = gradients(kernel, problem, device)
     assert set(got) == set(in_tree)
     for name, gradient in got.items():

@@ -2,8 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import Problem, in_tree_module, make_problem, relative_error
+from helpers import (
+    Problem,
+    in_tree_gradients,
+    leaves_of,
+    make_problem,
+    reference_gradients,
+    relative_error,
+)
 from test_aten import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,48 +20,9 @@ PARAMETERS = (
 FLOAT32_BUDGET = 2e-5
 
 
-def leaves_of(problem: Problem) -> dict[str, torch.Tensor]:
-    """The differentiable tensors of the problem by name; the masks only where they are real."""
-    leaves = {"x": problem.x, **problem.weights, **problem.biases}
-    for name in ("mask", "drop_mask"):
-        value = getattr(problem, name)
-        if value is not None and value.is_floating_point():
-            leaves[name] = value
-    return leaves
-
-
-def plain_formula(leaves: dict[str, torch.Tensor], problem: Problem) -> torch.Tensor:
-    """Algorithms 11 and 12 as they are written, in the dtype of the leaves."""
-    x, get = leaves["x"], leaves.get
-    mask = get("mask", problem.mask)
-    z = F.layer_norm(x, x.shape[-1:], get("norm_in_weight"), get("norm_in_bias"), problem.eps)
-    ab = F.linear(z, get("p_in_weight"), get("p_in_bias"))
-    ab = ab * torch.sigmoid(F.linear(z, get("g_in_weight"), get("g_in_bias")))
-    if mask is not None:
-        ab = ab * mask.unsqueeze(-1).to(x.dtype)
-    a, b = ab.chunk(2, dim=-1)
-    equation = "bikd,bjkd->bijd" if problem.direction == "outgoing" else "bkid,bkjd->bijd"
-    t = torch.einsum(equation, a, b)
-    t = F.layer_norm(t, t.shape[-1:], get("norm_out_weight"), get("norm_out_bias"), problem.eps)
-    delta = F.linear(t, get("p_out_weight"), get("p_out_bias"))
-    delta = delta * torch.sigmoid(F.linear(z, get("g_out_weight"), get("g_out_bias")))
-    drop_mask = get("drop_mask", problem.drop_mask)
-    return delta if drop_mask is None else delta * drop_mask
-
-
 def grad_out_of(problem: Problem) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(problem.x.shape, generator=generator).to(problem.x.dtype)
-
-
-def gradients_in_float64(problem: Problem, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
-    leaves = {
-        name: leaf.detach().cpu().double().requires_grad_()
-        for name, leaf in leaves_of(problem).items()
-    }
-    out = plain_formula(leaves, problem)
-    found = torch.autograd.grad(out, list(leaves.values()), grad_out.cpu().double())
-    return dict(zip(leaves, found, strict=True))
 
 
 @pytest.fixture
@@ -93,7 +60,7 @@ def backward(submodule, call_of, on_triton):
 
 
 def assert_gradients(got: dict, problem: Problem, budget: float, grad_out=None) -> None:
-    wanted = gradients_in_float64(problem, grad_out_of(problem) if grad_out is None else grad_out)
+    wanted = reference_gradients(problem, grad_out_of(problem) if grad_out is None else grad_out)
     leaves = leaves_of(problem)
     errors = {}
     for name, gradient in got.items():
@@ -136,22 +103,8 @@ def test_16_bits_as_the_module_in_the_tree(backward, direction, dtype):
     problem = make_problem(11, 48, dtype=dtype, direction=direction, mask="float")
     problem.mask = problem.mask.bool()
     grad_out = grad_out_of(problem)
-    module = in_tree_module(problem)
-    x = problem.x.clone().requires_grad_()
-    module(x, problem.mask).backward(grad_out)
-    wanted = gradients_in_float64(problem, grad_out)
-    value, gate = module.proj_bundle.weight.grad.chunk(2)
-    in_tree = {
-        "x": x.grad,
-        "norm_in_weight": module.norm_start.weight.grad,
-        "norm_in_bias": module.norm_start.bias.grad,
-        "p_in_weight": value,
-        "g_in_weight": gate,
-        "norm_out_weight": module.norm_mix.weight.grad,
-        "norm_out_bias": module.norm_mix.bias.grad,
-        "p_out_weight": module.proj_emit.weight.grad,
-        "g_out_weight": module.proj_gate.weight.grad,
-    }
+    wanted = reference_gradients(problem, grad_out)
+    in_tree = in_tree_gradients(problem, grad_out)
     got = backward(problem)
     assert set(got) == set(in_tree)
     for name, gradient in got.items():

@@ -92,8 +92,19 @@ def test_masks_of_every_dtype(kernel, kernels_of):
     assert len(warmed(torch.bool, torch.float32, None)) == 5
 
 
-def test_it_runs(kernel, on_triton):
-    kernel.warmup(16, device=on_triton, lengths=[5])
+def test_it_runs(kernel, on_triton, submodule, monkeypatch):
+    launched = []
+    launch = submodule("_launch").PreparedLaunch.launch
+
+    def counting(self, *tensors):
+        launched.append(self.kernel.fn.__name__)
+        launch(self, *tensors)
+
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", counting)
+    kernel.warmup(16, device=on_triton, lengths=[5], mask_dtypes=[torch.bool])
+    stages = ("dual_gemm_fwd", "trimul_einsum_fwd", "ln_residual_fwd")
+    assert len(launched) == 3
+    assert all(stage in name for stage, name in zip(stages, launched, strict=True))
 
 
 @pytest.mark.parametrize("changes, error, message", [
