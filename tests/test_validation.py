@@ -3,6 +3,7 @@
 The functions share their checks and differ in what they call the pair tensor: `pair` and `x`.
 """
 
+import enum
 import math
 
 import pytest
@@ -147,8 +148,9 @@ def test_a_residual_or_drop_mask_that_is_no_tensor(call_with_residual, name):
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-def test_projections_are_required(call, name):
-    call.assert_refuses(TypeError, f"{name} must be a torch.Tensor; got NoneType", **{name: None})
+def test_projections_are_required_beside_a_residual(call_with_residual, name):
+    message = f"{name} must be a torch.Tensor; got NoneType"
+    call_with_residual.assert_refuses(TypeError, message, **{name: None})
 
 
 @pytest.mark.parametrize("shape", [(2 * D + 1, C), (0, C), (2 * D, C + 1), (2 * D,), (2, D, C)])
@@ -226,10 +228,15 @@ def test_biases_on_another_device(call_with_biases, name):
     call_with_biases.assert_refuses(ValueError, message, **{name: bias})
 
 
-@pytest.mark.parametrize("shape", [(B, L, L + 1), (3, L, L), (1, B, L, L), (B, 1, 1, 1), (0,)])
+@pytest.mark.parametrize("shape", [(B, L, L + 1), (3, L, L), (2, 3, L, L), (0,)])
 def test_mask_shape(call, shape):
     message = f"mask must broadcast to [2, 3, 3], {{pair}} without its channels; got {shape}"
     call.assert_refuses(ValueError, message, mask=torch.ones(shape))
+
+
+def test_a_residual_leaves_the_mask_no_further_dimensions(call_with_residual):
+    message = "mask must broadcast to [2, 3, 3], pair without its channels; got (1, 2, 3, 3)"
+    call_with_residual.assert_refuses(ValueError, message, mask=torch.ones(1, B, L, L))
 
 
 def test_mask_dtype_and_device(call):
@@ -312,16 +319,51 @@ def test_eps_may_be_an_int(call):
     assert not torch.allclose(call(eps=1), call(eps=2))
 
 
-@pytest.mark.parametrize("precision", ["ieee", "highest", "", 1, torch.float32])
-def test_precision(call, precision):
-    message = f"precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16'; got {precision!r}"
-    call.assert_refuses(ValueError, message, precision=precision)
-
-
 def half(dtype: torch.dtype) -> dict[str, Tensor]:
     """The pair tensor and the projections in `dtype`."""
     shapes = {name: WEIGHT_SHAPES[name] for name in PROJECTIONS} | {"pair": (B, L, L, C)}
     return {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+class Mxfp8(enum.Enum):
+    MXFP8 = 4
+
+
+@pytest.mark.parametrize(
+    "precision", ["highest", "", True, 4, 6, torch.float32, "mxfp8", Mxfp8.MXFP8]
+)
+def test_precision(call, precision):
+    message = (
+        "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
+        f"cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
+    )
+    call.assert_refuses(ValueError, message, precision=precision)
+
+
+class TriMulPrecision(enum.Enum):
+    """cuEquivariance 0.13's enum."""
+
+    NONE = -1
+    DEFAULT = 0
+    TF32 = 1
+    TF32x3 = 2
+    IEEE = 3
+    BFLOAT16 = 5
+
+
+@pytest.mark.parametrize(
+    "word, spellings",
+    {
+        "default": (None, "none", "NONE", TriMulPrecision.NONE, -1),
+        "tf32": ("default", TriMulPrecision.DEFAULT, 0, "TF32", "tf32", TriMulPrecision.TF32, 1),
+        "tf32x3": ("TF32x3", "tf32x3", TriMulPrecision.TF32x3, 2),
+        "ieee": ("IEEE", "ieee", TriMulPrecision.IEEE, 3),
+        "bf16": ("bfloat16", "BF16", TriMulPrecision.BFLOAT16, 5),
+    }.items(),
+)
+def test_spellings_of_precision(submodule, word, spellings):
+    resolve = submodule("validation").resolve_precision
+    assert {resolve(spelling, "x", torch.ones(1)) for spelling in spellings} == {word}
 
 
 def test_float16_has_no_bfloat16_precision(call):
@@ -343,3 +385,54 @@ def test_execution_path_of_a_dtype_that_nothing_computes_in(submodule, dtype):
     with pytest.raises(TypeError) as caught:
         execution_path(torch.device("cpu"), dtype)
     assert str(caught.value) == f"dtype must be {THREE_DTYPES}; got {dtype}"
+
+
+@pytest.mark.parametrize("shape", [(3,), (B, 1), (0,)])
+def test_lengths_shape(call, shape):
+    message = (
+        f"lengths must broadcast to [2], one for each sequence of {{pair}}; got {shape}"
+    )
+    call.assert_refuses(ValueError, message, lengths=torch.ones(shape, dtype=torch.int32))
+
+
+def test_lengths_of_another_kind(call):
+    message = "lengths must be a torch.Tensor on cpu, made once for many calls; got list"
+    call.assert_refuses(TypeError, message, lengths=[3, 2])
+    message = "lengths must be torch.int32 or torch.int64; got torch.float32"
+    call.assert_refuses(TypeError, message, lengths=torch.ones(B))
+    message = "lengths must be on the device of {pair}, cpu; got meta"
+    call.assert_refuses(
+        ValueError, message, lengths=torch.ones(B, dtype=torch.int32, device=META)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.int64])
+def test_lengths_from_mask(kernel, submodule, dtype):
+    lengths = torch.tensor([[5, 0, 1], [3, 4, 5]])
+    mask = submodule("validation").pairs_within(lengths, 5).to(dtype)
+    found = kernel.lengths_from_mask(mask)
+    assert found.dtype == torch.int32 and torch.equal(found, lengths.int())
+    assert kernel.lengths_from_mask(mask[0, 0]).shape == ()
+    assert kernel.lengths_from_mask(mask[:, :0]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("where, value", [((0, 1, 2), 0), ((1, 3, 0), 1), ((0, 4, 4), 1)])
+def test_masks_that_are_no_lengths(kernel, submodule, where, value):
+    mask = submodule("validation").pairs_within(torch.tensor([4, 3]), 6).float()
+    mask[where] = value
+    message = "mask must be 1 where both residues are within a sequence's length and 0 elsewhere; "
+    with pytest.raises(ValueError) as caught:
+        kernel.lengths_from_mask(mask)
+    assert str(caught.value).startswith(message + "got ")
+    mask[where] = 0.5
+    with pytest.raises(ValueError, match="got "):
+        kernel.lengths_from_mask(mask)
+
+
+def test_what_is_no_pair_mask_has_no_lengths(kernel):
+    with pytest.raises(ValueError, match=r"mask must be \[\.\.\., L, L\]; got \(2, 3\)"):
+        kernel.lengths_from_mask(torch.ones(2, 3))
+    with pytest.raises(TypeError, match="mask must be a torch.Tensor; got list"):
+        kernel.lengths_from_mask([[1]])
+    with pytest.raises(TypeError, match="mask must be bool or real; got torch.complex64"):
+        kernel.lengths_from_mask(torch.ones(2, 2, dtype=torch.complex64))

@@ -15,6 +15,10 @@ import triton
 import triton.language as tl
 
 PITCH_MULTIPLE = 16
+# The planes of a sequence with padding hold zeros up to the next multiple of it in both axes: stage
+# 2 sums blocks of so many elements at most.
+PADDING_MULTIPLE = 128
+_PADDING_MULTIPLE = tl.constexpr(PADDING_MULTIPLE)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Keeps sums of up to 2^16 channels from overflowing; a power of two, so that it rounds nothing.
 _SUM_SCALE = tl.constexpr(2.0**-16)
@@ -39,6 +43,27 @@ def positions(start, pitch, BLOCK_M: tl.constexpr):
     column = start - row * pitch + tl.arange(0, BLOCK_M)
     wraps = ((column.to(tl.float32) + 0.5) * (1.0 / pitch)).to(tl.int32)
     return row + wraps, column - wraps * pitch
+
+
+@triton.jit
+def length_of(lengths_ptr, batch, L):
+    """The residues of a sequence that are no padding: L of them where there are no lengths."""
+    if lengths_ptr is None:
+        return L
+    else:
+        return tl.minimum(tl.load(lengths_ptr + batch), L)
+
+
+@triton.jit
+def end_of_zeros(length):
+    """Where the zeros after a sequence's `length` residues end."""
+    return tl.cdiv(length, _PADDING_MULTIPLE) * _PADDING_MULTIPLE
+
+
+@triton.jit
+def any_of(valid):
+    """Whether any entry of valid [M] is true."""
+    return tl.max(valid.to(tl.int32), 0) > 0
 
 
 @triton.jit

@@ -7,6 +7,7 @@ PyTorch. An accelerator's call that does not run Triton says why, once, in the l
 """
 
 import contextlib
+import enum
 import functools
 import importlib
 import logging
@@ -23,6 +24,8 @@ from ._ops import add_op_namespace_prefix, ops
 from .validation import (
     COMPUTE_DTYPES,
     Weights,
+    broadcast_leading,
+    broadcast_lengths,
     broadcast_mask,
     check_direction,
     check_eps,
@@ -32,7 +35,10 @@ from .validation import (
     check_recompute,
     check_residual,
     check_weights,
+    default_projections,
+    pairs_within,
     resolve_precision,
+    torch_allows_tf32,
     view_drop_mask,
 )
 
@@ -62,10 +68,11 @@ def triangle_multiplicative_update_with_residual(
     mask: Tensor | None = None,
     eps: float = 1e-5,
     eps_out: float | None = None,
-    precision: str | None = None,
+    precision: str | int | enum.Enum | None = None,
     memory: str = "auto",
     recompute: str = "product",
     inplace: bool = False,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """`residual + drop_mask * TriangleMultiplication(pair)`, the update and the sum in one pass.
 
@@ -87,9 +94,11 @@ def triangle_multiplicative_update_with_residual(
         eps: added to the variance by the LayerNorm of pair, and by that of the product too unless
             eps_out is given.
         eps_out: the second LayerNorm's own eps.
-        precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
-            None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
-            ATen path follows torch's own settings, which on a CPU are the more exact.
+        precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands, in
+            upper or lower case, or a member or value of cuEquivariance's TriMulPrecision; None
+            follows torch's own setting (torch.backends.cuda.matmul.allow_tf32, or
+            torch.set_float32_matmul_precision, which is the same). It bounds the Triton kernels;
+            the ATen path follows torch's own settings, which on a CPU are the more exact.
         memory: "default" is the fastest; it holds three tensors of the pair's size beyond its
             arguments. "lean" holds at most one and a half, its result included, and takes longer.
             "auto" is "default", and "lean" where an allocation of that fails, which the log says
@@ -99,6 +108,11 @@ def triangle_multiplicative_update_with_residual(
             says; "all" keeps the inputs alone and takes longer. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
+        lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and
+            the rest of its L is padding on the right. A pair with a padded residue is masked, and
+            its update is zero: its output is the residual, or 0. Without a gradient tiles of
+            padding are skipped, in all stages, without a look at the lengths from the host; a call
+            that needs gradients masks them. Lengths beyond [0, L] count as 0 or L.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 
@@ -111,34 +125,16 @@ def triangle_multiplicative_update_with_residual(
             doesn't fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
     """
-    check_direction(direction)
-    check_pair("pair", pair, leading="B")
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
         norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
     )  # fmt: skip
-    check_weights("pair", pair, weights)
-    check_residual(residual, pair)
-    check_eps("eps", eps)
-    if eps_out is not None:
-        check_eps("eps_out", eps_out)
-    check_memory(memory)
-    check_recompute(recompute)
-    check_inplace(inplace, pair, residual, (mask, drop_mask, *weights))
     return _update(
-        pair,
-        direction,
-        broadcast_mask(mask, "pair", pair),
-        residual,
-        view_drop_mask(drop_mask, pair),
-        weights,
-        eps,
-        eps if eps_out is None else eps_out,
-        resolve_precision(precision, "pair", pair),
-        memory,
-        recompute,
-        inplace,
-    )
+        request_with_residual(
+            pair, direction, residual, drop_mask, weights, mask, eps, eps_out, precision, memory,
+            recompute, inplace, lengths,
+        )
+    )  # fmt: skip
 
 
 def triangle_multiplicative_update(
@@ -158,10 +154,11 @@ def triangle_multiplicative_update(
     g_out_weight: Tensor | None = None,
     g_out_bias: Tensor | None = None,
     eps: float = 1e-5,
-    precision: str | None = None,
+    precision: str | int | enum.Enum | None = None,
     *,
     memory: str = "auto",
     recompute: str = "product",
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """The triangle multiplication of x, with the signature of `cuequivariance_torch`'s function.
 
@@ -171,40 +168,128 @@ def triangle_multiplicative_update(
         x: [..., L, L, C] with any number of leading dimensions; bfloat16, float16 or float32; any
             strides (it is copied if its leading dimensions can't be merged into one as a view).
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
-        mask: pair mask, bool or real, broadcastable to [..., L, L]; multiplies a and b.
+        mask: pair mask [..., L, L], bool or real; multiplies a and b. Its leading dimensions and
+            those of x broadcast with each other, its residue axes to those of x.
         norm_in_weight, norm_in_bias: [C]; None means ones and zeros.
-        p_in_weight, g_in_weight: [2D, C] in the dtype of x, required; rows [0, D) make a.
+        p_in_weight, g_in_weight: [2D, C] in the dtype of x; rows [0, D) make a.
         norm_out_weight, norm_out_bias: [D]; None means ones and zeros.
-        p_out_weight, g_out_weight: [C, D] and [C, C] in the dtype of x, required.
+        p_out_weight, g_out_weight: [C, D] and [C, C] in the dtype of x. A projection that is None
+            is drawn at random in each call, for trials (see docs/cuequivariance.md).
         p_in_bias, g_in_bias, p_out_bias, g_out_bias: [2D], [2D], [C], [C], or None.
         eps: added to the variance by both LayerNorms.
-        precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands;
-            None follows torch.get_float32_matmul_precision(). It bounds the Triton kernels; the
-            ATen path follows torch's own settings, which on a CPU are the more exact.
-        memory, recompute: as for `triangle_multiplicative_update_with_residual`.
+        precision, memory, recompute: as for `triangle_multiplicative_update_with_residual`.
+        lengths: as there, with the leading dimensions of the result, or a shape that broadcasts to
+            them.
 
     Returns:
-        [..., L, L, C] in the dtype of x, contiguous: the update, without a residual.
+        [..., L, L, C] in the dtype of x, contiguous, the leading dimensions those of x and mask
+        together: the update, without a residual.
 
     Raises:
         ValueError: a direction, shape, device, eps, precision, memory or recompute that doesn't
             fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
     """
-    check_direction(direction)
-    check_pair("x", x, leading="...")
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
         norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,
     )  # fmt: skip
+    request, shape = request_of_any_rank(
+        x, direction, mask, weights, eps, precision, memory, recompute, lengths
+    )
+    return _update(request).view(shape)
+
+
+class Request(NamedTuple):
+    """A call of either public function, checked."""
+
+    x: Tensor  # [B, L, L, C]
+    direction: str
+    mask: Tensor | None  # [B, L, L]
+    residual: Tensor | None  # like x
+    drop_mask: Tensor | None  # [B, L, C]
+    weights: Weights
+    eps_in: float
+    eps_out: float
+    precision: str  # a kernels' word, or "default"
+    memory: str
+    recompute: str
+    inplace: bool
+    lengths: Tensor | None  # [B] int32
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.x, self.mask, self.residual, self.drop_mask, *self.weights)
+        return torch.is_grad_enabled() and any([
+            tensor is not None and tensor.requires_grad for tensor in tensors
+        ])
+
+
+def request_with_residual(
+    pair: Tensor,
+    direction: str,
+    residual: Tensor | None,
+    drop_mask: Tensor | None,
+    weights: Weights,
+    mask: Tensor | None,
+    eps: float,
+    eps_out: float | None,
+    precision: str | int | enum.Enum | None,
+    memory: str,
+    recompute: str,
+    inplace: bool,
+    lengths: Tensor | None,
+) -> Request:
+    """The arguments of `triangle_multiplicative_update_with_residual`, checked."""
+    check_direction(direction)
+    check_pair("pair", pair, leading="B")
+    check_weights("pair", pair, weights)
+    check_residual(residual, pair)
+    check_eps("eps", eps)
+    if eps_out is not None:
+        check_eps("eps_out", eps_out)
+    check_memory(memory)
+    check_recompute(recompute)
+    check_inplace(inplace, pair, residual, (mask, drop_mask, lengths, *weights))
+    return Request(
+        pair,
+        direction,
+        broadcast_mask(mask, "pair", pair),
+        residual,
+        view_drop_mask(drop_mask, pair),
+        weights,
+        eps,
+        eps if eps_out is None else eps_out,
+        resolve_precision(precision, "pair", pair),
+        memory,
+        recompute,
+        inplace,
+        broadcast_lengths(lengths, "pair", pair),
+    )
+
+
+def request_of_any_rank(
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    weights: Weights,
+    eps: float,
+    precision: str | int | enum.Enum | None,
+    memory: str,
+    recompute: str,
+    lengths: Tensor | None,
+) -> tuple[Request, torch.Size]:
+    """The arguments of `triangle_multiplicative_update`, checked, and the shape of its result."""
+    check_direction(direction)
+    check_pair("x", x, leading="...")
+    weights = default_projections(x, weights)
     check_weights("x", x, weights)
     check_eps("eps", eps)
     check_memory(memory)
     check_recompute(recompute)
-    mask = broadcast_mask(mask, "x", x)
-    leading = x.shape[:-3]
-    batch = leading.numel()
-    out = _update(
+    x, mask = broadcast_leading(mask, "x", x)
+    batch = x.shape[:-3].numel()
+    request = Request(
         x.reshape(batch, *x.shape[-3:]),
         direction,
         None if mask is None else mask.reshape(batch, *mask.shape[-2:]),
@@ -216,9 +301,10 @@ def triangle_multiplicative_update(
         resolve_precision(precision, "x", x),
         memory,
         recompute,
-        inplace=False,
+        False,
+        broadcast_lengths(lengths, "x", x),
     )
-    return out.view(x.shape)
+    return request, x.shape
 
 
 class ExecutionPath(NamedTuple):
@@ -262,48 +348,46 @@ def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
     return ExecutionPath("triton", f"Triton {triton.__version__} on {device.type}")
 
 
-def _update(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-    precision: str,
-    memory: str,
-    recompute: str,
-    inplace: bool,
-) -> Tensor:
-    """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C], all of them checked."""
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (x, mask, residual, drop_mask, *weights)
-    )
+def _update(request: Request) -> Tensor:
+    """The result [B, L, L, C]."""
     by_formula = forward_ad._current_level >= 0
-    if needs_grad or by_formula:
-        if inplace:
+    if by_formula or request.needs_grad:
+        if request.inplace:
             raise ValueError("inplace must be False where a gradient is needed; got True")
-        if by_formula or torch._C._are_functorch_transforms_active():
-            if x.device.type != "cpu":
-                _say("torch.func or forward-mode AD goes through it, which takes the formula")
-            with torch.autocast(x.device.type, enabled=False):
-                return aten.trimul_differentiable(
-                    x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
-                )
-        return ops.trimul_fwd_saving(
-            x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory,
-            recompute,
+        return _differentiable(request, by_formula)
+    op = ops.trimul_fwd_ if request.inplace else ops.trimul_fwd
+    out = op(
+        request.x, request.direction, request.mask, request.residual, request.drop_mask,
+        *request.weights, request.eps_in, request.eps_out, request.precision, request.memory,
+        request.lengths,
+    )  # fmt: skip
+    return request.residual if request.inplace else out
+
+
+def _differentiable(request: Request, by_formula: bool) -> Tensor:
+    """The result, by what autograd can follow."""
+    x, mask, residual, weights = request.x, request.mask, request.residual, request.weights
+    within = None
+    if request.lengths is not None:
+        within = pairs_within(request.lengths, x.shape[1])
+        mask = within if mask is None else mask * within
+    if by_formula or torch._C._are_functorch_transforms_active():
+        if x.device.type != "cpu":
+            _say("torch.func or forward-mode AD goes through it, which takes the formula")
+        with torch.autocast(x.device.type, enabled=False):
+            out = aten.trimul_differentiable(
+                x, request.direction, mask, residual, request.drop_mask, weights, request.eps_in,
+                request.eps_out,
+            )  # fmt: skip
+    else:
+        out = ops.trimul_fwd_saving(
+            x, request.direction, mask, residual, request.drop_mask, *weights, request.eps_in,
+            request.eps_out, request.precision, request.memory, request.recompute,
         )[0]  # fmt: skip
-    if inplace:
-        ops.trimul_fwd_(
-            x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory
-        )
-        return residual
-    return ops.trimul_fwd(
-        x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, precision, memory
-    )
+    if within is None:
+        return out
+    zero = out.new_zeros(()) if residual is None else residual
+    return torch.where(within[..., None], out, zero).contiguous()
 
 
 def _say(reason: str) -> None:
@@ -339,7 +423,7 @@ def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, recompute = others
     if x.numel() == 0 or recompute == "all":
         product, moments = _empty_saved(x, *others)
-        return _run(x, *arguments, inplace=False), product, moments
+        return _run(x, *arguments, None, inplace=False), product, moments
     direction, mask, residual, drop_mask, *values, eps_in, eps_out, precision, _ = arguments
     weights = Weights(*values)
     path = execution_path(x.device, x.dtype)
@@ -404,7 +488,7 @@ def _run(
     *others,
     inplace: bool,
 ) -> Tensor:
-    *values, eps_in, eps_out, precision, memory = others
+    *values, eps_in, eps_out, precision, memory, lengths = others
     weights = Weights(*values)
     if x.numel() == 0:
         return x.new_empty(x.shape)
@@ -413,15 +497,18 @@ def _run(
         if x.device.type != "cpu":
             _say(path.reason)
         with torch.autocast(x.device.type, enabled=False):
-            out = aten.trimul_inference(
-                x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
-            )
+            arguments = x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
+            if lengths is None:
+                out = aten.trimul_inference(*arguments)
+            else:
+                out = aten.trimul_of_lengths(*arguments, lengths)
         return residual.copy_(out) if inplace else out
 
     triton_path = _triton_path()
     call = _triton_call(
-        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace
-    )
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace,
+        lengths,
+    )  # fmt: skip
     with current_device(x):
         if memory != "lean":
             try:
@@ -445,6 +532,7 @@ def _triton_call(
     eps_out: float,
     precision: str,
     inplace: bool = False,
+    lengths: Tensor | None = None,
 ) -> "TritonCall":  # noqa: F821 (of triton_path, which imports Triton)
     """The op's arguments as the Triton path takes them."""
     # The kernels index a vector of parameters by its channel; the projections bring their strides.
@@ -453,7 +541,7 @@ def _triton_call(
         weights = Weights(*values)
     return _triton_path().TritonCall(
         x, direction, mask, residual, drop_mask, weights, eps_in, eps_out,
-        kernel_precision(precision), inplace,
+        kernel_precision(precision), inplace, lengths,
     )  # fmt: skip
 
 
@@ -473,7 +561,7 @@ def kernel_precision(precision: str) -> str:
     """The kernels' word where `precision` leaves it to torch's setting."""
     if precision != "default":
         return precision
-    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch_allows_tf32() else "fp32"
 
 
 def current_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -548,9 +636,12 @@ _BACKWARD = (
 # gradient has ops of its own, which autograd has no part in.
 _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
 for _name, _arguments, _returns, _function, _fake in (
-    ("trimul_fwd", _FORWARD.format(residual="Tensor?"), "Tensor", _trimul_fwd, _trimul_fwd_fake),
     (
-        "trimul_fwd_", _FORWARD.format(residual="Tensor(a!)"), "()",
+        "trimul_fwd", _FORWARD.format(residual="Tensor?") + ", Tensor? lengths", "Tensor",
+        _trimul_fwd, _trimul_fwd_fake,
+    ),
+    (
+        "trimul_fwd_", _FORWARD.format(residual="Tensor(a!)") + ", Tensor? lengths", "()",
         _trimul_fwd_, _trimul_fwd__fake,
     ),
     (

@@ -44,11 +44,13 @@ class TritonCall(NamedTuple):
     eps_out: float
     precision: str
     inplace: bool  # the output is written over the residual
+    lengths: Tensor | None = None  # [B] int32, of sequences with padding on the right
     class_length: int | None = None  # launch settings are those of this L; None: of x's own
 
     def of_entry(self, entry: int) -> "TritonCall":
         """The call on one sequence of the batch."""
-        tensors = {name: getattr(self, name) for name in ("x", "mask", "residual", "drop_mask")}
+        names = ("x", "mask", "residual", "drop_mask", "lengths")
+        tensors = {name: getattr(self, name) for name in names}
         return self._replace(
             **{
                 name: None if tensor is None else tensor[entry : entry + 1]
@@ -83,7 +85,7 @@ def run_triton_saving(call: TritonCall) -> tuple[Tensor, Tensor, Tensor]:
         out = _by_steps_into_residual(call, launches, product, moments)
     else:
         out = call.residual if call.inplace else None
-        out = fused_ln_residual_fwd(*stage, out=out, prepared=prepared)
+        out = fused_ln_residual_fwd(*stage, out=out, prepared=prepared, lengths=call.lengths)
     return out, product, raw_moments
 
 
@@ -113,7 +115,9 @@ def dual_gemm(
         prepare_dual_gemm, *stage, planes, None, group, moments is not None,
         call.class_length,
     )  # fmt: skip
-    return fused_dual_gemm_fwd(*stage, planes=planes, moments=moments, prepared=prepared)[2]
+    return fused_dual_gemm_fwd(
+        *stage, planes=planes, moments=moments, prepared=prepared, lengths=call.lengths
+    )[2]
 
 
 def einsum(
@@ -129,8 +133,11 @@ def einsum(
     prepared = launches.of(
         ("einsum", what),
         prepare_einsum, a, b, call.precision, product, None, call.class_length, turned,
+        call.lengths is not None,
     )  # fmt: skip
-    trimul_einsum_fwd(a, b, call.precision, product=product, prepared=prepared)
+    trimul_einsum_fwd(
+        a, b, call.precision, product=product, prepared=prepared, lengths=call.lengths
+    )
 
 
 def launches_of(call: TritonCall, *what: object) -> Launches:
@@ -159,6 +166,7 @@ def _kind(call: TritonCall) -> tuple:
         call.precision,
         call.inplace,
         call.class_length,
+        call.lengths is None,
         weights.p_in_weight.shape[0],
         weights.g_in_weight.data_ptr() - weights.p_in_weight.data_ptr(),
         *[
@@ -270,12 +278,15 @@ def _by_steps(
         stage = (product[:, :, some], x, moments[:, :, some], residual, call.drop_mask)
         stage += (call.weights, call.eps_out, call.precision)
         alignments = [t.data_ptr() % 16 for t in (x, target, residual) if t is not None]
+        first_row = 0 if call.lengths is None else start
         prepared = launches.of(
-            ("ln_residual", x.shape[1], *alignments),
-            prepare_ln_residual, *stage, None, call.class_length,
+            ("ln_residual", x.shape[1], first_row, *alignments),
+            prepare_ln_residual, *stage, None, call.class_length, first_row,
         )  # fmt: skip
         direct = not over_x or _may_overwrite(call, prepared)
-        made = fused_ln_residual_fwd(*stage, out=target if direct else None, prepared=prepared)
+        made = fused_ln_residual_fwd(
+            *stage, out=target if direct else None, prepared=prepared, lengths=call.lengths
+        )
         if not direct:
             target.copy_(made)
         del made  # the next step's takes its memory: after the first step no allocation can fail

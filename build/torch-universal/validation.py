@@ -4,6 +4,8 @@ A wrong shape, value or device is a ValueError, a wrong dtype or type is a TypeE
 argument, what was expected and what came.
 """
 
+import contextlib
+import enum
 import math
 from typing import NamedTuple
 
@@ -15,8 +17,19 @@ MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elem
 DIRECTIONS = ("outgoing", "incoming")
 MEMORY_MODES = ("auto", "default", "lean")
 RECOMPUTE_MODES = ("product", "all")
-# The public words for `precision`, and what the kernels call them.
-PRECISIONS = {"IEEE": "ieee", "TF32": "tf32", "TF32x3": "tf32x3", "bfloat16": "bf16"}
+LENGTHS_DTYPES = (torch.int32, torch.int64)
+# The public words for `precision`, in lower case, and what the kernels call them; "default" leaves
+# it to torch's setting. "DEFAULT" is cuEquivariance's word for Triton's own default.
+PRECISIONS = {
+    "none": "default", "default": "tf32", "tf32": "tf32", "tf32x3": "tf32x3", "ieee": "ieee",
+    "bfloat16": "bf16", "bf16": "bf16",
+}  # fmt: skip
+# The values of cuEquivariance's enum `TriMulPrecision`.
+_PRECISION_VALUES = {
+    -1: "NONE", 0: "DEFAULT", 1: "TF32", 2: "TF32x3", 3: "IEEE", 4: "MXFP8", 5: "BFLOAT16",
+}  # fmt: skip
+# The standard deviation of a normal distribution cut off at two of its own.
+_TRUNCATED_STD = 0.87962566103423978
 
 
 class Weights(NamedTuple):
@@ -118,25 +131,123 @@ def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
             _refuse_device(name, value, pair_name, pair)
 
 
+def default_projections(pair: Tensor, weights: Weights) -> Weights:
+    """`weights` with random projections where they are None, as cuEquivariance makes them.
+
+    LeCun's initialisation: a normal distribution of variance 1 / (input channels), cut off at two
+    standard deviations, from torch's generator of the pair tensor's device. D is that of the
+    projections that are given, and C where none is.
+    """
+    value, gate, emit = weights.p_in_weight, weights.g_in_weight, weights.p_out_weight
+    if not any([weight is None for weight in (value, gate, emit, weights.g_out_weight)]):
+        return weights
+    channels = hidden = pair.shape[-1]
+    for given, axis, per_channel in ((value, 0, 2), (gate, 0, 2), (emit, 1, 1)):
+        if isinstance(given, Tensor) and given.ndim == 2:
+            hidden = given.shape[axis] // per_channel
+            break
+    shapes = {
+        "p_in_weight": (2 * hidden, channels),
+        "g_in_weight": (2 * hidden, channels),
+        "p_out_weight": (channels, hidden),
+        "g_out_weight": (channels, channels),
+    }
+    made = {}
+    for name, shape in shapes.items():
+        if getattr(weights, name) is None:
+            weight = torch.empty(shape, dtype=pair.dtype, device=pair.device)
+            std = shape[1] ** -0.5 / _TRUNCATED_STD
+            made[name] = torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    return weights._replace(**made)
+
+
+def broadcast_leading(
+    mask: Tensor | None, pair_name: str, pair: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The pair tensor and its mask [..., L, L], with the same leading dimensions, as views."""
+    leading = pair.shape[:-3]
+    if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[:-2] != leading:
+        # Where they don't broadcast, `broadcast_mask` says so.
+        with contextlib.suppress(RuntimeError):
+            leading = torch.broadcast_shapes(leading, mask.shape[:-2])
+        pair = pair.expand(*leading, *pair.shape[-3:])
+    return pair, broadcast_mask(mask, pair_name, pair)
+
+
 def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor | None:
     """The pair mask as a [..., L, L] view over the pair tensor's leading dimensions."""
     if mask is None:
         return None
     _check_is_tensor("mask", mask)
     wanted = pair.shape[:-1]
-    aligned = mask.shape == wanted or mask.ndim <= len(wanted) and all(
-        have in (1, want)
-        for have, want in zip(reversed(mask.shape), reversed(wanted), strict=False)
-    )
-    if not aligned:
+    if mask.shape != wanted and not _broadcasts_to(mask.shape, wanted):
         raise ValueError(
             f"mask must broadcast to {list(wanted)}, {pair_name} without its channels; "
             f"got {tuple(mask.shape)}"
         )
-    if mask.dtype.is_complex:
-        raise TypeError(f"mask must be bool or real; got {mask.dtype}")
+    _check_mask_dtype("mask", mask)
     _check_device("mask", mask, pair_name, pair)
     return mask if mask.shape == wanted else mask.expand(wanted)
+
+
+def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> Tensor | None:
+    """The lengths as int32 [B], B the number of sequences; their values are not looked at."""
+    if lengths is None:
+        return None
+    leading = pair.shape[:-3]
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths must be a torch.Tensor on {pair.device}, made once for many calls; "
+            f"got {type(lengths).__name__}"
+        )
+    if lengths.dtype not in LENGTHS_DTYPES:
+        raise TypeError(f"lengths must be torch.int32 or torch.int64; got {lengths.dtype}")
+    if not _broadcasts_to(lengths.shape, leading):
+        raise ValueError(
+            f"lengths must broadcast to {list(leading)}, one for each sequence of {pair_name}; "
+            f"got {tuple(lengths.shape)}"
+        )
+    _check_device("lengths", lengths, pair_name, pair)
+    return lengths.to(torch.int32).expand(leading).reshape(leading.numel()).contiguous()
+
+
+def lengths_from_mask(mask: Tensor) -> Tensor:
+    """The `lengths` that say what a right-padded pair mask says, for calls to be made with them.
+
+    Looked at once, for as many calls as there are: it waits for the device.
+
+    Args:
+        mask: [..., L, L], bool or real, whose entry (i, j) is 1 where both i and j are less than
+            the sequence's length, and 0 elsewhere.
+
+    Returns:
+        [...] int32, on the device of mask.
+
+    Raises:
+        ValueError: a mask of another form.
+        TypeError: what is no tensor, or complex.
+    """
+    _check_is_tensor("mask", mask)
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
+        raise ValueError(f"mask must be [..., L, L]; got {tuple(mask.shape)}")
+    _check_mask_dtype("mask", mask)
+    length = mask.shape[-1]
+    real = mask != 0
+    lengths = real.diagonal(dim1=-2, dim2=-1).sum(-1).to(torch.int32)
+    inside = pairs_within(lengths, length)
+    if not torch.equal(mask, inside.to(mask.dtype)):
+        where = (mask != inside.to(mask.dtype)).nonzero()[0].tolist()
+        raise ValueError(
+            "mask must be 1 where both residues are within a sequence's length and 0 elsewhere; "
+            f"got {mask[tuple(where)].item()} at {where}"
+        )
+    return lengths
+
+
+def pairs_within(lengths: Tensor, length: int) -> Tensor:
+    """[..., L, L] bool: where both residues of a pair are within their sequence's length [...]."""
+    within = torch.arange(length, device=lengths.device) < lengths[..., None]
+    return within[..., :, None] & within[..., None, :]
 
 
 def check_residual(residual: Tensor | None, pair: Tensor) -> None:
@@ -163,8 +274,7 @@ def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
             f"drop_mask must be [B, 1, L, C] = {[batch, 1, length, channels]} or "
             f"[B*L, C] = {[batch * length, channels]}; got {tuple(drop_mask.shape)}"
         )
-    if drop_mask.dtype.is_complex:
-        raise TypeError(f"drop_mask must be bool or real; got {drop_mask.dtype}")
+    _check_mask_dtype("drop_mask", drop_mask)
     _check_device("drop_mask", drop_mask, "pair", pair)
     if drop_mask.ndim == 4:
         return drop_mask.squeeze(1)
@@ -209,28 +319,54 @@ def check_eps(name: str, eps: float) -> None:
         raise ValueError(f"{name} must be a positive finite number; got {eps!r}")
 
 
-def resolve_precision(precision: str | None, pair_name: str, pair: Tensor) -> str:
-    """The kernels' word for `precision`; "default" follows torch's float32 matmul precision.
+def resolve_precision(
+    precision: str | int | enum.Enum | None, pair_name: str, pair: Tensor
+) -> str:
+    """The kernels' word for `precision`; "default" follows torch's setting.
 
     Products of 16-bit operands are exact in the float32 accumulators, so for 16-bit inputs every
     word that applies to them means the same arithmetic.
     """
     if precision is None:
         return "default"
-    if precision not in PRECISIONS:
+    word = precision.name if isinstance(precision, enum.Enum) else precision
+    if isinstance(word, int) and not isinstance(word, bool):
+        word = _PRECISION_VALUES.get(word)
+    kernel_word = PRECISIONS.get(word.lower()) if isinstance(word, str) else None
+    if kernel_word is None:
         raise ValueError(
-            f"precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16'; got {precision!r}"
+            "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
+            f"cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
         )
-    if precision == "bfloat16" and pair.dtype == torch.float16:
+    if kernel_word == "bf16" and pair.dtype == torch.float16:
         raise ValueError(
             f"precision 'bfloat16' is for float32 and bfloat16 inputs; {pair_name} is {pair.dtype}"
         )
-    return PRECISIONS[precision]
+    return kernel_word
+
+
+def torch_allows_tf32() -> bool:
+    """Whether torch's own float32 GEMMs on a GPU may take TF32, by whichever setting was used."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to say where the setting of torch 2.9 was used
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _check_is_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
+    return len(shape) <= len(wanted) and all(
+        have in (1, want) for have, want in zip(reversed(shape), reversed(wanted), strict=False)
+    )
+
+
+def _check_mask_dtype(name: str, mask: Tensor) -> None:
+    if mask.dtype.is_complex:
+        raise TypeError(f"{name} must be bool or real; got {mask.dtype}")
 
 
 def _check_device(name: str, value: Tensor, pair_name: str, pair: Tensor) -> None:

@@ -60,6 +60,41 @@ def trimul_inference(
     return _forward(x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, product)
 
 
+def trimul_of_lengths(
+    x: Tensor,
+    direction: str,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    drop_mask: Tensor | None,
+    weights: Weights,
+    eps_in: float,
+    eps_out: float,
+    lengths: Tensor,
+) -> Tensor:
+    """The same of sequences padded on the right, of these lengths [B], each cut to its own.
+
+    The update of padding is zero. Where x is not on a CPU this waits for the lengths.
+    """
+    out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    if residual is not None:
+        out.copy_(residual)
+    for index, length in enumerate(lengths.clamp(0, x.shape[1]).tolist()):
+        if length == 0:
+            continue
+        pairs = (slice(index, index + 1), slice(length), slice(length))
+        out[pairs] = trimul_inference(
+            x[pairs],
+            direction,
+            None if mask is None else mask[pairs],
+            None if residual is None else residual[pairs],
+            None if drop_mask is None else drop_mask[pairs[:2]],
+            weights,
+            eps_in,
+            eps_out,
+        )
+    return out
+
+
 def trimul_saving(
     x: Tensor,
     direction: str,

@@ -8,7 +8,8 @@
 a and b are planes [B, D, L, pitch] in the dtype of x, and the axis that stage 2 sums over (k of
 a[i, k], or of a[k, i]) is the contiguous one in both directions. "incoming" is nothing but x and
 mask with their two residue strides exchanged. Columns [L, pitch) are zeros. A call may make a group
-of G of the D channels alone: a and b [B, G, L, pitch].
+of G of the D channels alone: a and b [B, G, L, pitch]. Where sequences have lengths, the planes are
+written as far as stage 2 reads them: zeros behind the last residue, up to a multiple of 128.
 
 Beside them come the moments [B, 2, L, pitch] in fp32, at the same (q, p): the mean of each row of x
 (of an fp32 row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
@@ -26,12 +27,15 @@ from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
+    any_of,
     chunk_statistics,
     dot,
     dot_precision,
+    end_of_zeros,
     halves,
     hold,
     is_aligned,
+    length_of,
     load_chunks,
     load_first,
     load_tile,
@@ -54,13 +58,13 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 @triton.jit(
     do_not_specialize=[
         "L", "eps", "first_channel", "stride_x_b", "stride_x_q", "stride_x_p",
-        "stride_mask_b", "stride_mask_q", "stride_mask_p", "mask_ptr",
+        "stride_mask_b", "stride_mask_q", "stride_mask_p", "mask_ptr", "lengths_ptr",
         # A specialised pointer into a small tensor gets 32-bit offsets on AMD; the gap may be more.
         "weight_pair", "weight_gap",
     ]
 )  # fmt: skip
 def _fused_dual_gemm_fwd_kernel(
-    x_ptr, mask_ptr, norm_weight_ptr, norm_bias_ptr,
+    x_ptr, mask_ptr, lengths_ptr, norm_weight_ptr, norm_bias_ptr,
     weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, a, b, moments_ptr,
     L, pitch, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
@@ -90,7 +94,12 @@ def _fused_dual_gemm_fwd_kernel(
     start_m = (pid - pid_b * tiles) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q, p = positions(start_m, pitch, BLOCK_M)
-    valid_m = (q < L) & (p < L)
+    length = length_of(lengths_ptr, pid_b, L)
+    valid_m = (q < length) & (p < length)
+    if lengths_ptr is not None:
+        end = end_of_zeros(length)
+        if not any_of((q < end) & (p < end)):
+            return
     batch = pid_b.to(tl.int64)
 
     offs_x = batch * stride_x_b + q.to(tl.int64) * stride_x_q + p.to(tl.int64) * stride_x_p
@@ -206,6 +215,7 @@ def fused_dual_gemm_fwd(
     moments: torch.Tensor | None = None,
     planes: tuple[torch.Tensor, torch.Tensor] | None = None,
     prepared: PreparedLaunch | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """a and b [B, G, L, pitch], and moments [B, 2, L, pitch], of x [B, L, L, C], mask [B, L, L].
 
@@ -213,7 +223,8 @@ def fused_dual_gemm_fwd(
     (first channel, G), by default all D channels. `moments` are those of an earlier call with the
     same x: they are read and returned instead of being computed again. `planes`, if given, are a
     and b, which are written and returned: unit stride along p, the others multiples of 16.
-    `prepared` is what `prepare_dual_gemm` made of the other arguments.
+    `prepared` is what `prepare_dual_gemm` made of the other arguments. `lengths` [B] int32 are
+    those of sequences with padding.
     """
     a, b = empty_planes(x, weights, group) if planes is None else planes
     if prepared is None:
@@ -224,7 +235,7 @@ def fused_dual_gemm_fwd(
     if moments is None:
         moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
     prepared.launch(
-        x, mask, weights.norm_in_weight, weights.norm_in_bias,
+        x, mask, lengths, weights.norm_in_weight, weights.norm_in_bias,
         lower_projection(weights), weights.p_in_bias, weights.g_in_bias, a, b, moments,
     )  # fmt: skip
     return a, b, moments
@@ -352,7 +363,7 @@ def prepare_dual_gemm(
         _fused_dual_gemm_fwd_kernel,
         batch * triton.cdiv(plane_size, config.block_m) * split,
         [
-            None, None, None, None,  # x, mask, norm weight and bias
+            None, None, None, None, None,  # x, mask, lengths, norm weight and bias
             pair.descriptor, pair.gap, None, None, flat, None, None,  # biases; b, moments
             length, pitch, eps, first_channel,
             stride_x_b, stride_x_q, stride_x_p, stride_x_c,
@@ -360,7 +371,7 @@ def prepare_dual_gemm(
             *pair.strides,
             *a.stride()[:3], *b.stride()[:3],
         ],
-        (0, 1, 2, 3, 4, 6, 7, 8, 9, 10),
+        (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11),
         dict(
             C=channels, D=hidden, G=size,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,

@@ -6,7 +6,8 @@
 
 R rows of the L, usually all of them. The output gate is computed here from x: writing z or the gate
 in stage 1 would cost one more pair tensor. The statistics of x come from stage 1. The update alone
-is never written where there is a residual.
+is never written where there is a residual. Where sequences have lengths, the update of a pair with
+a residue beyond is zero, and tiles of such pairs are only copied.
 """
 
 import torch
@@ -17,10 +18,12 @@ from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
+    any_of,
     dot,
     dot_precision,
     identity,
     is_aligned,
+    length_of,
     load_first,
     load_tile,
     load_weight,
@@ -31,6 +34,7 @@ from ._tiles import (
     row_moments,
     shared_by,
     sigmoid,
+    store_tile,
     strides,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
@@ -39,17 +43,18 @@ from .validation import Weights
 
 @triton.jit(
     do_not_specialize=[
-        "R", "L", "eps_out", "moments_ptr", "stride_x_b", "stride_x_i", "stride_x_j",
+        "R", "L", "first_row", "eps_out", "moments_ptr", "lengths_ptr",
+        "stride_x_b", "stride_x_i", "stride_x_j",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_residual_b", "stride_residual_i", "stride_residual_j",
         "stride_drop_b", "stride_drop_j", "drop_ptr",
     ]
 )  # fmt: skip
 def _fused_ln_residual_fwd_kernel(
-    product_ptr, product, x_ptr, moments_ptr, residual_ptr, drop_ptr, out_ptr,
+    product_ptr, product, x_ptr, moments_ptr, residual_ptr, drop_ptr, lengths_ptr, out_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr,
-    R, L, pitch, eps_out,
+    R, L, pitch, first_row, eps_out,
     stride_product_b, stride_product_d, stride_product_i,
     stride_x_b, stride_x_i, stride_x_j, stride_x_c,
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
@@ -74,7 +79,8 @@ def _fused_ln_residual_fwd_kernel(
     HELD: 16-bit rows are loaded as left operands of a product with the identity matrix, which
     brings them in fp32 into an accumulator's layout (see `_tiles.hold`), and one block of output
     channels a program. Where C = D the statistics of the product are then taken beside the gate.
-    SPLIT programs share the output channels of a tile.
+    SPLIT programs share the output channels of a tile. The rows are those from `first_row` on of
+    their sequence, which matters where it has a length.
     """
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
@@ -100,6 +106,24 @@ def _fused_ln_residual_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    PER_PROGRAM: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N // SPLIT
+
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, pid_b, L)
+        within = (first_row + i < length) & (j < length)
+        if not any_of(within):
+            for step in range(0, PER_PROGRAM):
+                offs_n = (part * PER_PROGRAM + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+                out = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+                if residual_ptr is not None:
+                    out = _load_residual(
+                        residual_ptr, batch, i, j, offs_n, stride_residual_b, stride_residual_i,
+                        stride_residual_j, stride_residual_c, valid_m, C, C % BLOCK_N == 0,
+                        RESIDUAL_ALIGNMENT,
+                    )  # fmt: skip
+                offs_out = ((batch * R + i) * L + j) * C
+                store_tile(out_ptr, offs_out, offs_n, out, valid_m, C, C % BLOCK_N == 0)
+            return
 
     offs_x = batch * stride_x_b + i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
@@ -131,7 +155,6 @@ def _fused_ln_residual_fwd_kernel(
             t_ptr, offs_t, stride_product_d, first_t, valid_t, eps_out, D, BLOCK_K
         )
 
-    PER_PROGRAM: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N // SPLIT
     for step in range(0, PER_PROGRAM):
         start_n = (part * PER_PROGRAM + step) * BLOCK_N
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -201,23 +224,31 @@ def _fused_ln_residual_fwd_kernel(
                 offs_drop = batch * stride_drop_b + j.to(tl.int64) * stride_drop_j
                 drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 update *= drop.to(tl.float32)
+            if lengths_ptr is not None:
+                # What was read beyond the length may be no numbers.
+                update = tl.where(within[:, None], update, 0.0)
             if residual_ptr is not None:
-                offs_residual = (
-                    batch * stride_residual_b
-                    + i.to(tl.int64) * stride_residual_i
-                    + j.to(tl.int64) * stride_residual_j
-                )
-                offs_residual = tl.multiple_of(offs_residual, RESIDUAL_ALIGNMENT)
-                residual = load_tile(
-                    residual_ptr, offs_residual, offs_n, stride_residual_c, valid_m, C,
-                    C % BLOCK_N == 0,
+                residual = _load_residual(
+                    residual_ptr, batch, i, j, offs_n, stride_residual_b, stride_residual_i,
+                    stride_residual_j, stride_residual_c, valid_m, C, C % BLOCK_N == 0,
+                    RESIDUAL_ALIGNMENT,
                 )  # fmt: skip
                 update += residual.to(tl.float32)
             offs_out = ((batch * R + i) * L + j) * C
-            valid = valid_m[:, None]
-            if C % BLOCK_N != 0:
-                valid = valid & (offs_n < C)[None, :]
-            tl.store(out_ptr + offs_out[:, None] + offs_n[None, :], update.to(dtype), mask=valid)
+            store_tile(
+                out_ptr, offs_out, offs_n, update.to(dtype), valid_m, C, C % BLOCK_N == 0
+            )
+
+
+@triton.jit
+def _load_residual(
+    ptr, batch, i, j, offs_n, stride_b, stride_i, stride_j, stride_c, valid_m,
+    C: tl.constexpr, EVEN_N: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """[M, N] tile of the residual at pairs (i, j), channels offs_n."""
+    offs = batch * stride_b + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+    offs = tl.multiple_of(offs, ALIGNMENT)
+    return load_tile(ptr, offs, offs_n, stride_c, valid_m, C, EVEN_N)
 
 
 @triton.jit
@@ -274,12 +305,14 @@ def fused_ln_residual_fwd(
     config: LaunchConfig | None = None,
     out: torch.Tensor | None = None,
     prepared: PreparedLaunch | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [B, R, L, C] of product [B, D, R, pitch], x, residual and drop_mask [B, L, C].
 
     moments [B, 2, R, L] are stage 1's, with the axes of x. `out`, if given, is contiguous, is
     written and returned; it may be the very memory of x or of residual. `prepared` is what
-    `prepare_ln_residual` made of the other arguments.
+    `prepare_ln_residual` made of the other arguments. `lengths` [B] int32 are those of sequences
+    with padding.
     """
     if prepared is None:
         prepared = prepare_ln_residual(
@@ -288,7 +321,7 @@ def fused_ln_residual_fwd(
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     prepared.launch(
-        product, product, x, moments, residual, drop_mask, out,
+        product, product, x, moments, residual, drop_mask, lengths, out,
         weights.norm_in_weight, weights.norm_in_bias,
         weights.norm_out_weight, weights.norm_out_bias,
         weights.p_out_weight, weights.p_out_bias, weights.g_out_weight, weights.g_out_bias,
@@ -307,8 +340,12 @@ def prepare_ln_residual(
     precision: str,
     config: LaunchConfig | None = None,
     class_length: int | None = None,
+    first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_fwd` for tensors like these; settings as in stage 1."""
+    """The launch of `fused_ln_residual_fwd` for tensors like these; settings as in stage 1.
+
+    Where sequences have lengths, their rows are those from `first_row` on.
+    """
     batch, hidden, rows, pitch = product.shape
     length, channels = x.shape[2:]
     device = device_target(x.device)
@@ -349,10 +386,10 @@ def prepare_ln_residual(
         _fused_ln_residual_fwd_kernel,
         batch * tiles * split,
         [
-            None, product_arg, None, None, None, None, None,  # product, x, ..., drop mask, out
+            None, product_arg, *[None] * 6,  # product, x, ..., drop mask, lengths, out
             None, None, None, None,  # the norms
             emit_arg, None, gate_arg, None,  # the biases
-            rows, length, pitch, eps_out,
+            rows, length, pitch, first_row, eps_out,
             *product.stride()[:3],
             *strides(x),
             *moments.stride(),
@@ -360,7 +397,7 @@ def prepare_ln_residual(
             *drop_strides,
             *emit.stride(), *gate.stride(),
         ],
-        tuple(range(15)),
+        tuple(range(16)),
         dict(
             C=channels, D=hidden,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,

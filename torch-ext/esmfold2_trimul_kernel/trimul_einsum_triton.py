@@ -10,6 +10,9 @@ In the backward either operand may lie the other way round, its summed axis the 
     grad_a[i, k] = sum_j grad[i, j] b[j, k]        grad_b[j, k] = sum_i grad[i, j] a[i, k]
 
 or, for "incoming", where stage 1 has exchanged the residue axes of x, their transposes.
+
+Of a sequence with a length n below L, i, j and k go to n: tiles beyond are not written, and a and b
+have zeros behind n up to the end of the block of k that n lies in.
 """
 
 import torch
@@ -18,15 +21,15 @@ import triton.language as tl
 
 from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of
-from ._tiles import dot, dot_precision, halves
+from ._tiles import PADDING_MULTIPLE, dot, dot_precision, halves, length_of
 from .launch_config import LaunchConfig, pick_config, shape_of
 
 _GROUP_M = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["L", "tiles"])
+@triton.jit(do_not_specialize=["L", "tiles", "lengths_ptr"])
 def _trimul_einsum_fwd_kernel(
-    a, b, product, L, pitch, D, tiles,
+    a, b, product, lengths_ptr, L, pitch, D, tiles,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -37,21 +40,21 @@ def _trimul_einsum_fwd_kernel(
 
     A plane of a is [M, K], or [K, M] if TURNED_A; one of b is [N, K], or [K, N] if TURNED_B.
     PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the one
-    before is being stored.
+    before is being stored. Where there are lengths programs are not persistent.
     """
     # Without it ptxas 12.8 (Triton 3.6) waits after every single wgmma of the loop.
     tl.assume(L > 0)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _product_tile(
-                tile, a, b, product, L, pitch, D,
+                tile, a, b, product, lengths_ptr, L, pitch, D,
                 stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
                 stride_product_b, stride_product_d, stride_product_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
             )  # fmt: skip
     else:
         _product_tile(
-            tl.program_id(0), a, b, product, L, pitch, D,
+            tl.program_id(0), a, b, product, lengths_ptr, L, pitch, D,
             stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
             stride_product_b, stride_product_d, stride_product_row,
             BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
@@ -60,7 +63,7 @@ def _trimul_einsum_fwd_kernel(
 
 @triton.jit
 def _product_tile(
-    tile, a, b, product, L, pitch, D,
+    tile, a, b, product, lengths_ptr, L, pitch, D,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -83,12 +86,17 @@ def _product_tile(
     start_n = (in_group // rows) * BLOCK_N
     batch = plane // D
     channel = plane - batch * D
+    length = length_of(lengths_ptr, batch, L)
+    if lengths_ptr is not None:
+        if start_m >= length or start_n >= length:
+            return
+        tl.assume(length > 0)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
-        for start_k in range(0, L, BLOCK_K):
+        for start_k in range(0, length, BLOCK_K):
             if TURNED_A:
                 a_tile = a.load([batch, channel, start_k, start_m]).reshape(BLOCK_K, BLOCK_M).T
             else:
@@ -113,7 +121,7 @@ def _product_tile(
         offs_k = tl.arange(0, BLOCK_K)
         plane_a = batch.to(tl.int64) * stride_a_b + channel.to(tl.int64) * stride_a_d
         plane_b = batch.to(tl.int64) * stride_b_b + channel.to(tl.int64) * stride_b_d
-        for start_k in range(0, L, BLOCK_K):
+        for start_k in range(0, length, BLOCK_K):
             a_tile = _load_operand(
                 a + plane_a, offs_m, start_k + offs_k, L, pitch, stride_a_row, TURNED_A
             )
@@ -153,6 +161,7 @@ def trimul_einsum_fwd(
     product: torch.Tensor | None = None,
     prepared: PreparedLaunch | None = None,
     turned: tuple[bool, bool] = (False, False),
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """product [B, D, L, pitch] of a and b [B, D, L, pitch]; columns [L, pitch) have no meaning.
 
@@ -160,13 +169,16 @@ def trimul_einsum_fwd(
     other operand must then have zeros in columns [L, pitch).
     `product`, if given, is written and returned. All three have unit stride along the last axis,
     and other strides that are multiples of 16. `prepared` is what `prepare_einsum` made of the
-    other arguments.
+    other arguments. `lengths` [B] int32 are those of sequences with padding; with them nothing is
+    turned.
     """
     if product is None:
         product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if prepared is None:
-        prepared = prepare_einsum(a, b, precision, product, config, turned=turned)
-    prepared.launch(a, b, product)
+        prepared = prepare_einsum(
+            a, b, precision, product, config, None, turned, lengths is not None
+        )
+    prepared.launch(a, b, product, lengths)
     return product
 
 
@@ -178,6 +190,7 @@ def prepare_einsum(
     config: LaunchConfig | None = None,
     class_length: int | None = None,
     turned: tuple[bool, bool] = (False, False),
+    with_lengths: bool = False,
 ) -> PreparedLaunch:
     """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
     batch, hidden, length, pitch = a.shape
@@ -185,7 +198,8 @@ def prepare_einsum(
     if config is None:
         shape = shape_of(a.element_size(), hidden, class_length or length)
         config = pick_config("trimul_einsum", device.target, device.name, shape)
-    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    block_m, block_n = config.block_m, config.block_n
+    block_k = min(config.block_k, PADDING_MULTIPLE)
     a_arg = b_arg = product_arg = None
     if config.descriptors:
         shape = [batch, hidden, length, length]
@@ -199,21 +213,23 @@ def prepare_einsum(
         product_arg = descriptor_of(product, shape, product.stride(), [1, 1, block_m, block_n // 2])
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
-    if config.persistent:
+    # Programs of tiles that may be skipped would not share the work evenly.
+    persistent = config.persistent > 0 and not with_lengths
+    if persistent:
         programs = min(tiles, config.persistent * device.multiprocessors)
     return PreparedLaunch(
         _trimul_einsum_fwd_kernel,
         programs,
         [
-            a_arg, b_arg, product_arg, length, pitch, hidden, tiles,
+            a_arg, b_arg, product_arg, None, length, pitch, hidden, tiles,
             *a.stride()[:3], *b.stride()[:3], *product.stride()[:3],
         ],
-        (0, 1, 2),
+        (0, 1, 2, 3),
         dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             TURNED_A=turned[0], TURNED_B=turned[1],
             DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
-            PERSISTENT=config.persistent > 0,
+            PERSISTENT=persistent,
         ),
         config.options(),
     )  # fmt: skip

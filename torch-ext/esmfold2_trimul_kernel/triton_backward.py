@@ -57,7 +57,7 @@ from .fused_ln_residual_backward import (
     prepare_norm_out_bwd,
 )
 from .triton_path import TritonCall, dual_gemm, einsum, launches_of, with_axes_of_x
-from .validation import Weights
+from .validation import Weights, torch_allows_tf32
 
 # Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
 # small to fill a GPU: pairs of a chunk, elements of a group's planes.
@@ -485,12 +485,22 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 @contextlib.contextmanager
 def _vendor_precision(precision: str, dtype: torch.dtype) -> Iterator[None]:
     """Within it torch's float32 GEMMs have the arithmetic that the kernels' word asks for."""
-    wanted = "high" if precision in ("tf32", "bf16") else "highest"
-    previous = torch.get_float32_matmul_precision()
-    if dtype != torch.float32 or previous == wanted:
+    wanted = precision in ("tf32", "bf16")
+    if dtype != torch.float32 or torch_allows_tf32() == wanted:
         yield
         return
-    torch.set_float32_matmul_precision(wanted)
+    try:
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # where the setting of torch 2.9 was used, it alone may be used
+        matmul = torch.backends.cuda.matmul
+        previous = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if wanted else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = previous
+        return
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
     try:
         yield
     finally:
