@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8bae9ceed2"
+_NAMESPACE = "_esmfold2_trimul_kernel_20f5f5f9d0"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -4,17 +4,36 @@
 2's Algorithms 11 ("outgoing" edges) and 12 ("incoming" edges), Supplementary Methods 1.6.5, on a
 pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same function as a Hugging
 Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand.
+
+`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
+and the functions `from_...` give one of its modules, or of Chai-1's, as arguments.
 """
 
 from . import layers
 from ._warmup import warmup
+from .adapters import (
+    from_boltz,
+    from_chai,
+    from_esmfold2,
+    from_openfold,
+    from_openfold3,
+    from_protenix,
+)
+from .patching import patch
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
 )
 
 __all__ = [
+    "from_boltz",
+    "from_chai",
+    "from_esmfold2",
+    "from_openfold",
+    "from_openfold3",
+    "from_protenix",
     "layers",
+    "patch",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "warmup",
