@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_20f5f5f9d0"
+_NAMESPACE = "_esmfold2_trimul_kernel_afb1fa5f3c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -87,7 +87,8 @@ def patch(
 
     The modules of OpenFold, OpenFold 3, Protenix, Boltz, and of ESMFold and ESMFold2 in
     transformers are known, by the class that defines their forward, its arguments, and their parts.
-    One that only looks like them is left as it is, and the report says why.
+    One that only looks like them is left as it is, and the report says why. A fork that changes the
+    formula under the same names can't be told apart: compare its results once.
 
         with patch(model) as report:
             print(report)
@@ -104,7 +105,8 @@ def patch(
     own linear layers take their weights in bfloat16 where z is bfloat16.
 
     Copies by copy.deepcopy are patched too. A pickled model is the original again when it is
-    loaded. Patching twice changes nothing: a module is swapped once.
+    loaded. Patching twice changes nothing: a module is swapped once. The replicas that
+    torch.nn.DataParallel makes would read the first device's weights: not for it.
 
     Args:
         model: searched with its submodules.
@@ -235,9 +237,8 @@ _FAMILIES = (
         "esmfold2", ("EsmFold2TriangleMultiplicativeUpdate",), from_esmfold2, _esmfold2_forward
     ),
 )
-
-
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
 
 
 def _recognise(module: nn.Module, chosen: list[str]) -> _Family:
@@ -332,9 +333,6 @@ def _run(
         x if dtype is None else x.to(dtype), mask=mask, **weights, **settings
     )
     return x.add_(update) if add else update
-
-
-_BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
 
 
 def _fits_in_one_pass(x: Tensor, mask: Tensor | None, weights: dict[str, Any]) -> bool:

@@ -93,19 +93,17 @@ def from_boltz(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     The class says the direction. Both of Boltz's norms have an eps of 1e-5.
     """
     _check_parts(module, ("norm_in", "p_in", "g_in", "norm_out", "p_out", "g_out"))
-    names = [kind.__name__ for kind in type(module).__mro__]
-    directions = [
-        direction
-        for direction in ("outgoing", "incoming")
-        if any(name.endswith(direction.capitalize()) for name in names)
-    ]
-    if len(directions) != 1:
+    endings = {"Outgoing": "outgoing", "Incoming": "incoming"}
+    direction = None
+    for kind in type(module).__mro__:
+        direction = direction or endings.get(kind.__name__[-len("Outgoing") :])
+    if direction is None:
         raise TypeError(
             "module must be of a class named ...Outgoing or ...Incoming, which is its direction; "
             f"got {describe(module)}"
         )
     return _arguments(
-        directions[0],
+        direction,
         _norm(module, "norm_in"),
         _linear(module, "p_in"),
         _linear(module, "g_in"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_20f5f5f9d0"
+_BUILD_ID = "_esmfold2_trimul_kernel_afb1fa5f3c"
 
 
 def _load_package() -> ModuleType:
