@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_afb1fa5f3c"
+_NAMESPACE = "_esmfold2_trimul_kernel_55f5896e6c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -102,7 +102,9 @@ def patch(
 
     Under torch.autocast the pair tensor and the projections are cast to the autocast dtype, which
     the result has, as the original's. Without it their dtypes must agree, except that OpenFold's
-    own linear layers take their weights in bfloat16 where z is bfloat16.
+    own linear layers take their weights in bfloat16 where z is bfloat16. In float16 our product of
+    a and b is float16 too, and may overflow where OpenFold, Protenix and ESMFold under autocast
+    keep it in float32: prefer bfloat16.
 
     Copies by copy.deepcopy are patched too. A pickled model is the original again when it is
     loaded. Patching twice changes nothing: a module is swapped once. The replicas that

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_afb1fa5f3c"
+_BUILD_ID = "_esmfold2_trimul_kernel_55f5896e6c"
 
 
 def _load_package() -> ModuleType:
