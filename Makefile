@@ -2,7 +2,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-REQUIREMENTS := requirements.txt requirements-test.txt tools/pyproject.toml
+REQUIREMENTS := requirements.txt requirements-test.txt requirements-peers.txt tools/pyproject.toml
 UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
 
 .DEFAULT_GOAL := help
@@ -22,6 +22,8 @@ env: $(INSTALLED)
 
 # One call installs everything, so that every pin is weighed together and torch is fetched once.
 # setuptools is among the pins: the editable install needs no second, isolated download of it.
+# The peers of the tests stay out of site-packages, for they bring packages named "tests" and the
+# like, and come without what they depend on, which would be another torch among other things.
 $(INSTALLED): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; '$(PYTHON)' is not. Try make PYTHON=python3.12"; exit 1; }
@@ -31,6 +33,8 @@ $(INSTALLED): $(REQUIREMENTS)
 		-r requirements.txt -r requirements-test.txt
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
 		--no-deps --no-build-isolation -e tools
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --upgrade --target $(VENV)/peers -r requirements-peers.txt
 	@touch $@
 
 fold: env

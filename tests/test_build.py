@@ -194,7 +194,15 @@ def test_both_import_layouts_export_the_same_symbols(order: str):
     """
     printed = python_output(script, str(ROOT), str(ROOT / VARIANT / PACKAGE), order)
     assert printed.split() == [
+        "from_boltz",
+        "from_chai",
+        "from_esmfold2",
+        "from_openfold",
+        "from_openfold3",
+        "from_protenix",
         "layers",
+        "lengths_from_mask",
+        "patch",
         "triangle_multiplicative_update",
         "triangle_multiplicative_update_with_residual",
         "warmup",

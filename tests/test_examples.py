@@ -2,9 +2,12 @@
 
 import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from fresh_process import ROOT, python_output
+from peers import peer
 
 pytest.importorskip("kernels")
 
@@ -40,6 +43,54 @@ def test_any_model():
     # Twice the budget of one float32 result: plain PyTorch has an error of its own.
     assert all(0 < float(difference) <= 1e-5 for _, difference in rows)
     assert "parameters without a gradient: 0" in output.splitlines()
+
+
+def printed_by_each(examples: list[str], before: str = "") -> list[str]:
+    """What several examples print, in one process, since most of their time is the imports."""
+    script = f"""
+        import runpy, sys
+        {before}
+        for example in sys.argv[1:]:
+            runpy.run_path(example, run_name="__main__")
+            print("--")
+        """
+    paths = [str(ROOT / "examples" / f"{example}.py") for example in examples]
+    printed = python_output(script, *paths).split("--\n")
+    assert printed.pop() == ""
+    return printed
+
+
+def assert_agrees(output: str, swapped: int, of: int) -> None:
+    """The report's numbers, and that every result is near the original's."""
+    assert f"{of} found, {swapped} swapped, {of - swapped} left\n" in output
+    assert "in place: False" not in output
+    differences = re.findall(rf"largest relative difference {NUMBER}", output)
+    assert differences and all(0 < float(difference) <= 1e-5 for difference in differences)
+
+
+def test_other_models():
+    pytest.importorskip("transformers")
+    examples = ["in_boltz", "in_protenix", "in_openfold", "in_chai"]
+    boltz, protenix, openfold, chai = printed_by_each(examples)
+    assert_agrees(boltz, 4, of=4)
+    assert_agrees(protenix, 2, of=2)
+    assert_agrees(openfold, 2, of=2)
+    assert_agrees(chai, 0, of=1)
+
+
+def test_other_models_with_their_own_modules():
+    """Once more with the peers' modules, which an example takes where it can import them."""
+    examples = {"boltz": "in_boltz", "protenix": "in_protenix", "openfold3": "in_openfold"}
+    folders = []
+    for name in examples:
+        peer(name)
+        folders.append(str(Path(sys.modules[name].__path__[0]).parent))
+    imports = f"from peers import peer; sys.path += {folders}; "
+    imports += "; ".join(f"peer({name!r})" for name in examples)
+    outputs = printed_by_each([*examples.values()], imports)
+    for name, output in zip(examples, outputs, strict=True):
+        assert output.startswith(f"modules: of {name}\n")
+        assert_agrees(output, *((4, 4) if name == "boltz" else (2, 2)))
 
 
 def test_finetune(tmp_path):

@@ -90,7 +90,15 @@ def test_layers_are_pure():
 
 def test_layers_are_exported_and_of_the_right_kind(kernel):
     assert kernel.__all__ == [
+        "from_boltz",
+        "from_chai",
+        "from_esmfold2",
+        "from_openfold",
+        "from_openfold3",
+        "from_protenix",
         "layers",
+        "lengths_from_mask",
+        "patch",
         "triangle_multiplicative_update",
         "triangle_multiplicative_update_with_residual",
         "warmup",

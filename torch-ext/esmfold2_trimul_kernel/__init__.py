@@ -5,10 +5,22 @@
 pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same function as a Hugging
 Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand, and
 `lengths_from_mask` finds the lengths that a padded batch can be called with.
+
+`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
+and the functions `from_...` give one of its modules, or of Chai-1's, as arguments.
 """
 
 from . import layers
 from ._warmup import warmup
+from .adapters import (
+    from_boltz,
+    from_chai,
+    from_esmfold2,
+    from_openfold,
+    from_openfold3,
+    from_protenix,
+)
+from .patching import patch
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
@@ -16,8 +28,15 @@ from .trimul_with_residual import (
 from .validation import lengths_from_mask
 
 __all__ = [
+    "from_boltz",
+    "from_chai",
+    "from_esmfold2",
+    "from_openfold",
+    "from_openfold3",
+    "from_protenix",
     "layers",
     "lengths_from_mask",
+    "patch",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "warmup",

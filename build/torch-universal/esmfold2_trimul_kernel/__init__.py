@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_4a49340d67"
+_BUILD_ID = "_esmfold2_trimul_kernel_9173651b09"
 
 
 def _load_package() -> ModuleType:
