@@ -435,7 +435,7 @@ def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
         return *saved, x.new_empty(0, dtype=torch.float32)
-    call = _triton_call(
+    call = triton_call(
         x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision
     )
     with current_device(x):
@@ -468,7 +468,7 @@ def _trimul_bwd(
                 grad_out, x, direction, mask, drop_mask, *settings, product, names
             )
         else:
-            call = _triton_call(x, direction, mask, None, drop_mask, *settings, precision)
+            call = triton_call(x, direction, mask, None, drop_mask, *settings, precision)
             with current_device(x):
                 found = _triton_backward().run_triton_backward(
                     call, grad_out, product, moments, names
@@ -505,7 +505,7 @@ def _run(
         return residual.copy_(out) if inplace else out
 
     triton_path = _triton_path()
-    call = _triton_call(
+    call = triton_call(
         x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace,
         lengths,
     )  # fmt: skip
@@ -521,7 +521,7 @@ def _run(
         return triton_path.run_triton_lean(call)
 
 
-def _triton_call(
+def triton_call(
     x: Tensor,
     direction: str,
     mask: Tensor | None,

@@ -191,10 +191,14 @@ def prepare_einsum(
     class_length: int | None = None,
     turned: tuple[bool, bool] = (False, False),
     with_lengths: bool = False,
+    device: torch.device | None = None,
 ) -> PreparedLaunch:
-    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
+    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1.
+
+    They may be without memory, on the meta device, in the place of ones on `device`.
+    """
     batch, hidden, length, pitch = a.shape
-    device = device_target(a.device)
+    device = device_target(a.device if device is None else device)
     if config is None:
         shape = shape_of(a.element_size(), hidden, class_length or length)
         config = pick_config("trimul_einsum", device.target, device.name, shape)

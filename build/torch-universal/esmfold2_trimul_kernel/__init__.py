@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_9173651b09"
+_BUILD_ID = "_esmfold2_trimul_kernel_c8658fcab8"
 
 
 def _load_package() -> ModuleType:
