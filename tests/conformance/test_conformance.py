@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HAS_GPU
+from conftest import HAS_GPU, ROOT
 from esmfold2_trimul_tools import bench_rivals, cli, conformance
 from esmfold2_trimul_tools.bench_rivals import Absent, Sources
 from esmfold2_trimul_tools.conformance import check, pose, read_settings
@@ -516,6 +516,15 @@ def test_other_files_are_no_results(tmp_path):
     path.write_text('{"rows": []}')
     with pytest.raises(UserError, match="other.json: holds no results of the conformance suite"):
         read_results(path)
+
+
+def test_the_reports_in_the_docs_are_those_of_the_results():
+    """What differs is mended with --results FILE --markdown."""
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    files = list((ROOT / "benchmarks" / "results").glob("conformance_*.json"))
+    assert files
+    for path in files:
+        assert markdown(read_results(path)) in page, path.name
 
 
 def test_rivals_are_called_with_what_their_case_has(sources, monkeypatch):
