@@ -20,6 +20,7 @@ from .bench_problem import EPS
 
 DTYPES = ("bfloat16", "float16", "float32")
 BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
+_OTHER_TENSORS = ("mask", "residual", "drop_mask", "lengths")  # of a problem: neither x nor weights
 _HIDDEN_RESIDUES = 3
 _LARGEST_INPUT = 65504.0  # float16's largest number: inputs are the same whatever the dtype
 
@@ -148,9 +149,6 @@ class Problem:
         if not constant.any():
             return None
         return replace(self, x=self.x.masked_fill(constant, 0.0))
-
-
-_OTHER_TENSORS = ("mask", "residual", "drop_mask", "lengths")
 
 
 class _Draw:

@@ -32,6 +32,7 @@ PRECISION_BUDGETS = {"IEEE": 5e-6, "TF32x3": 5e-6, "TF32": 2e-3, "bfloat16": 1e-
 _LARGEST_OVER_BUDGET = 16
 _OVER_PLAIN = 1.1
 _LARGEST_OVER_PLAIN = 2
+_NORM_PARTS = ("weight", "bias")
 
 
 class Errors(NamedTuple):
@@ -115,9 +116,6 @@ def formula(problem: Problem, dtype: torch.dtype) -> Tensor:
         batch, length, _, channels = problem.x.shape
         out = out * cast(problem.drop_mask).view(batch, 1, length, channels)
     return out if problem.residual is None else cast(problem.residual) + out
-
-
-_NORM_PARTS = ("weight", "bias")
 
 
 def _real_pairs(problem: Problem) -> Tensor | None:
