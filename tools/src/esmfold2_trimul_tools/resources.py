@@ -11,6 +11,7 @@ on that target would have. Registers, stack and shared memory are read from the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import subprocess
@@ -271,11 +272,17 @@ def _run_tool(*command: str) -> str:
 def read_machine_code(binary) -> MachineCode:
     """Reads a cubin with the tools that Triton carries, or the text of an AMD kernel."""
     shared = binary.metadata.shared
-    if "cubin" not in binary.asm:
-        return _read_amdgcn(binary.asm["amdgcn"], shared)
+    if "cubin" in binary.asm:
+        return _read_cubin(binary.asm["cubin"], shared)
+    return _read_amdgcn(binary.asm["amdgcn"], shared)
+
+
+# Many lengths share a kernel, and disassembling one takes half as long as compiling it.
+@functools.cache
+def _read_cubin(cubin: bytes, shared: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
+        path.write_bytes(cubin)
         usage = _run_tool(_nvidia_tool("cuobjdump"), "--dump-resource-usage", str(path))
         sass = _run_tool(_nvidia_tool("nvdisasm"), "-c", str(path))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
