@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c8658fcab8"
+_NAMESPACE = "_esmfold2_trimul_kernel_8d8daaf836"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

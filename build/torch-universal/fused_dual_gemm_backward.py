@@ -13,6 +13,9 @@
 Two kernels. The first recomputes p and s and writes dp and dg beside each other, rows [R*L, 4D] of
 a matrix that may be wider, so that dz is one GEMM with the projections. The second is the
 LayerNorm's backward. Planes have the axes of x here, whatever the direction.
+
+Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where
+planes and moments may be no numbers; tiles of such pairs are filled with zeros and left.
 """
 
 import math
@@ -26,11 +29,13 @@ from ._device import device_target
 from ._launch import PreparedLaunch
 from ._tiles import (
     add_bias,
+    any_of,
     dot,
     dot_precision,
     halves,
     hold,
     is_aligned,
+    length_of,
     load_channels,
     load_chunks,
     load_first,
@@ -40,6 +45,7 @@ from ._tiles import (
     positions,
     sigmoid,
     store_tile,
+    store_zeros,
     strides,
 )
 from .fused_dual_gemm import lower_projection, projection_pair
@@ -49,7 +55,8 @@ from .validation import Weights
 
 @triton.jit(
     do_not_specialize=[
-        "R", "L", "moments_ptr", "mask_ptr", "stride_x_i", "stride_x_j",
+        "R", "L", "first_row", "moments_ptr", "mask_ptr", "lengths_ptr",
+        "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_mask_i", "stride_mask_j",
         # As in the forward: AMD's 32-bit offsets from a specialised pointer, and a gap of more.
@@ -57,9 +64,10 @@ from .validation import Weights
     ]
 )  # fmt: skip
 def _fused_dual_gemm_bwd_kernel(
-    x_ptr, mask_ptr, moments_ptr, planes_ptr, grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
+    x_ptr, mask_ptr, lengths_ptr, moments_ptr, planes_ptr,
+    grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
     norm_weight_ptr, norm_bias_ptr, weight_pair, value_bias_ptr, gate_bias_ptr,
-    weight_gap, R, L, pitch, stride_planes_d, stride_grads_m,
+    weight_gap, R, L, pitch, first_row, stride_planes_d, stride_grads_m,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
     stride_first_n, stride_first_k, stride_second_n, stride_second_k,
@@ -74,7 +82,8 @@ def _fused_dual_gemm_bwd_kernel(
     M = R * pitch positions, N = 2D hidden channels in blocks, K = C channels. The planes come in
     groups of G channels, those of a before those of b: [D / G, 2, G, R, pitch]. Every output is
     optional: `grads` [R*L, 2, 2, D] (dp, dg; of a, of b), x^ [R*L, C], dmask [R*L], and `sums`
-    [programs, 2, 2, D] of dp and dg over the tile.
+    [programs, 2, 2, D] of dp and dg over the tile. The rows i are those from `first_row` on of
+    their sequence, which matters where it has a length.
     """
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -84,32 +93,48 @@ def _fused_dual_gemm_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     row = i.to(tl.int64) * L + j
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    within = valid_m
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, 0, L)
+        within = valid_m & (first_row + i < length) & (j < length)
+        if not any_of(within):
+            if grads_ptr is not None:
+                store_zeros(grads_ptr, row * stride_grads_m, valid_m, 4 * D, BLOCK_N)
+            if hat_ptr is not None:
+                store_zeros(hat_ptr, row * C, valid_m, C, BLOCK_N)
+            if grad_mask_ptr is not None:
+                zeros = tl.zeros([BLOCK_M], grad_mask_ptr.dtype.element_ty)
+                tl.store(grad_mask_ptr + row, zeros, mask=valid_m)
+            if sums_ptr is not None:
+                halves_of = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
+                store_zeros(sums_ptr, halves_of * (2 * D), halves_of >= 0, 2 * D, BLOCK_N)
+            return
 
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
-    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
-    pair_mask = valid_m.to(tl.float32)
+    mean = tl.load(mean_ptrs, mask=within, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=within, other=0.0)[:, None]
+    pair_mask = within.to(tl.float32)
     if mask_ptr is not None:
         offs_mask = i.to(tl.int64) * stride_mask_i + j.to(tl.int64) * stride_mask_j
-        pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
+        pair_mask = tl.load(mask_ptr + offs_mask, mask=within, other=0).to(tl.float32)
     first = None
     if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, valid_m)
+        first = load_first(x_ptr, offs_x, within)
     if HELD:
-        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, within, C, BLOCK_K)
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
     elif BLOCK_K >= C:
         offs_c = tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, within, C, EVEN_C).to(tl.float32)
         z = normalise(
             x, offs_c, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, EVEN_C
         ).to(dtype)  # fmt: skip
     if hat_ptr is not None:
         for start_k in range(0, C, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
             hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
             store_tile(hat_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
 
@@ -131,7 +156,7 @@ def _fused_dual_gemm_bwd_kernel(
         else:
             for start_k in range(0, C, BLOCK_K):
                 offs_k = start_k + tl.arange(0, BLOCK_K)
-                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
+                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C)
                 z = normalise(
                     x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
                     C, EVEN_C,
@@ -158,7 +183,7 @@ def _fused_dual_gemm_bwd_kernel(
             valid = valid & (offs_n < D)[:, None]
         grad = tl.load(planes_ptrs, mask=valid, other=0.0).T.to(tl.float32)  # [BLOCK_M, BLOCK_N]
         # The pads of the planes may be no numbers.
-        grad = tl.where(valid_m[:, None], grad, 0.0)
+        grad = tl.where(within[:, None], grad, 0.0)
         grad_value = grad * gate
         if grad_mask_ptr is not None:
             grad_mask += tl.sum(grad_value * value, 1)
@@ -180,12 +205,12 @@ def _fused_dual_gemm_bwd_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "R", "L", "moments_ptr", "stride_x_i", "stride_x_j",
+        "R", "L", "first_row", "moments_ptr", "lengths_ptr", "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
     ]
 )  # fmt: skip
 def _norm_in_bwd_kernel(
-    grad_ptr, x_ptr, moments_ptr, norm_weight_ptr, grad_x_ptr, R, L,
+    grad_ptr, x_ptr, moments_ptr, lengths_ptr, norm_weight_ptr, grad_x_ptr, R, L, first_row,
     stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, X_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
@@ -199,30 +224,37 @@ def _norm_in_bwd_kernel(
     row = i.to(tl.int64) * L + j
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    within = valid_m
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, 0, L)
+        within = valid_m & (first_row + i < length) & (j < length)
+        if not any_of(within):
+            store_zeros(grad_x_ptr, row * C, valid_m, C, BLOCK_K)
+            return
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
-    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    mean = tl.load(mean_ptrs, mask=within, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=within, other=0.0)[:, None]
     first = None
     if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, valid_m)
+        first = load_first(x_ptr, offs_x, within)
 
     mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
     mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
     for start_k in range(0, C, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
         hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, within, C, EVEN_C).to(tl.float32)
         grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
         mean_grad += tl.sum(grad, 1, keep_dims=True) * (1.0 / C)
         mean_grad_hat += tl.sum(grad * hat, 1, keep_dims=True) * (1.0 / C)
     for start_k in range(0, C, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
         hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, within, C, EVEN_C).to(tl.float32)
         grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
         grad = rstd * (grad - mean_grad - hat * mean_grad_hat)
         store_tile(grad_x_ptr, row * C, offs_k, grad.to(dtype), valid_m, C, EVEN_C)
@@ -245,13 +277,15 @@ def fused_dual_gemm_bwd(
     weights: Weights,
     prepared: PreparedLaunch,
     out: Stage1Gradients,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
-    `prepared` is what `prepare_dual_gemm_bwd` made of tensors like these.
+    `prepared` is what `prepare_dual_gemm_bwd` made of tensors like these. `lengths` [1] int32 is
+    that of a sequence with padding.
     """
     prepared.launch(
-        x, mask, moments, planes, *out, weights.norm_in_weight, weights.norm_in_bias,
+        x, mask, lengths, moments, planes, *out, weights.norm_in_weight, weights.norm_in_bias,
         lower_projection(weights), weights.p_in_bias, weights.g_in_bias,
     )  # fmt: skip
 
@@ -267,11 +301,13 @@ def prepare_dual_gemm_bwd(
     grads_width: int,
     config: LaunchConfig | None = None,
     class_length: int | None = None,
+    first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_bwd`; `programs` of it is the first extent of its sums.
 
     The planes, with stride pitch along their rows, come in groups of `group` channels. Where there
-    is no `config`, it is that of their length, or of `class_length`.
+    is no `config`, it is that of their length, or of `class_length`. The rows are those from
+    `first_row` on of their sequence.
     """
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
@@ -292,14 +328,14 @@ def prepare_dual_gemm_bwd(
         _fused_dual_gemm_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m),
         [
-            *[None] * 10, pair.descriptor, None, None,
-            pair.gap, count, length, pitch, planes.stride(0), grads_width,
+            *[None] * 11, pair.descriptor, None, None,
+            pair.gap, count, length, pitch, first_row, planes.stride(0), grads_width,
             *strides(x),
             *moments.stride(),
             *((0, 0) if mask is None else strides(mask)),
             *pair.strides,
         ],
-        tuple(range(13)),
+        tuple(range(14)),
         dict(
             C=channels, D=hidden, G=group,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -320,12 +356,14 @@ def norm_in_bwd(
     weights: Weights,
     grad_x: torch.Tensor,
     prepared: PreparedLaunch,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """grad_x [R, L, C], contiguous, of dz [R*L, C], x [R, L, C] and moments [2, R, L].
 
-    `prepared` is what `prepare_norm_in_bwd` made of tensors like these.
+    `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
+    of a sequence with padding.
     """
-    prepared.launch(grad, x, moments, weights.norm_in_weight, grad_x)
+    prepared.launch(grad, x, moments, lengths, weights.norm_in_weight, grad_x)
 
 
 # Channels that a program holds of a row, and elements that it holds of all of them.
@@ -333,16 +371,18 @@ _NORM_CHANNELS = 1024
 _NORM_ELEMENTS = 4096
 
 
-def prepare_norm_in_bwd(x: torch.Tensor, moments: torch.Tensor) -> PreparedLaunch:
-    """The launch of `norm_in_bwd` for tensors like these."""
+def prepare_norm_in_bwd(
+    x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
+) -> PreparedLaunch:
+    """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
     count, length, channels = x.shape
     block_k = min(_NORM_CHANNELS, max(16, triton.next_power_of_2(channels)))
     block_m = min(64, _NORM_ELEMENTS // block_k)
     return PreparedLaunch(
         _norm_in_bwd_kernel,
         triton.cdiv(count * length, block_m),
-        [*[None] * 5, count, length, *strides(x), *moments.stride()],
-        tuple(range(5)),
+        [*[None] * 6, count, length, first_row, *strides(x), *moments.stride()],
+        tuple(range(6)),
         dict(
             C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,

@@ -156,6 +156,9 @@ def _explain_aten(call: str, reason: str, request: Request) -> Explanation:
     if request.lengths is not None and not request.needs_grad:
         sizes["output of one sequence, cut to its length"] = x.nbytes // batch
         notes.append("each sequence is cut to its length, which the host reads")
+    elif request.lengths is not None:
+        sizes["x without what lies in the padding"] = x.nbytes
+        notes.append("lengths act as a mask, as a gradient is needed")
     buffers = _in_pairs(request, sizes)
     peak = sum(sizes.values())
     return Explanation(
@@ -172,8 +175,7 @@ def _explain_triton(call: str, reason: str, request: Request) -> Explanation:
     lean = request.memory == "lean" and not keeps
     triton = triton_call(
         x, request.direction, request.mask, request.residual, request.drop_mask, request.weights,
-        request.eps_in, request.eps_out, request.precision, request.inplace,
-        None if request.needs_grad else request.lengths,
+        request.eps_in, request.eps_out, request.precision, request.inplace, request.lengths,
     )  # fmt: skip
     with current_device(x):
         plan = triton_path.plan_of(triton, lean)
@@ -188,10 +190,7 @@ def _explain_triton(call: str, reason: str, request: Request) -> Explanation:
         notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
     notes += _notes_on_gradients(request)
     if request.lengths is not None:
-        if request.needs_grad:
-            notes.append("lengths act as a mask, as a gradient is needed: no tile is skipped")
-        else:
-            notes.append("tiles beyond the lengths are skipped; the programs above are all")
+        notes.append("tiles beyond the lengths are skipped; the programs above are all")
     precision = None
     if x.dtype == torch.float32:
         precision = plan.launches["fused_dual_gemm"].constants["PRECISION"]

@@ -169,8 +169,8 @@ def trimul_einsum_fwd(
     other operand must then have zeros in columns [L, pitch).
     `product`, if given, is written and returned. All three have unit stride along the last axis,
     and other strides that are multiples of 16. `prepared` is what `prepare_einsum` made of the
-    other arguments. `lengths` [B] int32 are those of sequences with padding; with them nothing is
-    turned.
+    other arguments. `lengths` [B] int32 are those of sequences with padding; planes that are turned
+    then have zeros in the rows behind a length too.
     """
     if product is None:
         product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
