@@ -194,6 +194,7 @@ def test_both_import_layouts_export_the_same_symbols(order: str):
     """
     printed = python_output(script, str(ROOT), str(ROOT / VARIANT / PACKAGE), order)
     assert printed.split() == [
+        "explain",
         "from_boltz",
         "from_chai",
         "from_esmfold2",

@@ -52,7 +52,8 @@ def refusal(*arguments):
 
 def test_help_explains_every_command():
     text = run("--help").stdout
-    for command in ("fold", "validate", "doctor", "resources", "bench", "tune", "build"):
+    commands = ("fold", "validate", "doctor", "resources", "bench", "conformance", "tune", "build")
+    for command in commands:
         assert command in text
         assert run(command, "--help").exit_code == 0
     fold_help = run("fold", "--help").stdout

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from esmfold2_trimul_tools import doctor
 from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2TriangleMultiplicativeUpdate
 
@@ -13,12 +14,11 @@ VERSIONS = {
 }
 
 
-class FakeKernel:
-    class trimul_with_residual:
-        @staticmethod
-        def execution_path(device, dtype):
-            name = "triton" if device.type == "cuda" else "aten"
-            return SimpleNamespace(name=name, reason=f"a {device.type} device")
+def explanation(path: str, reason: str, peak: float) -> SimpleNamespace:
+    return SimpleNamespace(path=path, reason=reason, peak=peak)
+
+
+ON_GPU = explanation("triton", "a cuda device", 3.0)
 
 
 @pytest.fixture
@@ -32,12 +32,14 @@ def machine(monkeypatch):
             "gpu_description": "a GPU",
             "nvidia_driver_present": False,
             "swap_problem": "",
-            "load_kernel": ("root", FakeKernel),
+            "load_kernel": ("root", "the kernel"),
+            "explain_call": explanation("aten", "a cpu device", 2.0),
             "build_problems": [],
             "c_compiler": "gcc",
             "python_header": "Python.h",
             "cuda_header": "cuda.h",
             "weights_cached": True,
+            **({"explain_call": ON_GPU} if changes.get("gpu") else {}),
             **changes,
         }
         monkeypatch.setattr(doctor, "_version", versions.get)
@@ -55,7 +57,9 @@ def test_a_machine_without_faults_can_fold(machine):
         assert not any(finding.mend for finding in findings.values())
         assert doctor.can_fold(findings.values())
     assert findings["Device"].value == "a GPU"
-    assert findings["Path in bfloat16"].value == "triton: a cuda device"
+    assert findings["Path in bfloat16"].value == (
+        "triton: a cuda device; 3.00 pair tensors at once"
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,15 +114,9 @@ def test_numpy_2_4_is_well_with_another_triton(machine):
 
 
 def test_a_gpu_that_takes_the_slow_path_is_warned_of(machine):
-    class OldGpu(FakeKernel):
-        class trimul_with_residual:
-            @staticmethod
-            def execution_path(device, dtype):
-                return SimpleNamespace(name="aten", reason="too old")
-
-    findings = machine(gpu="cuda", load_kernel=("root", OldGpu))
+    findings = machine(gpu="cuda", explain_call=explanation("aten", "too old", 2.0))
     assert findings["Path in float32"].status == "warning"
-    assert findings["Path in float32"].value == "aten: too old"
+    assert findings["Path in float32"].value == "aten: too old; 2.00 pair tensors at once"
 
 
 def test_newer_triton_needs_no_compiler(machine):
@@ -153,7 +151,8 @@ def test_the_probes_answer_for_this_machine(monkeypatch, tmp_path):
     assert doctor._swap_problem() == ""
     root, kernel = doctor._load_kernel(None)
     assert (root / "build.toml").is_file()
-    assert callable(kernel.trimul_with_residual.execution_path)
+    found = doctor._explain_call(kernel, torch.device("cpu"), torch.bfloat16)
+    assert (found.path, found.peak) == ("aten", 2.0)
     assert isinstance(doctor._build_problems(root), list)
     assert doctor._cuda_header() in (None, "cuda.h, from Triton's wheel")
     monkeypatch.delattr(EsmFold2TriangleMultiplicativeUpdate, "kernel_layer_name")

@@ -501,7 +501,7 @@ def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recom
     ops = submodule("_ops").ops
     forward = (
         problem.x, "incoming", problem.mask, problem.residual, drop_mask, *weights, *numbers,
-        "auto", recompute,
+        "auto", recompute, None,
     )  # fmt: skip
     results = torch.library.opcheck(ops.trimul_fwd_saving.default, forward)
     assert set(results.values()) == {"SUCCESS"}
@@ -514,7 +514,7 @@ def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recom
     detached = [None if leaf is None else leaf.detach() for leaf in leaves]
     for needs in ([leaf is not None for leaf in leaves], [True] + [False] * 14):
         backward = (
-            grad, detached[0], "incoming", *detached[1:], *numbers, *kept, needs,
+            grad, detached[0], "incoming", *detached[1:], *numbers, *kept, needs, None,
         )  # fmt: skip
         results = torch.library.opcheck(ops.trimul_bwd.default, backward)
         assert set(results.values()) == {"SUCCESS"}

@@ -90,6 +90,7 @@ def test_layers_are_pure():
 
 def test_layers_are_exported_and_of_the_right_kind(kernel):
     assert kernel.__all__ == [
+        "explain",
         "from_boltz",
         "from_chai",
         "from_esmfold2",

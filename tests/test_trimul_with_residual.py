@@ -280,16 +280,18 @@ def test_runs_on_the_device_of_its_tensors(kernel):
         assert_close(run(kernel, problem, "cuda:1"), problem)
 
 
-@pytest.mark.parametrize("memory", ["default", "lean"])
-@pytest.mark.parametrize("name", ["trimul_fwd", "trimul_fwd_"])
-def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, name, memory):
+@pytest.mark.parametrize("name, memory", [("trimul_fwd", "default"), ("trimul_fwd_", "lean")])
+@pytest.mark.parametrize("lengths", [None, (3,)])
+def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, name, memory, lengths):
     problem = make_problem(5, 16, mask="soft", residual=True).to(device)
+    if lengths is not None:
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     w = problem.weights
     arguments = (
         problem.x, "outgoing", problem.mask, problem.residual, None,
         w["norm_in_weight"], w["norm_in_bias"], w["p_in_weight"], None, w["g_in_weight"], None,
         w["norm_out_weight"], w["norm_out_bias"], w["p_out_weight"], None,
-        w["g_out_weight"], None, 1e-5, 1e-5, "default", memory,
+        w["g_out_weight"], None, 1e-5, 1e-5, "default", memory, lengths,
     )  # fmt: skip
     op = getattr(submodule("_ops").ops, name).default
     results = torch.library.opcheck(op, arguments)
@@ -337,7 +339,8 @@ def test_no_compilation_from_one_length_to_the_next(kernel, submodule, on_triton
     def compiled():
         return sum(len(cache[0]) for cache in jit.device_caches.values())
 
-    run(kernel, make_problem(130, 128, dtype=torch.bfloat16, mask="bool"), on_triton)
+    for length in (130, 199):  # of two classes, on some targets
+        run(kernel, make_problem(length, 128, dtype=torch.bfloat16, mask="bool"), on_triton)
     before = compiled()
     for length in range(131, 200, 7):
         run(kernel, make_problem(length, 128, dtype=torch.bfloat16, mask="bool"), on_triton)

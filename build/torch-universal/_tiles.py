@@ -115,6 +115,15 @@ def store_tile(ptr, offs_m, offs_n, tile, valid_m, WIDTH: tl.constexpr, EVEN_N: 
 
 
 @triton.jit
+def store_zeros(ptr, offs_m, valid_m, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros in all WIDTH channels at row offsets offs_m."""
+    for start_n in range(0, WIDTH, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        zeros = tl.zeros([offs_m.shape[0], BLOCK_N], ptr.dtype.element_ty)
+        store_tile(ptr, offs_m, offs_n, zeros, valid_m, WIDTH, WIDTH % BLOCK_N == 0)
+
+
+@triton.jit
 def load_first(ptr, offs_m, valid_m):
     """[M, 1]: the first channel of each row in fp32, the shift of `row_statistics`."""
     return tl.load(ptr + offs_m, mask=valid_m, other=0.0).to(tl.float32)[:, None]

@@ -13,6 +13,9 @@
 Two kernels. The first recomputes p and s and writes dp and dg beside each other, rows [R*L, 4D] of
 a matrix that may be wider, so that dz is one GEMM with the projections. The second is the
 LayerNorm's backward. Planes have the axes of x here, whatever the direction.
+
+Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where
+planes and moments may be no numbers; tiles of such pairs are left once the zeros are written.
 """
 
 import math
@@ -26,11 +29,13 @@ from ._device import device_target
 from ._launch import PreparedLaunch
 from ._tiles import (
     add_bias,
+    any_of,
     dot,
     dot_precision,
     halves,
     hold,
     is_aligned,
+    length_of,
     load_channels,
     load_chunks,
     load_first,
@@ -40,6 +45,7 @@ from ._tiles import (
     positions,
     sigmoid,
     store_tile,
+    store_zeros,
     strides,
 )
 from .fused_dual_gemm import lower_projection, projection_pair
@@ -49,7 +55,8 @@ from .validation import Weights
 
 @triton.jit(
     do_not_specialize=[
-        "R", "L", "moments_ptr", "mask_ptr", "stride_x_i", "stride_x_j",
+        "R", "L", "first_row", "moments_ptr", "mask_ptr", "lengths_ptr",
+        "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_mask_i", "stride_mask_j",
         # As in the forward: AMD's 32-bit offsets from a specialised pointer, and a gap of more.
@@ -57,9 +64,10 @@ from .validation import Weights
     ]
 )  # fmt: skip
 def _fused_dual_gemm_bwd_kernel(
-    x_ptr, mask_ptr, moments_ptr, planes_ptr, grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
+    x_ptr, mask_ptr, lengths_ptr, moments_ptr, planes_ptr,
+    grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
     norm_weight_ptr, norm_bias_ptr, weight_pair, value_bias_ptr, gate_bias_ptr,
-    weight_gap, R, L, pitch, stride_planes_d, stride_grads_m,
+    weight_gap, R, L, pitch, first_row, stride_planes_d, stride_grads_m,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
     stride_first_n, stride_first_k, stride_second_n, stride_second_k,
@@ -74,7 +82,8 @@ def _fused_dual_gemm_bwd_kernel(
     M = R * pitch positions, N = 2D hidden channels in blocks, K = C channels. The planes come in
     groups of G channels, those of a before those of b: [D / G, 2, G, R, pitch]. Every output is
     optional: `grads` [R*L, 2, 2, D] (dp, dg; of a, of b), x^ [R*L, C], dmask [R*L], and `sums`
-    [programs, 2, 2, D] of dp and dg over the tile.
+    [programs, 2, 2, D] of dp and dg over the tile. The rows i are those from `first_row` on of
+    their sequence, which matters where it has a length.
     """
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -84,6 +93,23 @@ def _fused_dual_gemm_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     row = i.to(tl.int64) * L + j
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, 0, L)
+        within = valid_m & (first_row + i < length) & (j < length)
+        beyond = valid_m & ~within
+        if grads_ptr is not None:
+            store_zeros(grads_ptr, row * stride_grads_m, beyond, 4 * D, BLOCK_N)
+        if hat_ptr is not None:
+            store_zeros(hat_ptr, row * C, beyond, C, BLOCK_N)
+        if grad_mask_ptr is not None:
+            zeros = tl.zeros([BLOCK_M], grad_mask_ptr.dtype.element_ty)
+            tl.store(grad_mask_ptr + row, zeros, mask=beyond)
+        valid_m = within
+        if not any_of(valid_m):
+            if sums_ptr is not None:
+                halves_of = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
+                store_zeros(sums_ptr, halves_of * (2 * D), halves_of >= 0, 2 * D, BLOCK_N)
+            return
 
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
@@ -180,12 +206,12 @@ def _fused_dual_gemm_bwd_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "R", "L", "moments_ptr", "stride_x_i", "stride_x_j",
+        "R", "L", "first_row", "moments_ptr", "lengths_ptr", "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
     ]
 )  # fmt: skip
 def _norm_in_bwd_kernel(
-    grad_ptr, x_ptr, moments_ptr, norm_weight_ptr, grad_x_ptr, R, L,
+    grad_ptr, x_ptr, moments_ptr, lengths_ptr, norm_weight_ptr, grad_x_ptr, R, L, first_row,
     stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, X_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
@@ -199,6 +225,13 @@ def _norm_in_bwd_kernel(
     row = i.to(tl.int64) * L + j
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, 0, L)
+        within = valid_m & (first_row + i < length) & (j < length)
+        store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
+        valid_m = within
+        if not any_of(valid_m):
+            return
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
@@ -245,13 +278,15 @@ def fused_dual_gemm_bwd(
     weights: Weights,
     prepared: PreparedLaunch,
     out: Stage1Gradients,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
-    `prepared` is what `prepare_dual_gemm_bwd` made of tensors like these.
+    `prepared` is what `prepare_dual_gemm_bwd` made of tensors like these. `lengths` [1] int32 is
+    that of a sequence with padding.
     """
     prepared.launch(
-        x, mask, moments, planes, *out, weights.norm_in_weight, weights.norm_in_bias,
+        x, mask, lengths, moments, planes, *out, weights.norm_in_weight, weights.norm_in_bias,
         lower_projection(weights), weights.p_in_bias, weights.g_in_bias,
     )  # fmt: skip
 
@@ -267,11 +302,13 @@ def prepare_dual_gemm_bwd(
     grads_width: int,
     config: LaunchConfig | None = None,
     class_length: int | None = None,
+    first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_bwd`; `programs` of it is the first extent of its sums.
 
     The planes, with stride pitch along their rows, come in groups of `group` channels. Where there
-    is no `config`, it is that of their length, or of `class_length`.
+    is no `config`, it is that of their length, or of `class_length`. The rows are those from
+    `first_row` on of their sequence.
     """
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
@@ -292,14 +329,14 @@ def prepare_dual_gemm_bwd(
         _fused_dual_gemm_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m),
         [
-            *[None] * 10, pair.descriptor, None, None,
-            pair.gap, count, length, pitch, planes.stride(0), grads_width,
+            *[None] * 11, pair.descriptor, None, None,
+            pair.gap, count, length, pitch, first_row, planes.stride(0), grads_width,
             *strides(x),
             *moments.stride(),
             *((0, 0) if mask is None else strides(mask)),
             *pair.strides,
         ],
-        tuple(range(13)),
+        tuple(range(14)),
         dict(
             C=channels, D=hidden, G=group,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -320,12 +357,14 @@ def norm_in_bwd(
     weights: Weights,
     grad_x: torch.Tensor,
     prepared: PreparedLaunch,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """grad_x [R, L, C], contiguous, of dz [R*L, C], x [R, L, C] and moments [2, R, L].
 
-    `prepared` is what `prepare_norm_in_bwd` made of tensors like these.
+    `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
+    of a sequence with padding.
     """
-    prepared.launch(grad, x, moments, weights.norm_in_weight, grad_x)
+    prepared.launch(grad, x, moments, lengths, weights.norm_in_weight, grad_x)
 
 
 # Channels that a program holds of a row, and elements that it holds of all of them.
@@ -333,16 +372,18 @@ _NORM_CHANNELS = 1024
 _NORM_ELEMENTS = 4096
 
 
-def prepare_norm_in_bwd(x: torch.Tensor, moments: torch.Tensor) -> PreparedLaunch:
-    """The launch of `norm_in_bwd` for tensors like these."""
+def prepare_norm_in_bwd(
+    x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
+) -> PreparedLaunch:
+    """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
     count, length, channels = x.shape
     block_k = min(_NORM_CHANNELS, max(16, triton.next_power_of_2(channels)))
     block_m = min(64, _NORM_ELEMENTS // block_k)
     return PreparedLaunch(
         _norm_in_bwd_kernel,
         triton.cdiv(count * length, block_m),
-        [*[None] * 5, count, length, *strides(x), *moments.stride()],
-        tuple(range(5)),
+        [*[None] * 6, count, length, first_row, *strides(x), *moments.stride()],
+        tuple(range(6)),
         dict(
             C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,

@@ -199,28 +199,107 @@ def run_triton_lean(call: TritonCall) -> Tensor:
     read make room for those of the output.
     """
     x = call.x
-    batch, length, _, channels = x.shape
+    batch, length = x.shape[:2]
+    sizes = _lean_sizes(call)
+    memory = torch.empty(sizes.ahead + sizes.products, dtype=x.dtype, device=x.device)
+    products = memory[sizes.ahead :].view(batch, length, -1, padded_pitch(length))
+    out = call.residual if call.inplace else memory[: x.numel()].view(x.shape)
+    launches = launches_of(call, "lean")
+    for entry in range(batch):
+        of_entry = call.of_entry(entry)
+        product = products[entry : entry + 1].transpose(1, 2)  # [1, D, L, pitch]
+        moments = _product_by_groups(of_entry, launches, product, sizes.slots)
+        _by_steps(of_entry, launches, product, moments, out[entry : entry + 1], sizes.step)
+        del moments  # the next sequence's take their memory
+    return out
+
+
+class _LeanSizes(NamedTuple):
+    """How the lean mode cuts a call."""
+
+    ahead: int  # elements of the output's room ahead of the products
+    products: int  # elements of the products of the batch
+    slots: int  # planes of a and b that have memory of their own
+    step: int  # rows of the output that are made at once
+
+
+def _lean_sizes(call: TritonCall) -> _LeanSizes:
+    batch, length, _, channels = call.x.shape
     hidden = call.weights.p_in_weight.shape[0] // 2
-    pitch = padded_pitch(length)
     rows, step = batch * length, -(-length // _LEAN_STEPS)
-    row_out, row_product = length * channels, hidden * pitch
+    row_out, row_product = length * channels, hidden * padded_pitch(length)
     ahead = 0
     if not call.inplace:
         # The last row that a step writes must end before the first that it reads, at the first step
         # or, where a row of the output is the longer, at the last.
         ahead = max(step * row_out, rows * row_out - (rows - step) * row_product)
         ahead = -(-ahead // 16) * 16  # the product is as aligned as memory of its own would be
-    memory = torch.empty(ahead + rows * row_product, dtype=x.dtype, device=x.device)
-    products = memory[ahead:].view(batch, length, hidden, pitch)
-    out = call.residual if call.inplace else memory[: rows * row_out].view(x.shape)
     slots = min(max(2 * _GROUP_MULTIPLE, int(_LEAN_PLANES * batch * channels)), 2 * hidden)
-    launches = launches_of(call, "lean")
-    for entry in range(batch):
-        of_entry = call.of_entry(entry)
-        product = products[entry : entry + 1].transpose(1, 2)  # [1, D, L, pitch]
-        moments = _product_by_groups(of_entry, launches, product, slots)
-        _by_steps(of_entry, launches, product, moments, out[entry : entry + 1], step)
-    return out
+    return _LeanSizes(ahead, rows * row_product, slots, step)
+
+
+class Plan(NamedTuple):
+    """What a call launches and allocates."""
+
+    launches: dict[str, PreparedLaunch]  # by stage; in lean mode the first of each stage
+    buffers: dict[str, int]  # bytes
+    peak: int  # bytes of them at once, at most
+
+
+def plan_of(call: TritonCall, lean: bool) -> Plan:
+    """The plan of `run_triton`, or of `run_triton_lean`; x's device must be the current one."""
+    x, weights = call.x, call.weights
+    batch, length, _, channels = x.shape
+    hidden, pitch = weights.p_in_weight.shape[0] // 2, padded_pitch(length)
+    plane, element = length * pitch, x.element_size()
+    one = call.of_entry(0) if lean else call
+    count, rows, group = hidden, length, None
+    if lean:
+        sizes = _lean_sizes(call)
+        rows = min(sizes.step, length)
+        count = next(groups_of(hidden, sizes.slots))[1]
+        group = (0, count)
+
+    def meta(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    sequences = one.x.shape[0]
+    planes = meta(sequences, 2, count, length, pitch).unbind(1)
+    product = meta(sequences, hidden, length, pitch)
+    if lean:
+        product = meta(sequences, length, hidden, pitch).transpose(1, 2)
+    moments = meta(sequences, 2, length, pitch, dtype=torch.float32)
+    some = slice(rows)
+    launches = {
+        "fused_dual_gemm": prepare_dual_gemm(
+            one.x, one.direction, one.mask, weights, one.eps_in, one.precision, planes, None, group
+        ),
+        "trimul_einsum": prepare_einsum(
+            *planes, one.precision, product[:, :count],
+            with_lengths=one.lengths is not None, device=x.device,
+        ),
+        "fused_ln_residual": prepare_ln_residual(
+            product[:, :, some], one.x[:, some], with_axes_of_x(moments, one.direction)[:, :, some],
+            None if one.residual is None else one.residual[:, some], one.drop_mask, weights,
+            one.eps_out, one.precision,
+        ),
+    }  # fmt: skip
+    step = 0
+    if call.inplace and not _may_overwrite(call, launches["fused_ln_residual"]):
+        step = -(-length // _LEAN_STEPS) * length * channels * element
+    buffers = {"moments": 8 * sequences * plane}
+    if lean:
+        buffers["product and output"] = (sizes.ahead + sizes.products) * element
+        buffers["a and b of a group"] = sizes.slots * plane * element
+        peak = buffers["product and output"] + buffers["moments"]
+        peak += max(buffers["a and b of a group"], step)
+    else:
+        buffers["a and b"] = 2 * batch * hidden * plane * element
+        buffers["product"] = batch * hidden * plane * element
+        buffers["output"] = step if call.inplace else x.nbytes
+        peak = buffers["moments"] + buffers["product"]
+        peak += max(buffers["a and b"], buffers["output"])
+    return Plan(launches, buffers, peak)
 
 
 def _product_by_groups(

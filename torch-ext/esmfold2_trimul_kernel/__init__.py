@@ -4,13 +4,15 @@
 2's Algorithms 11 ("outgoing" edges) and 12 ("incoming" edges), Supplementary Methods 1.6.5, on a
 pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same function as a Hugging
 Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand, and
-`lengths_from_mask` finds the lengths that a padded batch can be called with.
+`lengths_from_mask` finds the lengths that a padded batch can be called with. `explain` says what a
+call would do: its path, settings and memory.
 
 `patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
 and the functions `from_...` give one of its modules, or of Chai-1's, as arguments.
 """
 
 from . import layers
+from ._explain import explain
 from ._warmup import warmup
 from .adapters import (
     from_boltz,
@@ -28,6 +30,7 @@ from .trimul_with_residual import (
 from .validation import lengths_from_mask
 
 __all__ = [
+    "explain",
     "from_boltz",
     "from_chai",
     "from_esmfold2",

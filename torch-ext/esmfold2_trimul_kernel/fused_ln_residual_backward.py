@@ -18,6 +18,9 @@ row of dn:
 
 The gradients of the parameters need no more than de^T t^ and the sums of de over the rows, dq^T x^
 and the sums of dq (see `triton_backward`), so it is t^ and x^ that are written, in the dtype of x.
+
+Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where t
+and the moments may be no numbers; tiles of such pairs are left once the zeros are written.
 """
 
 from typing import NamedTuple
@@ -30,9 +33,11 @@ from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
+    any_of,
     dot,
     dot_precision,
     is_aligned,
+    length_of,
     load_channels,
     load_first,
     load_tile,
@@ -43,6 +48,7 @@ from ._tiles import (
     row_moments,
     sigmoid,
     store_tile,
+    store_zeros,
     strides,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
@@ -51,17 +57,18 @@ from .validation import Weights
 
 @triton.jit(
     do_not_specialize=[
-        "R", "L", "eps_out", "moments_ptr", "drop_ptr", "stride_x_i", "stride_x_j",
+        "R", "L", "first_row", "eps_out", "moments_ptr", "drop_ptr", "lengths_ptr",
+        "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_grad_i", "stride_grad_j", "stride_drop_j",
     ]
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
-    t_ptr, t_planes, x_ptr, moments_ptr, grad_ptr, drop_ptr,
+    t_ptr, t_planes, x_ptr, moments_ptr, grad_ptr, drop_ptr, lengths_ptr,
     grad_emit_ptr, grad_gate_ptr, hat_x_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
-    R, L, pitch, eps_out,
+    R, L, pitch, first_row, eps_out,
     stride_t_d, stride_t_i,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j,
@@ -79,7 +86,8 @@ def _fused_ln_residual_bwd_kernel(
     is optional: x^ [R*L, C], `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row, and
     both means of the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the
     gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. DESCRIPTORS: of
-    the projections, and `t_planes` of t as [D, R * pitch].
+    the projections, and `t_planes` of t as [D, R * pitch]. The rows i are those from `first_row` on
+    of their sequence, which matters where it has a length.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -89,6 +97,25 @@ def _fused_ln_residual_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, 0, L)
+        within = valid_m & (first_row + i < length) & (j < length)
+        beyond = valid_m & ~within
+        offs_beyond = (i.to(tl.int64) * L + j) * C
+        if grad_emit_ptr is not None:
+            store_zeros(grad_emit_ptr, offs_beyond, beyond, C, BLOCK_N)
+        if grad_gate_ptr is not None:
+            store_zeros(grad_gate_ptr, offs_beyond, beyond, C, BLOCK_N)
+        if hat_x_ptr is not None:
+            store_zeros(hat_x_ptr, offs_beyond, beyond, C, BLOCK_N)
+        if grad_drop_ptr is not None:
+            store_zeros(grad_drop_ptr, offs_beyond, beyond, C, BLOCK_N)
+        valid_m = within
+        if not any_of(valid_m):
+            if sums_ptr is not None:
+                both = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
+                store_zeros(sums_ptr, both * C, both >= 0, C, BLOCK_N)
+            return
 
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
@@ -200,10 +227,10 @@ def _fused_ln_residual_bwd_kernel(
         tl.store(rows_ptr + 4 * count + row, mean_grad_hat * (1.0 / D), mask=valid_m)
 
 
-@triton.jit(do_not_specialize=["R", "L"])
+@triton.jit(do_not_specialize=["R", "L", "first_row", "lengths_ptr"])
 def _norm_out_bwd_kernel(
-    grad_emit_ptr, t_ptr, rows_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
-    R, L, pitch, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i,
+    grad_emit_ptr, t_ptr, rows_ptr, lengths_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
+    R, L, pitch, first_row, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i,
     stride_emit_n, stride_emit_k,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -225,6 +252,22 @@ def _norm_out_bwd_kernel(
     valid_m = (i < R) & (j < L)
     dtype = t_ptr.dtype.element_ty
     row = i.to(tl.int64) * L + j
+    EVEN_D: tl.constexpr = D % BLOCK_N == 0
+    offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
+    if lengths_ptr is not None:
+        length = length_of(lengths_ptr, 0, L)
+        within = valid_m & (first_row + i < length) & (j < length)
+        if hat_ptr is not None:
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+            store_tile(hat_ptr, row * D, offs_n, zeros, valid_m & ~within, D, EVEN_D)
+        valid_m = within
+        if not any_of(valid_m):
+            if grad_t_ptr is not None:
+                planes = tl.zeros([BLOCK_N, BLOCK_M], dtype)
+                _store_planes(
+                    grad_t_ptr, offs_n, offs_grad, stride_grad_d, planes, valid_t, D, EVEN_D
+                )
+            return
 
     if grad_t_ptr is not None:
         grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -237,7 +280,6 @@ def _norm_out_bwd_kernel(
             )  # fmt: skip
             grad = dot(grad_emit, emit_tile, grad, PRECISION)
 
-    EVEN_D: tl.constexpr = D % BLOCK_N == 0
     count = R.to(tl.int64) * L
     mean_t = tl.load(rows_ptr + count + row, mask=valid_m, other=0.0)[:, None]
     rstd_t = tl.load(rows_ptr + 2 * count + row, mask=valid_m, other=0.0)[:, None]
@@ -256,12 +298,19 @@ def _norm_out_bwd_kernel(
         grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
         # The pads of t may be no numbers.
         grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
-        offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
-        ptrs = grad_t_ptr + (offs_n.to(tl.int64) * stride_grad_d)[:, None] + offs_grad[None, :]
-        valid = valid_t[None, :]
-        if not EVEN_D:
-            valid = valid & (offs_n < D)[:, None]
-        tl.store(ptrs, grad, mask=valid)
+        _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
+
+
+@triton.jit
+def _store_planes(
+    ptr, offs_n, offs_m, stride_d, tile, valid_t, D: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """Stores tile [N, M]: channels offs_n of planes at offsets offs_m within one."""
+    ptrs = ptr + (offs_n.to(tl.int64) * stride_d)[:, None] + offs_m[None, :]
+    valid = valid_t[None, :]
+    if not EVEN_D:
+        valid = valid & (offs_n < D)[:, None]
+    tl.store(ptrs, tile, mask=valid)
 
 
 class Rows(NamedTuple):
@@ -272,6 +321,7 @@ class Rows(NamedTuple):
     moments: torch.Tensor  # [2, R, L], stage 1's, with the axes of x
     grad_out: torch.Tensor  # [R, L, C]
     drop_mask: torch.Tensor | None  # [L, C]
+    lengths: torch.Tensor | None = None  # [1] int32, of a sequence with padding
 
 
 class Stage3Gradients(NamedTuple):
@@ -313,12 +363,14 @@ def prepare_ln_residual_bwd(
     precision: str,
     config: LaunchConfig | None = None,
     class_length: int | None = None,
+    first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_ln_residual_bwd`; `programs` of it is the first extent of its sums.
 
-    Where there is no `config`, it is that of their length, or of `class_length`.
+    Where there is no `config`, it is that of their length, or of `class_length`. The rows are those
+    from `first_row` on of their sequence.
     """
-    t, x, moments, grad_out, drop_mask = rows
+    t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape
     length, channels = x.shape[1:]
     device = device_target(x.device)
@@ -343,9 +395,9 @@ def prepare_ln_residual_bwd(
         _fused_ln_residual_bwd_kernel,
         triton.cdiv(count * pitch, block_m),
         [
-            None, t_planes, *[None] * 14,  # x to sums, the norms
+            None, t_planes, *[None] * 15,  # x to sums, the norms
             emit_arg, None, gate_arg, None, None, None,
-            count, length, pitch, eps_out,
+            count, length, pitch, first_row, eps_out,
             *t.stride()[:2],
             *strides(x),
             *moments.stride(),
@@ -353,7 +405,7 @@ def prepare_ln_residual_bwd(
             *drop_strides,
             *emit.stride(), *gate.stride(),
         ],
-        tuple(range(22)),
+        tuple(range(23)),
         dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
@@ -373,14 +425,16 @@ def norm_out_bwd(
     prepared: PreparedLaunch,
     grad_t: torch.Tensor | None,
     hat_t: torch.Tensor | None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """grad_t [D, R, pitch] and t^ [R*L, D], where given, of what `fused_ln_residual_bwd` wrote.
 
     That is grad_emit [R*L, C] and `rows` [5, R*L], of t [D, R, pitch]. Both outputs have the dtype
     of t, and grad_t may be t. `prepared` is what `prepare_norm_out_bwd` made of tensors like these.
+    `lengths` [1] int32 is that of a sequence with padding.
     """
     prepared.launch(
-        grad_emit, t, rows, grad_t, hat_t, weights.p_out_weight, weights.norm_out_weight
+        grad_emit, t, rows, lengths, grad_t, hat_t, weights.p_out_weight, weights.norm_out_weight
     )
 
 
@@ -392,8 +446,12 @@ def prepare_norm_out_bwd(
     precision: str,
     config: LaunchConfig | None = None,
     class_length: int | None = None,
+    first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `norm_out_bwd` for tensors like these of L = `length`."""
+    """The launch of `norm_out_bwd` for tensors like these, of L = `length`.
+
+    The rows are those from `first_row` on of their sequence.
+    """
     hidden, count, pitch = t.shape
     channels = weights.p_out_weight.shape[0]
     device = device_target(t.device)
@@ -406,12 +464,12 @@ def prepare_norm_out_bwd(
         _norm_out_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m) * triton.cdiv(hidden, block_n),
         [
-            *[None] * 7,
-            count, length, pitch, *t.stride()[:2],
+            *[None] * 8,
+            count, length, pitch, first_row, *t.stride()[:2],
             *((0, 0) if grad_t is None else grad_t.stride()[:2]),
             *weights.p_out_weight.stride(),
         ],
-        tuple(range(7)),
+        tuple(range(8)),
         dict(
             C=channels, D=hidden, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             PRECISION=dot_precision(precision, device.fp32_dots),

@@ -27,13 +27,12 @@ class TriangleMultiplication(Function):
     def forward(ctx, *arguments) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, product, moments = ops.trimul_fwd_saving(*arguments)
-        x, direction, mask, _, drop_mask, *weights, eps_in, eps_out, precision, _, recompute = (
-            arguments
-        )
+        x, direction, mask, _, drop_mask, *others = arguments
+        *weights, eps_in, eps_out, precision, _, recompute, lengths = others
         ctx.mark_non_differentiable(product, moments)
         ctx.set_materialize_grads(False)
         kept = (product, moments) if recompute == "product" else (None, None)
-        ctx.save_for_backward(x, mask, drop_mask, *weights, *kept)
+        ctx.save_for_backward(x, mask, drop_mask, *weights, *kept, lengths)
         ctx.settings = direction, eps_in, eps_out, precision
         return out, product, moments
 
@@ -44,11 +43,11 @@ class TriangleMultiplication(Function):
         needs = [of_x, of_mask, of_drop_mask, *of_weights]
         grads = [None] * len(needs)
         if grad_out is not None and any(needs):
-            x, mask, drop_mask, *weights, product, moments = ctx.saved_tensors
+            x, mask, drop_mask, *weights, product, moments, lengths = ctx.saved_tensors
             direction, eps_in, eps_out, precision = ctx.settings
             found = ops.trimul_bwd(
                 grad_out, x, direction, mask, drop_mask, *weights, eps_in, eps_out, precision,
-                product, moments, needs,
+                product, moments, needs, lengths,
             )  # fmt: skip
             grads = [
                 grad if needed else None for grad, needed in zip(found, needs, strict=True)

@@ -169,8 +169,8 @@ def trimul_einsum_fwd(
     other operand must then have zeros in columns [L, pitch).
     `product`, if given, is written and returned. All three have unit stride along the last axis,
     and other strides that are multiples of 16. `prepared` is what `prepare_einsum` made of the
-    other arguments. `lengths` [B] int32 are those of sequences with padding; with them nothing is
-    turned.
+    other arguments. `lengths` [B] int32 are those of sequences with padding; planes that are turned
+    then have zeros in the rows behind a length too.
     """
     if product is None:
         product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
@@ -191,10 +191,14 @@ def prepare_einsum(
     class_length: int | None = None,
     turned: tuple[bool, bool] = (False, False),
     with_lengths: bool = False,
+    device: torch.device | None = None,
 ) -> PreparedLaunch:
-    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
+    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1.
+
+    They may be without memory, on the meta device, in the place of ones on `device`.
+    """
     batch, hidden, length, pitch = a.shape
-    device = device_target(a.device)
+    device = device_target(a.device if device is None else device)
     if config is None:
         shape = shape_of(a.element_size(), hidden, class_length or length)
         config = pick_config("trimul_einsum", device.target, device.name, shape)

@@ -36,7 +36,6 @@ from .validation import (
     check_residual,
     check_weights,
     default_projections,
-    pairs_within,
     resolve_precision,
     torch_allows_tf32,
     view_drop_mask,
@@ -110,9 +109,9 @@ def triangle_multiplicative_update_with_residual(
             be pair itself or share no memory with another argument. Not where a gradient is needed.
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and
             the rest of its L is padding on the right. A pair with a padded residue is masked, and
-            its update is zero: its output is the residual, or 0. Without a gradient tiles of
-            padding are skipped, in all stages, without a look at the lengths from the host; a call
-            that needs gradients masks them. Lengths beyond [0, L] count as 0 or L.
+            its update is zero: its output is the residual, or 0. Tiles of padding are skipped, in
+            all kernels, forward and backward, without a look at the lengths from the host. Lengths
+            beyond [0, L] count as 0 or L.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 
@@ -366,28 +365,24 @@ def _update(request: Request) -> Tensor:
 
 def _differentiable(request: Request, by_formula: bool) -> Tensor:
     """The result, by what autograd can follow."""
-    x, mask, residual, weights = request.x, request.mask, request.residual, request.weights
-    within = None
-    if request.lengths is not None:
-        within = pairs_within(request.lengths, x.shape[1])
-        mask = within if mask is None else mask * within
-    if by_formula or torch._C._are_functorch_transforms_active():
-        if x.device.type != "cpu":
-            _say("torch.func or forward-mode AD goes through it, which takes the formula")
-        with torch.autocast(x.device.type, enabled=False):
-            out = aten.trimul_differentiable(
-                x, request.direction, mask, residual, request.drop_mask, weights, request.eps_in,
-                request.eps_out,
-            )  # fmt: skip
-    else:
-        out = ops.trimul_fwd_saving(
-            x, request.direction, mask, residual, request.drop_mask, *weights, request.eps_in,
-            request.eps_out, request.precision, request.memory, request.recompute,
+    x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, *_ = request
+    if not (by_formula or torch._C._are_functorch_transforms_active()):
+        return ops.trimul_fwd_saving(
+            x, direction, mask, residual, drop_mask, *weights, eps_in, eps_out, request.precision,
+            request.memory, request.recompute, request.lengths,
         )[0]  # fmt: skip
-    if within is None:
-        return out
-    zero = out.new_zeros(()) if residual is None else residual
-    return torch.where(within[..., None], out, zero).contiguous()
+    if x.device.type != "cpu":
+        _say("torch.func or forward-mode AD goes through it, which takes the formula")
+    with torch.autocast(x.device.type, enabled=False):
+        if request.lengths is None:
+            return aten.trimul_differentiable(
+                x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
+            )
+        x, mask, within = aten.masked_by_lengths(x, mask, request.lengths)
+        out = aten.trimul_differentiable(
+            x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
+        )
+        return torch.where(within[..., None], out, 0 if residual is None else residual)
 
 
 def _say(reason: str) -> None:
@@ -420,24 +415,30 @@ def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     With recompute="product" the second and third are t and the moments of x (these of the Triton
     path alone), otherwise both are empty.
     """
-    *arguments, recompute = others
+    *arguments, recompute, lengths = others
     if x.numel() == 0 or recompute == "all":
         product, moments = _empty_saved(x, *others)
-        return _run(x, *arguments, None, inplace=False), product, moments
+        return _run(x, *arguments, lengths, inplace=False), product, moments
     direction, mask, residual, drop_mask, *values, eps_in, eps_out, precision, _ = arguments
     weights = Weights(*values)
     path = execution_path(x.device, x.dtype)
     if path.name == "aten":
         if x.device.type != "cpu":
             _say(path.reason)
+        within = None
+        if lengths is not None:
+            x, mask, within = aten.masked_by_lengths(x, mask, lengths)
         with torch.autocast(x.device.type, enabled=False):
-            saved = aten.trimul_saving(
+            out, product = aten.trimul_saving(
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
-        return *saved, x.new_empty(0, dtype=torch.float32)
-    call = _triton_call(
-        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision
-    )
+        if within is not None:
+            out = torch.where(within[..., None], out, 0 if residual is None else residual)
+        return out, product, x.new_empty(0, dtype=torch.float32)
+    call = triton_call(
+        x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, False,
+        lengths,
+    )  # fmt: skip
     with current_device(x):
         return _triton_path().run_triton_saving(call)
 
@@ -454,7 +455,7 @@ def _trimul_bwd(
 
     A fixed number of tensors rather than a list, because vmap can loop over such an op.
     """
-    *values, eps_in, eps_out, precision, product, moments, needs = others
+    *values, eps_in, eps_out, precision, product, moments, needs, lengths = others
     if x.numel() == 0:
         leaves = (x, mask, drop_mask, *values)
         return tuple([grad.zero_() for grad in _empty_gradients(*leaves, needs)])
@@ -464,11 +465,16 @@ def _trimul_bwd(
     # A backward under autocast must not lower the precision of the products, the vendor's included.
     with torch.autocast(x.device.type, enabled=False):
         if execution_path(x.device, x.dtype).name == "aten":
+            if lengths is not None:
+                x, mask, within = aten.masked_by_lengths(x, mask, lengths)
+                grad_out = grad_out.masked_fill(~within[..., None], 0)
             found = aten_backward.trimul_backward(
                 grad_out, x, direction, mask, drop_mask, *settings, product, names
             )
         else:
-            call = _triton_call(x, direction, mask, None, drop_mask, *settings, precision)
+            call = triton_call(
+                x, direction, mask, None, drop_mask, *settings, precision, False, lengths
+            )
             with current_device(x):
                 found = _triton_backward().run_triton_backward(
                     call, grad_out, product, moments, names
@@ -505,7 +511,7 @@ def _run(
         return residual.copy_(out) if inplace else out
 
     triton_path = _triton_path()
-    call = _triton_call(
+    call = triton_call(
         x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, inplace,
         lengths,
     )  # fmt: skip
@@ -521,7 +527,7 @@ def _run(
         return triton_path.run_triton_lean(call)
 
 
-def _triton_call(
+def triton_call(
     x: Tensor,
     direction: str,
     mask: Tensor | None,
@@ -573,7 +579,7 @@ def current_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 def _empty_saved(x: Tensor, *others) -> tuple[Tensor, Tensor]:
     """The second and third output of `trimul_fwd_saving`, not yet written; `others` are its own."""
-    _, _, _, _, *values, _, _, _, _, recompute = others
+    _, _, _, _, *values, _, _, _, _, recompute, _ = others
     product_shape, moments_shape = (0,), (0,)
     if recompute == "product":
         product_shape = aten.saved_shape(x, Weights(*values))
@@ -614,7 +620,7 @@ def _trimul_bwd_fake(
     drop_mask: Tensor | None,
     *others,
 ) -> tuple[Tensor, ...]:
-    *values, _, _, _, _, _, needs = others
+    *values, _, _, _, _, _, needs, _ = others
     return _empty_gradients(x, mask, drop_mask, *values, needs)
 
 
@@ -626,26 +632,26 @@ _WEIGHTS = (
 )
 _FORWARD = (
     "Tensor x, str direction, Tensor? mask, {residual} residual, Tensor? drop_mask, "
-    f"{_WEIGHTS}, str memory"
+    f"{_WEIGHTS}, str memory{{others}}, Tensor? lengths"
 )
 _BACKWARD = (
     "Tensor grad_out, Tensor x, str direction, Tensor? mask, Tensor? drop_mask, "
-    f"{_WEIGHTS}, Tensor? product, Tensor? moments, bool[] needs"
+    f"{_WEIGHTS}, Tensor? product, Tensor? moments, bool[] needs, Tensor? lengths"
 )
 # Library.define rather than custom_op: its call costs a tenth of the Python time. A call without a
 # gradient has ops of its own, which autograd has no part in.
 _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
 for _name, _arguments, _returns, _function, _fake in (
     (
-        "trimul_fwd", _FORWARD.format(residual="Tensor?") + ", Tensor? lengths", "Tensor",
+        "trimul_fwd", _FORWARD.format(residual="Tensor?", others=""), "Tensor",
         _trimul_fwd, _trimul_fwd_fake,
     ),
     (
-        "trimul_fwd_", _FORWARD.format(residual="Tensor(a!)") + ", Tensor? lengths", "()",
+        "trimul_fwd_", _FORWARD.format(residual="Tensor(a!)", others=""), "()",
         _trimul_fwd_, _trimul_fwd__fake,
     ),
     (
-        "trimul_fwd_saving", _FORWARD.format(residual="Tensor?") + ", str recompute",
+        "trimul_fwd_saving", _FORWARD.format(residual="Tensor?", others=", str recompute"),
         "(Tensor, Tensor, Tensor)", _trimul_fwd_saving, _trimul_fwd_saving_fake,
     ),
     (

@@ -25,7 +25,8 @@ rows without norm weights and [dp, dg, dq] the rows of one matrix,
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
 
 over the rows of all pairs; sums are in fp32. No atomics: what several programs sum is written apart
-and added in a fixed order, so equal calls give equal bits.
+and added in a fixed order, so equal calls give equal bits. Of sequences with lengths the kernels
+skip what lies beyond and leave zeros there; the vendor's GEMMs go over all rows.
 
 The GEMMs of dz, S and H are the vendor's. In float32 they follow the call's precision, not torch's
 global setting, which is changed for their time where it differs: full float32 for every word but
@@ -255,6 +256,10 @@ class _Sequence(NamedTuple):
         for start in range(0, length, step):
             yield slice(start, min(start + step, length))
 
+    def _first_row(self, chunk: slice) -> int:
+        """The row that a launch begins with, where that matters: lengths are counted from row 0."""
+        return 0 if self.call.lengths is None else chunk.start
+
     def _rows(self, count: int, width: int) -> Tensor:
         """[count, width], not yet written, in the dtype of x."""
         return torch.empty(count, width, dtype=self.call.x.dtype, device=self.call.x.device)
@@ -271,14 +276,16 @@ class _Sequence(NamedTuple):
         grad_drop = None
         for chunk in self._chunks():
             rows = Rows(
-                product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk], drop_mask
-            )
+                product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk], drop_mask,
+                call.lengths,
+            )  # fmt: skip
+            first_row = self._first_row(chunk)
             count = (chunk.stop - chunk.start) * length
             into_x = None if grad_x is None else grad_x[chunk].view(count, channels)
             prepared = self.launches.of(
-                ("ln_residual_bwd", count, *_alignments(rows.x, rows.grad_out, into_x)),
+                ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, into_x)),
                 prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision, None,
-                call.class_length,
+                call.class_length, first_row,
             )  # fmt: skip
             out = Stage3Gradients(
                 emit=self._rows(count, channels)
@@ -307,11 +314,13 @@ class _Sequence(NamedTuple):
                 some_t = grad_t[:, chunk] if wanted.stage_1 else None
                 hat_t = self._rows(count, hidden) if wanted.emit_products else None
                 prepared = self.launches.of(
-                    ("norm_out_bwd", count),
+                    ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, some_t, length, weights, call.precision, None,
-                    call.class_length,
+                    call.class_length, first_row,
                 )  # fmt: skip
-                norm_out_bwd(out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t)
+                norm_out_bwd(
+                    out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t, call.lengths
+                )
                 if hat_t is not None:
                     _add_product(self.totals.emit_products, out.emit, hat_t)
                 del hat_t
@@ -357,11 +366,12 @@ class _Sequence(NamedTuple):
             x, some_planes, some = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
             some_mask = None if grad_mask is None else grad_mask[chunk]
+            first_row = self._first_row(chunk)
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
-                ("dual_gemm_bwd", count, *_alignments(x, some_mask)),
+                ("dual_gemm_bwd", count, first_row, *_alignments(x, some_mask)),
                 prepare_dual_gemm_bwd, x, mask, some, some_planes, weights, call.precision, size,
-                width, None, call.class_length,
+                width, None, call.class_length, first_row,
             )  # fmt: skip
             out = Stage1Gradients(
                 grads=self._rows(count, width) if wanted.dp else None,
@@ -369,7 +379,7 @@ class _Sequence(NamedTuple):
                 mask=some_mask,
                 sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.in_sums else None,
             )
-            fused_dual_gemm_bwd(x, mask, some, some_planes, weights, prepared, out)
+            fused_dual_gemm_bwd(x, mask, some, some_planes, weights, prepared, out, call.lengths)
             if wanted.in_sums:
                 self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
             if wanted.dz:
@@ -380,9 +390,10 @@ class _Sequence(NamedTuple):
             if wanted.dz:
                 grad_z = torch.mm(out.grads, self.stacked)
                 prepared = self.launches.of(
-                    ("norm_in_bwd", count, *_alignments(x, some_x)), prepare_norm_in_bwd, x, some
-                )
-                norm_in_bwd(grad_z, x, some, weights, some_x, prepared)
+                    ("norm_in_bwd", count, first_row, *_alignments(x, some_x)),
+                    prepare_norm_in_bwd, x, some, first_row,
+                )  # fmt: skip
+                norm_in_bwd(grad_z, x, some, weights, some_x, prepared, call.lengths)
                 del grad_z
             del out  # the next chunk's takes its memory
 

@@ -8,16 +8,24 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .bench_rivals import Sources
-from .bench_settings import Settings
+
+
+class RunSettings(Protocol):
+    """What a run's settings say of its environment: those of the benchmark, among others."""
+
+    device: torch.device
+    root: Path
+    dtypes: tuple[str, ...]
+    seed: int
 
 
 def describe_environment(
-    settings: Settings, sources: Sources, command: str, commit: str | None = None
+    settings: RunSettings, sources: Sources, command: str, commit: str | None = None
 ) -> dict[str, Any]:
     """The results' entry "environment".
 
@@ -35,6 +43,7 @@ def describe_environment(
     }
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

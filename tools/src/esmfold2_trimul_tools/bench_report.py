@@ -23,16 +23,23 @@ def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
 
 def caption(results: Results) -> str:
     """Device, versions, commit, date and ceilings in a sentence each."""
-    environment, ceilings = results["environment"], results["ceilings"]
+    ceilings = results["ceilings"]
+    return (
+        f"{origin(results['environment'])} "
+        f"Ceilings in the same run: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s "
+        f"({ceilings['copy']}), {ceilings['matrix_flops_per_s'] / 1e12:.2f} TFLOP/s "
+        f"({ceilings['matrix']})."
+    )
+
+
+def origin(environment: dict[str, Any]) -> str:
+    """Device, versions, date and commit in a sentence."""
     names = ("torch", "triton", "cuda", "driver", "python")
     versions = {name: environment[name] for name in names} | environment["rivals"]
     listed = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     return (
         f"{environment['device']}, {listed}, {environment['date']}, "
-        f"commit {environment['commit'] or 'unknown'}. "
-        f"Ceilings in the same run: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s "
-        f"({ceilings['copy']}), {ceilings['matrix_flops_per_s'] / 1e12:.2f} TFLOP/s "
-        f"({ceilings['matrix']})."
+        f"commit {environment['commit'] or 'unknown'}."
     )
 
 

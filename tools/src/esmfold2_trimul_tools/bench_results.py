@@ -76,15 +76,24 @@ def read_results(path: Path) -> Results:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
+    results = read_document(path)
+    if not isinstance(results, dict) or results.keys() != {"environment", "ceilings", "rows"}:
+        raise UserError(f"{path}: holds no results of this benchmark")
+    return results
+
+
+def read_document(path: Path) -> Any:
+    """The JSON document in a file.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
     try:
-        results = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(results, dict) or results.keys() != {"environment", "ceilings", "rows"}:
-        raise UserError(f"{path}: holds no results of this benchmark")
-    return results
 
 
 def write_results(results: Results, path: Path) -> None:

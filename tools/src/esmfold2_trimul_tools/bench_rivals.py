@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench_problem import EPS, PASSES, Problem
+from .bench_problem import PASSES, Problem
 
 _PUBLISHED = "esmfold2_trimul"
 _HUB_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the published layer
@@ -103,8 +103,11 @@ def ours(problem: Problem, sources: Sources, **options: str) -> Call:
     return Call(
         sources.kernel.triangle_multiplicative_update_with_residual,
         (problem.x, problem.case.direction, None, None),
-        {**problem.weights, "mask": problem.mask, "eps": EPS, "memory": "default", **options},
-    )
+        {
+            **problem.weights, "mask": problem.mask, "eps": problem.eps, "memory": "default",
+            **options,
+        },
+    )  # fmt: skip
 
 
 def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -> Call:
@@ -131,14 +134,15 @@ def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -
     }
     # `assign` keeps each value's own dtype and device.
     module.load_state_dict(values, assign=True)
-    module.norm_start.eps = module.norm_mix.eps = EPS
+    module.norm_start.eps = module.norm_mix.eps = problem.eps
     return Call(module.requires_grad_(False).eval(), (problem.x, problem.mask))
 
 
 def published(problem: Problem, sources: Sources) -> Call:
     """The published package as its layer calls it: all in bfloat16, a residual of new zeros.
 
-    The layer also casts the norms' parameters in every call; here that is done beforehand.
+    The layer also casts the norms' parameters in every call; here that is done beforehand. A
+    problem that has a residual is given that one.
     """
     if problem.case.dtype != "bfloat16":
         raise Absent("computes in bfloat16 alone")
@@ -149,9 +153,9 @@ def published(problem: Problem, sources: Sources) -> Call:
     weights = {name: value.bfloat16() for name, value in problem.weights.items()}
 
     def update(x: Tensor, **weights: Tensor) -> Tensor:
-        zeros = torch.zeros_like(x)
-        direction, mask = problem.case.direction, problem.mask
-        return function(x, direction, zeros, None, **weights, mask=mask, eps=EPS)
+        residual = torch.zeros_like(x) if problem.residual is None else problem.residual
+        direction, mask, drop_mask = problem.case.direction, problem.mask, problem.drop_mask
+        return function(x, direction, residual, drop_mask, **weights, mask=mask, eps=problem.eps)
 
     return Call(update, (problem.x,), weights)
 
@@ -164,9 +168,9 @@ def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
         from cuequivariance_torch import triangle_multiplicative_update
     except ImportError as error:
         raise Absent(first_line(error)) from None
-    w, x = problem.weights, problem.x
+    w, x, biases = problem.weights, problem.x, problem.biases
     norms = {
-        name: value.to(getattr(torch, norm_dtype))
+        name: None if value is None else value.to(getattr(torch, norm_dtype))
         for name, value in w.items()
         if name.startswith("norm_")
     }
@@ -175,10 +179,11 @@ def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
         (
             x, problem.case.direction, None if problem.mask is None else problem.mask.to(x.dtype),
             norms["norm_in_weight"], norms["norm_in_bias"],
-            w["p_in_weight"], None, w["g_in_weight"], None,
+            w["p_in_weight"], biases.get("p_in_bias"), w["g_in_weight"], biases.get("g_in_bias"),
             norms["norm_out_weight"], norms["norm_out_bias"],
-            w["p_out_weight"], None, w["g_out_weight"], None,
-            EPS,
+            w["p_out_weight"], biases.get("p_out_bias"),
+            w["g_out_weight"], biases.get("g_out_bias"),
+            problem.eps, problem.precision,
         ),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from .errors import UserError
-from .options import HELP, TUNE_HELP
+from .options import CONFORMANCE_HELP, HELP, TUNE_HELP
 from .sequences import file_stems, parse_sequence, read_fasta
 
 if TYPE_CHECKING:
@@ -373,6 +373,58 @@ def bench(
 
 
 @app.command()
+def conformance(
+    device: Annotated[str | None, typer.Option(help=CONFORMANCE_HELP["device"])] = None,
+    implementations: Annotated[
+        list[str] | None,
+        typer.Option("--implementation", help=CONFORMANCE_HELP["implementation"]),
+    ] = None,
+    cases: Annotated[
+        list[str] | None, typer.Option("--case", help=CONFORMANCE_HELP["case"])
+    ] = None,
+    published: Annotated[Path | None, typer.Option(help=CONFORMANCE_HELP["published"])] = None,
+    seed: Annotated[int, typer.Option(help=CONFORMANCE_HELP["seed"])] = 0,
+    kernel_root: KernelRoot = None,
+    commit: Annotated[str | None, typer.Option(help=CONFORMANCE_HELP["commit"])] = None,
+    out: Annotated[Path | None, typer.Option(help=CONFORMANCE_HELP["out"])] = None,
+    results: Annotated[Path | None, typer.Option(help=CONFORMANCE_HELP["results"])] = None,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help=CONFORMANCE_HELP["markdown"])
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold every implementation on this machine to float64, over one table of cases.
+
+    Exit status 1 if a case of ours fails; failures of others are reported.
+    """
+    from . import conformance as module
+    from .conformance_report import markdown, read_results
+
+    if results is not None:
+        found = read_results(results)
+    else:
+        settings = module.read_settings(
+            device=device,
+            implementations=implementations,
+            cases=cases,
+            published=published,
+            seed=seed,
+            kernel_root=kernel_root,
+        )
+        command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
+        with _ProgressBar() as report:
+            found = module.conformance(settings, command, commit, out, report)
+    if as_json:
+        _print_json(found)
+    elif as_markdown:
+        print(markdown(found))
+    else:
+        _print_conformance(found)
+    if not module.ours_conforms(found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def tune(
     out: Annotated[Path, typer.Option(help=TUNE_HELP["out"])],
     results: Annotated[Path | None, typer.Option(help=TUNE_HELP["results"])] = None,
@@ -676,11 +728,32 @@ def _print_bench(measured: dict[str, Any]) -> None:
         )
         for line in lines:
             drawn.add_row(*line)
-        # As wide as it is: cut to a narrow terminal its numbers would be lost.
-        width = Measurement.get(console, console.options.update(width=1000), drawn).maximum
-        _stdout(width=max(width, console.width)).print(drawn)
+        _print_whole(drawn)
     for note in notes(measured):
         console.print(note)
+
+
+def _print_conformance(found: dict[str, Any]) -> None:
+    from .conformance_report import COLUMNS, caption, notes, summaries
+
+    console = _stdout(soft_wrap=True)
+    console.print(caption(found))
+    name, *numbers, worst, where = COLUMNS
+    drawn = Table(
+        name, *[Column(number, justify="right") for number in numbers], worst, where, box=None
+    )
+    for summary in summaries(found):
+        drawn.add_row(*summary.cells())
+    _print_whole(drawn)
+    for note in notes(found):
+        console.print(note)
+
+
+def _print_whole(drawn: Table) -> None:
+    """A table as wide as it is: cut to a narrow terminal its numbers would be lost."""
+    console = _stdout()
+    width = Measurement.get(console, console.options.update(width=1000), drawn).maximum
+    _stdout(width=max(width, console.width)).print(drawn)
 
 
 def _memory(memory: "PeakMemory") -> str:

@@ -127,13 +127,28 @@ def _kernel_and_paths(kernel_root: str | Path | None, gpu: str | None) -> Iterat
         yield Finding("Kernel build", "ok", "in line with its sources, and its digest holds")
     import torch
 
-    device = torch.device(gpu or "cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        path = kernel.trimul_with_residual.execution_path(device, dtype)
+        found = _explain_call(kernel, torch.device(gpu or "cpu"), dtype)
         # An accelerator that does not take Triton still folds, only slowly.
-        status = "warning" if gpu is not None and path.name != "triton" else "ok"
+        status = "warning" if gpu is not None and found.path != "triton" else "ok"
         name = str(dtype).removeprefix("torch.")
-        yield Finding(f"Path in {name}", status, f"{path.name}: {path.reason}")
+        memory = f"{found.peak:.2f} pair tensors at once"
+        yield Finding(f"Path in {name}", status, f"{found.path}: {found.reason}; {memory}")
+
+
+def _explain_call(kernel: Any, device: Any, dtype: Any) -> Any:
+    """What a call of a trunk's width would do."""
+    import torch
+
+    length, channels = 128, 256
+    x = torch.empty(1, length, length, channels, dtype=dtype, device=device)
+    bundle = torch.empty(4 * channels, channels, dtype=dtype, device=device)
+    square = torch.empty(channels, channels, dtype=dtype, device=device)
+    halves = dict(zip(("p_in_weight", "g_in_weight"), bundle.chunk(2), strict=True))
+    return kernel.explain(
+        kernel.triangle_multiplicative_update, x, **halves, p_out_weight=square,
+        g_out_weight=square,
+    )  # fmt: skip
 
 
 def _launcher(gpu: str | None) -> Iterator[Finding]:

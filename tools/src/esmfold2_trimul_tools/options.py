@@ -1,4 +1,4 @@
-"""What the options of bench and tune mean, for both commands of each; lists in bench by commas."""
+"""What the options of bench, tune and conformance mean; lists in bench by commas."""
 
 HELP = {
     "device": "cpu, cuda or cuda:N. Default: a GPU if there is one.",
@@ -37,4 +37,15 @@ TUNE_HELP = {
     "width": "Tune this C = D alone; may be repeated. Default: 128 and 256.",
     "kernel_root": HELP["kernel_root"],
     "commit": HELP["commit"],
+}
+CONFORMANCE_HELP = {
+    "device": "cpu, cuda, cuda:N or xpu. Default: a GPU if there is one.",
+    "implementation": "Hold this one to the cases instead of all; may be repeated.",
+    "case": "Cases whose name has this in it, instead of all; may be repeated.",
+    "published": HELP["published"],
+    "seed": HELP["seed"],
+    "commit": HELP["commit"],
+    "out": "Write the results to this file.",
+    "results": "Run nothing: show the results in this file.",
+    "markdown": "Print the report of docs/conformance.md.",
 }

@@ -1,0 +1,153 @@
+"""`explain` says what the call then does."""
+
+import pytest
+import torch
+from helpers import make_problem
+from test_aten import PeakBytes
+
+MODES = [
+    ("default", False, None), ("default", True, None), ("lean", False, None),
+    ("lean", True, None), ("lean", False, (17, 3)), ("auto", False, (17, 3)),
+]  # fmt: skip
+
+
+def explained(kernel, problem, **others):
+    """The explanation of `run`'s call."""
+    p = problem
+    function = kernel.triangle_multiplicative_update_with_residual
+    return kernel.explain(
+        function, p.x, p.direction, p.residual, p.drop_mask, mask=p.mask, eps=p.eps, **p.weights,
+        **others,
+    )  # fmt: skip
+
+
+def peak_bytes(submodule, problem, **others) -> int:
+    """The most that the body of the call's op has allocated at once."""
+    p, r = problem, submodule("_explain")._request(
+        submodule("trimul_with_residual").triangle_multiplicative_update_with_residual,
+        (problem.x, problem.direction, problem.residual, None),
+        {"mask": problem.mask, **problem.weights, **others},
+    )
+    run_op = submodule("trimul_with_residual")._run
+    given = (p.x, p.mask, p.residual, r.lengths, *r.weights)
+    with PeakBytes(*[value for value in given if value is not None]) as memory:
+        run_op(
+            r.x, r.direction, r.mask, r.residual, None, *r.weights, r.eps_in, r.eps_out,
+            r.precision, r.memory, r.lengths, inplace=r.inplace,
+        )  # fmt: skip
+    return memory.peak
+
+
+@pytest.mark.parametrize("memory, inplace, lengths", MODES)
+@pytest.mark.parametrize("channels, hidden", [(32, 32), (16, 48)])
+@torch.no_grad()
+def test_launches_and_memory_are_those_of_the_call(
+    kernel, on_triton, submodule, monkeypatch, memory, inplace, lengths, channels, hidden
+):
+    problem = make_problem(
+        17, channels, hidden, batch=2, dtype=torch.float16, direction="incoming", mask="bool",
+        residual=True,
+    ).to(on_triton)  # fmt: skip
+    options = dict(memory=memory, inplace=inplace)
+    if lengths is not None:
+        options["lengths"] = torch.tensor(lengths, dtype=torch.int32, device=on_triton)
+    found = explained(kernel, problem, **options)
+    launched = {}
+
+    def record(launch, *tensors):
+        if launch.kernel.__module__.endswith("backward"):
+            return
+        name = launch.kernel.__name__.removeprefix("_").removesuffix("_fwd_kernel")
+        launched.setdefault(name, (launch.programs, launch.constants, launch.options))
+
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", record)
+    submodule("triton_path")._launches.clear()
+    measured = peak_bytes(submodule, problem, **options)
+    submodule("triton_path")._launches.clear()
+    assert launched == {
+        name: (stage.programs, stage.constants, stage.options)
+        for name, stage in found.stages.items()
+    }
+    assert found.path == "triton" and found.memory == ("lean" if memory == "lean" else "default")
+    assert found.peak_bytes == measured
+    assert found.peak == pytest.approx(measured / problem.x.nbytes)
+    assert found.kept == 0.0
+
+
+@pytest.mark.parametrize("recompute, kept", [("product", 1.0), ("all", 0.0)])
+def test_what_is_kept_for_a_backward(kernel, on_triton, recompute, kept):
+    problem = make_problem(16, 32, dtype=torch.bfloat16).to(on_triton)
+    problem.x.requires_grad_()
+    found = explained(kernel, problem, recompute=recompute)
+    moments = 8 / (32 * 2)
+    assert found.kept == (kept + moments if kept else 0.0)
+    assert any(note.startswith(("the product is kept", "recompute=")) for note in found.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [32, 48])
+@pytest.mark.parametrize("with_lengths", [False, True])
+@torch.no_grad()
+def test_the_aten_path(kernel, monkeypatch, submodule, dtype, hidden, with_lengths):
+    problem = make_problem(96, 32, hidden, batch=2, dtype=dtype)
+    others = {"lengths": torch.tensor([96, 96])} if with_lengths else {}
+    found = explained(kernel, problem, **others)
+    assert found.path == "aten" and not found.stages and found.memory is None
+    monkeypatch.setattr(submodule("aten"), "_BLOCK_POSITIONS", 96)
+    measured = peak_bytes(submodule, problem, **others)
+    assert found.peak_bytes <= measured <= found.peak_bytes + 0.4 * problem.x.nbytes
+
+
+def test_precision_and_descriptors_have_their_notes(kernel, on_triton):
+    problem = make_problem(5, 16).to(on_triton)
+    found = explained(kernel, problem)
+    assert found.precision in ("ieee", "tf32x3")
+    assert "products are those of float32, as nothing allowed TF32" in found.notes
+    assert explained(kernel, problem, precision="TF32").precision == (
+        "ieee" if on_triton == "cpu" else "tf32"
+    )
+    if on_triton == "cpu":
+        assert any(note.startswith("no tensor descriptors in") for note in found.notes)
+    half = make_problem(5, 16, dtype=torch.float16).to(on_triton)
+    assert explained(kernel, half).precision is None
+
+
+def test_the_formula_of_torch_func(kernel):
+    problem = make_problem(3, 8)
+    seen = []
+
+    def call(x):
+        seen.append(kernel.explain(kernel.triangle_multiplicative_update, x, **problem.weights))
+        return x
+
+    torch.func.jvp(call, (problem.x,), (problem.x,))
+    assert (seen[0].path, seen[0].peak) == ("formula", None)
+    assert "at once" not in str(seen[0])
+
+
+def test_an_empty_call(kernel):
+    p = make_problem(3, 8)
+    function = kernel.triangle_multiplicative_update
+    found = kernel.explain(function, p.x[:0], **p.weights)
+    assert found.peak_bytes == 0 and "empty" in found.reason
+
+
+def test_prints_as_a_page(kernel, on_triton):
+    problem = make_problem(16, 32, dtype=torch.bfloat16).to(on_triton)
+    lines = str(explained(kernel, problem, lengths=torch.tensor([9], device=on_triton))).split("\n")
+    assert lines[0].startswith("outgoing, pair tensor 1x16x16x32 bfloat16 on c")
+    assert lines[1].startswith("  path     triton: ")
+    assert sum(line.startswith("  stage    ") for line in lines) == 3
+    assert any(line.startswith("  at once  3.12 pair tensors") for line in lines)
+    assert "  note     tiles beyond the lengths are skipped; the programs above are all" in lines
+
+
+def test_what_the_call_refuses_explain_refuses(kernel):
+    p = make_problem(3, 8)
+    update = kernel.triangle_multiplicative_update
+    with pytest.raises(ValueError, match="direction must be 'outgoing' or 'incoming'; got 'up'"):
+        kernel.explain(update, p.x, "up", **p.weights)
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        kernel.explain(update)
+    with pytest.raises(TypeError, match="function must be triangle_multiplicative_update or"):
+        kernel.explain(torch.add, p.x)
