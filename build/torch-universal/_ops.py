@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_492438bbb2"
+_NAMESPACE = "_esmfold2_trimul_kernel_db1fb329c2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
