@@ -26,6 +26,7 @@ from fuzzing import (  # noqa: E402
     GPU,
     GRADIENTS,
     INTERPRETER,
+    NORMS,
     UPDATE,
     WITH_RESIDUAL,
     Call,
@@ -270,3 +271,23 @@ def test_random_errors_are_of_the_size_of_plain_pytorchs(dtype):
     error, drawn = (float((some.double() - found.out).norm()) for some in (plain, found.drawn[0]))
     most = 2 if dtype != torch.float32 else 6  # where sums of other orders have other errors
     assert 0.7 * error < drawn < most * error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["aten", "triton"])
+def test_norm_weights_are_used_as_they_are(kernel, request, path, dtype):
+    """In 16 bits their rounding is lost among others, but for its direction."""
+    device = request.getfixturevalue("on_triton") if path == "triton" else "cpu"
+    vectors = dict.fromkeys(NORMS, torch.float32)
+    case = dataclasses.replace(
+        PLAIN, dtype=dtype, length=24, channels=32, hidden=16, vectors=vectors
+    )
+    call = make(case, device, lecun)
+    found = oracle(case, call.values, path == "triton", device != "cpu")
+    function = getattr(kernel, case.function)
+    out = function(**call.arguments).cpu().double()
+    for name in ("norm_in_weight", "norm_out_weight"):
+        assert share_of_rounding(out, found, name) < 0.5, name
+        rounded = call.arguments | {name: call.arguments[name].to(dtype)}
+        off = function(**rounded).cpu().double()
+        assert share_of_rounding(off, found, name) > 0.5, name
