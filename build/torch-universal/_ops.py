@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_db1fb329c2"
+_NAMESPACE = "_esmfold2_trimul_kernel_44d2220f75"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -14,7 +14,7 @@ sums over its C channels of de, which the first kernel has at hand, so that no p
 row of dn:
 
     mean(g2 dn)    = sum_c de_c u_c,                u = We g2 / D
-    mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D
+    mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D,             which is e but for what is added
 
 So b2 takes no part in the GEMM: where it is much larger than g2 t^, the rounding of their sum would
 be large beside g2 t^ too.
@@ -164,6 +164,7 @@ def _fused_ln_residual_bwd_kernel(
         gate = sigmoid(gate, FAST_RECIPROCAL)
 
         emit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        emit = add_bias(emit, emit_shift_ptr, start_n + tl.arange(0, BLOCK_N), C)
         for start_k in range(0, D, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
             if DESCRIPTORS:
@@ -192,8 +193,7 @@ def _fused_ln_residual_bwd_kernel(
             offs_n = start_n + quarter * emit.shape[1] + tl.arange(0, emit.shape[1])
             grad = load_tile(grad_ptr, offs_grad, offs_n, stride_grad_c, valid_m, C, EVEN_N)
             grad = grad.to(tl.float32)
-            biased = add_bias(emit, emit_shift_ptr, offs_n, C)
-            biased = add_bias(biased, emit_bias_ptr, offs_n, C)
+            biased = add_bias(emit, emit_bias_ptr, offs_n, C)
             if grad_drop_ptr is not None:
                 grad_drop = (grad * biased * gate).to(dtype)
                 store_tile(grad_drop_ptr, row * C, offs_n, grad_drop, valid_m, C, EVEN_N)
@@ -218,7 +218,8 @@ def _fused_ln_residual_bwd_kernel(
             if rows_ptr is not None:
                 scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
                 mean_grad += tl.sum(grad_emit * scale, 1)
-                mean_grad_hat += tl.sum(grad_emit * emit, 1)
+                shift = load_channels(emit_shift_ptr, offs_n, 0.0, C, EVEN_N)
+                mean_grad_hat += tl.sum(grad_emit * (emit - shift), 1)
 
     if rows_ptr is not None:
         count = R.to(tl.int64) * L

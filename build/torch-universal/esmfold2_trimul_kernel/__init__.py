@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_db1fb329c2"
+_BUILD_ID = "_esmfold2_trimul_kernel_44d2220f75"
 
 
 def _load_package() -> ModuleType:
