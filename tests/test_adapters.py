@@ -739,6 +739,8 @@ class TestChai:
         )
         with pytest.raises(TypeError, match="got .*, lora$"):
             kernel.from_chai({**state, "lora": torch.ones(1)})
+        with pytest.raises(TypeError, match=r"got layer0, .*, layer7, and 92 more$"):
+            kernel.from_chai({f"layer{index}": torch.ones(1) for index in range(100)})
         with pytest.raises(ValueError) as caught:
             kernel.from_chai({**state, "merged_linear_p.weight": torch.ones(4, CHANNELS)})
         assert str(caught.value) == (

@@ -214,6 +214,20 @@ def test_gradients_with_shipped_settings(
     assert_gradients_as_masked(kernel, problem, lengths, within, on_triton, limit)
 
 
+def test_a_mask_of_no_numbers_in_the_padding(kernel, device, pairs_within):
+    p = make_problem(5, 16, batch=2, mask="float").to(device)
+    lengths = torch.tensor([5, 3], device=device)
+    within = pairs_within(lengths, 5)
+    update = kernel.triangle_multiplicative_update
+    poisoned = torch.where(within, p.mask, torch.nan)
+    for needs_grad in (False, True):
+        x = p.x.clone().requires_grad_(needs_grad)
+        got, wanted = (
+            update(x, mask=mask, lengths=lengths, **p.weights) for mask in (poisoned, p.mask)
+        )
+        assert torch.equal(got, wanted)
+
+
 def test_compiles_into_one_graph(kernel, device):
     problem = make_problem(9, 16, batch=2, mask="bool").to(device)
     lengths = torch.tensor([9, 4], device=device)

@@ -395,6 +395,21 @@ def test_lengths_shape(call, shape):
     call.assert_refuses(ValueError, message, lengths=torch.ones(shape, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("name", ["mask", "drop_mask", "lengths"])
+def test_inplace_with_an_argument_that_is_no_tensor(kernel, name):
+    call = Call(kernel, "triangle_multiplicative_update_with_residual", with_grad=False)
+    wanted = "lengths must be a torch.Tensor on cpu, made once for many calls"
+    wanted = wanted if name == "lengths" else f"{name} must be a torch.Tensor"
+    changes = {"residual": torch.zeros(B, L, L, C), "inplace": True, name: [1]}
+    call.assert_refuses(TypeError, f"{wanted}; got list", **changes)
+
+
+@pytest.mark.parametrize("lengths", [(2**32 + 1, 2**40), (-(2**32) + 2, -(2**31) - 3)])
+def test_lengths_of_64_bits_keep_their_meaning(call, lengths):
+    inside = torch.tensor(lengths).clamp(0, L)
+    assert torch.equal(call(lengths=torch.tensor(lengths)), call(lengths=inside))
+
+
 def test_lengths_of_another_kind(call):
     message = "lengths must be a torch.Tensor on cpu, made once for many calls; got list"
     call.assert_refuses(TypeError, message, lengths=[3, 2])

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8d8daaf836"
+_NAMESPACE = "_esmfold2_trimul_kernel_649ecdbf6a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

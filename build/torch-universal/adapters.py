@@ -29,6 +29,7 @@ _NORM_CLASSES = (
     "EsmFold2LayerNorm",
 )
 _TENSOR_CLASSES = (nn.Parameter, Tensor)
+_NAMES_SHOWN = 8  # in an error: a whole model has thousands
 
 
 class _Linear(NamedTuple):
@@ -179,9 +180,12 @@ def from_chai(
         "merged_linear_g.weight", "linear_z_out.weight",
     )  # fmt: skip
     if tensors.keys() != set(wanted):
+        got = [*tensors][:_NAMES_SHOWN]
+        if len(tensors) > len(got):
+            got.append(f"and {len(tensors) - len(got)} more")
         raise TypeError(
             f"source must have exactly {', '.join(wanted)} below the prefix {prefix!r}; "
-            f"got {', '.join(tensors) or 'nothing'}"
+            f"got {', '.join(got) or 'nothing'}"
         )
     norm_weight, norm_bias, values, gates, output = (tensors[name] for name in wanted)
     channels, hidden = output.shape

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_8d8daaf836"
+_BUILD_ID = "_esmfold2_trimul_kernel_649ecdbf6a"
 
 
 def _load_package() -> ModuleType:
