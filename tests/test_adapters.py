@@ -616,6 +616,16 @@ def test_what_is_not_understood_is_left(kernel, case):
         assert vars(module).get("forward") is before
 
 
+@pytest.mark.parametrize("flow", [None, "both"])
+def test_a_module_of_esmfold2_without_a_direction_is_left(kernel, flow):
+    module = esmfold2(True)
+    del module.flow
+    if flow is not None:
+        module.flow = flow
+    report = kernel.patch(module)
+    assert report.left == {"": f"module.flow must be 'outgoing' or 'incoming'; got {flow!r}"}
+
+
 def test_a_subclass_that_changes_a_method_is_left(kernel):
     kind = type("MyTriangleMultiplicativeUpdate", (Mean,), {})
     with kernel.patch(kind(CHANNELS, HIDDEN)) as report:
@@ -747,3 +757,9 @@ class TestChai:
             "merged_linear_p.weight and merged_linear_g.weight must be [4D, C] and [4D + C, C] "
             "with [C, D] = [16, 8], the shape of linear_z_out.weight; got (4, 16) and (48, 16)"
         )
+        with pytest.raises(ValueError) as caught:
+            kernel.from_chai({**state, "linear_z_out.weight": torch.ones(CHANNELS)})
+        assert str(caught.value) == "linear_z_out.weight must be [C, D]; got (16,)"
+        with pytest.raises(TypeError) as caught:
+            kernel.from_chai({**state, "merged_linear_p.weight": [1.0]})
+        assert str(caught.value) == "merged_linear_p.weight must be a torch.Tensor; got list"
