@@ -90,9 +90,9 @@ def explain(
 
     Returns:
         The path and why, the Triton launches with their settings, the buffers with the peak of the
-        memory beside the arguments, and why the call goes no other way. In lean mode the launches
-        are those of the first group of channels and the first rows. Of the ATen path the buffers of
-        a block, which stay within a CPU's caches, are not counted.
+        memory beside the arguments, and why the call goes no other way; all of it of the forward.
+        In lean mode the launches are those of the first group of channels and the first rows. Of
+        the ATen path the buffers of a block, which stay within a CPU's caches, are not counted.
 
     Raises:
         TypeError: another function, or arguments that it doesn't take.

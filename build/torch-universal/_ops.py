@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_21f9d2af0c"
+_NAMESPACE = "_esmfold2_trimul_kernel_6487e285fc"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

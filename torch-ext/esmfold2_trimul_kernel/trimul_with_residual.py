@@ -110,8 +110,8 @@ def triangle_multiplicative_update_with_residual(
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and
             the rest of its L is padding on the right. A pair with a padded residue is masked, and
             its update is zero: its output is the residual, or 0. Tiles of padding are skipped, in
-            all kernels, forward and backward, without a look at the lengths from the host. Lengths
-            beyond [0, L] count as 0 or L.
+            all kernels, forward and backward, without a look at the lengths from the host (the ATen
+            path takes one). Lengths beyond [0, L] count as 0 or L.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 
