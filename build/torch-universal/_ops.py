@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_7765c4f96b"
+_NAMESPACE = "_esmfold2_trimul_kernel_847e96db99"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_7765c4f96b"
+_BUILD_ID = "_esmfold2_trimul_kernel_847e96db99"
 
 
 def _load_package() -> ModuleType:
