@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6487e285fc"
+_NAMESPACE = "_esmfold2_trimul_kernel_0610a7091b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -15,7 +15,7 @@ a matrix that may be wider, so that dz is one GEMM with the projections. The sec
 LayerNorm's backward. Planes have the axes of x here, whatever the direction.
 
 Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where
-planes and moments may be no numbers; tiles of such pairs are filled with zeros and left.
+planes and moments may be no numbers; tiles of such pairs are left once the zeros are written.
 """
 
 import math
@@ -93,18 +93,19 @@ def _fused_dual_gemm_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     row = i.to(tl.int64) * L + j
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
-    within = valid_m
     if lengths_ptr is not None:
         length = length_of(lengths_ptr, 0, L)
         within = valid_m & (first_row + i < length) & (j < length)
-        if not any_of(within):
-            if grads_ptr is not None:
-                store_zeros(grads_ptr, row * stride_grads_m, valid_m, 4 * D, BLOCK_N)
-            if hat_ptr is not None:
-                store_zeros(hat_ptr, row * C, valid_m, C, BLOCK_N)
-            if grad_mask_ptr is not None:
-                zeros = tl.zeros([BLOCK_M], grad_mask_ptr.dtype.element_ty)
-                tl.store(grad_mask_ptr + row, zeros, mask=valid_m)
+        beyond = valid_m & ~within
+        if grads_ptr is not None:
+            store_zeros(grads_ptr, row * stride_grads_m, beyond, 4 * D, BLOCK_N)
+        if hat_ptr is not None:
+            store_zeros(hat_ptr, row * C, beyond, C, BLOCK_N)
+        if grad_mask_ptr is not None:
+            zeros = tl.zeros([BLOCK_M], grad_mask_ptr.dtype.element_ty)
+            tl.store(grad_mask_ptr + row, zeros, mask=beyond)
+        valid_m = within
+        if not any_of(valid_m):
             if sums_ptr is not None:
                 halves_of = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
                 store_zeros(sums_ptr, halves_of * (2 * D), halves_of >= 0, 2 * D, BLOCK_N)
@@ -113,28 +114,28 @@ def _fused_dual_gemm_bwd_kernel(
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean = tl.load(mean_ptrs, mask=within, other=0.0)[:, None]
-    rstd = tl.load(mean_ptrs + stride_moments_n, mask=within, other=0.0)[:, None]
-    pair_mask = within.to(tl.float32)
+    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    pair_mask = valid_m.to(tl.float32)
     if mask_ptr is not None:
         offs_mask = i.to(tl.int64) * stride_mask_i + j.to(tl.int64) * stride_mask_j
-        pair_mask = tl.load(mask_ptr + offs_mask, mask=within, other=0).to(tl.float32)
+        pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
     first = None
     if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, within)
+        first = load_first(x_ptr, offs_x, valid_m)
     if HELD:
-        chunks = load_chunks(x_ptr, offs_x, stride_x_c, within, C, BLOCK_K)
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
     elif BLOCK_K >= C:
         offs_c = tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, within, C, EVEN_C).to(tl.float32)
+        x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
         z = normalise(
             x, offs_c, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, EVEN_C
         ).to(dtype)  # fmt: skip
     if hat_ptr is not None:
         for start_k in range(0, C, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
             hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
             store_tile(hat_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
 
@@ -156,7 +157,7 @@ def _fused_dual_gemm_bwd_kernel(
         else:
             for start_k in range(0, C, BLOCK_K):
                 offs_k = start_k + tl.arange(0, BLOCK_K)
-                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C)
+                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
                 z = normalise(
                     x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
                     C, EVEN_C,
@@ -183,7 +184,7 @@ def _fused_dual_gemm_bwd_kernel(
             valid = valid & (offs_n < D)[:, None]
         grad = tl.load(planes_ptrs, mask=valid, other=0.0).T.to(tl.float32)  # [BLOCK_M, BLOCK_N]
         # The pads of the planes may be no numbers.
-        grad = tl.where(within[:, None], grad, 0.0)
+        grad = tl.where(valid_m[:, None], grad, 0.0)
         grad_value = grad * gate
         if grad_mask_ptr is not None:
             grad_mask += tl.sum(grad_value * value, 1)
@@ -224,37 +225,37 @@ def _norm_in_bwd_kernel(
     row = i.to(tl.int64) * L + j
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
-    within = valid_m
     if lengths_ptr is not None:
         length = length_of(lengths_ptr, 0, L)
         within = valid_m & (first_row + i < length) & (j < length)
-        if not any_of(within):
-            store_zeros(grad_x_ptr, row * C, valid_m, C, BLOCK_K)
+        store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
+        valid_m = within
+        if not any_of(valid_m):
             return
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean = tl.load(mean_ptrs, mask=within, other=0.0)[:, None]
-    rstd = tl.load(mean_ptrs + stride_moments_n, mask=within, other=0.0)[:, None]
+    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
     first = None
     if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, within)
+        first = load_first(x_ptr, offs_x, valid_m)
 
     mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
     mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
     for start_k in range(0, C, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
         hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, within, C, EVEN_C).to(tl.float32)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
         grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
         mean_grad += tl.sum(grad, 1, keep_dims=True) * (1.0 / C)
         mean_grad_hat += tl.sum(grad * hat, 1, keep_dims=True) * (1.0 / C)
     for start_k in range(0, C, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
         hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, within, C, EVEN_C).to(tl.float32)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
         grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
         grad = rstd * (grad - mean_grad - hat * mean_grad_hat)
         store_tile(grad_x_ptr, row * C, offs_k, grad.to(dtype), valid_m, C, EVEN_C)

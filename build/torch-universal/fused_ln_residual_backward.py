@@ -20,7 +20,7 @@ The gradients of the parameters need no more than de^T t^ and the sums of de ove
 and the sums of dq (see `triton_backward`), so it is t^ and x^ that are written, in the dtype of x.
 
 Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where t
-and the moments may be no numbers; tiles of such pairs are filled with zeros and left.
+and the moments may be no numbers; tiles of such pairs are left once the zeros are written.
 """
 
 from typing import NamedTuple
@@ -97,20 +97,21 @@ def _fused_ln_residual_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
-    row = i.to(tl.int64) * L + j
-    within = valid_m
     if lengths_ptr is not None:
         length = length_of(lengths_ptr, 0, L)
         within = valid_m & (first_row + i < length) & (j < length)
-        if not any_of(within):
-            if grad_emit_ptr is not None:
-                store_zeros(grad_emit_ptr, row * C, valid_m, C, BLOCK_N)
-            if grad_gate_ptr is not None:
-                store_zeros(grad_gate_ptr, row * C, valid_m, C, BLOCK_N)
-            if hat_x_ptr is not None:
-                store_zeros(hat_x_ptr, row * C, valid_m, C, BLOCK_N)
-            if grad_drop_ptr is not None:
-                store_zeros(grad_drop_ptr, row * C, valid_m, C, BLOCK_N)
+        beyond = valid_m & ~within
+        offs_beyond = (i.to(tl.int64) * L + j) * C
+        if grad_emit_ptr is not None:
+            store_zeros(grad_emit_ptr, offs_beyond, beyond, C, BLOCK_N)
+        if grad_gate_ptr is not None:
+            store_zeros(grad_gate_ptr, offs_beyond, beyond, C, BLOCK_N)
+        if hat_x_ptr is not None:
+            store_zeros(hat_x_ptr, offs_beyond, beyond, C, BLOCK_N)
+        if grad_drop_ptr is not None:
+            store_zeros(grad_drop_ptr, offs_beyond, beyond, C, BLOCK_N)
+        valid_m = within
+        if not any_of(valid_m):
             if sums_ptr is not None:
                 both = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
                 store_zeros(sums_ptr, both * C, both >= 0, C, BLOCK_N)
@@ -121,22 +122,23 @@ def _fused_ln_residual_bwd_kernel(
     offs_grad = i.to(tl.int64) * stride_grad_i + j.to(tl.int64) * stride_grad_j
     offs_grad = tl.multiple_of(offs_grad, GRAD_ALIGNMENT)
     mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean_x = tl.load(mean_ptrs, mask=within, other=0.0)[:, None]
-    rstd_x = tl.load(mean_ptrs + stride_moments_n, mask=within, other=0.0)[:, None]
+    mean_x = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd_x = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
     offs_t = i.to(tl.int64) * stride_t_i + j
     # Groups of 16 positions share a row, and every stride of t is a multiple of 16.
     offs_t = tl.max_contiguous(tl.multiple_of(offs_t, 16), 16)
+    row = i.to(tl.int64) * L + j
     first_x = None
     first_t = None
     if dtype == tl.float32:
-        first_x = load_first(x_ptr, offs_x, within)
+        first_x = load_first(x_ptr, offs_x, valid_m)
         first_t = load_first(t_ptr, offs_t, valid_t)
     mean_t, rstd_t = row_moments(t_ptr, offs_t, stride_t_d, first_t, valid_t, eps_out, D, BLOCK_K)
 
     if hat_x_ptr is not None:
         for start_k in range(0, C, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C).to(tl.float32)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
             hat = normalise(x, offs_k, first_x, mean_x, rstd_x, None, None, C, EVEN_C)
             store_tile(hat_x_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
     mean_grad = tl.zeros([BLOCK_M], tl.float32)
@@ -145,7 +147,7 @@ def _fused_ln_residual_bwd_kernel(
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, C, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, within, C, EVEN_C)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
             z = normalise(
                 x.to(tl.float32), offs_k, first_x, mean_x, rstd_x,
                 norm_in_weight_ptr, norm_in_bias_ptr, C, EVEN_C,
@@ -175,7 +177,7 @@ def _fused_ln_residual_bwd_kernel(
             )  # fmt: skip
             emit = dot(n, emit_tile.T, emit, PRECISION)
         # The pads of t may be no numbers.
-        emit = tl.where(within[:, None], emit, 0.0)
+        emit = tl.where(valid_m[:, None], emit, 0.0)
 
         # A quarter of the columns at a time: what is read and written in layouts of its own would
         # be as many registers again.
@@ -185,7 +187,7 @@ def _fused_ln_residual_bwd_kernel(
         for quarter in tl.static_range(len(emits)):
             emit, gate = emits[quarter], gates[quarter]
             offs_n = start_n + quarter * emit.shape[1] + tl.arange(0, emit.shape[1])
-            grad = load_tile(grad_ptr, offs_grad, offs_n, stride_grad_c, within, C, EVEN_N)
+            grad = load_tile(grad_ptr, offs_grad, offs_n, stride_grad_c, valid_m, C, EVEN_N)
             grad = grad.to(tl.float32)
             biased = add_bias(emit, emit_bias_ptr, offs_n, C)
             if grad_drop_ptr is not None:
@@ -193,7 +195,7 @@ def _fused_ln_residual_bwd_kernel(
                 store_tile(grad_drop_ptr, row * C, offs_n, grad_drop, valid_m, C, EVEN_N)
             if drop_ptr is not None:
                 offs_drop = j.to(tl.int64) * stride_drop_j
-                drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, within, C, False)
+                drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 grad *= drop.to(tl.float32)
             grad_emit = grad * gate
             grad_gate = grad_emit * biased * (1.0 - gate)
@@ -252,18 +254,18 @@ def _norm_out_bwd_kernel(
     row = i.to(tl.int64) * L + j
     EVEN_D: tl.constexpr = D % BLOCK_N == 0
     offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
-    within = valid_m
     if lengths_ptr is not None:
         length = length_of(lengths_ptr, 0, L)
         within = valid_m & (first_row + i < length) & (j < length)
-        if not any_of(within):
-            if hat_ptr is not None:
-                zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-                store_tile(hat_ptr, row * D, offs_n, zeros, valid_m, D, EVEN_D)
+        if hat_ptr is not None:
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+            store_tile(hat_ptr, row * D, offs_n, zeros, valid_m & ~within, D, EVEN_D)
+        valid_m = within
+        if not any_of(valid_m):
             if grad_t_ptr is not None:
-                zeros = tl.zeros([BLOCK_N, BLOCK_M], dtype)
+                planes = tl.zeros([BLOCK_N, BLOCK_M], dtype)
                 _store_planes(
-                    grad_t_ptr, offs_n, offs_grad, stride_grad_d, zeros, valid_t, D, EVEN_D
+                    grad_t_ptr, offs_n, offs_grad, stride_grad_d, planes, valid_t, D, EVEN_D
                 )
             return
 
@@ -279,25 +281,23 @@ def _norm_out_bwd_kernel(
             grad = dot(grad_emit, emit_tile, grad, PRECISION)
 
     count = R.to(tl.int64) * L
-    mean_t = tl.load(rows_ptr + count + row, mask=within, other=0.0)[:, None]
-    rstd_t = tl.load(rows_ptr + 2 * count + row, mask=within, other=0.0)[:, None]
+    mean_t = tl.load(rows_ptr + count + row, mask=valid_m, other=0.0)[:, None]
+    rstd_t = tl.load(rows_ptr + 2 * count + row, mask=valid_m, other=0.0)[:, None]
     offs_t = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_t_i + j, 16), 16)
     t = load_tile(t_ptr, offs_t, offs_n, stride_t_d, valid_t, D, EVEN_D).to(tl.float32)
     first_t = None
     if dtype == tl.float32:
-        first_t = tl.load(rows_ptr + row, mask=within, other=0.0)[:, None]
+        first_t = tl.load(rows_ptr + row, mask=valid_m, other=0.0)[:, None]
     hat = normalise(t, offs_n, first_t, mean_t, rstd_t, None, None, D, EVEN_D)
-    if lengths_ptr is not None:
-        hat = tl.where(within[:, None], hat, 0.0)
     if hat_ptr is not None:
         store_tile(hat_ptr, row * D, offs_n, hat.to(dtype), valid_m, D, EVEN_D)
     if grad_t_ptr is not None:
-        mean_grad = tl.load(rows_ptr + 3 * count + row, mask=within, other=0.0)[:, None]
-        mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=within, other=0.0)[:, None]
+        mean_grad = tl.load(rows_ptr + 3 * count + row, mask=valid_m, other=0.0)[:, None]
+        mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
         grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
         grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
         # The pads of t may be no numbers.
-        grad = tl.where(within[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
+        grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
         _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6487e285fc"
+_BUILD_ID = "_esmfold2_trimul_kernel_0610a7091b"
 
 
 def _load_package() -> ModuleType:
