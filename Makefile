@@ -3,14 +3,16 @@ JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-test.txt requirements-peers.txt tools/pyproject.toml
+FUZZ_SUMMARY ?= out/fuzz.json
 UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
 
 .DEFAULT_GOAL := help
-.PHONY: help env fold test build lint clean
+.PHONY: help env fold test fuzz build lint clean
 
 help:
 	@echo "make fold   fold ubiquitin with the kernel and without it; the results go to out/"
 	@echo "make test   run the whole test suite"
+	@echo "make fuzz   10,000 random calls; CASES=500 SEED=7 says how many and which"
 	@echo "make env    set up $(VENV) alone; fold, test, build and lint do it when needed"
 	@echo "make build  write build/torch-universal from torch-ext"
 	@echo "make lint   check the Python code with ruff"
@@ -42,6 +44,14 @@ fold: env
 
 test: env
 	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+fuzz: CASES ?= 10000
+fuzz: SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
+fuzz: env
+	@echo "$(CASES) random calls with SEED=$(SEED); what came of them goes to $(FUZZ_SUMMARY)"
+	@mkdir -p $(dir $(FUZZ_SUMMARY))
+	FUZZ_CASES=$(CASES) FUZZ_SEED=$(SEED) FUZZ_SUMMARY=$(FUZZ_SUMMARY) \
+		$(VENV)/bin/python -m pytest tests/test_fuzz.py
 
 build: env
 	$(VENV)/bin/esmfold2-trimul build

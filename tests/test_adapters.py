@@ -671,6 +671,8 @@ def test_messages_of_patch(kernel):
     assert str(caught.value) == "model must be a torch.nn.Module; got str"
     with pytest.raises(ValueError) as caught:
         kernel.patch(nn.Identity(), families=["alphafold"])
+    with pytest.raises(TypeError, match="families must be names or None; got 3"):
+        kernel.patch(nn.Identity(), families=3)
     assert str(caught.value) == (
         "families must be of openfold, openfold3, protenix, boltz, esmfold2; got 'alphafold'"
     )

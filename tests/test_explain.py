@@ -144,6 +144,18 @@ def test_the_formula_of_torch_func(kernel):
     assert "at once" not in str(seen[0])
 
 
+def test_vmap_without_a_gradient_takes_the_usual_path(kernel):
+    problem = make_problem(3, 8)
+    seen = []
+
+    def call(x):
+        seen.append(kernel.explain(kernel.triangle_multiplicative_update, x, **problem.weights))
+        return x
+
+    torch.vmap(call)(problem.x)
+    assert seen[0].path == "aten"
+
+
 def test_an_empty_call(kernel):
     p = make_problem(3, 8)
     function = kernel.triangle_multiplicative_update

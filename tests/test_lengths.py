@@ -164,8 +164,10 @@ def gradients(kernel, problem, lengths, within, device, as_mask: bool, **options
         padding = torch.zeros_like(out) if p.residual is None else p.residual
         out = torch.where(within.to(device)[..., None], out, padding)
     else:
-        # Not poisoned in place: x is a leaf.
+        # Not poisoned in place: these are leaves.
         p.x = torch.where(within.to(device)[..., None], p.x, torch.nan)
+        if p.mask is not None:
+            p.mask = torch.where(within.to(device), p.mask, torch.nan)
         with memory_of_no_numbers():
             out = run(kernel, p, device, lengths=lengths.to(device), **options)
             out.backward(grad_of_output(problem).to(device))

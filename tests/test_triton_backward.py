@@ -151,6 +151,13 @@ def test_norm_weights_of_zero(backward):
     assert_gradients(backward(problem), problem, FLOAT32_BUDGET)
 
 
+def test_a_norm_weight_that_is_small_beside_its_bias(backward):
+    """The bias is no part of what is rounded: its rounding would be as large as t^ times g2."""
+    problem = make_problem(6, 16, dtype=torch.bfloat16)
+    problem.weights["norm_out_weight"] = problem.weights["norm_out_weight"] * 1e-3
+    assert_gradients(backward(problem), problem, 3e-2)
+
+
 @pytest.mark.parametrize("what", ["expanded", "turned", "sliced"])
 def test_gradients_and_x_of_any_strides(backward, what):
     problem = make_problem(6, 16, mask="soft")

@@ -163,8 +163,21 @@ class TestRefusals:
             call(kernel, problem, "cpu", inplace=True)
         assert str(caught.value) == (
             "residual must be pair itself, or share no memory with another argument, with "
-            "inplace=True"
+            f"inplace=True; got memory of {what}"
         )
+
+    def test_inplace_beside_what_is_no_tensor(self, kernel):
+        problem = make_problem(4, 16, residual=True)
+        problem.mask = [1.0]
+        with pytest.raises(TypeError, match="mask must be a torch.Tensor; got list"):
+            call(kernel, problem, "cpu", inplace=True)
+
+    def test_inplace_of_an_empty_batch(self, kernel):
+        """Tensors without elements have no memory to share."""
+        problem = make_problem(4, 16)
+        problem.x, problem.residual = torch.zeros(0, 4, 4, 16), torch.zeros(0, 4, 4, 16)
+        problem.mask = torch.ones(0, 4, 4)
+        assert call(kernel, problem, "cpu", inplace=True) is problem.residual
 
     def test_inplace_where_a_gradient_is_needed(self, kernel):
         problem = make_problem(4, 16, residual=True)

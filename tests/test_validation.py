@@ -6,6 +6,7 @@ The functions share their checks and differ in what they call the pair tensor: `
 import enum
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def test_good_arguments_are_accepted(call):
     assert call().shape == (B, L, L, C)
 
 
-@pytest.mark.parametrize("direction", ["Outgoing", "", None])
+@pytest.mark.parametrize("direction", ["Outgoing", "", None, np.array(["incoming"] * 2)])
 def test_direction(call, direction):
     message = f"direction must be 'outgoing' or 'incoming'; got {direction!r}"
     call.assert_refuses(ValueError, message, direction=direction)
@@ -157,6 +158,18 @@ def test_projections_are_required_beside_a_residual(call_with_residual, name):
 def test_p_in_weight_shape(call, shape):
     message = f"p_in_weight must be [2D, C] with C = 4, the channels of {{pair}}; got {shape}"
     call.assert_refuses(ValueError, message, p_in_weight=torch.ones(shape))
+
+
+@pytest.mark.parametrize("name, shape", [("g_in_weight", (0, C)), ("p_out_weight", (C, 0))])
+def test_a_projection_without_channels_beside_made_ones(call_with_biases, name, shape):
+    """It says nothing of D, and the message names it and not one that was made."""
+    hidden = {"p_in_weight": None, "g_in_weight": None, "p_out_weight": None}
+    given = {"norm_out_weight": None, "norm_out_bias": None}
+    symbols = {"g_in_weight": "[2D, C] = [8, 4]", "p_out_weight": "[C, D] = [4, 4]"}[name]
+    message = f"{name} must be {symbols}; got {shape}"
+    call_with_biases.assert_refuses(
+        ValueError, message, **hidden | given | {name: torch.ones(shape)}
+    )
 
 
 def wrong_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -300,17 +313,19 @@ def test_both_shapes_of_a_drop_mask_mean_the_same(call_with_residual):
     torch.testing.assert_close(call_with_residual(drop_mask=kept), kept * call_with_residual())
 
 
-BAD_EPS = [0, 0.0, -1e-9, -1, math.nan, math.inf, True, "1e-5", None, 1e-5j]
+# The last three are not positive and finite, or are no normal number, in float32.
+BAD_EPS = [0, 0.0, -1e-9, -1, math.nan, math.inf, True, "1e-5", None, 1e-5j, 1e-39, 1e39, 10**400]
 
 
 @pytest.mark.parametrize("eps", BAD_EPS)
 def test_eps(call, eps):
-    call.assert_refuses(ValueError, f"eps must be a positive finite number; got {eps!r}", eps=eps)
+    message = f"eps must be a positive finite number, in float32 too; got {eps!r}"
+    call.assert_refuses(ValueError, message, eps=eps)
 
 
 @pytest.mark.parametrize("eps", [eps for eps in BAD_EPS if eps is not None])
 def test_eps_out(call_with_residual, eps):
-    message = f"eps_out must be a positive finite number; got {eps!r}"
+    message = f"eps_out must be a positive finite number, in float32 too; got {eps!r}"
     call_with_residual.assert_refuses(ValueError, message, eps_out=eps)
 
 
@@ -367,7 +382,10 @@ def test_spellings_of_precision(submodule, word, spellings):
 
 
 def test_float16_has_no_bfloat16_precision(call):
-    message = "precision 'bfloat16' is for float32 and bfloat16 inputs; {pair} is torch.float16"
+    message = (
+        "precision must be another word than 'bfloat16' where {pair} is torch.float16; "
+        "got 'bfloat16'"
+    )
     call.assert_refuses(ValueError, message, precision="bfloat16", **half(torch.float16))
 
 
@@ -410,6 +428,13 @@ def test_lengths_of_64_bits_keep_their_meaning(call, lengths):
     assert torch.equal(call(lengths=torch.tensor(lengths)), call(lengths=inside))
 
 
+def test_lengths_of_one_sequence(call_with_biases):
+    message = "lengths must be one number, as x is one sequence; got (1,)"
+    call_with_biases.assert_refuses(
+        ValueError, message, pair=torch.ones(L, L, C), lengths=torch.ones(1, dtype=torch.int32)
+    )
+
+
 def test_lengths_of_another_kind(call):
     message = "lengths must be a torch.Tensor on cpu, made once for many calls; got list"
     call.assert_refuses(TypeError, message, lengths=[3, 2])
@@ -449,5 +474,14 @@ def test_what_is_no_pair_mask_has_no_lengths(kernel):
         kernel.lengths_from_mask(torch.ones(2, 3))
     with pytest.raises(TypeError, match="mask must be a torch.Tensor; got list"):
         kernel.lengths_from_mask([[1]])
+    with pytest.raises(ValueError, match="mask must be on a device that has numbers; got meta"):
+        kernel.lengths_from_mask(torch.ones(2, 2, device=META))
     with pytest.raises(TypeError, match="mask must be bool or real; got torch.complex64"):
         kernel.lengths_from_mask(torch.ones(2, 2, dtype=torch.complex64))
+
+
+def test_no_inplace_under_a_transform(kernel):
+    call = Call(kernel, "triangle_multiplicative_update_with_residual", False)
+    message = "inplace must be False under the transforms of torch.func; got True"
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(lambda x: call(pair=x, residual=x, inplace=True))(torch.ones(2, B, L, L, C))

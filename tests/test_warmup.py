@@ -116,9 +116,19 @@ def test_it_runs(kernel, on_triton, submodule, monkeypatch):
      "torch.float32 or None; got torch.float64"),
     ({"dtype": torch.int8}, TypeError,
      "dtype must be torch.bfloat16, torch.float16 or torch.float32; got torch.int8"),
-    ({"precision": "bf16"}, ValueError,
-     "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16'; got 'bf16'"),
+    ({"precision": "int8"}, ValueError,
+     "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
+     "cuEquivariance's TriMulPrecision other than MXFP8; got 'int8'"),
     ({"lengths": [0]}, ValueError, "lengths must be positive integers; got [0]"),
+    ({"lengths": 5}, TypeError, "lengths must be several, in a list or tuple; got 5"),
+    ({"channels": True}, ValueError, "channels must be a positive integer; got True"),
+    ({"mask_dtypes": torch.bool}, TypeError,
+     "mask_dtypes must be several, in a list or tuple; got torch.bool"),
+    ({"mask_dtypes": [torch.complex64]}, TypeError,
+     "mask_dtypes must be bool, real or None; got torch.complex64"),
+    ({"drop_mask_dtype": "bool"}, TypeError,
+     "drop_mask_dtype must be bool, real or None; got 'bool'"),
+    ({"device": "nonsense"}, ValueError, "device must be one of this machine; got 'nonsense'"),
 ])  # fmt: skip
 def test_refusals(kernel, on_triton, changes, error, message):
     with pytest.raises(error) as caught:

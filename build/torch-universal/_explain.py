@@ -109,7 +109,9 @@ def explain(
     if x.numel() == 0:
         reason = "the pair tensor is empty: nothing is computed"
         return Explanation(call, "aten", reason, peak=0.0, peak_bytes=0, notes=(), **nothing)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 or (
+        request.needs_grad and torch._C._are_functorch_transforms_active()
+    ):
         reason = "torch.func and forward-mode AD can follow it alone"
         return Explanation(
             call, "formula", reason, peak=None, peak_bytes=None, notes=(), **nothing

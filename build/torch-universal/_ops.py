@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_0610a7091b"
+_NAMESPACE = "_esmfold2_trimul_kernel_584502d9db"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -51,17 +51,24 @@ def warmup(
     """
     hidden = channels if hidden is None else hidden
     for name, value in (("channels", channels), ("hidden", hidden)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
     if norm_dtype is not None and norm_dtype not in COMPUTE_DTYPES:
         raise TypeError(
             "norm_dtype must be torch.bfloat16, torch.float16, torch.float32 or None; "
             f"got {norm_dtype}"
         )
+    mask_dtypes = _listed("mask_dtypes", mask_dtypes)
+    for mask_dtype in mask_dtypes:
+        _check_mask_dtype("mask_dtypes", mask_dtype)
+    _check_mask_dtype("drop_mask_dtype", drop_mask_dtype)
     check_memory(memory)
     if memory == "auto":
         raise ValueError("memory must be 'default' or 'lean' for warmup; got 'auto'")
-    device = torch.empty(0, device=device).device  # with its index
+    try:
+        device = torch.empty(0, device=device).device  # with its index
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be one of this machine; got {device!r}") from error
     path = execution_path(device, dtype)
     if path.name != "triton":
         raise ValueError(f"device must run the Triton kernels: {path.reason}; got {device}")
@@ -81,7 +88,9 @@ def warmup(
 
     run = triton_path.run_triton if memory == "default" else triton_path.run_triton_lean
     target = device_target(device)
-    lengths = class_lengths(target.target, target.name) if lengths is None else list(lengths)
+    if lengths is None:
+        lengths = class_lengths(target.target, target.name)
+    lengths = _listed("lengths", lengths)
     if not all([isinstance(length, int) and length > 0 for length in lengths]):
         raise ValueError(f"lengths must be positive integers; got {lengths}")
     with current_device(x):
@@ -94,3 +103,14 @@ def warmup(
                     inplace=False, class_length=length,
                 )
             )  # fmt: skip
+
+
+def _check_mask_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype.is_complex):
+        raise TypeError(f"{name} must be bool, real or None; got {dtype!r}")
+
+
+def _listed(name: str, values: Iterable) -> list:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several, in a list or tuple; got {values!r}")
+    return list(values)

@@ -174,7 +174,7 @@ def run_triton_backward(
         zeros(wanted.in_sums or wanted.out_gate_sums, in_rows),
     )  # fmt: skip
     stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
-    emit_means = _emit_means(weights) if wanted.stage_1 else (None, None)
+    emit_means = _emit_means(weights)
     with _vendor_precision(call.precision, x.dtype):
         for entry in range(batch if length else 0):
             one = slice(entry, entry + 1)
@@ -204,7 +204,7 @@ class _Sequence(NamedTuple):
     totals: _Totals
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
     stacked: Tensor  # [Wp; Wg; Wo], [4D + C, C]
-    emit_means: tuple[Tensor | None, Tensor | None]
+    emit_means: tuple[Tensor, Tensor | None]
 
     def run(self, grad_out: Tensor, product: Tensor | None, moments: Tensor | None) -> None:
         """grad_out [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch]."""

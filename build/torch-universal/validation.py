@@ -18,6 +18,8 @@ DIRECTIONS = ("outgoing", "incoming")
 MEMORY_MODES = ("auto", "default", "lean")
 RECOMPUTE_MODES = ("product", "all")
 LENGTHS_DTYPES = (torch.int32, torch.int64)
+# The kernels take eps in float32, where less than its least normal number may be flushed to 0.
+_EPS_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 # The public words for `precision`, in lower case, and what the kernels call them; "default" leaves
 # it to torch's setting. "DEFAULT" is cuEquivariance's word for Triton's own default.
 PRECISIONS = {
@@ -52,7 +54,7 @@ class Weights(NamedTuple):
 
 
 def check_direction(direction: str) -> None:
-    if direction not in DIRECTIONS:
+    if not _is_word(direction, DIRECTIONS):
         raise ValueError(f"direction must be 'outgoing' or 'incoming'; got {direction!r}")
 
 
@@ -145,7 +147,8 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
         return weights
     channels = hidden = pair.shape[-1]
     for given, axis, per_channel in ((value, 0, 2), (gate, 0, 2), (emit, 1, 1)):
-        if isinstance(given, Tensor) and given.ndim == 2:
+        # One without a channel is refused by `check_weights`, by its name.
+        if isinstance(given, Tensor) and given.ndim == 2 and given.shape[axis] >= per_channel:
             hidden = given.shape[axis] // per_channel
             break
     shapes = {
@@ -209,10 +212,10 @@ def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> T
     if lengths.dtype not in LENGTHS_DTYPES:
         raise TypeError(f"lengths must be torch.int32 or torch.int64; got {lengths.dtype}")
     if not _broadcasts_to(lengths.shape, leading):
-        raise ValueError(
-            f"lengths must broadcast to {list(leading)}, one for each sequence of {pair_name}; "
-            f"got {tuple(lengths.shape)}"
-        )
+        wanted = f"be one number, as {pair_name} is one sequence"
+        if leading:
+            wanted = f"broadcast to {list(leading)}, one for each sequence of {pair_name}"
+        raise ValueError(f"lengths must {wanted}; got {tuple(lengths.shape)}")
     _check_device("lengths", lengths, pair_name, pair)
     if lengths.dtype == torch.int64:  # a large one would be another number in 32 bits
         lengths = lengths.clamp(0, pair.shape[-2])
@@ -239,6 +242,8 @@ def lengths_from_mask(mask: Tensor) -> Tensor:
     if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
         raise ValueError(f"mask must be [..., L, L]; got {tuple(mask.shape)}")
     _check_mask_dtype("mask", mask)
+    if mask.is_meta:
+        raise ValueError("mask must be on a device that has numbers; got meta")
     length = mask.shape[-1]
     real = mask != 0
     lengths = real.diagonal(dim1=-2, dim2=-1).sum(-1).to(torch.int32)
@@ -290,41 +295,50 @@ def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
 
 
 def check_memory(memory: str, name: str = "memory") -> None:
-    if memory not in MEMORY_MODES:
+    if not _is_word(memory, MEMORY_MODES):
         raise ValueError(f"{name} must be 'auto', 'default' or 'lean'; got {memory!r}")
 
 
 def check_recompute(recompute: str, name: str = "recompute") -> None:
-    if recompute not in RECOMPUTE_MODES:
+    if not _is_word(recompute, RECOMPUTE_MODES):
         raise ValueError(f"{name} must be 'product' or 'all'; got {recompute!r}")
 
 
+_BESIDE_RESIDUAL = ("mask", "drop_mask", "lengths", *Weights._fields)
+
+
 def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: tuple) -> None:
-    """Whether the result may be written over `residual`; `others` are the call's other tensors."""
+    """Whether the result may be written over `residual`; `others` are `_BESIDE_RESIDUAL`."""
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be a bool; got {type(inplace).__name__}")
     if not inplace:
         return
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("inplace must be False under the transforms of torch.func; got True")
     if residual is None:
         raise ValueError("inplace writes the result over residual, which must be given; got None")
     if not residual.is_contiguous():
         raise ValueError(
             f"residual must be contiguous with inplace=True; got strides {residual.stride()}"
         )
+    if residual.numel() == 0:
+        return
     same = residual.data_ptr() == pair.data_ptr() and residual.stride() == pair.stride()
     memory = residual.untyped_storage().data_ptr()
-    if (not same and pair.untyped_storage().data_ptr() == memory) or any(
-        other is not None and other.untyped_storage().data_ptr() == memory for other in others
-    ):
-        raise ValueError(
-            "residual must be pair itself, or share no memory with another argument, with "
-            "inplace=True"
-        )
+    others = (None if same else pair, *others)
+    for name, other in zip(("pair", *_BESIDE_RESIDUAL), others, strict=True):
+        # What is no tensor is refused by its own check.
+        if isinstance(other, Tensor) and other.untyped_storage().data_ptr() == memory:
+            raise ValueError(
+                "residual must be pair itself, or share no memory with another argument, with "
+                f"inplace=True; got memory of {name}"
+            )
 
 
 def check_eps(name: str, eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
-        raise ValueError(f"{name} must be a positive finite number; got {eps!r}")
+    least, most = _EPS_RANGE
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not least <= eps <= most:
+        raise ValueError(f"{name} must be a positive finite number, in float32 too; got {eps!r}")
 
 
 def resolve_precision(
@@ -348,7 +362,8 @@ def resolve_precision(
         )
     if kernel_word == "bf16" and pair.dtype == torch.float16:
         raise ValueError(
-            f"precision 'bfloat16' is for float32 and bfloat16 inputs; {pair_name} is {pair.dtype}"
+            "precision must be another word than 'bfloat16' where "
+            f"{pair_name} is torch.float16; got {precision!r}"
         )
     return kernel_word
 
@@ -359,6 +374,10 @@ def torch_allows_tf32() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # torch refuses to say where the setting of torch 2.9 was used
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _is_word(value: str, words: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value in words
 
 
 def _check_is_tensor(name: str, value: Tensor) -> None:

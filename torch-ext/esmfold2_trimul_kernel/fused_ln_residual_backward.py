@@ -1,12 +1,12 @@
 """Stage 3's backward, for some rows of one sequence: what reaches the projections, the gate and t.
 
-    n = LayerNorm(t; g2, b2), e = n We^T + be                          t [D, R, pitch], planes
+    e = (g2 t^) We^T + We b2 + be,  t^ = (t - mean) rstd               t [D, R, pitch], planes
     z = LayerNorm(x; g1, b1), o = sigmoid(z Wo^T + bo)                 x [R, L, C], any strides
     dy = drop_mask * grad_out, out = residual + drop_mask * e * o      grad_out [R, L, C]
 
     de = dy o                        [R*L, C]      the gradient of e
     dq = dy e o (1 - o)              [R*L, C]      that of the gate before its sigmoid
-    dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),  dn = de We, t^ = (t - mean) rstd
+    dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),  dn = de We
 
 Two kernels: the first recomputes e and o and writes de and dq, the second is the GEMM dn = de We
 with the LayerNorm's backward behind it, and writes t^. Both means over the D channels of a row are
@@ -14,7 +14,10 @@ sums over its C channels of de, which the first kernel has at hand, so that no p
 row of dn:
 
     mean(g2 dn)    = sum_c de_c u_c,                u = We g2 / D
-    mean(g2 dn t^) = sum_c de_c (We n - We b2)_c / D,           as n = g2 t^ + b2
+    mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D
+
+So b2 takes no part in the GEMM: where it is much larger than g2 t^, the rounding of their sum would
+be large beside g2 t^ too.
 
 The gradients of the parameters need no more than de^T t^ and the sums of de over the rows, dq^T x^
 and the sums of dq (see `triton_backward`), so it is t^ and x^ that are written, in the dtype of x.
@@ -66,7 +69,7 @@ from .validation import Weights
 def _fused_ln_residual_bwd_kernel(
     t_ptr, t_planes, x_ptr, moments_ptr, grad_ptr, drop_ptr, lengths_ptr,
     grad_emit_ptr, grad_gate_ptr, hat_x_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
-    norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
+    norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
     R, L, pitch, first_row, eps_out,
     stride_t_d, stride_t_i,
@@ -167,15 +170,15 @@ def _fused_ln_residual_bwd_kernel(
                 t = t_planes.load([start_k, start_m]).T
             else:
                 t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D)
-            n = normalise(
+            scaled = normalise(
                 t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
-                norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
+                norm_out_weight_ptr, None, D, EVEN_D,
             ).to(dtype)  # fmt: skip
             emit_tile = load_weight(
                 emit_weight, start_n, start_k, stride_emit_n, stride_emit_k,
                 C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
-            emit = dot(n, emit_tile.T, emit, PRECISION)
+            emit = dot(scaled, emit_tile.T, emit, PRECISION)
         # The pads of t may be no numbers.
         emit = tl.where(valid_m[:, None], emit, 0.0)
 
@@ -189,7 +192,8 @@ def _fused_ln_residual_bwd_kernel(
             offs_n = start_n + quarter * emit.shape[1] + tl.arange(0, emit.shape[1])
             grad = load_tile(grad_ptr, offs_grad, offs_n, stride_grad_c, valid_m, C, EVEN_N)
             grad = grad.to(tl.float32)
-            biased = add_bias(emit, emit_bias_ptr, offs_n, C)
+            biased = add_bias(emit, emit_shift_ptr, offs_n, C)
+            biased = add_bias(biased, emit_bias_ptr, offs_n, C)
             if grad_drop_ptr is not None:
                 grad_drop = (grad * biased * gate).to(dtype)
                 store_tile(grad_drop_ptr, row * C, offs_n, grad_drop, valid_m, C, EVEN_N)
@@ -214,8 +218,7 @@ def _fused_ln_residual_bwd_kernel(
             if rows_ptr is not None:
                 scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
                 mean_grad += tl.sum(grad_emit * scale, 1)
-                shift = load_channels(emit_shift_ptr, offs_n, 0.0, C, EVEN_N)
-                mean_grad_hat += tl.sum(grad_emit * (emit - shift), 1)
+                mean_grad_hat += tl.sum(grad_emit * emit, 1)
 
     if rows_ptr is not None:
         count = R.to(tl.int64) * L
@@ -349,8 +352,7 @@ def fused_ln_residual_bwd(
     """
     prepared.launch(
         rows.t, *rows, *out,
-        weights.norm_in_weight, weights.norm_in_bias,
-        weights.norm_out_weight, weights.norm_out_bias,
+        weights.norm_in_weight, weights.norm_in_bias, weights.norm_out_weight,
         weights.p_out_weight, weights.p_out_bias, weights.g_out_weight, weights.g_out_bias,
         *emit_means,
     )  # fmt: skip
@@ -395,7 +397,7 @@ def prepare_ln_residual_bwd(
         _fused_ln_residual_bwd_kernel,
         triton.cdiv(count * pitch, block_m),
         [
-            None, t_planes, *[None] * 15,  # x to sums, the norms
+            None, t_planes, *[None] * 14,  # x to sums, the norms
             emit_arg, None, gate_arg, None, None, None,
             count, length, pitch, first_row, eps_out,
             *t.stride()[:2],
@@ -405,7 +407,7 @@ def prepare_ln_residual_bwd(
             *drop_strides,
             *emit.stride(), *gate.stride(),
         ],
-        tuple(range(23)),
+        tuple(range(22)),
         dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_0610a7091b"
+_BUILD_ID = "_esmfold2_trimul_kernel_584502d9db"
 
 
 def _load_package() -> ModuleType:

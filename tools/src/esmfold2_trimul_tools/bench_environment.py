@@ -42,8 +42,8 @@ def describe_environment(
         for dtype in settings.dtypes
     }
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -64,7 +64,7 @@ def describe_environment(
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor as Linux names it, or as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,0 +1,258 @@
+"""Calls with one or two wrong arguments: every argument of the two public functions, in every way.
+
+A wrong argument is known by its name in `WRONG`, such as "p_in_weight: one more in axis 0".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from fuzzing import BIASES, NORMS, PROJECTIONS, UPDATE, WITH_RESIDUAL
+from helpers import DTYPES
+from hypothesis import strategies as st
+from test_validation import Mxfp8
+from torch import Tensor
+
+B, L, C, D = 2, 3, 4, 5
+TOO_LONG = 46_337
+Arguments = dict[str, Any]
+PAIR = (B, L, L, C)
+SHAPES = {
+    "norm_in_weight": (C,),
+    "norm_in_bias": (C,),
+    "p_in_weight": (2 * D, C),
+    "p_in_bias": (2 * D,),
+    "g_in_weight": (2 * D, C),
+    "g_in_bias": (2 * D,),
+    "norm_out_weight": (D,),
+    "norm_out_bias": (D,),
+    "p_out_weight": (C, D),
+    "p_out_bias": (C,),
+    "g_out_weight": (C, C),
+    "g_out_bias": (C,),
+    "residual": PAIR,
+    "drop_mask": (B, 1, L, C),
+    "mask": (B, L, L),
+    "lengths": (B,),
+}
+OF_RESIDUAL = ("residual", "drop_mask", "eps_out", "inplace")
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """What to put in the place of a good argument."""
+
+    names: tuple[str, ...]  # of the arguments that the message may name
+    value: Callable[[Arguments], Any]  # of the good arguments
+    function: str | None = None  # for this function alone
+    others: Callable[[Arguments], Arguments] = lambda arguments: {}  # that it needs beside it
+
+
+@dataclass(frozen=True)
+class WrongCall:
+    function: str
+    dtype: torch.dtype
+    given: tuple[str, ...]  # of the arguments that may be absent
+    with_grad: bool
+    wrong: tuple[str, ...]  # keys of WRONG
+
+
+def _ones(*shape: int, dtype: torch.dtype | None = None) -> Callable[[Arguments], Tensor]:
+    """In the pair's dtype unless another is given."""
+    return lambda arguments: torch.ones(shape, dtype=dtype or arguments["pair"].dtype)
+
+
+def _with_p_in_weight(arguments: Arguments) -> Arguments:
+    return {"p_in_weight": good("p_in_weight", arguments["pair"].dtype)}
+
+
+def _constant(value: object) -> Callable[[Arguments], object]:
+    return lambda arguments: value
+
+
+def _to(name: str, target: object) -> Callable[[Arguments], Tensor]:
+    """A good value in another dtype or on another device."""
+    return lambda arguments: good(name, arguments["pair"].dtype).to(target)
+
+
+def _wrong_shapes(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    shapes = {"an axis more at the end": (*shape, 2), "an axis of 0": (0, *shape[1:])}
+    for axis, extent in enumerate(shape):
+        # One row more of p_in_weight is half a channel; two would make the others wrong.
+        shapes[f"one more in axis {axis}"] = (*shape[:axis], extent + 1, *shape[axis + 1 :])
+    if name not in ("mask", "lengths"):
+        shapes |= {"an axis more": (1, *shape), "an axis less": shape[1:], "no axis": ()}
+    if len(set(shape)) > 1 and name != "mask":
+        shapes["turned"] = shape[::-1]
+    return shapes
+
+
+def _all_wrong() -> dict[str, Wrong]:
+    found: dict[str, Wrong] = {}
+
+    def add(name: str, how: str, value: Callable, **options) -> None:
+        function = WITH_RESIDUAL if name in OF_RESIDUAL else None
+        function = UPDATE if name in BIASES else options.pop("function", function)
+        names = options.pop("names", (name,))
+        found[f"{name}: {how}"] = Wrong(names, value, function, **options)
+
+    for name, shape in SHAPES.items():
+        # D is that of the first projection that is given: p_out_weight is wrong beside another.
+        options = {"others": _with_p_in_weight} if name == "p_out_weight" else {}
+        dtype = torch.int32 if name == "lengths" else None
+        for how, wrong in _wrong_shapes(name, shape).items():
+            value = _ones(*wrong, dtype=dtype)
+            add(name, how, value, **options)
+    for name in ("pair", *SHAPES):
+        add(name, "a list", _constant([1.0]))
+        add(name, "a number", _constant(0.5))
+        add(name, "an array", _constant(np.ones(SHAPES.get(name, PAIR), np.float32)))
+        add(name, "a word", _constant("ones"))
+        add(name, "on another device", _to(name, "meta"))
+        add(name, "complex", _to(name, torch.complex64))
+        if name not in ("mask", "drop_mask", "lengths"):
+            for dtype in (torch.float64, torch.int32, torch.bool):
+                add(name, str(dtype), _to(name, dtype))
+    del found["pair: on another device"]  # then it is the others that are elsewhere
+    for name in PROJECTIONS:
+        add(name, "None", _constant(None), function=WITH_RESIDUAL)
+        add(name, "another of the dtypes", lambda a, name=name: good(name, _other(a)))
+    for dtype in (torch.float32, torch.bool, torch.int16):
+        add("lengths", str(dtype), _to("lengths", dtype))
+
+    for shape in ((L, C), (B, L, L + 1, C), (B, L + 1, L, C), (B, L, L, 0), (C,), ()):
+        add("pair", f"{shape}", _ones(*shape))
+    for shape in ((L, L, C), (1, B, L, L, C)):
+        add("pair", f"{shape} beside a residual", _ones(*shape), function=WITH_RESIDUAL)
+    add(
+        "pair", "too long",
+        lambda a: torch.empty(1, TOO_LONG, TOO_LONG, 1, dtype=a["pair"].dtype, device="meta"),
+    )  # fmt: skip
+    for shape in ((3, 1, 1), (2, 3, L, L), (L + 1,), (0,)):
+        add("mask", f"{shape}", _ones(*shape))
+    add("mask", "more axes beside a residual", _ones(1, B, L, L), function=WITH_RESIDUAL)
+    for shape in ((B, L, C), (1, 1, L, C), (L, C), (B * L, 1), (B * L,)):
+        add("drop_mask", f"{shape}", _ones(*shape))
+
+    words = ("Outgoing", "", None, 0, b"outgoing", ["outgoing"], np.array(["incoming"] * 2))
+    for word in (*words, torch.ones(2)):
+        add("direction", repr(word), _constant(word))
+    for name in ("memory", "recompute"):
+        for word in ("", "Lean", None, True, ["lean"], np.array(["all", "lean"]), torch.ones(2)):
+            add(name, repr(word), _constant(word))
+    for word in ("highest", "", True, 4, 6, 1.0, b"IEEE", torch.float32, [3], Mxfp8.MXFP8):
+        add("precision", repr(word), _constant(word))
+    add(
+        "precision", "bfloat16 of float16", _constant("bfloat16"),
+        others=lambda a: {
+            name: value.half() for name, value in a.items()
+            if isinstance(value, Tensor) and name in ("pair", "residual", *PROJECTIONS)
+        },
+    )  # fmt: skip
+    numbers = (0, 0.0, -1e-9, -1, math.nan, math.inf, -math.inf, True, "1e-5", 1e-5j, 10**400)
+    for number in (*numbers, 1e-60, torch.tensor(1e-5), np.ones(2), [1e-5]):
+        shown = "10**400" if number is numbers[-1] else repr(number)
+        add("eps", shown, _constant(number))
+        add("eps_out", shown, _constant(number))
+    add("eps", "None", _constant(None))
+    for value in (1, 0, None, "yes", torch.tensor(True)):
+        add("inplace", repr(value), _constant(value))
+    add(
+        "inplace", "without a residual", _constant(True), names=("inplace", "residual"),
+        others=lambda a: {"residual": None},
+    )  # fmt: skip
+    add(
+        "inplace", "with a gradient", _constant(True),
+        others=lambda a: {
+            "residual": torch.ones(PAIR, dtype=a["pair"].dtype),
+            "p_in_weight": good("p_in_weight", a["pair"].dtype).requires_grad_(),
+        },
+    )  # fmt: skip
+
+    def into(name: str, residual: Callable, value: Callable | None = None) -> None:
+        """Inplace, into this residual, with an argument made of it."""
+
+        def others(arguments: Arguments) -> Arguments:
+            target = residual(arguments)
+            return {"residual": target} | ({} if value is None else {name: value(target)})
+
+        add("inplace", f"into {name}", _constant(True), names=("residual",), others=others)
+
+    into("turned memory", lambda a: _ones(*PAIR)(a).transpose(1, 2).contiguous().transpose(1, 2))
+    into("shared memory", lambda a: _ones(1, L, L, C)(a).expand(PAIR))
+    into("mask", _ones(*PAIR), lambda residual: residual[..., 0])
+    into("drop_mask", _ones(*PAIR), lambda residual: residual[:, :1])
+    into("p_out_bias", _ones(*PAIR), lambda residual: residual[0, 0, 0])
+    into("norm_in_weight", _ones(*PAIR), lambda residual: residual[0, 0, 0])
+    into("g_out_weight", _ones(*PAIR), lambda residual: residual.view(-1, C)[:C])
+    into("pair", _ones(*PAIR), lambda residual: residual.transpose(1, 2))
+    del found["inplace: into p_out_bias"]  # it is the other function that has biases
+    return found
+
+
+def _other(arguments: Arguments) -> torch.dtype:
+    return torch.float16 if arguments["pair"].dtype != torch.float16 else torch.float32
+
+
+def good(name: str, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if name == "lengths":
+        return torch.tensor([3, 2])
+    value = torch.rand(SHAPES.get(name, PAIR), generator=generator)
+    return value.to(dtype)
+
+
+WRONG = _all_wrong()
+
+
+@st.composite
+def wrong_calls(draw) -> WrongCall:
+    function = draw(st.sampled_from((UPDATE, WITH_RESIDUAL)))
+    wrong = [key for key, some in WRONG.items() if some.function in (None, function)]
+    # By argument first, so that each is drawn as often as the others.
+    names = sorted({key.split(":")[0] for key in wrong})
+    some = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
+    keys = [draw(st.sampled_from([k for k in wrong if k.split(":")[0] == n])) for n in some]
+    optional = [*NORMS, "mask", "lengths"]
+    # Where no projection says what D is, it is C; so one always does.
+    of_update = [*BIASES, *(name for name in PROJECTIONS if name != "p_out_weight")]
+    optional += of_update if function == UPDATE else ["residual", "drop_mask"]
+    absent = draw(st.sets(st.sampled_from(optional)))
+    return WrongCall(
+        function,
+        draw(st.sampled_from(DTYPES)),
+        tuple([name for name in optional if name not in absent]),
+        draw(st.booleans()),
+        tuple(keys),
+    )
+
+
+def arguments_of(call: WrongCall) -> tuple[Arguments, set[str]]:
+    """The arguments, and those that an error message may name."""
+    required = ("p_out_weight",) if call.function == UPDATE else PROJECTIONS
+    names = ("pair", *required, *call.given)
+    arguments: Arguments = {name: good(name, call.dtype) for name in names}
+    arguments["direction"] = "outgoing"
+    if call.function == WITH_RESIDUAL:
+        arguments = dict.fromkeys((*NORMS, "residual", "drop_mask")) | arguments
+    may_be_named = set()
+    given = dict(arguments)
+    for key in call.wrong:
+        wrong = WRONG[key]
+        given |= wrong.others(arguments)
+    for key in call.wrong:
+        given[key.split(":")[0]] = WRONG[key].value(arguments)
+        may_be_named |= set(WRONG[key].names)
+    if call.with_grad and not any(key.startswith("inplace: into") for key in call.wrong):
+        for value in given.values():
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                value.requires_grad_()
+    if call.function == UPDATE:
+        given["x"] = given.pop("pair")
+        may_be_named = {"x" if name == "pair" else name for name in may_be_named}
+    return given, may_be_named
