@@ -481,7 +481,12 @@ def test_what_is_no_pair_mask_has_no_lengths(kernel):
 
 
 def test_no_inplace_under_a_transform(kernel):
-    call = Call(kernel, "triangle_multiplicative_update_with_residual", False)
+    weights = {name: torch.ones(shape) for name, shape in WEIGHT_SHAPES.items()}
+    function = kernel.triangle_multiplicative_update_with_residual
+
+    def call(x):
+        return function(x, "outgoing", x, None, inplace=True, **weights)
+
     message = "inplace must be False under the transforms of torch.func; got True"
     with pytest.raises(ValueError, match=message):
-        torch.vmap(lambda x: call(pair=x, residual=x, inplace=True))(torch.ones(2, B, L, L, C))
+        torch.vmap(call)(torch.ones(2, B, L, L, C))

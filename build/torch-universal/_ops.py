@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_584502d9db"
+_NAMESPACE = "_esmfold2_trimul_kernel_3917529c9c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

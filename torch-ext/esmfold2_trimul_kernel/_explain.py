@@ -109,14 +109,18 @@ def explain(
     if x.numel() == 0:
         reason = "the pair tensor is empty: nothing is computed"
         return Explanation(call, "aten", reason, peak=0.0, peak_bytes=0, notes=(), **nothing)
-    if forward_ad._current_level >= 0 or (
-        request.needs_grad and torch._C._are_functorch_transforms_active()
-    ):
+    transformed = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or (request.needs_grad and transformed):
         reason = "torch.func and forward-mode AD can follow it alone"
         return Explanation(
             call, "formula", reason, peak=None, peak_bytes=None, notes=(), **nothing
         )
     path = execution_path(x.device, x.dtype)
+    if transformed:
+        note = "vmap runs one call for each entry: explain one of them for its launches and memory"
+        return Explanation(
+            call, path.name, path.reason, peak=None, peak_bytes=None, notes=(note,), **nothing
+        )
     explain_path = _explain_aten if path.name == "aten" else _explain_triton
     found = explain_path(call, path.reason, request)
     return found if x.data_ptr() == given.data_ptr() else _with_copy(found, request)

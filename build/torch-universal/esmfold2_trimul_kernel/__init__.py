@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_584502d9db"
+_BUILD_ID = "_esmfold2_trimul_kernel_3917529c9c"
 
 
 def _load_package() -> ModuleType:
