@@ -26,7 +26,9 @@ from fuzzing import (  # noqa: E402
     GPU,
     GRADIENTS,
     INTERPRETER,
+    NORMS,
     UPDATE,
+    WITH_RESIDUAL,
     Call,
     Case,
     Exact,
@@ -43,7 +45,13 @@ from fuzzing import (  # noqa: E402
 from helpers import DTYPES  # noqa: E402
 from hypothesis import HealthCheck, Phase  # noqa: E402
 from torch import Tensor  # noqa: E402
-from wrong_calls import arguments_of, wrong_calls  # noqa: E402
+from wrong_calls import (  # noqa: E402
+    WrongCall,
+    arguments_of,
+    optional_of,
+    wrong_calls,
+    wrong_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = int(os.environ.get("FUZZ_CASES", 300))
@@ -132,13 +140,26 @@ def test_triton(kernel, record, on_triton, case):
 
 @fuzz("wrong", wrong_calls())
 def test_wrong_arguments(kernel, record, call):
+    error = refusal_of(kernel, call)
+    record.counts["wrong arguments"].update(["calls", type(error).__name__])
+
+
+@pytest.mark.parametrize("function", [UPDATE, WITH_RESIDUAL])
+def test_each_wrong_argument_alone(kernel, function):
+    for key in wrong_of(function):
+        for given in ((), optional_of(function)):
+            refusal_of(kernel, WrongCall(function, torch.float32, given, False, (key,)))
+
+
+def refusal_of(kernel, call: WrongCall) -> Exception:
+    """What a wrong call ends in: a documented error about one of its wrong arguments."""
     arguments, named = arguments_of(call)
     error = error_of(getattr(kernel, call.function), arguments)
     message = str(error)
-    assert isinstance(error, (ValueError, TypeError, NotImplementedError)), repr(error)
-    assert any(re.search(rf"\b{name}\b", message) for name in named), message
-    assert message.split()[0] in arguments and "got " in message, message
-    record.counts["wrong arguments"].update(["calls", type(error).__name__])
+    assert isinstance(error, (ValueError, TypeError, NotImplementedError)), (call, error)
+    assert any(re.search(rf"\b{name}\b", message) for name in named), (call, message)
+    assert message.split()[0] in arguments and "got " in message, (call, message)
+    return error
 
 
 def error_of(function, arguments: dict) -> Exception | None:
@@ -195,9 +216,9 @@ def check_output(case: Case, call: Call, found: Oracle, out: Tensor) -> dict[str
     if case.lengths is not None:
         padding = torch.where(found.padding, found.out, 0.0)
         assert torch.equal(torch.where(found.padding, got, 0.0), padding)
-    if found.as_rounded is not None:
-        share = share_of_rounding(got, found)
-        assert share < 0.5, f"a norm's parameters are rounded to {case.dtype} ({share:.2f})"
+    for name in found.as_rounded:
+        share = share_of_rounding(got, found, name)
+        assert share < 0.5, f"{name} is rounded to {case.dtype}: {share:.2f} of what that does"
     compared = (torch.where(found.well, some, 0.0) for some in (got, found.out, *found.drawn))
     got, wanted, *drawn = compared
     return {"output": ratio(got, wanted, drawn, found.budget)}
@@ -250,3 +271,23 @@ def test_random_errors_are_of_the_size_of_plain_pytorchs(dtype):
     error, drawn = (float((some.double() - found.out).norm()) for some in (plain, found.drawn[0]))
     most = 2 if dtype != torch.float32 else 6  # where sums of other orders have other errors
     assert 0.7 * error < drawn < most * error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["aten", "triton"])
+def test_norm_weights_are_used_as_they_are(kernel, request, path, dtype):
+    """In 16 bits their rounding is lost among others, but for its direction."""
+    device = request.getfixturevalue("on_triton") if path == "triton" else "cpu"
+    vectors = dict.fromkeys(NORMS, torch.float32)
+    case = dataclasses.replace(
+        PLAIN, dtype=dtype, length=24, channels=32, hidden=16, vectors=vectors
+    )
+    call = make(case, device, lecun)
+    found = oracle(case, call.values, path == "triton", device != "cpu")
+    function = getattr(kernel, case.function)
+    out = function(**call.arguments).cpu().double()
+    for name in ("norm_in_weight", "norm_out_weight"):
+        assert share_of_rounding(out, found, name) < 0.5, name
+        rounded = call.arguments | {name: call.arguments[name].to(dtype)}
+        off = function(**rounded).cpu().double()
+        assert share_of_rounding(off, found, name) > 0.5, name

@@ -210,26 +210,33 @@ def good(name: str, dtype: torch.dtype) -> Tensor:
 WRONG = _all_wrong()
 
 
+def wrong_of(function: str) -> list[str]:
+    """The keys of WRONG for a function."""
+    return [key for key, wrong in WRONG.items() if wrong.function in (None, function)]
+
+
+def optional_of(function: str) -> tuple[str, ...]:
+    """The tensors that a good call of a function may lack."""
+    optional = (*NORMS, "mask", "lengths")
+    if function == WITH_RESIDUAL:
+        return (*optional, "residual", "drop_mask")
+    # Where no projection says what D is, it is C; so one always does.
+    return (*optional, *BIASES, *(name for name in PROJECTIONS if name != "p_out_weight"))
+
+
 @st.composite
 def wrong_calls(draw) -> WrongCall:
     function = draw(st.sampled_from((UPDATE, WITH_RESIDUAL)))
-    wrong = [key for key, some in WRONG.items() if some.function in (None, function)]
+    keys = wrong_of(function)
     # By argument first, so that each is drawn as often as the others.
-    names = sorted({key.split(":")[0] for key in wrong})
+    names = sorted({key.split(":")[0] for key in keys})
     some = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
-    keys = [draw(st.sampled_from([k for k in wrong if k.split(":")[0] == n])) for n in some]
-    optional = [*NORMS, "mask", "lengths"]
-    # Where no projection says what D is, it is C; so one always does.
-    of_update = [*BIASES, *(name for name in PROJECTIONS if name != "p_out_weight")]
-    optional += of_update if function == UPDATE else ["residual", "drop_mask"]
+    wrong = [draw(st.sampled_from([k for k in keys if k.split(":")[0] == n])) for n in some]
+    optional = optional_of(function)
     absent = draw(st.sets(st.sampled_from(optional)))
-    return WrongCall(
-        function,
-        draw(st.sampled_from(DTYPES)),
-        tuple([name for name in optional if name not in absent]),
-        draw(st.booleans()),
-        tuple(keys),
-    )
+    given = tuple([name for name in optional if name not in absent])
+    dtype, with_grad = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    return WrongCall(function, dtype, given, with_grad, tuple(wrong))
 
 
 def arguments_of(call: WrongCall) -> tuple[Arguments, set[str]]:
