@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 # A process that imports the variant must not leave byte code in a folder that has a digest.
 sys.dont_write_bytecode = True
 HAS_GPU = torch.cuda.is_available()
+# Of several test processes each has its share of the cores: threads that outnumber them wait.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 

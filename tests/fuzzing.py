@@ -428,9 +428,10 @@ def _projection_shapes(case: Case) -> tuple[tuple[int, int], ...]:
 
 def lecun(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Tensor:
     """A projection as docs/cuequivariance.md says that one is made: see `make`."""
-    std = shape[1] ** -0.5 / 0.87962566103423978
-    weight = torch.empty(shape, dtype=dtype, device=device)
-    return torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    within = math.erf(2**0.5)  # the share of a normal distribution within two deviations
+    drawn = torch.rand(shape, dtype=torch.float32, device=device)
+    normal = torch.erfinv((2 * drawn - 1) * within) * 2**0.5
+    return (normal * (shape[1] ** -0.5 / 0.87962566103423978)).to(dtype)
 
 
 def _values(

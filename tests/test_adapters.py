@@ -616,6 +616,16 @@ def test_what_is_not_understood_is_left(kernel, case):
         assert vars(module).get("forward") is before
 
 
+@pytest.mark.parametrize("flow", [None, "both"])
+def test_a_module_of_esmfold2_without_a_direction_is_left(kernel, flow):
+    module = esmfold2(True)
+    del module.flow
+    if flow is not None:
+        module.flow = flow
+    report = kernel.patch(module)
+    assert report.left == {"": f"module.flow must be 'outgoing' or 'incoming'; got {flow!r}"}
+
+
 def test_a_subclass_that_changes_a_method_is_left(kernel):
     kind = type("MyTriangleMultiplicativeUpdate", (Mean,), {})
     with kernel.patch(kind(CHANNELS, HIDDEN)) as report:
@@ -661,6 +671,8 @@ def test_messages_of_patch(kernel):
     assert str(caught.value) == "model must be a torch.nn.Module; got str"
     with pytest.raises(ValueError) as caught:
         kernel.patch(nn.Identity(), families=["alphafold"])
+    with pytest.raises(TypeError, match="families must be names or None; got 3"):
+        kernel.patch(nn.Identity(), families=3)
     assert str(caught.value) == (
         "families must be of openfold, openfold3, protenix, boltz, esmfold2; got 'alphafold'"
     )
@@ -739,9 +751,17 @@ class TestChai:
         )
         with pytest.raises(TypeError, match="got .*, lora$"):
             kernel.from_chai({**state, "lora": torch.ones(1)})
+        with pytest.raises(TypeError, match=r"got layer0, .*, layer7, and 92 more$"):
+            kernel.from_chai({f"layer{index}": torch.ones(1) for index in range(100)})
         with pytest.raises(ValueError) as caught:
             kernel.from_chai({**state, "merged_linear_p.weight": torch.ones(4, CHANNELS)})
         assert str(caught.value) == (
             "merged_linear_p.weight and merged_linear_g.weight must be [4D, C] and [4D + C, C] "
             "with [C, D] = [16, 8], the shape of linear_z_out.weight; got (4, 16) and (48, 16)"
         )
+        with pytest.raises(ValueError) as caught:
+            kernel.from_chai({**state, "linear_z_out.weight": torch.ones(CHANNELS)})
+        assert str(caught.value) == "linear_z_out.weight must be [C, D]; got (16,)"
+        with pytest.raises(TypeError) as caught:
+            kernel.from_chai({**state, "merged_linear_p.weight": [1.0]})
+        assert str(caught.value) == "merged_linear_p.weight must be a torch.Tensor; got list"

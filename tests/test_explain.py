@@ -23,7 +23,7 @@ def explained(kernel, problem, **others):
 
 def peak_bytes(submodule, problem, **others) -> int:
     """The most that the body of the call's op has allocated at once."""
-    p, r = problem, submodule("_explain")._request(
+    p, (_, r) = problem, submodule("_explain")._request(
         submodule("trimul_with_residual").triangle_multiplicative_update_with_residual,
         (problem.x, problem.direction, problem.residual, None),
         {"mask": problem.mask, **problem.weights, **others},
@@ -81,7 +81,8 @@ def test_what_is_kept_for_a_backward(kernel, on_triton, recompute, kept):
     found = explained(kernel, problem, recompute=recompute)
     moments = 8 / (32 * 2)
     assert found.kept == (kept + moments if kept else 0.0)
-    assert any(note.startswith(("the product is kept", "recompute=")) for note in found.notes)
+    wanted = {"product": "the product is kept", "all": "recompute='all'"}[recompute]
+    assert any(note.startswith(wanted) for note in found.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,6 +97,24 @@ def test_the_aten_path(kernel, monkeypatch, submodule, dtype, hidden, with_lengt
     monkeypatch.setattr(submodule("aten"), "_BLOCK_POSITIONS", 96)
     measured = peak_bytes(submodule, problem, **others)
     assert found.peak_bytes <= measured <= found.peak_bytes + 0.4 * problem.x.nbytes
+
+
+@torch.no_grad()
+def test_a_copy_of_x_is_counted(kernel):
+    """Of leading dimensions that are broadcast, or can't be merged; a view costs nothing."""
+    p = make_problem(4, 8)
+    update = kernel.triangle_multiplicative_update
+    x = torch.randn(2, 1, 3, 4, 4, 8)
+    alone, merged = (kernel.explain(update, x, mask=mask, **p.weights) for mask in (
+        torch.ones(2, 1, 3, 4, 4), torch.ones(1, 5, 1, 4, 4)
+    ))  # fmt: skip
+    assert "copy of x" not in alone.buffers
+    assert merged.buffers["copy of x"] == 1.0
+    assert merged.peak == pytest.approx(sum(merged.buffers.values()))
+    assert merged.peak_bytes == round(merged.peak * 2 * 5 * 3 * x[0, 0, 0].nbytes)
+    assert merged.notes[-1].startswith("x is copied")
+    turned = kernel.explain(update, x.transpose(0, 2), **p.weights)
+    assert turned.buffers["copy of x"] == 1.0
 
 
 def test_precision_and_descriptors_have_their_notes(kernel, on_triton):
@@ -123,6 +142,19 @@ def test_the_formula_of_torch_func(kernel):
     torch.func.jvp(call, (problem.x,), (problem.x,))
     assert (seen[0].path, seen[0].peak) == ("formula", None)
     assert "at once" not in str(seen[0])
+
+
+def test_vmap_without_a_gradient_takes_the_usual_path(kernel):
+    problem = make_problem(3, 8)
+    seen = []
+
+    def call(x):
+        seen.append(kernel.explain(kernel.triangle_multiplicative_update, x, **problem.weights))
+        return x
+
+    torch.vmap(call)(problem.x)
+    assert seen[0].path == "aten" and seen[0].peak is None
+    assert "explain one of them" in str(seen[0])
 
 
 def test_an_empty_call(kernel):

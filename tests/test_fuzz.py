@@ -118,8 +118,17 @@ class Record:
         }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small take longer where two threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def record():
+def record(one_thread):
     found = Record(checkout_commit(ROOT))
     yield found
     if path := os.environ.get("FUZZ_SUMMARY"):

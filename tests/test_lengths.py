@@ -164,8 +164,10 @@ def gradients(kernel, problem, lengths, within, device, as_mask: bool, **options
         padding = torch.zeros_like(out) if p.residual is None else p.residual
         out = torch.where(within.to(device)[..., None], out, padding)
     else:
-        # Not poisoned in place: x is a leaf.
+        # Not poisoned in place: these are leaves.
         p.x = torch.where(within.to(device)[..., None], p.x, torch.nan)
+        if p.mask is not None:
+            p.mask = torch.where(within.to(device), p.mask, torch.nan)
         with memory_of_no_numbers():
             out = run(kernel, p, device, lengths=lengths.to(device), **options)
             out.backward(grad_of_output(problem).to(device))
@@ -212,6 +214,20 @@ def test_gradients_with_shipped_settings(
     lengths = torch.tensor([390, 257, 60])
     within = pairs_within(lengths, 390)
     assert_gradients_as_masked(kernel, problem, lengths, within, on_triton, limit)
+
+
+def test_a_mask_of_no_numbers_in_the_padding(kernel, device, pairs_within):
+    p = make_problem(5, 16, batch=2, mask="float").to(device)
+    lengths = torch.tensor([5, 3], device=device)
+    within = pairs_within(lengths, 5)
+    update = kernel.triangle_multiplicative_update
+    poisoned = torch.where(within, p.mask, torch.nan)
+    for needs_grad in (False, True):
+        x = p.x.clone().requires_grad_(needs_grad)
+        got, wanted = (
+            update(x, mask=mask, lengths=lengths, **p.weights) for mask in (poisoned, p.mask)
+        )
+        assert torch.equal(got, wanted)
 
 
 def test_compiles_into_one_graph(kernel, device):

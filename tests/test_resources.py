@@ -78,8 +78,8 @@ def test_problems_name_what_is_over_a_limit():
     assert problems([{**fine, "spill_bytes": 257}]) == [
         "k on sm_86 (c): 257 bytes of spills, of 256"
     ]
-    assert problems([{**fine, "spill_bytes": 8, "spills_in_loop": True}]) == []
-    assert problems([{**fine, "spill_bytes": 12, "spills_in_loop": True}]) == [
+    assert problems([{**fine, "spill_bytes": 16, "spills_in_loop": True}]) == []
+    assert problems([{**fine, "spill_bytes": 20, "spills_in_loop": True}]) == [
         "k on sm_86 (c): registers spill inside a loop"
     ]
 

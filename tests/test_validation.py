@@ -413,6 +413,28 @@ def test_lengths_shape(call, shape):
     call.assert_refuses(ValueError, message, lengths=torch.ones(shape, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("name", ["mask", "drop_mask", "lengths"])
+def test_inplace_with_an_argument_that_is_no_tensor(kernel, name):
+    call = Call(kernel, "triangle_multiplicative_update_with_residual", with_grad=False)
+    wanted = "lengths must be a torch.Tensor on cpu, made once for many calls"
+    wanted = wanted if name == "lengths" else f"{name} must be a torch.Tensor"
+    changes = {"residual": torch.zeros(B, L, L, C), "inplace": True, name: [1]}
+    call.assert_refuses(TypeError, f"{wanted}; got list", **changes)
+
+
+@pytest.mark.parametrize("lengths", [(2**32 + 1, 2**40), (-(2**32) + 2, -(2**31) - 3)])
+def test_lengths_of_64_bits_keep_their_meaning(call, lengths):
+    inside = torch.tensor(lengths).clamp(0, L)
+    assert torch.equal(call(lengths=torch.tensor(lengths)), call(lengths=inside))
+
+
+def test_lengths_of_one_sequence(call_with_biases):
+    message = "lengths must be one number, as x is one sequence; got (1,)"
+    call_with_biases.assert_refuses(
+        ValueError, message, pair=torch.ones(L, L, C), lengths=torch.ones(1, dtype=torch.int32)
+    )
+
+
 def test_lengths_of_another_kind(call):
     message = "lengths must be a torch.Tensor on cpu, made once for many calls; got list"
     call.assert_refuses(TypeError, message, lengths=[3, 2])
@@ -452,5 +474,19 @@ def test_what_is_no_pair_mask_has_no_lengths(kernel):
         kernel.lengths_from_mask(torch.ones(2, 3))
     with pytest.raises(TypeError, match="mask must be a torch.Tensor; got list"):
         kernel.lengths_from_mask([[1]])
+    with pytest.raises(ValueError, match="mask must be on a device that has numbers; got meta"):
+        kernel.lengths_from_mask(torch.ones(2, 2, device=META))
     with pytest.raises(TypeError, match="mask must be bool or real; got torch.complex64"):
         kernel.lengths_from_mask(torch.ones(2, 2, dtype=torch.complex64))
+
+
+def test_no_inplace_under_a_transform(kernel):
+    weights = {name: torch.ones(shape) for name, shape in WEIGHT_SHAPES.items()}
+    function = kernel.triangle_multiplicative_update_with_residual
+
+    def call(x):
+        return function(x, "outgoing", x, None, inplace=True, **weights)
+
+    message = "inplace must be False under the transforms of torch.func; got True"
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(call)(torch.ones(2, B, L, L, C))

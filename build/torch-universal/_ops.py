@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_44d2220f75"
+_NAMESPACE = "_esmfold2_trimul_kernel_e8e383c92b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -104,7 +104,8 @@ def masked_by_lengths(
     """
     within = pairs_within(lengths, x.shape[1])
     x = torch.where(within[..., None], x, 0)
-    return x, within if mask is None else mask * within, within
+    # Filled, not multiplied: what lies in the padding may be no numbers.
+    return x, within if mask is None else mask.masked_fill(~within, 0), within
 
 
 def trimul_saving(

@@ -117,12 +117,14 @@ def patch(
         memory, recompute: as for `triangle_multiplicative_update`.
 
     Raises:
-        TypeError: a model that is no torch.nn.Module.
+        TypeError: a model that is no torch.nn.Module, or families that are no names.
         ValueError: a family, memory or recompute that is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     known = [family.name for family in _FAMILIES]
+    if not isinstance(families, (Iterable, type(None))):
+        raise TypeError(f"families must be names or None; got {families!r}")
     chosen = known if families is None else [families] if isinstance(families, str) else [*families]
     for name in chosen:
         if name not in known:

@@ -253,11 +253,11 @@ def plan_of(call: TritonCall, lean: bool) -> Plan:
     hidden, pitch = weights.p_in_weight.shape[0] // 2, padded_pitch(length)
     plane, element = length * pitch, x.element_size()
     one = call.of_entry(0) if lean else call
-    count, rows, group = hidden, length, None
+    count, rows, group, apart = hidden, length, None, False
     if lean:
         sizes = _lean_sizes(call)
         rows = min(sizes.step, length)
-        count = next(groups_of(hidden, sizes.slots))[1]
+        _, count, apart = next(groups_of(hidden, sizes.slots))
         group = (0, count)
 
     def meta(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
@@ -268,6 +268,8 @@ def plan_of(call: TritonCall, lean: bool) -> Plan:
     product = meta(sequences, hidden, length, pitch)
     if lean:
         product = meta(sequences, length, hidden, pitch).transpose(1, 2)
+    if apart:
+        planes = (product[:, count : 2 * count], planes[1])
     moments = meta(sequences, 2, length, pitch, dtype=torch.float32)
     some = slice(rows)
     launches = {

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,19 +85,20 @@ def explain(
 
     Args:
         function: either public function.
-        arguments, named: those of the call; they are checked as the call would check them.
+        arguments, named: those of the call; they are checked as the call would check them, which
+            copies an x whose leading dimensions can't be merged, and draws absent projections.
 
     Returns:
         The path and why, the Triton launches with their settings, the buffers with the peak of the
-        memory beside the arguments, and why the call goes no other way. In lean mode the launches
-        are those of the first group of channels and the first rows. Of the ATen path the buffers of
-        a block, which stay within a CPU's caches, are not counted.
+        memory beside the arguments, and why the call goes no other way; all of it of the forward.
+        In lean mode the launches are those of the first group of channels and the first rows. Of
+        the ATen path the buffers of a block, which stay within a CPU's caches, are not counted.
 
     Raises:
         TypeError: another function, or arguments that it doesn't take.
         ValueError, TypeError, NotImplementedError: what the call would raise.
     """
-    request = _request(function, arguments, named)
+    given, request = _request(function, arguments, named)
     x, weights = request.x, request.weights
     shape = "x".join(map(str, x.shape))
     call = (
@@ -108,18 +109,27 @@ def explain(
     if x.numel() == 0:
         reason = "the pair tensor is empty: nothing is computed"
         return Explanation(call, "aten", reason, peak=0.0, peak_bytes=0, notes=(), **nothing)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or (request.needs_grad and transformed):
         reason = "torch.func and forward-mode AD can follow it alone"
         return Explanation(
             call, "formula", reason, peak=None, peak_bytes=None, notes=(), **nothing
         )
     path = execution_path(x.device, x.dtype)
-    if path.name == "aten":
-        return _explain_aten(call, path.reason, request)
-    return _explain_triton(call, path.reason, request)
+    if transformed:
+        note = "vmap runs one call for each entry: explain one of them for its launches and memory"
+        return Explanation(
+            call, path.name, path.reason, peak=None, peak_bytes=None, notes=(note,), **nothing
+        )
+    explain_path = _explain_aten if path.name == "aten" else _explain_triton
+    found = explain_path(call, path.reason, request)
+    return found if x.data_ptr() == given.data_ptr() else _with_copy(found, request)
 
 
-def _request(function: Callable[..., Tensor], arguments: tuple, named: dict) -> Request:
+def _request(
+    function: Callable[..., Tensor], arguments: tuple, named: dict
+) -> tuple[Tensor, Request]:
+    """The call's pair tensor as it was given, and the call, checked."""
     if function not in (
         triangle_multiplicative_update, triangle_multiplicative_update_with_residual
     ):
@@ -132,8 +142,8 @@ def _request(function: Callable[..., Tensor], arguments: tuple, named: dict) -> 
     values = bound.arguments
     weights = Weights(**{name: values.pop(name, None) for name in Weights._fields})
     if function is triangle_multiplicative_update:
-        return request_of_any_rank(weights=weights, **values)[0]
-    return request_with_residual(weights=weights, **values)
+        return values["x"], request_of_any_rank(weights=weights, **values)[0]
+    return values["pair"], request_with_residual(weights=weights, **values)
 
 
 def _in_pairs(request: Request, sizes: dict[str, int]) -> dict[str, float]:
@@ -153,12 +163,12 @@ def _explain_aten(call: str, reason: str, request: Request) -> Explanation:
     if hidden <= channels:
         notes.append("b lies in the memory of the output until that is written")
     notes += _notes_on_gradients(request)
-    if request.lengths is not None and not request.needs_grad:
+    if request.lengths is not None and not keeps:
         sizes["output of one sequence, cut to its length"] = x.nbytes // batch
         notes.append("each sequence is cut to its length, which the host reads")
     elif request.lengths is not None:
         sizes["x without what lies in the padding"] = x.nbytes
-        notes.append("lengths act as a mask, as a gradient is needed")
+        notes.append("lengths act as a mask, as the product is kept")
     buffers = _in_pairs(request, sizes)
     peak = sum(sizes.values())
     return Explanation(
@@ -209,6 +219,19 @@ def _explain_triton(call: str, reason: str, request: Request) -> Explanation:
         call, "triton", reason, "lean" if lean else "default", precision, stages,
         _in_pairs(request, plan.buffers), plan.peak / x.nbytes, plan.peak, kept, tuple(notes),
     )  # fmt: skip
+
+
+def _with_copy(found: Explanation, request: Request) -> Explanation:
+    """`found`, and the copy of x that the call's checks make."""
+    note = "x is copied, as its leading dimensions can't be merged into one as a view"
+    return replace(
+        found,
+        buffers={**found.buffers, "copy of x": 1.0},
+        peak=found.peak + 1.0,
+        peak_bytes=found.peak_bytes + request.x.nbytes,
+        kept=found.kept + (1.0 if request.needs_grad else 0.0),
+        notes=(*found.notes, note),
+    )
 
 
 def _notes_on_gradients(request: Request) -> list[str]:

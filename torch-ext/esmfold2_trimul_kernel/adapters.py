@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .validation import DIRECTIONS
+
 # Classes that compute x @ weight.T + bias, and LayerNorms: by name, as nothing is imported.
 _LINEAR_CLASSES = ("Linear", "OpenfoldLinear", "EsmFoldLinear")
 _NORM_CLASSES = (
@@ -29,6 +31,7 @@ _NORM_CLASSES = (
     "EsmFold2LayerNorm",
 )
 _TENSOR_CLASSES = (nn.Parameter, Tensor)
+_NAMES_SHOWN = 8  # in an error: a whole model has thousands
 
 
 class _Linear(NamedTuple):
@@ -117,11 +120,14 @@ def from_boltz(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
 def from_esmfold2(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """As `from_openfold`, of transformers' `EsmFold2TriangleMultiplicativeUpdate`."""
     _check_parts(module, ("norm_start", "norm_mix", "proj_bundle", "proj_emit", "proj_gate"))
+    flow = getattr(module, "flow", None)
+    if flow not in DIRECTIONS:
+        raise TypeError(f"module.flow must be 'outgoing' or 'incoming'; got {flow!r}")
     bundle = _linear(module, "proj_bundle")
     half = bundle.weight.shape[0] // 2
     no_bias = bundle.bias is None
     return _arguments(
-        module.flow,
+        flow,
         _norm(module, "norm_start"),
         _Linear(bundle.weight[:half], None if no_bias else bundle.bias[:half]),
         _Linear(bundle.weight[half:], None if no_bias else bundle.bias[half:]),
@@ -160,7 +166,7 @@ def from_chai(
         its norms of the products have neither weights nor biases.
 
     Raises:
-        TypeError: a name too many or too few below the prefix.
+        TypeError: a name too many or too few below the prefix, or what is no tensor.
         ValueError: shapes that don't fit each other.
     """
     if isinstance(source, nn.Module):
@@ -179,11 +185,19 @@ def from_chai(
         "merged_linear_g.weight", "linear_z_out.weight",
     )  # fmt: skip
     if tensors.keys() != set(wanted):
+        got = [*tensors][:_NAMES_SHOWN]
+        if len(tensors) > len(got):
+            got.append(f"and {len(tensors) - len(got)} more")
         raise TypeError(
             f"source must have exactly {', '.join(wanted)} below the prefix {prefix!r}; "
-            f"got {', '.join(tensors) or 'nothing'}"
+            f"got {', '.join(got) or 'nothing'}"
         )
+    for name in wanted:
+        if not isinstance(tensors[name], Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensors[name]).__name__}")
     norm_weight, norm_bias, values, gates, output = (tensors[name] for name in wanted)
+    if output.ndim != 2:
+        raise ValueError(f"linear_z_out.weight must be [C, D]; got {tuple(output.shape)}")
     channels, hidden = output.shape
     if values.shape != (4 * hidden, channels) or gates.shape != (4 * hidden + channels, channels):
         raise ValueError(

@@ -110,8 +110,8 @@ def triangle_multiplicative_update_with_residual(
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and
             the rest of its L is padding on the right. A pair with a padded residue is masked, and
             its update is zero: its output is the residual, or 0. Tiles of padding are skipped, in
-            all kernels, forward and backward, without a look at the lengths from the host. Lengths
-            beyond [0, L] count as 0 or L.
+            all kernels, forward and backward, without a look at the lengths from the host (the ATen
+            path takes one). Lengths beyond [0, L] count as 0 or L.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 
@@ -123,6 +123,7 @@ def triangle_multiplicative_update_with_residual(
         ValueError: a direction, shape, device, eps, precision, memory, recompute or inplace that
             doesn't fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
+        NotImplementedError: L above 46,336.
     """
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
@@ -165,7 +166,8 @@ def triangle_multiplicative_update(
 
     Args:
         x: [..., L, L, C] with any number of leading dimensions; bfloat16, float16 or float32; any
-            strides (it is copied if its leading dimensions can't be merged into one as a view).
+            strides (it is copied if its leading dimensions, once they have been broadcast to those
+            of mask, can't be merged into one as a view).
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
         mask: pair mask [..., L, L], bool or real; multiplies a and b. Its leading dimensions and
             those of x broadcast with each other, its residue axes to those of x.
@@ -188,6 +190,7 @@ def triangle_multiplicative_update(
         ValueError: a direction, shape, device, eps, precision, memory or recompute that doesn't
             fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
+        NotImplementedError: L above 46,336.
     """
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
@@ -249,8 +252,7 @@ def request_with_residual(
         check_eps("eps_out", eps_out)
     check_memory(memory)
     check_recompute(recompute)
-    check_inplace(inplace, pair, residual, (mask, drop_mask, lengths, *weights))
-    return Request(
+    request = Request(
         pair,
         direction,
         broadcast_mask(mask, "pair", pair),
@@ -265,6 +267,8 @@ def request_with_residual(
         inplace,
         broadcast_lengths(lengths, "pair", pair),
     )
+    check_inplace(inplace, pair, residual, (mask, drop_mask, lengths, *weights))
+    return request
 
 
 def request_of_any_rank(

@@ -4,8 +4,9 @@ A wrong shape, value or device is a ValueError, a wrong dtype or type is a TypeE
 argument, what was expected and what came.
 """
 
-import contextlib
 import enum
+import math
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,10 @@ PRECISIONS = {
 _PRECISION_VALUES = {
     -1: "NONE", 0: "DEFAULT", 1: "TF32", 2: "TF32x3", 3: "IEEE", 4: "MXFP8", 5: "BFLOAT16",
 }  # fmt: skip
-# The standard deviation of a normal distribution cut off at two of its own.
+# Of a normal distribution that is cut off at two standard deviations: what is left of one, and the
+# share that lies within, which is erf(2 / sqrt(2)).
 _TRUNCATED_STD = 0.87962566103423978
+_TRUNCATED_SHARE = math.erf(math.sqrt(2))
 
 
 class Weights(NamedTuple):
@@ -140,7 +143,7 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
     projections that are given, and C where none is.
     """
     value, gate, emit = weights.p_in_weight, weights.g_in_weight, weights.p_out_weight
-    if not any([weight is None for weight in (value, gate, emit, weights.g_out_weight)]):
+    if not (value is None or gate is None or emit is None or weights.g_out_weight is None):
         return weights
     channels = hidden = pair.shape[-1]
     for given, axis, per_channel in ((value, 0, 2), (gate, 0, 2), (emit, 1, 1)):
@@ -157,9 +160,12 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
     made = {}
     for name, shape in shapes.items():
         if getattr(weights, name) is None:
-            weight = torch.empty(shape, dtype=pair.dtype, device=pair.device)
+            # By the inverse of the distribution's integral: torch.nn.init.trunc_normal_ draws again
+            # what falls outside, for which it waits for the device and which can't be compiled.
+            drawn = torch.rand(shape, dtype=torch.float32, device=pair.device)
             std = shape[1] ** -0.5 / _TRUNCATED_STD
-            made[name] = torch.nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+            normal = torch.erfinv((2 * drawn - 1) * _TRUNCATED_SHARE) * math.sqrt(2)
+            made[name] = (normal * std).to(pair.dtype)
     return weights._replace(**made)
 
 
@@ -169,10 +175,11 @@ def broadcast_leading(
     """The pair tensor and its mask [..., L, L], with the same leading dimensions, as views."""
     leading = pair.shape[:-3]
     if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[:-2] != leading:
+        axes = [*zip_longest(reversed(leading), reversed(mask.shape[:-2]), fillvalue=1)]
         # Where they don't broadcast, `broadcast_mask` says so.
-        with contextlib.suppress(RuntimeError):
-            leading = torch.broadcast_shapes(leading, mask.shape[:-2])
-        pair = pair.expand(*leading, *pair.shape[-3:])
+        if all(have == other or have == 1 or other == 1 for have, other in axes):
+            wanted = [other if have == 1 else have for have, other in reversed(axes)]
+            pair = pair.expand(*wanted, *pair.shape[-3:])
     return pair, broadcast_mask(mask, pair_name, pair)
 
 
@@ -205,11 +212,13 @@ def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> T
     if lengths.dtype not in LENGTHS_DTYPES:
         raise TypeError(f"lengths must be torch.int32 or torch.int64; got {lengths.dtype}")
     if not _broadcasts_to(lengths.shape, leading):
-        raise ValueError(
-            f"lengths must broadcast to {list(leading)}, one for each sequence of {pair_name}; "
-            f"got {tuple(lengths.shape)}"
-        )
+        wanted = f"be one number, as {pair_name} is one sequence"
+        if leading:
+            wanted = f"broadcast to {list(leading)}, one for each sequence of {pair_name}"
+        raise ValueError(f"lengths must {wanted}; got {tuple(lengths.shape)}")
     _check_device("lengths", lengths, pair_name, pair)
+    if lengths.dtype == torch.int64:  # a large one would be another number in 32 bits
+        lengths = lengths.clamp(0, pair.shape[-2])
     return lengths.to(torch.int32).expand(leading).reshape(leading.numel()).contiguous()
 
 
@@ -233,6 +242,8 @@ def lengths_from_mask(mask: Tensor) -> Tensor:
     if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
         raise ValueError(f"mask must be [..., L, L]; got {tuple(mask.shape)}")
     _check_mask_dtype("mask", mask)
+    if mask.is_meta:
+        raise ValueError("mask must be on a device that has numbers; got meta")
     length = mask.shape[-1]
     real = mask != 0
     lengths = real.diagonal(dim1=-2, dim2=-1).sum(-1).to(torch.int32)
@@ -302,6 +313,8 @@ def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: 
         raise TypeError(f"inplace must be a bool; got {type(inplace).__name__}")
     if not inplace:
         return
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("inplace must be False under the transforms of torch.func; got True")
     if residual is None:
         raise ValueError("inplace writes the result over residual, which must be given; got None")
     if not residual.is_contiguous():
