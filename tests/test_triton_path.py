@@ -285,3 +285,31 @@ def test_constants_are_the_kernels_last_arguments_in_order(submodule):
         assert names[len(names) - len(stage.constants) :] == list(stage.constants)
         assert len(names) == len(stage.arguments) + len(stage.constants)
         assert all(stage.arguments[place] is None for place in stage.places)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize(
+    "names", [("p_out_weight",), ("g_out_weight",), ("p_in_weight", "g_in_weight")]
+)
+def test_projections_whose_rows_lie_in_one_place(kernel, on_triton, names):
+    """Expanded ones, which no tensor descriptor describes, forward and backward."""
+    problem = make_problem(5, 16, dtype=torch.float16).to(on_triton)
+    for name in names:
+        weight = problem.weights[name]
+        problem.weights[name] = weight[:1].contiguous().expand(weight.shape)
+    copied = {name: value.contiguous() for name, value in problem.weights.items()}
+    results = []
+    for weights in (problem.weights, copied):
+        x = problem.x.clone().requires_grad_()
+        out = kernel.triangle_multiplicative_update(x, **weights)
+        results.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.allclose(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_what_a_descriptor_may_describe(submodule, on_triton):
+    describes = submodule("_tiles").has_descriptor
+    whole = torch.zeros(16, 32, dtype=torch.float16)
+    assert describes(whole) and describes(whole[:1])
+    assert not describes(whole[:1].expand(16, 32))
+    assert not describes(whole[:, 1:]) and not describes(whole.t())

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e8e383c92b"
+_NAMESPACE = "_esmfold2_trimul_kernel_89463c6273"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

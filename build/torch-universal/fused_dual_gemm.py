@@ -33,6 +33,7 @@ from ._tiles import (
     dot_precision,
     end_of_zeros,
     halves,
+    has_descriptor,
     hold,
     is_aligned,
     length_of,
@@ -276,6 +277,7 @@ def projection_pair(
     if (
         descriptors
         and aligned
+        and has_descriptor(first)
         and first.stride() == second.stride()
         and gap_bytes < _MAX_DESCRIPTOR_STRIDE
     ):

@@ -21,6 +21,7 @@ from ._tiles import (
     any_of,
     dot,
     dot_precision,
+    has_descriptor,
     identity,
     is_aligned,
     length_of,
@@ -362,7 +363,7 @@ def prepare_ln_residual(
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
     emit, gate = weights.p_out_weight, weights.g_out_weight
-    descriptors = config.descriptors and is_aligned(emit) and is_aligned(gate)
+    descriptors = config.descriptors and has_descriptor(emit) and has_descriptor(gate)
     tiling, tiles = "pointers", triton.cdiv(rows * pitch, block_m)
     emit_arg = gate_arg = product_arg = None
     if descriptors:

@@ -39,6 +39,7 @@ from ._tiles import (
     any_of,
     dot,
     dot_precision,
+    has_descriptor,
     is_aligned,
     length_of,
     load_channels,
@@ -386,7 +387,7 @@ def prepare_ln_residual_bwd(
     drop_strides = (0, 1) if drop_mask is None else strides(drop_mask)
     elements = 16 // x.element_size()
     emit, gate = weights.p_out_weight, weights.g_out_weight
-    descriptors = config.descriptors and is_aligned(emit) and is_aligned(gate)
+    descriptors = config.descriptors and has_descriptor(emit) and has_descriptor(gate)
     t_planes = emit_arg = gate_arg = None
     if descriptors:
         t_planes = descriptor_of(

@@ -402,6 +402,15 @@ def strides(tensor: torch.Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in pairs]
 
 
+def has_descriptor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor may describe it: aligned, and no two rows in one place.
+
+    What TMA does with a stride of 0, that of an expanded tensor, is nowhere promised.
+    """
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return is_aligned(tensor) and all([size == 1 or stride > 0 for size, stride in pairs])
+
+
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether 16-byte accesses along the last axis are in order wherever a row starts."""
     *outer, inner = strides(tensor)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e8e383c92b"
+_BUILD_ID = "_esmfold2_trimul_kernel_89463c6273"
 
 
 def _load_package() -> ModuleType:
