@@ -117,7 +117,7 @@ class Asked(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if function.__name__.startswith("trimul_bwd"):
-            self.names.append({n for n, need in zip(self._names, args[-1], strict=True) if need})
+            self.names.append({n for n, need in zip(self._names, args[-2], strict=True) if need})
             for name, gradient in zip(self._names, out, strict=True):
                 assert name in self.names[-1] or gradient.numel() == 0
         return out
