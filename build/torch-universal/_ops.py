@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_89463c6273"
+_NAMESPACE = "_esmfold2_trimul_kernel_1ce9edd195"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

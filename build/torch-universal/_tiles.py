@@ -55,6 +55,13 @@ def length_of(lengths_ptr, batch, L):
 
 
 @triton.jit
+def within_length(lengths_ptr, batch, i, j, L):
+    """Whether both residues of the pairs (i, j) of a sequence are no padding."""
+    length = length_of(lengths_ptr, batch, L)
+    return (i < length) & (j < length)
+
+
+@triton.jit
 def end_of_zeros(length):
     """Where the zeros after a sequence's `length` residues end."""
     return tl.cdiv(length, _PADDING_MULTIPLE) * _PADDING_MULTIPLE

@@ -35,7 +35,6 @@ from ._tiles import (
     halves,
     hold,
     is_aligned,
-    length_of,
     load_channels,
     load_chunks,
     load_first,
@@ -47,6 +46,7 @@ from ._tiles import (
     store_tile,
     store_zeros,
     strides,
+    within_length,
 )
 from .fused_dual_gemm import lower_projection, projection_pair
 from .launch_config import LaunchConfig, pick_config, shape_of
@@ -94,8 +94,7 @@ def _fused_dual_gemm_bwd_kernel(
     row = i.to(tl.int64) * L + j
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     if lengths_ptr is not None:
-        length = length_of(lengths_ptr, 0, L)
-        within = valid_m & (first_row + i < length) & (j < length)
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         beyond = valid_m & ~within
         if grads_ptr is not None:
             store_zeros(grads_ptr, row * stride_grads_m, beyond, 4 * D, BLOCK_N)
@@ -226,8 +225,7 @@ def _norm_in_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     if lengths_ptr is not None:
-        length = length_of(lengths_ptr, 0, L)
-        within = valid_m & (first_row + i < length) & (j < length)
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
         valid_m = within
         if not any_of(valid_m):

@@ -24,7 +24,6 @@ from ._tiles import (
     has_descriptor,
     identity,
     is_aligned,
-    length_of,
     load_first,
     load_tile,
     load_weight,
@@ -37,6 +36,7 @@ from ._tiles import (
     sigmoid,
     store_tile,
     strides,
+    within_length,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
 from .validation import Weights
@@ -110,8 +110,7 @@ def _fused_ln_residual_fwd_kernel(
     PER_PROGRAM: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N // SPLIT
 
     if lengths_ptr is not None:
-        length = length_of(lengths_ptr, pid_b, L)
-        within = (first_row + i < length) & (j < length)
+        within = within_length(lengths_ptr, pid_b, first_row + i, j, L)
         if not any_of(within):
             for step in range(0, PER_PROGRAM):
                 offs_n = (part * PER_PROGRAM + step) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -41,7 +41,6 @@ from ._tiles import (
     dot_precision,
     has_descriptor,
     is_aligned,
-    length_of,
     load_channels,
     load_first,
     load_tile,
@@ -54,6 +53,7 @@ from ._tiles import (
     store_tile,
     store_zeros,
     strides,
+    within_length,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
 from .validation import Weights
@@ -102,8 +102,7 @@ def _fused_ln_residual_bwd_kernel(
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
     if lengths_ptr is not None:
-        length = length_of(lengths_ptr, 0, L)
-        within = valid_m & (first_row + i < length) & (j < length)
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         beyond = valid_m & ~within
         offs_beyond = (i.to(tl.int64) * L + j) * C
         if grad_emit_ptr is not None:
@@ -260,8 +259,7 @@ def _norm_out_bwd_kernel(
     EVEN_D: tl.constexpr = D % BLOCK_N == 0
     offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
     if lengths_ptr is not None:
-        length = length_of(lengths_ptr, 0, L)
-        within = valid_m & (first_row + i < length) & (j < length)
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         if hat_ptr is not None:
             zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
             store_tile(hat_ptr, row * D, offs_n, zeros, valid_m & ~within, D, EVEN_D)

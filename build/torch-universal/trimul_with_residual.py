@@ -386,7 +386,7 @@ def _differentiable(request: Request, by_formula: bool) -> Tensor:
         out = aten.trimul_differentiable(
             x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
         )
-        return torch.where(within[..., None], out, 0 if residual is None else residual)
+        return aten.with_padding_left(out, within, residual)
 
 
 def _say(reason: str) -> None:
@@ -437,7 +437,7 @@ def _trimul_fwd_saving(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
                 x, direction, mask, residual, drop_mask, weights, eps_in, eps_out
             )
         if within is not None:
-            out = torch.where(within[..., None], out, 0 if residual is None else residual)
+            out = aten.with_padding_left(out, within, residual)
         return out, product, x.new_empty(0, dtype=torch.float32)
     call = triton_call(
         x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, precision, False,

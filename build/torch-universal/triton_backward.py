@@ -34,6 +34,7 @@ global setting, which is changed for their time where it differs: full float32 f
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -500,22 +501,19 @@ def _vendor_precision(precision: str, dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.float32 or torch_allows_tf32() == wanted:
         yield
         return
+    words = ("highest", "high")
+    switch = torch.set_float32_matmul_precision
     try:
         previous = torch.get_float32_matmul_precision()
     except RuntimeError:  # where the setting of torch 2.9 was used, it alone may be used
-        matmul = torch.backends.cuda.matmul
-        previous = matmul.fp32_precision
-        matmul.fp32_precision = "tf32" if wanted else "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = previous
-        return
-    torch.set_float32_matmul_precision("high" if wanted else "highest")
+        words = ("ieee", "tf32")
+        switch = functools.partial(setattr, torch.backends.cuda.matmul, "fp32_precision")
+        previous = torch.backends.cuda.matmul.fp32_precision
+    switch(words[wanted])
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        switch(previous)
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

@@ -245,11 +245,10 @@ def lengths_from_mask(mask: Tensor) -> Tensor:
     if mask.is_meta:
         raise ValueError("mask must be on a device that has numbers; got meta")
     length = mask.shape[-1]
-    real = mask != 0
-    lengths = real.diagonal(dim1=-2, dim2=-1).sum(-1).to(torch.int32)
-    inside = pairs_within(lengths, length)
-    if not torch.equal(mask, inside.to(mask.dtype)):
-        where = (mask != inside.to(mask.dtype)).nonzero()[0].tolist()
+    lengths = (mask.diagonal(dim1=-2, dim2=-1) != 0).sum(-1).to(torch.int32)
+    wanted = pairs_within(lengths, length).to(mask.dtype)
+    if not torch.equal(mask, wanted):
+        where = (mask != wanted).nonzero()[0].tolist()
         raise ValueError(
             "mask must be 1 where both residues are within a sequence's length and 0 elsewhere; "
             f"got {mask[tuple(where)].item()} at {where}"

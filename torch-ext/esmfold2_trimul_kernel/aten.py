@@ -108,6 +108,11 @@ def masked_by_lengths(
     return x, within if mask is None else mask.masked_fill(~within, 0), within
 
 
+def with_padding_left(out: Tensor, within: Tensor, residual: Tensor | None) -> Tensor:
+    """`out`, and in the padding the residual or 0: where `masked_by_lengths` says `within`, no."""
+    return torch.where(within[..., None], out, 0 if residual is None else residual)
+
+
 def trimul_saving(
     x: Tensor,
     direction: str,

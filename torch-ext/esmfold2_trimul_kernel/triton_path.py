@@ -226,7 +226,7 @@ class _LeanSizes(NamedTuple):
 def _lean_sizes(call: TritonCall) -> _LeanSizes:
     batch, length, _, channels = call.x.shape
     hidden = call.weights.p_in_weight.shape[0] // 2
-    rows, step = batch * length, -(-length // _LEAN_STEPS)
+    rows, step = batch * length, _lean_step(length)
     row_out, row_product = length * channels, hidden * padded_pitch(length)
     ahead = 0
     if not call.inplace:
@@ -236,6 +236,11 @@ def _lean_sizes(call: TritonCall) -> _LeanSizes:
         ahead = -(-ahead // 16) * 16  # the product is as aligned as memory of its own would be
     slots = min(max(2 * _GROUP_MULTIPLE, int(_LEAN_PLANES * batch * channels)), 2 * hidden)
     return _LeanSizes(ahead, rows * row_product, slots, step)
+
+
+def _lean_step(length: int) -> int:
+    """The rows of the output that are made at once."""
+    return -(-length // _LEAN_STEPS)
 
 
 class Plan(NamedTuple):
@@ -256,7 +261,7 @@ def plan_of(call: TritonCall, lean: bool) -> Plan:
     count, rows, group, apart = hidden, length, None, False
     if lean:
         sizes = _lean_sizes(call)
-        rows = min(sizes.step, length)
+        rows = sizes.step
         _, count, apart = next(groups_of(hidden, sizes.slots))
         group = (0, count)
 
@@ -288,7 +293,7 @@ def plan_of(call: TritonCall, lean: bool) -> Plan:
     }  # fmt: skip
     step = 0
     if call.inplace and not _may_overwrite(call, launches["fused_ln_residual"]):
-        step = -(-length // _LEAN_STEPS) * length * channels * element
+        step = _lean_step(length) * length * channels * element
     buffers = {"moments": 8 * sequences * plane}
     if lean:
         buffers["product and output"] = (sizes.ahead + sizes.products) * element
@@ -377,7 +382,7 @@ def _by_steps_into_residual(
     call: TritonCall, launches: Launches, product: Tensor, moments: Tensor
 ) -> Tensor:
     """Stage 3 into a residual that is x itself, where `_may_overwrite` says no."""
-    step = -(-call.x.shape[1] // _LEAN_STEPS)
+    step = _lean_step(call.x.shape[1])
     for entry in range(call.x.shape[0]):
         one = slice(entry, entry + 1)
         of_entry = call.of_entry(entry)
