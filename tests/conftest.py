@@ -111,6 +111,15 @@ def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
     return "cpu"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other take longer than small tensors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def submodule(kernel):
     """submodule("aten"): a module of the package under test."""

@@ -14,6 +14,24 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ERROR_BUDGET = {torch.bfloat16: 4.8e-3, torch.float16: 7e-4, torch.float32: 5e-6}
 
 
+# What the package exports: a new name is a version decision.
+PUBLIC_NAMES = [
+    "explain",
+    "from_boltz",
+    "from_chai",
+    "from_esmfold2",
+    "from_openfold",
+    "from_openfold3",
+    "from_protenix",
+    "layers",
+    "lengths_from_mask",
+    "patch",
+    "triangle_multiplicative_update",
+    "triangle_multiplicative_update_with_residual",
+    "warmup",
+]
+
+
 @dataclass
 class Problem:
     """One call: x [B, L, L, C], parameters by their public names, mask, residual, drop mask."""

@@ -53,6 +53,8 @@ from wrong_calls import (  # noqa: E402
     wrong_of,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = int(os.environ.get("FUZZ_CASES", 300))
 SEED = os.environ.get("FUZZ_SEED")
@@ -116,15 +118,6 @@ class Record:
             "commit": self.commit,
             "date": datetime.date.today().isoformat(),
         }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small take longer where two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

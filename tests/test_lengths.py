@@ -147,31 +147,30 @@ def test_no_look_at_the_lengths_from_the_host(kernel, on_triton):
     p = make_problem(20, 32, batch=2).to(on_triton)
     lengths = torch.tensor([20, 7], device=on_triton)
     update = kernel.triangle_multiplicative_update
-    update(p.x, lengths=lengths, **p.weights)
+    wanted = update(p.x, lengths=lengths, **p.weights)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        update(p.x, lengths=lengths, **p.weights)
+        got = update(p.x, lengths=lengths, **p.weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, wanted)
 
 
 def gradients(kernel, problem, lengths, within, device, as_mask: bool, **options):
     """Of all leaves, by the call with lengths or by the masked one whose padding takes no part."""
     leaves = {n: leaf.requires_grad_() for n, leaf in fresh_leaves(problem, device).items()}
     p = with_leaves(problem.to(device), leaves)
-    if as_mask:
-        out = run(kernel, masked(p, within.to(device)), device, **options)
-        padding = torch.zeros_like(out) if p.residual is None else p.residual
-        out = torch.where(within.to(device)[..., None], out, padding)
-    else:
-        # Not poisoned in place: these are leaves.
-        p.x = torch.where(within.to(device)[..., None], p.x, torch.nan)
-        if p.mask is not None:
-            p.mask = torch.where(within.to(device), p.mask, torch.nan)
-        with memory_of_no_numbers():
+    within = within.to(device)
+    with contextlib.nullcontext() if as_mask else memory_of_no_numbers():
+        if as_mask:
+            out = run(kernel, masked(p, within), device, **options)
+            padding = torch.zeros_like(out) if p.residual is None else p.residual
+            out = torch.where(within[..., None], out, padding)
+        else:
+            p = poisoned(p, within)
+            if p.mask is not None:
+                p.mask = torch.where(within, p.mask, torch.nan)
             out = run(kernel, p, device, lengths=lengths.to(device), **options)
-            out.backward(grad_of_output(problem).to(device))
-    if as_mask:
         out.backward(grad_of_output(problem).to(device))
     return {name: leaf.grad for name, leaf in leaves.items()}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fresh_process import ROOT, python_output
 from helpers import (
     Problem,
     in_tree_gradients,
@@ -393,6 +394,33 @@ def test_products_follow_the_precision_of_the_call(
         assert seen == [wanted] and torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(previous)
+
+
+NEWER_SETTING = """
+import importlib, sys, torch
+from pathlib import Path
+from kernels import get_local_kernel
+
+kernel = get_local_kernel(Path(sys.argv[1]))
+of = lambda name: importlib.import_module(f"{kernel.__name__}.{name}")
+matmul = torch.backends.cuda.matmul
+for setting, allowed in (("ieee", False), ("tf32", True)):
+    matmul.fp32_precision = setting
+    assert of("validation").torch_allows_tf32() is allowed
+    for word, within in (("fp32", "ieee"), ("tf32", "tf32")):
+        with of("triton_backward")._vendor_precision(word, torch.float32):
+            assert matmul.fp32_precision == within, (setting, word)
+        assert matmul.fp32_precision == setting
+print("fine")
+"""
+
+
+def test_torchs_newer_setting_of_precision():
+    """In a process of its own: torch wants one of its two settings to be used, not both."""
+    pytest.importorskip("kernels")
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 brought it")
+    assert python_output(NEWER_SETTING, str(ROOT)).split() == ["fine"]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

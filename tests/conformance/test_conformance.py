@@ -83,18 +83,10 @@ def small(case: Case) -> Case:
     )  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ON_TRITON = CASES if HAS_GPU else [small(CASE[name]) for name in INTERPRETED]
 named = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
 posed = functools.cache(pose)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other take longer than these small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
