@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     Problem,
+    assert_close,
     in_tree_gradients,
     leaves_of,
     make_problem,
@@ -276,6 +277,36 @@ def test_strided_leaves(kernel, device):
     grads = torch.autograd.grad(out, leaves.values(), grad_of_output(problem).to(device))
     for name, got in zip(leaves, grads, strict=True):
         assert relative_error(got, wanted[name]) <= LIMIT, name
+
+
+LAYOUTS = {
+    "columns first": lambda w: w.t().contiguous().t(),
+    "every other column": lambda w: torch.stack([w, w + 1], dim=-1)[..., 0],
+    "unaligned rows": lambda w: torch.nn.functional.pad(w, (1, 2))[:, 1:-2],
+    "one row for all": lambda w: w[:1].expand(w.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels, hidden", [(32, 48), (32, 64)])
+def test_projections_of_any_strides(kernel, device, channels, hidden, layout):
+    """On GPUs tiles of projections that lie in two ways once were multiplied wrongly."""
+    problem = make_problem(5, channels, hidden, dtype=BF16, mask="soft")
+    for name in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
+        if name != "p_in_weight" or layout != "one row for all":  # else the product is constant
+            problem.weights[name] = LAYOUTS[layout](problem.weights[name])
+            assert not problem.weights[name].is_contiguous()
+    grad = grad_of_output(problem).to(device)
+    found = []
+    for weights in (problem.weights, {n: w.contiguous() for n, w in problem.weights.items()}):
+        leaves = {name: weight.to(device).requires_grad_() for name, weight in weights.items()}
+        leaves["x"] = problem.x.to(device).requires_grad_()
+        out = run(kernel, with_leaves(problem.to(device), leaves), device)
+        assert_close(out.detach(), problem, 1.25)
+        found.append(torch.autograd.grad(out, leaves.values(), grad))
+    for name, strided, contiguous in zip(leaves, *found, strict=True):
+        error = relative_error(strided, contiguous.cpu().double())
+        assert error <= 1e-2, name
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 5, 16), (2, 0, 0, 16)])

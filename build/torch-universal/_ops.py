@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_1ce9edd195"
+_NAMESPACE = "_esmfold2_trimul_kernel_b45bce7892"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

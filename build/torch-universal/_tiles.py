@@ -149,17 +149,17 @@ def load_channels(ptr, offs_k, DEFAULT: tl.constexpr, WIDTH: tl.constexpr, EVEN_
 
 @triton.jit
 def load_weight(
-    weight, start_n, start_k, stride_n, stride_k,
+    weight, start_n, start_k, stride_n,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, BLOCK_K] tile of a projection [N, K]; 0 outside."""
+    """[BLOCK_N, BLOCK_K] tile of a projection [N, K] with unit stride along k; 0 outside."""
     if DESCRIPTORS:
         return weight.load([start_n, start_k])
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        ptrs = weight + (offs_n * stride_n)[:, None] + (offs_k * stride_k)[None, :]
+        ptrs = weight + (offs_n * stride_n)[:, None] + offs_k[None, :]
         if N % BLOCK_N == 0 and K % BLOCK_K == 0:
             return tl.load(ptrs)
         else:
@@ -169,7 +169,7 @@ def load_weight(
 @triton.jit
 def load_weight_pair(
     weight, half, start_n, start_k, gap,
-    stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+    stride_first, stride_second,
     D: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -186,15 +186,12 @@ def load_weight_pair(
         offs_d = start_n + rows % BLOCK_N
         offs_n = (half * D + offs_d).to(tl.int64)
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        base = tl.where(second, gap + offs_n * stride_second_n, offs_n * stride_first_n)
+        base = tl.where(second, gap + offs_n * stride_second, offs_n * stride_first)
         base = tl.multiple_of(base, ALIGNMENT)
-        if ALIGNMENT > 1:  # then both have unit stride along k
-            ptrs = weight + base[:, None] + offs_k[None, :]
+        ptrs = weight + base[:, None] + offs_k[None, :]
+        if ALIGNMENT > 1:
             # The base pointer isn't specialised, so its alignment is said here.
             ptrs = tl.multiple_of(ptrs, [16, 16])
-        else:
-            stride_k = tl.where(second, stride_second_k, stride_first_k)
-            ptrs = weight + base[:, None] + stride_k[:, None] * offs_k[None, :]
         if D % BLOCK_N == 0 and K % BLOCK_K == 0:
             return tl.load(ptrs)
         else:

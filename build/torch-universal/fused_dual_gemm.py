@@ -70,7 +70,7 @@ def _fused_dual_gemm_fwd_kernel(
     L, pitch, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
     stride_mask_b, stride_mask_q, stride_mask_p,
-    stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+    stride_first, stride_second,
     stride_a_b, stride_a_d, stride_a_q, stride_b_b, stride_b_d, stride_b_q,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -157,7 +157,7 @@ def _fused_dual_gemm_fwd_kernel(
         if BLOCK_K >= C:
             weights = load_weight_pair(
                 weight_pair, half, first_channel + start_n, 0, weight_gap,
-                stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+                stride_first, stride_second,
                 D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
             acc = dot(z, weights.T, acc, PRECISION)
@@ -171,7 +171,7 @@ def _fused_dual_gemm_fwd_kernel(
                 ).to(dtype)  # fmt: skip
                 weights = load_weight_pair(
                     weight_pair, half, first_channel + start_n, start_k, weight_gap,
-                    stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+                    stride_first, stride_second,
                     D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
                 )  # fmt: skip
                 acc = dot(z, weights.T, acc, PRECISION)
@@ -257,7 +257,7 @@ class ProjectionPair(NamedTuple):
 
     gate_first: bool  # whether the gate's lies lower in memory
     gap: int  # elements from the first to the second
-    strides: tuple[int, ...]  # of the first and of the second
+    strides: tuple[int, int]  # from row to row of the first and of the second
     alignment: int  # elements of 16 bytes if both are aligned to them, else 1
     descriptor: TensorDescriptor | None  # of [2, 2, D, C], if there may be one
 
@@ -292,7 +292,7 @@ def projection_pair(
     return ProjectionPair(
         gate_first,
         gap,
-        (*first.stride(), *second.stride()),
+        (first.stride(0), second.stride(0)),
         elements if aligned else 1,
         descriptor,
     )

@@ -70,7 +70,7 @@ def _fused_dual_gemm_bwd_kernel(
     weight_gap, R, L, pitch, first_row, stride_planes_d, stride_grads_m,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
-    stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+    stride_first, stride_second,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
@@ -149,7 +149,7 @@ def _fused_dual_gemm_bwd_kernel(
         if BLOCK_K >= C:
             weights = load_weight_pair(
                 weight_pair, half, start_n, 0, weight_gap,
-                stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+                stride_first, stride_second,
                 D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
             acc = dot(z, weights.T, acc, PRECISION)
@@ -163,7 +163,7 @@ def _fused_dual_gemm_bwd_kernel(
                 ).to(dtype)  # fmt: skip
                 weights = load_weight_pair(
                     weight_pair, half, start_n, start_k, weight_gap,
-                    stride_first_n, stride_first_k, stride_second_n, stride_second_k,
+                    stride_first, stride_second,
                     D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
                 )  # fmt: skip
                 acc = dot(z, weights.T, acc, PRECISION)

@@ -545,9 +545,11 @@ def triton_call(
     lengths: Tensor | None = None,
 ) -> "TritonCall":  # noqa: F821 (of triton_path, which imports Triton)
     """The op's arguments as the Triton path takes them."""
-    # The kernels index a vector of parameters by its channel; the projections bring their strides.
-    if any([v is not None and v.ndim == 1 and not v.is_contiguous() for v in weights]):
-        values = [v.contiguous() if v is not None and v.ndim == 1 else v for v in weights]
+    # The kernels index a parameter's last axis by the channel. A stride there would cost more than
+    # a copy, and from tiles that lie the other way ptxas 12.8 (Triton 3.6 to 3.7.1) made sm_90
+    # code that read shared memory at the wrong addresses: see docs/fuzzing.md.
+    if any([v is not None and v.stride(-1) != 1 for v in weights]):
+        values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
         weights = Weights(*values)
     return _triton_path().TritonCall(
         x, direction, mask, residual, drop_mask, weights, eps_in, eps_out,

@@ -61,7 +61,7 @@ def _fused_ln_residual_fwd_kernel(
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_residual_b, stride_residual_i, stride_residual_j, stride_residual_c,
     stride_drop_b, stride_drop_j, stride_drop_c,
-    stride_emit_n, stride_emit_k, stride_gate_n, stride_gate_k,
+    stride_emit, stride_gate,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, RESIDUAL_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -180,7 +180,7 @@ def _fused_ln_residual_fwd_kernel(
                 total += _lane_sums(t)
                 squares += _lane_sums(t * t)
             gate_tile = load_weight(
-                gate_weight, start_n, start_k, stride_gate_n, stride_gate_k,
+                gate_weight, start_n, start_k, stride_gate,
                 C, C, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             gate = dot(z, gate_tile.T, gate, PRECISION)
@@ -207,7 +207,7 @@ def _fused_ln_residual_fwd_kernel(
                 norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
             ).to(dtype)  # fmt: skip
             emit_tile = load_weight(
-                emit_weight, start_n, start_k, stride_emit_n, stride_emit_k,
+                emit_weight, start_n, start_k, stride_emit,
                 C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             delta = dot(t, emit_tile.T, delta, PRECISION)
@@ -395,7 +395,7 @@ def prepare_ln_residual(
             *moments.stride(),
             *residual_strides,
             *drop_strides,
-            *emit.stride(), *gate.stride(),
+            emit.stride(0), gate.stride(0),
         ],
         tuple(range(16)),
         dict(

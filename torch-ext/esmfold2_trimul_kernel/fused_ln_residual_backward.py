@@ -78,7 +78,7 @@ def _fused_ln_residual_bwd_kernel(
     stride_moments_n, stride_moments_i, stride_moments_j,
     stride_grad_i, stride_grad_j, stride_grad_c,
     stride_drop_j, stride_drop_c,
-    stride_emit_n, stride_emit_k, stride_gate_n, stride_gate_k,
+    stride_emit, stride_gate,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -156,7 +156,7 @@ def _fused_ln_residual_bwd_kernel(
                 norm_in_weight_ptr, norm_in_bias_ptr, C, EVEN_C,
             ).to(dtype)  # fmt: skip
             gate_tile = load_weight(
-                gate_weight, start_n, start_k, stride_gate_n, stride_gate_k,
+                gate_weight, start_n, start_k, stride_gate,
                 C, C, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             gate = dot(z, gate_tile.T, gate, PRECISION)
@@ -176,7 +176,7 @@ def _fused_ln_residual_bwd_kernel(
                 norm_out_weight_ptr, None, D, EVEN_D,
             ).to(dtype)  # fmt: skip
             emit_tile = load_weight(
-                emit_weight, start_n, start_k, stride_emit_n, stride_emit_k,
+                emit_weight, start_n, start_k, stride_emit,
                 C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             emit = dot(scaled, emit_tile.T, emit, PRECISION)
@@ -234,8 +234,7 @@ def _fused_ln_residual_bwd_kernel(
 @triton.jit(do_not_specialize=["R", "L", "first_row", "lengths_ptr"])
 def _norm_out_bwd_kernel(
     grad_emit_ptr, t_ptr, rows_ptr, lengths_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
-    R, L, pitch, first_row, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i,
-    stride_emit_n, stride_emit_k,
+    R, L, pitch, first_row, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i, stride_emit,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -278,7 +277,7 @@ def _norm_out_bwd_kernel(
             offs_k = start_k + tl.arange(0, BLOCK_K)
             grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
             emit_tile = load_weight(
-                emit_weight, start_k, start_n, stride_emit_n, stride_emit_k,
+                emit_weight, start_k, start_n, stride_emit,
                 C, D, BLOCK_K, BLOCK_N, False,
             )  # fmt: skip
             grad = dot(grad_emit, emit_tile, grad, PRECISION)
@@ -405,7 +404,7 @@ def prepare_ln_residual_bwd(
             *moments.stride(),
             *strides(grad_out),
             *drop_strides,
-            *emit.stride(), *gate.stride(),
+            emit.stride(0), gate.stride(0),
         ],
         tuple(range(22)),
         dict(
@@ -469,7 +468,7 @@ def prepare_norm_out_bwd(
             *[None] * 8,
             count, length, pitch, first_row, *t.stride()[:2],
             *((0, 0) if grad_t is None else grad_t.stride()[:2]),
-            *weights.p_out_weight.stride(),
+            weights.p_out_weight.stride(0),
         ],
         tuple(range(8)),
         dict(

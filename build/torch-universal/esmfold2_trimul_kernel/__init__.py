@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_1ce9edd195"
+_BUILD_ID = "_esmfold2_trimul_kernel_b45bce7892"
 
 
 def _load_package() -> ModuleType:
