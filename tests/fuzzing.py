@@ -612,7 +612,9 @@ class _Normalised(torch.autograd.Function):
     """LayerNorm without parameters; the means have errors of a float32 sum."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, eps: float, rounding: Rounding | Exact) -> Tensor:
+    def forward(
+        ctx, value: Tensor, eps: float, rounding: Rounding | Exact, rounds_behind: bool
+    ) -> Tensor:
         def mean(terms: Tensor) -> Tensor:
             mean = terms.mean(-1, keepdim=True)
             size = rounding.float32 * terms.abs().mean(-1, keepdim=True)
@@ -623,14 +625,15 @@ class _Normalised(torch.autograd.Function):
         centred = centred - mean(centred)
         rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
         out = centred * rstd
-        ctx.save_for_backward(out, rstd)
+        # The mean behind it may be one of the values as they were rounded for the next product.
+        ctx.save_for_backward(out, rounding(out) if rounds_behind else out, rstd)
         ctx.mean = mean
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        out, rstd = ctx.saved_tensors
-        return rstd * (grad - ctx.mean(grad) - out * ctx.mean(grad * out)), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        out, rounded, rstd = ctx.saved_tensors
+        return rstd * (grad - ctx.mean(grad) - out * ctx.mean(grad * rounded)), None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -660,7 +663,7 @@ def formula(
         return rounding(F.linear(value, projections[f"{kind}_weight"], v(f"{kind}_bias")))
 
     def layer_norm(value: Tensor, kind: str, eps: float) -> Tensor:
-        value = _Normalised.apply(value, eps, rounding)
+        value = _Normalised.apply(value, eps, rounding, kind == "norm_out")
         weight, bias = v(f"{kind}_weight"), v(f"{kind}_bias")
         value = value if weight is None else value * weight
         return rounding(value if bias is None else value + bias)

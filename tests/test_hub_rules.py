@@ -26,6 +26,7 @@ TRITON_MODULES = {
     "fused_dual_gemm_backward.py",
     "fused_ln_residual.py",
     "fused_ln_residual_backward.py",
+    "row_products.py",
     "trimul_einsum_triton.py",
 }
 NEEDS_TRITON = {*TRITON_MODULES, "triton_backward.py", "triton_path.py"}

@@ -380,13 +380,13 @@ def test_products_follow_the_precision_of_the_call(
 ):
     """Whatever torch's own setting is, which is as it was afterwards."""
     subject, seen = submodule("triton_backward"), []
-    add = subject._add_product
+    add = subject._Sequence._add_product
 
-    def record(*tensors):
+    def record(*arguments):
         seen.append(torch.get_float32_matmul_precision())
-        add(*tensors)
+        add(*arguments)
 
-    monkeypatch.setattr(subject, "_add_product", record)
+    monkeypatch.setattr(subject._Sequence, "_add_product", record)
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
@@ -479,6 +479,7 @@ def test_constants_come_in_the_order_of_the_kernels(submodule, call_of):
         stage_3.prepare_norm_out_bwd(t, t, 4, call.weights, "fp32"),
         stage_1.prepare_dual_gemm_bwd(*arguments),
         stage_1.prepare_norm_in_bwd(x, moments),
+        submodule("row_products").prepare_row_products(t[0], t[1]),
     ):
         names = stage.kernel.arg_names
         assert names[len(names) - len(stage.constants) :] == list(stage.constants)

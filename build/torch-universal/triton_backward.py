@@ -26,11 +26,11 @@ rows without norm weights and [dp, dg, dq] the rows of one matrix,
 
 over the rows of all pairs; sums are in fp32. No atomics: what several programs sum is written apart
 and added in a fixed order, so equal calls give equal bits. Of sequences with lengths the kernels
-skip what lies beyond and leave zeros there; the vendor's GEMMs go over all rows.
+skip what lies beyond and leave zeros there; the products go over all rows.
 
-The GEMMs of dz, S and H are the vendor's. In float32 they follow the call's precision, not torch's
-global setting, which is changed for their time where it differs: full float32 for every word but
-"tf32" and "bf16", for which TF32 is allowed.
+S and H of 16-bit rows are `row_products`. The GEMM of dz, and S and H of float32, are the vendor's.
+In float32 they follow the call's precision, not torch's global setting, which is changed for their
+time where it differs: full float32 for every word but "tf32" and "bf16", for which TF32 is allowed.
 """
 
 import contextlib
@@ -58,6 +58,7 @@ from .fused_ln_residual_backward import (
     prepare_ln_residual_bwd,
     prepare_norm_out_bwd,
 )
+from .row_products import add_row_products, prepare_row_products
 from .triton_path import TritonCall, dual_gemm, einsum, launches_of, with_axes_of_x
 from .validation import Weights, torch_allows_tf32
 
@@ -307,7 +308,9 @@ class _Sequence(NamedTuple):
                 if wanted.out_gate_sums:
                     self.totals.in_sums[4 * hidden :].add_(gate_sums)
             if wanted.out_gate_first:
-                _add_product(self.totals.in_products[4 * hidden :], out.gate, out.hat_x)
+                self._add_product(
+                    self.totals.in_products[4 * hidden :], out.gate, out.hat_x, "out_gate"
+                )
             if wanted.drop_mask:
                 some = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = some if grad_drop is None else grad_drop.add_(some)
@@ -323,7 +326,7 @@ class _Sequence(NamedTuple):
                     out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t, call.lengths
                 )
                 if hat_t is not None:
-                    _add_product(self.totals.emit_products, out.emit, hat_t)
+                    self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
                 del hat_t
             del out  # the next chunk's takes its memory
         if grad_drop is not None:
@@ -387,7 +390,9 @@ class _Sequence(NamedTuple):
                 some_x = grad_x[chunk]
                 out.grads[:, 4 * hidden :].copy_(some_x.view(count, channels))
             for columns in self._columns(hidden):
-                _add_product(self.totals.in_products[columns], out.grads[:, columns], out.hat_x)
+                self._add_product(
+                    self.totals.in_products[columns], out.grads[:, columns], out.hat_x, columns
+                )
             if wanted.dz:
                 grad_z = torch.mm(out.grads, self.stacked)
                 prepared = self.launches.of(
@@ -397,6 +402,18 @@ class _Sequence(NamedTuple):
                 norm_in_bwd(grad_z, x, some, weights, some_x, prepared, call.lengths)
                 del grad_z
             del out  # the next chunk's takes its memory
+
+    def _add_product(
+        self, total: Tensor, left: Tensor, right: Tensor, which: str | slice
+    ) -> None:
+        """total [N, K] += left^T right of a chunk's rows [M, N] and [M, K]; total is fp32."""
+        if left.dtype == torch.float32:
+            total.addmm_(left.t(), right)
+            return
+        prepared = self.launches.of(
+            ("row_products", str(which), left.shape[0]), prepare_row_products, left, right
+        )
+        add_row_products(total, left, right, prepared)
 
     def _columns(self, hidden: int) -> Iterator[slice]:
         """The columns of [dp, dg, dq] whose products with x^ are wanted, neighbours together."""
@@ -475,23 +492,6 @@ def _parameter_gradients(
         name: gradient.to(getattr(weights, name).dtype, copy=True)
         for name, gradient in gradients.items()
     }
-
-
-# Where the vendor's GEMM of 16-bit operands gives its fp32 sums; ROCm and XPU builds have none yet.
-_HAS_FLOAT32_OUTPUT = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [N, K] += left^T right of rows [M, N] and [M, K]; total is fp32.
-
-    16-bit operands without GEMMs that give fp32: one rounding to 16 bits of each chunk's product.
-    """
-    if left.dtype == torch.float32:
-        total.addmm_(left.t(), right)
-    elif _HAS_FLOAT32_OUTPUT and left.is_cuda:
-        total.add_(torch.mm(left.t(), right, out_dtype=torch.float32))
-    else:
-        total.add_(torch.mm(left.t(), right))
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ BACKWARD_KERNELS = (
     ("trimul_einsum_bwd_b", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
     ("trimul_einsum_bwd_ab", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
     ("fused_dual_gemm_bwd", "fused_dual_gemm_backward", "_fused_dual_gemm_bwd_kernel"),
+    ("row_products", "row_products", "_row_products_kernel"),
     ("norm_in_bwd", "fused_dual_gemm_backward", "_norm_in_bwd_kernel"),
 )
 
@@ -241,6 +242,10 @@ def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
             of.tensor(prepared.programs, 4 * width, dtype=float32),
         )  # fmt: skip
         stage_1.fused_dual_gemm_bwd(*arguments, prepared, out, of.lengths)
+        products = of.module("row_products")
+        total = of.tensor(5 * width, width, dtype=float32)
+        prepared = products.prepare_row_products(out.grads, out.hat_x)
+        products.add_row_products(total, out.grads, out.hat_x, prepared)
         prepared = stage_1.prepare_norm_in_bwd(x, moments)
         stage_1.norm_in_bwd(out.hat_x, x, moments, weights, x, prepared, of.lengths)
     return [

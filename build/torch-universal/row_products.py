@@ -1,0 +1,99 @@
+"""Products of all rows of two 16-bit matrices, of which the parameters' gradients are made.
+
+    total [N, K] += left^T right        left [M, N], right [M, K]; total and all sums in fp32
+
+M is the number of pairs, thousands of times N and K, so it is cut into parts for as many programs
+as the device runs at once. Each part's product is written apart and they are added in a fixed
+order: equal calls give equal bits.
+
+Not the vendor's GEMM: that of cuBLAS 13.1 leaves the last rows out for some M (`docs/numerics.md`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._device import device_target
+from ._launch import PreparedLaunch
+from ._tiles import load_tile, store_tile
+
+# The widest tile of the product, and the rows that are worth a program.
+_BLOCK = 128
+_LEAST_ROWS = 256
+# Rows of a turn, and turns under way: as many as 227 KB of shared memory hold, and 64 KB.
+_LARGE = (64, 4)
+_SMALL = (32, 3)
+_LARGE_TARGETS = ("sm_90", "sm_100")
+
+
+@triton.jit(do_not_specialize=["M", "part"])
+def _row_products_kernel(
+    left_ptr, right_ptr, parts_ptr, M, part, stride_left, stride_right,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
+
+    Programs of the same rows follow each other, so that these are read from memory once.
+    """
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N * BLOCKS_K
+    number = tl.program_id(0) // TILES
+    tile = tl.program_id(0) - number * TILES
+    offs_n = tile // BLOCKS_K * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tile % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    EVEN_N: tl.constexpr = N % BLOCK_N == 0
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    first = number * part
+    for start_m in range(first, tl.minimum(first + part, M), BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        row = offs_m.to(tl.int64)
+        left = load_tile(left_ptr, row * stride_left, offs_n, 1, offs_m < M, N, EVEN_N)
+        right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
+        acc = tl.dot(left.T, right, acc)
+    offs_out = number.to(tl.int64) * N * K + offs_n * K
+    store_tile(parts_ptr, offs_out, offs_k, acc, offs_n < N, K, EVEN_K)
+
+
+def add_row_products(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, prepared: PreparedLaunch
+) -> None:
+    """total [N, K] += left^T right; `prepared` is what `prepare_row_products` made of such rows."""
+    tiles = triton.cdiv(total.shape[0], prepared.constants["BLOCK_N"]) * triton.cdiv(
+        total.shape[1], prepared.constants["BLOCK_K"]
+    )
+    parts = torch.empty(
+        prepared.programs // tiles, *total.shape, dtype=torch.float32, device=total.device
+    )
+    prepared.launch(left, right, parts)
+    total.add_(parts.sum(0))
+
+
+def prepare_row_products(
+    left: torch.Tensor, right: torch.Tensor, programs: int | None = None
+) -> PreparedLaunch:
+    """The launch of `add_row_products` for rows like these: left [M, N] and right [M, K].
+
+    Rows have unit stride. `programs` is about how many share the work, one for each multiprocessor
+    of the device if it is not given.
+    """
+    rows, width_n = left.shape
+    width_k = right.shape[1]
+    block_n = min(_BLOCK, max(16, triton.next_power_of_2(width_n)))
+    block_k = min(_BLOCK, max(16, triton.next_power_of_2(width_k)))
+    tiles = triton.cdiv(width_n, block_n) * triton.cdiv(width_k, block_k)
+    device = device_target(left.device)
+    block_m, num_stages = _LARGE if device.target in _LARGE_TARGETS else _SMALL
+    if programs is None:
+        programs = device.multiprocessors
+    parts = max(1, min(programs // tiles, rows // _LEAST_ROWS))
+    part = triton.cdiv(triton.cdiv(rows, parts), block_m) * block_m
+    return PreparedLaunch(
+        _row_products_kernel,
+        tiles * triton.cdiv(rows, part),
+        [None, None, None, rows, part, left.stride(0), right.stride(0)],
+        (0, 1, 2),
+        dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+        {"num_warps": 4, "num_stages": num_stages},
+    )
