@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8b5909c795"
+_NAMESPACE = "_esmfold2_trimul_kernel_8315f60cd3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

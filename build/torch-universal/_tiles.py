@@ -103,6 +103,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def as_multiplied(x, PRECISION: tl.constexpr):
+    """An operand of `dot` in fp32, with the rounding to bfloat16 that PRECISION may ask for."""
+    if x.dtype == tl.float32 and PRECISION == "bf16":
+        x = x.to(tl.bfloat16)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def load_tile(ptr, offs_m, offs_k, stride_k, valid_m, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
     """[M, K] tile at row offsets offs_m and channels offs_k; 0 outside."""
     ptrs = ptr + offs_m[:, None] + (offs_k.to(tl.int64) * stride_k)[None, :]

@@ -37,6 +37,7 @@ from ._launch import PreparedLaunch, descriptor_of
 from ._tiles import (
     add_bias,
     any_of,
+    as_multiplied,
     dot,
     dot_precision,
     has_descriptor,
@@ -214,7 +215,7 @@ def _fused_ln_residual_bwd_kernel(
                 rounded = grad_emit.to(dtype)
                 store_tile(grad_emit_ptr, row * C, offs_n, rounded, valid_m, C, EVEN_N)
                 # The means are those of what the second kernel multiplies.
-                grad_emit = rounded.to(tl.float32)
+                grad_emit = as_multiplied(rounded, PRECISION)
             if rows_ptr is not None:
                 scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
                 mean_grad += tl.sum(grad_emit * scale, 1)

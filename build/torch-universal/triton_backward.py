@@ -176,7 +176,7 @@ def run_triton_backward(
         zeros(wanted.in_sums or wanted.out_gate_sums, in_rows),
     )  # fmt: skip
     stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
-    emit_means = _emit_means(weights)
+    emit_means = _emit_means(weights, call.precision)
     with _vendor_precision(call.precision, x.dtype):
         for entry in range(batch if length else 0):
             one = slice(entry, entry + 1)
@@ -443,9 +443,12 @@ def group_size(hidden: int, length: int) -> int:
     return hidden // groups
 
 
-def _emit_means(weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """We g2 / D and We b2, [C] in fp32; see `fused_ln_residual_backward`."""
-    emit = weights.p_out_weight.float()
+def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None]:
+    """We g2 / D and We b2, [C] in fp32, of We as it is multiplied: `fused_ln_residual_backward`."""
+    emit = weights.p_out_weight
+    if emit.dtype == torch.float32 and precision == "bf16":
+        emit = emit.to(torch.bfloat16)
+    emit = emit.float()
     scaled = emit if weights.norm_out_weight is None else emit * weights.norm_out_weight
     shift = weights.norm_out_bias
     return scaled.mean(1), None if shift is None else (emit * shift).sum(1)

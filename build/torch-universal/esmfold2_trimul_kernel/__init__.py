@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_8b5909c795"
+_BUILD_ID = "_esmfold2_trimul_kernel_8315f60cd3"
 
 
 def _load_package() -> ModuleType:
