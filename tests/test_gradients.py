@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from conftest import HAS_GPU
 from helpers import (
     Problem,
     assert_close,
@@ -124,16 +125,15 @@ class Asked(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 @pytest.mark.parametrize(
     "name, biases",
     [(name, False) for name in NAMES]
     + [(name, True) for name in NAMES if name not in ("residual", "drop_mask")]
     + [(name, True) for name in BIASES],
 )
-def test_each_alone_and_no_other(kernel, device, submodule, name, biases, direction):
+def test_each_alone_and_no_other(kernel, device, submodule, name, biases):
     problem = make_problem(
-        7, 8, 6, batch=2, direction=direction, mask="soft",
+        7, 8, 6, direction="incoming" if biases else "outgoing", mask="soft",
         residual=not biases, drop_mask=not biases, biases=biases,
     )  # fmt: skip
     wanted = reference_gradients(problem, grad_of_output(problem))[name]
@@ -288,7 +288,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels, hidden", [(32, 48), (32, 64)])
+@pytest.mark.parametrize("channels, hidden", [(32, 48), (32, 64)] if HAS_GPU else [(32, 48)])
 def test_projections_of_any_strides(kernel, device, channels, hidden, layout):
     """On GPUs tiles of projections that lie in two ways once were multiplied wrongly."""
     problem = make_problem(5, channels, hidden, dtype=BF16, mask="soft")
@@ -337,7 +337,7 @@ def test_equal_bits_from_equal_calls(kernel, device, recompute):
         20, 16, batch=2, dtype=BF16, mask="soft", residual=True, drop_mask=True
     )
     first = gradients(kernel, problem, device, recompute=recompute)
-    for _ in range(3):
+    for _ in range(3 if HAS_GPU else 1):
         assert_equal(gradients(kernel, problem, device, recompute=recompute), first)
 
 
@@ -586,7 +586,7 @@ class TestCompiled:
         backend = CompileCounterWithBackend("aot_eager")
         block = self.block(kernel, backend=backend, dynamic=dynamic)
         graphs = []
-        for length in (9, 11, 14, 12, 20):
+        for length in (5, 6, 8, 7, 9):
             problem = make_problem(length, 16, mask="soft", residual=True, drop_mask=True)
             wanted = gradients(kernel, problem, device)
             assert_equal(self.gradients_of(block, problem, device), wanted)
