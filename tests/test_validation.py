@@ -165,11 +165,19 @@ def test_a_projection_without_channels_beside_made_ones(call_with_biases, name, 
     """It says nothing of D, and the message names it and not one that was made."""
     hidden = {"p_in_weight": None, "g_in_weight": None, "p_out_weight": None}
     given = {"norm_out_weight": None, "norm_out_bias": None}
-    symbols = {"g_in_weight": "[2D, C] = [8, 4]", "p_out_weight": "[C, D] = [4, 4]"}[name]
-    message = f"{name} must be {symbols}; got {shape}"
+    symbols = {"g_in_weight": "[2D, C]", "p_out_weight": "[C, D]"}[name]
+    message = f"{name} must be {symbols} with C = 4; got {shape}"
     call_with_biases.assert_refuses(
         ValueError, message, **hidden | given | {name: torch.ones(shape)}
     )
+
+
+@pytest.mark.parametrize("name", ["p_in_weight", "g_in_weight", "p_out_weight"])
+def test_a_wrong_projection_beside_made_ones_and_right_biases(call_with_biases, name):
+    """It is what would say D: the biases, right as they are, must not be blamed."""
+    made = {"p_in_weight": None, "g_in_weight": None, "p_out_weight": None}
+    message = f"{name} must be a torch.Tensor; got list"
+    call_with_biases.assert_refuses(TypeError, message, **made | {name: [1.0]})
 
 
 def wrong_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

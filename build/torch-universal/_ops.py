@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8315f60cd3"
+_NAMESPACE = "_esmfold2_trimul_kernel_b39af23332"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

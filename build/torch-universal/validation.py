@@ -146,9 +146,18 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
     if not (value is None or gate is None or emit is None or weights.g_out_weight is None):
         return weights
     channels = hidden = pair.shape[-1]
-    for given, axis, per_channel in ((value, 0, 2), (gate, 0, 2), (emit, 1, 1)):
-        # One without a channel is refused by `check_weights`, by its name.
-        if isinstance(given, Tensor) and given.ndim == 2 and given.shape[axis] >= per_channel:
+    for name, given, axes, axis, per_channel in (
+        ("p_in_weight", value, "[2D, C]", 0, 2),
+        ("g_in_weight", gate, "[2D, C]", 0, 2),
+        ("p_out_weight", emit, "[C, D]", 1, 1),
+    ):
+        if given is not None:
+            # Or a parameter that is right would be blamed for not having the D of a wrong one.
+            _check_is_tensor(name, given)
+            if given.ndim != 2 or given.shape[axis] < per_channel:
+                raise ValueError(
+                    f"{name} must be {axes} with C = {channels}; got {tuple(given.shape)}"
+                )
             hidden = given.shape[axis] // per_channel
             break
     shapes = {
