@@ -445,11 +445,18 @@ def test_the_real_command_folds_with_all_76_sites():
 
 
 def test_the_real_command_is_quiet_when_interrupted():
-    process = start("fold", "MQIFVKTLTG" * 20, *QUICK, "--loops", "50")
-    deadline = time.monotonic() + 120
-    while not Path("out").exists() and time.monotonic() < deadline:  # made just before the model
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    # What a shell starts in the background ignores SIGINT, and so would what that starts.
+    process = start(
+        "fold", "MQIFVKTLTG" * 20, *QUICK, "--loops", "50",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not Path("out").exists() and time.monotonic() < deadline:  # just before the model
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, stdout, stderr) == (130, "", "")
