@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b39af23332"
+_NAMESPACE = "_esmfold2_trimul_kernel_6cf14d3440"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

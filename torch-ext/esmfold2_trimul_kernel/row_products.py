@@ -20,10 +20,9 @@ from ._tiles import load_tile, store_tile
 # The widest tile of the product, and the rows that are worth a program.
 _BLOCK = 128
 _LEAST_ROWS = 256
-# Rows of a turn, and turns under way: as many as 227 KB of shared memory hold, and 64 KB.
-_LARGE = (64, 4)
-_SMALL = (32, 3)
-_LARGE_TARGETS = ("sm_90", "sm_100")
+# By target: rows of a turn, turns under way (their rows lie in shared memory), and warps.
+_SETTINGS = {"sm_90": (64, 4, 4), "sm_100": (64, 4, 8)}
+_CAUTIOUS = (32, 3, 4)
 
 
 @triton.jit(do_not_specialize=["M", "part"])
@@ -84,7 +83,7 @@ def prepare_row_products(
     block_k = min(_BLOCK, max(16, triton.next_power_of_2(width_k)))
     tiles = triton.cdiv(width_n, block_n) * triton.cdiv(width_k, block_k)
     device = device_target(left.device)
-    block_m, num_stages = _LARGE if device.target in _LARGE_TARGETS else _SMALL
+    block_m, num_stages, num_warps = _SETTINGS.get(device.target, _CAUTIOUS)
     if programs is None:
         programs = device.multiprocessors
     parts = max(1, min(programs // tiles, rows // _LEAST_ROWS))
@@ -95,5 +94,5 @@ def prepare_row_products(
         [None, None, None, rows, part, left.stride(0), right.stride(0)],
         (0, 1, 2),
         dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
-        {"num_warps": 4, "num_stages": num_stages},
+        {"num_warps": num_warps, "num_stages": num_stages},
     )

@@ -197,6 +197,12 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
     ]
 
 
+def backward_kernels(case: Case) -> list[str]:
+    """The names of `BACKWARD_KERNELS` that a call launches."""
+    names = [name for name, *_ in BACKWARD_KERNELS]
+    return [name for name in names if name != "row_products" or case.dtype != torch.float32]
+
+
 def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
     """(name, binary, config) of the kernels of one call's backward, for all that ESMFold2 trains.
 
@@ -242,15 +248,16 @@ def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
             of.tensor(prepared.programs, 4 * width, dtype=float32),
         )  # fmt: skip
         stage_1.fused_dual_gemm_bwd(*arguments, prepared, out, of.lengths)
-        products = of.module("row_products")
-        total = of.tensor(5 * width, width, dtype=float32)
-        prepared = products.prepare_row_products(out.grads, out.hat_x)
-        products.add_row_products(total, out.grads, out.hat_x, prepared)
+        if case.dtype != float32:
+            products = of.module("row_products")
+            total = of.tensor(5 * width, width, dtype=float32)
+            prepared = products.prepare_row_products(out.grads, out.hat_x)
+            products.add_row_products(total, out.grads, out.hat_x, prepared)
         prepared = stage_1.prepare_norm_in_bwd(x, moments)
         stage_1.norm_in_bwd(out.hat_x, x, moments, weights, x, prepared, of.lengths)
+    names = backward_kernels(case)
     return [
-        (name, binary, config)
-        for (name, *_), (binary, config) in zip(BACKWARD_KERNELS, compiled, strict=True)
+        (name, binary, config) for name, (binary, config) in zip(names, compiled, strict=True)
     ]
 
 
