@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from esmfold2_trimul_tools.bench_clock import make_clock
-from esmfold2_trimul_tools.bench_environment import describe_environment
+from esmfold2_trimul_tools.bench_environment import ScriptSettings, describe_environment
 from esmfold2_trimul_tools.bench_problem import PASSES, Case, make_problem, relative_error
 from esmfold2_trimul_tools.bench_report import origin
 from esmfold2_trimul_tools.bench_results import write_results
@@ -29,16 +28,6 @@ from esmfold2_trimul_tools.model import resolve_device
 from esmfold2_trimul_tools.repository import find_root, load_kernel
 
 BATCHES = ["512,300,200,100", "1024,700,400,200", "1024,256,256,256", "1024,1024,1024,1024"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `describe_environment` asks for."""
-
-    device: torch.device
-    root: Path
-    dtypes: tuple[str, ...]
-    seed: int = 0
 
 
 def measure(
@@ -96,7 +85,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record; git's answer unless given")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings = Settings(resolve_device(options.device), find_root(), (options.dtype,))
+    settings = ScriptSettings(resolve_device(options.device), find_root(), (options.dtype,))
     sources = Sources(load_kernel(settings.root))
     clock = make_clock(settings.device)
     command = shlex.join(["python", "benchmarks/padded_batches.py", *sys.argv[1:]])

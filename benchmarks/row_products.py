@@ -13,14 +13,13 @@ import argparse
 import importlib
 import shlex
 import sys
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from esmfold2_trimul_tools.bench_clock import make_clock
-from esmfold2_trimul_tools.bench_environment import describe_environment
+from esmfold2_trimul_tools.bench_environment import ScriptSettings, describe_environment
 from esmfold2_trimul_tools.bench_problem import relative_error
 from esmfold2_trimul_tools.bench_report import origin
 from esmfold2_trimul_tools.bench_results import write_results
@@ -30,16 +29,6 @@ from esmfold2_trimul_tools.repository import find_root, load_kernel
 
 WIDTHS = [(16, 16), (64, 64), (128, 128), (256, 256), (640, 128), (1280, 256)]
 TIMED = [(16_384, 128), (16_384, 256), (32_768, 128), (32_768, 256), (73_728, 256)]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `describe_environment` asks for."""
-
-    device: torch.device
-    root: Path
-    dtypes: tuple[str, ...]
-    seed: int = 0
 
 
 def vendors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -103,7 +92,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record; git's answer unless given")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings = Settings(resolve_device(options.device), find_root(), tuple(options.dtypes))
+    settings = ScriptSettings(resolve_device(options.device), find_root(), tuple(options.dtypes))
     device = settings.device
     if device.type != "cuda":
         parser.error(f"--device must be a GPU, whose vendor's GEMM is compared; got {device}")

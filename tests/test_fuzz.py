@@ -142,7 +142,7 @@ def test_triton(kernel, record, on_triton, case):
 
 @fuzz("wrong", wrong_calls())
 def test_wrong_arguments(kernel, record, call):
-    error = refusal_of(kernel, call)
+    error = assert_refused(kernel, call)
     record.counts["wrong arguments"].update(["calls", type(error).__name__])
 
 
@@ -150,10 +150,10 @@ def test_wrong_arguments(kernel, record, call):
 def test_each_wrong_argument_alone(kernel, function):
     for key in wrong_of(function):
         for given in ((), optional_of(function)):
-            refusal_of(kernel, WrongCall(function, torch.float32, given, False, (key,)))
+            assert_refused(kernel, WrongCall(function, torch.float32, given, False, (key,)))
 
 
-def refusal_of(kernel, call: WrongCall) -> Exception:
+def assert_refused(kernel, call: WrongCall) -> Exception:
     """What a wrong call ends in: a documented error about one of its wrong arguments."""
     arguments, named = arguments_of(call)
     error = error_of(getattr(kernel, call.function), arguments)

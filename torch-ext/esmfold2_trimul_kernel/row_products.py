@@ -59,12 +59,8 @@ def add_row_products(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, prepared: PreparedLaunch
 ) -> None:
     """total [N, K] += left^T right; `prepared` is what `prepare_row_products` made of such rows."""
-    tiles = triton.cdiv(total.shape[0], prepared.constants["BLOCK_N"]) * triton.cdiv(
-        total.shape[1], prepared.constants["BLOCK_K"]
-    )
-    parts = torch.empty(
-        prepared.programs // tiles, *total.shape, dtype=torch.float32, device=total.device
-    )
+    count = prepared.programs // _tiles_of(**prepared.constants)
+    parts = torch.empty(count, *total.shape, dtype=torch.float32, device=total.device)
     prepared.launch(left, right, parts)
     total.add_(parts.sum(0))
 
@@ -81,9 +77,10 @@ def prepare_row_products(
     width_k = right.shape[1]
     block_n = min(_BLOCK, max(16, triton.next_power_of_2(width_n)))
     block_k = min(_BLOCK, max(16, triton.next_power_of_2(width_k)))
-    tiles = triton.cdiv(width_n, block_n) * triton.cdiv(width_k, block_k)
     device = device_target(left.device)
     block_m, num_stages, num_warps = _SETTINGS.get(device.target, _CAUTIOUS)
+    constants = dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
+    tiles = _tiles_of(**constants)
     if programs is None:
         programs = device.multiprocessors
     parts = max(1, min(programs // tiles, rows // _LEAST_ROWS))
@@ -93,6 +90,11 @@ def prepare_row_products(
         tiles * triton.cdiv(rows, part),
         [None, None, None, rows, part, left.stride(0), right.stride(0)],
         (0, 1, 2),
-        dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k),
+        constants,
         {"num_warps": num_warps, "num_stages": num_stages},
     )
+
+
+def _tiles_of(N: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int) -> int:
+    """The programs that share a part: the tiles of the product."""
+    return triton.cdiv(N, BLOCK_N) * triton.cdiv(K, BLOCK_K)

@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,16 @@ class RunSettings(Protocol):
     root: Path
     dtypes: tuple[str, ...]
     seed: int
+
+
+@dataclass(frozen=True)
+class ScriptSettings:
+    """The `RunSettings` of a script in benchmarks/."""
+
+    device: torch.device
+    root: Path
+    dtypes: tuple[str, ...]
+    seed: int = 0
 
 
 def describe_environment(

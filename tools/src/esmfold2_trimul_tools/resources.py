@@ -200,7 +200,9 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
 def backward_kernels(case: Case) -> list[str]:
     """The names of `BACKWARD_KERNELS` that a call launches."""
     names = [name for name, *_ in BACKWARD_KERNELS]
-    return [name for name in names if name != "row_products" or case.dtype != torch.float32]
+    if case.dtype == torch.float32:
+        names.remove("row_products")
+    return names
 
 
 def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
