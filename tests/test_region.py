@@ -133,6 +133,7 @@ def several_threads(submodule, threads, monkeypatch):
     monkeypatch.setattr(aten, "region_threads", lambda _: threads)
     monkeypatch.setattr(aten, "_BLOCK_POSITIONS", 64)
     monkeypatch.setattr(aten, "_LEAST_POSITIONS", 16)
+    monkeypatch.setattr(aten, "_LEAST_POSITIONS_A_THREAD", 1)
 
 
 @pytest.mark.parametrize("hidden", [24, 40])  # in the output's memory, and beside it
@@ -159,3 +160,17 @@ def test_threads_do_not_show(kernel, submodule, several_threads, direction, hidd
         assert all(torch.equal(again[name], value) for name, value in got.items())
     with torch.inference_mode():
         assert torch.equal(run(kernel, problem), got["out"])
+
+
+def test_many_threads_have_blocks_of_their_own_only_where_those_are_large(submodule, monkeypatch):
+    aten = submodule("aten")
+
+    def cut(length: int, threads: int) -> tuple[int, int]:
+        monkeypatch.setattr(aten, "region_threads", lambda _: threads)
+        blocks = aten.blocks_of(torch.empty(1, length, length, 1))
+        return blocks.threads, blocks.positions
+
+    assert cut(160, 1) == (1, 2048)
+    assert cut(160, 2) == (2, 1600) and cut(256, 2) == (2, 2048)
+    assert cut(160, 8) == (1, 2048) and cut(256, 8) == (8, 1024) and cut(512, 8) == (8, 2048)
+    assert cut(256, 16) == (1, 2048) and cut(512, 16) == (16, 2048)

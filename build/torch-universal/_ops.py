@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_160b87579f"
+_NAMESPACE = "_esmfold2_trimul_kernel_c74ebe39fb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

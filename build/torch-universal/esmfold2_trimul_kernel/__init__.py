@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_160b87579f"
+_BUILD_ID = "_esmfold2_trimul_kernel_c74ebe39fb"
 
 
 def _load_package() -> ModuleType:
