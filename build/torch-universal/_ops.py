@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c74ebe39fb"
+_NAMESPACE = "_esmfold2_trimul_kernel_539814a4dd"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

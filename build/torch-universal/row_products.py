@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch
+from ._launch import PreparedLaunch, pointers
 from ._tiles import load_tile, store_tile
 
 # The widest tile of the product, and the rows that are worth a program.
@@ -61,7 +61,7 @@ def add_row_products(
     """total [N, K] += left^T right; `prepared` is what `prepare_row_products` made of such rows."""
     count = prepared.programs // _tiles_of(**prepared.constants)
     parts = torch.empty(count, *total.shape, dtype=torch.float32, device=total.device)
-    prepared.launch(left, right, parts)
+    prepared.launch(left_ptr=left, right_ptr=right, parts_ptr=parts)
     total.add_(parts.sum(0))
 
 
@@ -88,10 +88,12 @@ def prepare_row_products(
     return PreparedLaunch(
         _row_products_kernel,
         tiles * triton.cdiv(rows, part),
-        [None, None, None, rows, part, left.stride(0), right.stride(0)],
-        (0, 1, 2),
-        constants,
-        {"num_warps": num_warps, "num_stages": num_stages},
+        tensors=pointers("left_ptr", "right_ptr", "parts_ptr"),
+        values=dict(
+            M=rows, part=part, stride_left=left.stride(0), stride_right=right.stride(0)
+        ),
+        constants=constants,
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
 
 

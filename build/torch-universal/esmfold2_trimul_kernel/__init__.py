@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c74ebe39fb"
+_BUILD_ID = "_esmfold2_trimul_kernel_539814a4dd"
 
 
 def _load_package() -> ModuleType:
