@@ -12,7 +12,7 @@ UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
 help:
 	@echo "make fold      fold ubiquitin with the kernel and without it; the results go to out/"
 	@echo "make test      run the test suite, but for the tests marked slow"
-	@echo "make test-all  run every test"
+	@echo "make test-all  run every test, and hold the settings to the newest Triton too"
 	@echo "make fuzz      10,000 random calls; CASES=500 SEED=7 says how many and which"
 	@echo "make env       set up $(VENV) alone; fold, test, build and lint do it when needed"
 	@echo "make build     write build/torch-universal from torch-ext"
@@ -46,7 +46,10 @@ fold: env
 test: env
 	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow"
 
+# Of the newest Triton the tests only compile with, so it needs nothing beside it.
 test-all: env
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --upgrade --target $(VENV)/newest-triton triton
 	$(VENV)/bin/python -m pytest -n $(JOBS)
 
 fuzz: CASES ?= 10000

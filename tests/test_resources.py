@@ -4,6 +4,8 @@ Compiling takes real JIT functions, so these run in processes without TRITON_INT
 """
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,9 +30,9 @@ QUICK = {
     "gfx942": WIDE,
 }
 OTHERS = {
-    target: tuple(case for case in CASES if case not in QUICK.get(target, ()))
-    for target in TARGETS
+    target: tuple(case for case in CASES if case not in QUICK.get(target, ())) for target in TARGETS
 }
+NEWEST_TRITON = Path(sys.prefix, "newest-triton")  # `make test-all` installs it
 
 COLLECT = """
 import json, sys
@@ -62,12 +64,13 @@ print(json.dumps(counts))
 """
 
 
-def run_fresh(script: str, *arguments: str) -> str:
-    return python_output(script, *arguments, PYTHONPATH=str(ROOT / "tools" / "src"))
+def run_fresh(script: str, *arguments: str, first_on_path: Path = ROOT / "tests") -> str:
+    path = f"{first_on_path}:{ROOT / 'tools' / 'src'}"
+    return python_output(script, *arguments, PYTHONPATH=path)
 
 
-def assert_settings_fit(target, cases):
-    rows = json.loads(run_fresh(COLLECT, target, *map(str, cases)))
+def assert_settings_fit(target, cases, **options):
+    rows = json.loads(run_fresh(COLLECT, target, *map(str, cases), **options))
     launches = 3 * len(cases)
     launches += sum(len(backward_kernels(case)) for case in cases if case in BACKWARD_CASES)
     assert problems(rows) == []
@@ -93,6 +96,13 @@ def test_shipped_settings_fit_their_target(target):
 @pytest.mark.parametrize("target", OTHERS)
 def test_all_other_settings_fit_their_target(target):
     assert_settings_fit(target, OTHERS[target])
+
+
+@pytest.mark.slow
+def test_settings_fit_with_the_newest_triton():
+    if not NEWEST_TRITON.is_dir():
+        pytest.skip("the newest Triton is not installed; make test-all installs it")
+    assert_settings_fit("sm_90", CASES, first_on_path=NEWEST_TRITON)
 
 
 def test_problems_name_what_is_over_a_limit():

@@ -452,9 +452,7 @@ def collect(
                 for stage, binary, config in found
             ]
         codes = read_machine_code([binary for _, binary in compiled])
-        rows += [
-            {**row, **asdict(code)} for (row, _), code in zip(compiled, codes, strict=True)
-        ]
+        rows += [{**row, **asdict(code)} for (row, _), code in zip(compiled, codes, strict=True)]
     if progress is not None:
         progress(total, total, "done")
     return rows
