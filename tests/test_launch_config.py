@@ -18,6 +18,7 @@ WITHOUT_DESCRIPTORS = ("sm_80", "sm_86", "sm_89", "gfx942", "gfx950", "default",
 ELEMENT_BYTES = (2, 4)
 WIDTHS = (1, 16, 128, 129, 256, 257, 4096)
 LENGTHS = (1, 76, 96, 97, 128, 160, 161, 320, 321, 512, 2000, 46_336)
+TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 NO_DEVICE = "no such device"
 
 
@@ -67,8 +68,8 @@ def test_every_target_has_a_table():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_table_answers_every_shape(subject, stage, target):
     entries = TABLES[target][stage]
-    for shape in shapes(subject):
-        config = subject.pick_config(stage, target, NO_DEVICE, shape)
+    for shape, triton in itertools.product(shapes(subject), TRITONS):
+        config = subject.pick_config(stage, target, NO_DEVICE, shape, triton)
         shipped = [entry["config"] for entry in entries[str(shape.element_bytes)]]
         assert config in [subject.LaunchConfig(**values) for values in shipped]
         for block in (config.block_m, config.block_n, config.block_k):
@@ -93,7 +94,8 @@ def test_every_shipped_setting_is_picked_for_some_shape(subject, tables, target)
             for entry in entries:
                 width, length = entry["max_width"] or 4096, entry["max_length"] or 2048
                 shape = subject.Shape(int(element_bytes), width, length)
-                picked.add(subject.pick_config(stage, target, NO_DEVICE, shape).block_m)
+                triton = entry.get("triton", "3.6.0")
+                picked.add(subject.pick_config(stage, target, NO_DEVICE, shape, triton).block_m)
             assert picked == set(range(len(entries))), (stage, element_bytes)
 
 
@@ -123,7 +125,7 @@ def test_a_note_says_whether_the_settings_were_tuned(target):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_length_chooses_between_a_few_classes_only(subject, stage, target, width):
     picked = [
-        subject.pick_config(stage, target, NO_DEVICE, subject.Shape(2, width, length))
+        subject.pick_config(stage, target, NO_DEVICE, subject.Shape(2, width, length), "3.6.0")
         for length in range(1, 2049)
     ]
     changes = sum(one != other for one, other in itertools.pairwise(picked))
@@ -148,11 +150,30 @@ def test_the_first_setting_that_is_wide_and_long_enough_is_taken(subject, tables
 
     def block_m(width, length):
         shape = subject.Shape(2, width, length)
-        return subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape).block_m
+        return subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape, "3.6.0").block_m
 
     widths = (1, 128, 129, 256, 257)
     assert [block_m(width, 97) for width in widths] == [32, 32, 64, 64, 128]
     assert [block_m(width, 96) for width in widths] == [16, 16, 64, 64, 128]
+
+
+def test_a_newer_triton_has_settings_of_its_own(subject, tables):
+    tables(
+        sm_90=table_of(
+            setting(16, triton="3.10", max_width=128), setting(32, triton="3.8"), setting(64)
+        )
+    )
+
+    def block_m(triton, width=128):
+        shape = subject.Shape(2, width, 512)
+        return subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape, triton).block_m
+
+    for older in ("3.6.0", "3.7.1", "3.7.1+git1a2b3c", "2.9.0", "unknown"):
+        assert block_m(older) == 64
+    for newer in ("3.8", "3.8.0", "3.8rc1", "3.9.0+git1a2b3c", "3.9.0a0"):
+        assert block_m(newer) == 32
+    for newest in ("3.10.0", "3.10rc1", "4.0.0"):
+        assert (block_m(newest), block_m(newest, width=256)) == (16, 32)
 
 
 def test_a_stage_and_an_element_size_have_settings_of_their_own(subject, tables):
@@ -166,7 +187,8 @@ def test_a_stage_and_an_element_size_have_settings_of_their_own(subject, tables)
     tables(default=table)
     for (stage, size), block_m in wanted.items():
         shape = subject.Shape(size, 128, 512)
-        assert subject.pick_config(stage, "default", NO_DEVICE, shape).block_m == block_m
+        picked = subject.pick_config(stage, "default", NO_DEVICE, shape, "3.6.0")
+        assert picked.block_m == block_m
 
 
 def test_device_before_target_before_default(subject, tables):
@@ -178,7 +200,7 @@ def test_device_before_target_before_default(subject, tables):
 
     def block_m(target, device_name):
         shape = subject.Shape(2, 256, 512)
-        return subject.pick_config("fused_dual_gemm", target, device_name, shape).block_m
+        return subject.pick_config("fused_dual_gemm", target, device_name, shape, "3.6.0").block_m
 
     assert block_m("sm_90", "NVIDIA H200") == 128
     assert block_m("sm_90", "NVIDIA H100 80GB HBM3") == 64
@@ -190,22 +212,22 @@ def test_device_before_target_before_default(subject, tables):
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_unlisted_target_has_the_shipped_default(subject, stage, target):
     for shape in shapes(subject):
-        config = subject.pick_config(stage, target, "Some Device", shape)
-        assert config == subject.pick_config(stage, "default", "Some Device", shape)
+        config = subject.pick_config(stage, target, "Some Device", shape, "3.6.0")
+        assert config == subject.pick_config(stage, "default", "Some Device", shape, "3.6.0")
 
 
 def test_a_table_that_is_too_narrow_says_so(subject, tables):
     tables(default=table_of(setting(max_width=64)))
     shape = subject.Shape(2, 65, 512)
     with pytest.raises(ValueError) as caught:
-        subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape)
+        subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape, "3.6.0")
     assert str(caught.value) == f"no setting of trimul_einsum for {shape}"
 
 
 @pytest.mark.parametrize("stage", ["einsum", "", None])
 def test_an_unknown_stage_is_refused(subject, stage):
     with pytest.raises(ValueError) as caught:
-        subject.pick_config(stage, "sm_90", NO_DEVICE, subject.Shape(2, 128, 512))
+        subject.pick_config(stage, "sm_90", NO_DEVICE, subject.Shape(2, 128, 512), "3.6.0")
     assert str(caught.value) == f"stage must be one of {STAGES}; got {stage!r}"
 
 

@@ -106,9 +106,11 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     try:
         for stage in tune.STAGES:
             for width, length, block_m in ((128, 64, 32), (256, 64, 32), (256, 97, 64)):
-                picked = config.pick_config(stage, "tuned", "any", shape(2, width, length))
+                picked = config.pick_config(
+                    stage, "tuned", "any", shape(2, width, length), "3.6.0"
+                )
                 assert picked.block_m == block_m
-            config.pick_config(stage, "tuned", "any", shape(2, 512, 64))
+            config.pick_config(stage, "tuned", "any", shape(2, 512, 64), "3.6.0")
     finally:
         config.pick_config.cache_clear()
 

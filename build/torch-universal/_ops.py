@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_539814a4dd"
+_NAMESPACE = "_esmfold2_trimul_kernel_17f1a1a77b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -325,7 +325,9 @@ def prepare_dual_gemm_bwd(
     device = device_target(x.device)
     if config is None:
         shape = shape_of(x.element_size(), max(channels, hidden), class_length or length)
-        config = pick_config("fused_dual_gemm_bwd", device.target, device.name, shape)
+        config = pick_config(
+            "fused_dual_gemm_bwd", device.target, device.name, shape, triton.__version__
+        )
     block_n = min(config.block_n, max(16, triton.next_power_of_2(group)))
     if group % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(group, block_n)

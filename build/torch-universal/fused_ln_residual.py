@@ -364,7 +364,9 @@ def prepare_ln_residual(
     if config is None:
         width = max(channels, hidden)
         shape = shape_of(x.element_size(), width, class_length or length, batch)
-        config = pick_config("fused_ln_residual", device.target, device.name, shape)
+        config = pick_config(
+            "fused_ln_residual", device.target, device.name, shape, triton.__version__
+        )
     block_m = config.block_m
     block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))

@@ -339,7 +339,9 @@ def prepare_dual_gemm(
     if config is None:
         width = max(channels, hidden)
         shape = shape_of(x.element_size(), width, class_length or length, batch)
-        config = pick_config("fused_dual_gemm", device.target, device.name, shape)
+        config = pick_config(
+            "fused_dual_gemm", device.target, device.name, shape, triton.__version__
+        )
     block_n = min(config.block_n, max(16, triton.next_power_of_2(size)))
     if size % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(size, block_n)

@@ -397,7 +397,9 @@ def prepare_ln_residual_bwd(
     device = device_target(x.device)
     if config is None:
         shape = shape_of(x.element_size(), max(channels, hidden), class_length or length)
-        config = pick_config("fused_ln_residual_bwd", device.target, device.name, shape)
+        config = pick_config(
+            "fused_ln_residual_bwd", device.target, device.name, shape, triton.__version__
+        )
     block_m = config.block_m
     block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
@@ -488,7 +490,9 @@ def prepare_norm_out_bwd(
     device = device_target(t.device)
     if config is None:
         shape = shape_of(t.element_size(), max(channels, hidden), class_length or length)
-        config = pick_config("norm_out_bwd", device.target, device.name, shape)
+        config = pick_config(
+            "norm_out_bwd", device.target, device.name, shape, triton.__version__
+        )
     block_n = min(config.block_n, max(16, triton.next_power_of_2(hidden)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
     return PreparedLaunch(

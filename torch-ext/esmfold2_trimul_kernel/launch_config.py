@@ -1,14 +1,17 @@
 """Launch settings: data in configs/*.json, chosen by a pure function.
 
 A file holds, for each stage and each element size, a list of settings with the widths and lengths
-that they are for; the first one that is wide and long enough is taken. Targets that share settings
-have a file each, so that one of them can be tuned alone. Nothing is timed at run time, and a length
-chooses between a few classes only, so the kernels compiled for one protein serve all.
+that they are for; the first one that is wide and long enough is taken. An entry with "triton" is
+for that version and later ones, where a newer compiler needs another setting, and stands before the
+one that it replaces. Targets that share settings have a file each, so that one of them can be tuned
+alone. Nothing is timed at run time, and a length chooses between a few classes only, so the kernels
+compiled for one protein serve all.
 """
 
 import functools
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +58,12 @@ def shape_of(element_bytes: int, width: int, length: int, batch: int = 1) -> Sha
 
 
 @functools.cache
-def pick_config(stage: str, target: str, device_name: str, shape: Shape) -> LaunchConfig:
+def pick_config(
+    stage: str, target: str, device_name: str, shape: Shape, triton: str
+) -> LaunchConfig:
     """The setting of `stage` on a device: the one tuned for it by name, else its target's.
+
+    `triton` is Triton's version.
 
     Raises:
         ValueError: an unknown stage.
@@ -65,11 +72,18 @@ def pick_config(stage: str, target: str, device_name: str, shape: Shape) -> Laun
         raise ValueError(f"stage must be one of {STAGES}; got {stage!r}")
     for entry in _settings(target, device_name)[stage][str(shape.element_bytes)]:
         widest, longest = entry["max_width"], entry["max_length"]
-        if (widest is None or shape.width <= widest) and (
-            longest is None or shape.length <= longest
+        if (
+            (widest is None or shape.width <= widest)
+            and (longest is None or shape.length <= longest)
+            and _release(triton) >= _release(entry.get("triton", ""))
         ):
             return LaunchConfig(**entry["config"])
     raise ValueError(f"no setting of {stage} for {shape}")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (3, 9) of "3.9.0", of "3.9rc1" and of "3.9.0+git1a2b"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def class_lengths(target: str, device_name: str) -> list[int]:

@@ -201,7 +201,9 @@ def prepare_einsum(
     device = device_target(a.device if device is None else device)
     if config is None:
         shape = shape_of(a.element_size(), hidden, class_length or length)
-        config = pick_config("trimul_einsum", device.target, device.name, shape)
+        config = pick_config(
+            "trimul_einsum", device.target, device.name, shape, triton.__version__
+        )
     block_m, block_n = config.block_m, config.block_n
     block_k = min(config.block_k, PADDING_MULTIPLE)
     descriptors = pointers("a", "b", "product")
