@@ -48,10 +48,16 @@ class PreparedLaunch:
                 f"{kernel.fn.__name__} must get its own parameters; got without a value "
                 f"{', '.join(missing) or 'none'}, and unknown {', '.join(unknown) or 'none'}"
             )
-        run_time = [name for name in names if name not in constants]
         self.constants = {name: constants[name] for name in names if name in constants}
-        self._arguments = [given[name] for name in run_time]
-        self._places = {name: (run_time.index(name), tensors[name]) for name in tensors}
+        # In the kernel's order; None where a tensor comes.
+        self._arguments = {name: values.get(name) for name in names if name not in constants}
+        places = {name: place for place, name in enumerate(self._arguments)}
+        self._tensors = tuple(tensors)
+        self._descriptors = [
+            (places[name], descriptor)
+            for name, descriptor in tensors.items()
+            if descriptor is not None
+        ]
         self._compiled: Any = None
 
     def launch(self, **tensors: Tensor | None) -> None:
@@ -60,12 +66,13 @@ class PreparedLaunch:
         Raises:
             TypeError: another tensor than those of the kernel, or one too few.
         """
-        arguments, places = self._arguments.copy(), self._places
-        if tensors.keys() != places.keys():
-            raise TypeError(f"tensors must be {', '.join(places)}; got {', '.join(tensors)}")
-        for name, tensor in tensors.items():
-            place, descriptor = places[name]
-            arguments[place] = tensor if descriptor is None else _based(descriptor, tensor)
+        named = {**self._arguments, **tensors}  # an unknown name makes it longer
+        if len(tensors) != len(self._tensors) or len(named) != len(self._arguments):
+            wanted = ", ".join(self._tensors)
+            raise TypeError(f"tensors must be {wanted}; got {', '.join(tensors)}")
+        arguments = list(named.values())
+        for place, descriptor in self._descriptors:
+            arguments[place] = _based(descriptor, arguments[place])
         grid = (self.programs, 1, 1)
         if self._compiled is None:
             # None too in the interpreter: then every launch comes this way.

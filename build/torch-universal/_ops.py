@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_17f1a1a77b"
+_NAMESPACE = "_esmfold2_trimul_kernel_c9d36691dd"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_17f1a1a77b"
+_BUILD_ID = "_esmfold2_trimul_kernel_c9d36691dd"
 
 
 def _load_package() -> ModuleType:
