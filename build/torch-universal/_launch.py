@@ -66,6 +66,23 @@ class PreparedLaunch:
         Raises:
             TypeError: another tensor than those of the kernel, or one too few.
         """
+        arguments = self._with(tensors)
+        grid = (self.programs, 1, 1)
+        if self._compiled is None:
+            # None too in the interpreter: then every launch comes this way.
+            self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        else:
+            self._compiled[grid](*arguments, *self.constants.values())
+
+
+    def compile(self, **tensors: Tensor | None) -> Any:
+        """Compiles for tensors like these, which may be meta tensors, without a launch."""
+        return self.kernel.warmup(
+            *self._with(tensors), grid=(self.programs, 1, 1), **self.constants, **self.options
+        )
+
+    def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
+        """The arguments at run time, in the kernel's order."""
         named = {**self._arguments, **tensors}  # an unknown name makes it longer
         if len(tensors) != len(self._tensors) or len(named) != len(self._arguments):
             wanted = ", ".join(self._tensors)
@@ -73,12 +90,7 @@ class PreparedLaunch:
         arguments = list(named.values())
         for place, descriptor in self._descriptors:
             arguments[place] = _based(descriptor, arguments[place])
-        grid = (self.programs, 1, 1)
-        if self._compiled is None:
-            # None too in the interpreter: then every launch comes this way.
-            self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
-        else:
-            self._compiled[grid](*arguments, *self.constants.values())
+        return arguments
 
 
 def _based(descriptor: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c9d36691dd"
+_NAMESPACE = "_esmfold2_trimul_kernel_93dc3475f0"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c9d36691dd"
+_BUILD_ID = "_esmfold2_trimul_kernel_93dc3475f0"
 
 
 def _load_package() -> ModuleType:

@@ -47,18 +47,21 @@ STAGE_KERNELS = {
     "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
     "fused_ln_residual": "_fused_ln_residual_fwd_kernel",
 }
-# Of the backward, in the order of a call: a name, its module and its kernel. Stage 2 runs its
-# forward's kernel with one operand, the other, or both turned.
+# Of the backward, in the order of a call. Stage 2 runs its forward's kernel with one operand, the
+# other, or both turned.
 BACKWARD_KERNELS = (
-    ("fused_ln_residual_bwd", "fused_ln_residual_backward", "_fused_ln_residual_bwd_kernel"),
-    ("norm_out_bwd", "fused_ln_residual_backward", "_norm_out_bwd_kernel"),
-    ("trimul_einsum_bwd_a", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
-    ("trimul_einsum_bwd_b", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
-    ("trimul_einsum_bwd_ab", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
-    ("fused_dual_gemm_bwd", "fused_dual_gemm_backward", "_fused_dual_gemm_bwd_kernel"),
-    ("row_products", "row_products", "_row_products_kernel"),
-    ("norm_in_bwd", "fused_dual_gemm_backward", "_norm_in_bwd_kernel"),
+    "fused_ln_residual_bwd",
+    "norm_out_bwd",
+    "trimul_einsum_bwd_a",
+    "trimul_einsum_bwd_b",
+    "trimul_einsum_bwd_ab",
+    "fused_dual_gemm_bwd",
+    "row_products",
+    "norm_in_bwd",
 )
+STAGE_MODULES = (
+    *STAGE_KERNELS, "fused_ln_residual_backward", "fused_dual_gemm_backward", "row_products"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,26 +105,6 @@ class _StandInDriver:
         return 0
 
 
-class _Recorder:
-    """Stands in for a stage's kernel: a launch becomes a compilation, kept in `compiled`."""
-
-    def __init__(self, kernel, compiled: list):
-        self._kernel, self._compiled = kernel, compiled
-
-    def __getitem__(self, grid):
-        def compile_only(*args, **kwargs):
-            options = {name: kwargs[name] for name in kwargs if name.islower()}
-            blocks = {
-                name: value
-                for name, value in kwargs.items()
-                if name.startswith("BLOCK_") or name in ("DESCRIPTORS", "HELD")
-            }
-            binary = self._kernel.warmup(*args, grid=grid, **kwargs)
-            self._compiled.append((binary, {**blocks, **options}))
-
-        return compile_only
-
-
 def _gpu_target(target: str):
     from triton.backends.compiler import GPUTarget
 
@@ -138,6 +121,15 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
     device = importlib.import_module(f"{kernel.__name__}._device")
     stand_in = device.target_of(target, "any")
     compiled: list = []
+
+    def compile_only(prepared, **tensors) -> None:
+        setting = {
+            name: value
+            for name, value in prepared.constants.items()
+            if name.startswith("BLOCK_") or name in ("DESCRIPTORS", "HELD")
+        }
+        compiled.append((prepared.compile(**tensors), {**setting, **prepared.options}))
+
     with contextlib.ExitStack() as stack:
         try:
             previous = driver.active
@@ -145,15 +137,14 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
             previous = None
         driver.set_active(_StandInDriver(_gpu_target(target)))
         stack.callback(driver.set_active, previous)
-        jit_functions = set(STAGE_KERNELS.items()) | {entry[1:] for entry in BACKWARD_KERNELS}
-        for module_name, kernel_name in sorted(jit_functions):
-            module = importlib.import_module(f"{kernel.__name__}.{module_name}")
-            for name, value in (
-                (kernel_name, _Recorder(getattr(module, kernel_name), compiled)),
-                ("device_target", lambda _: stand_in),
-            ):
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, value)
+        prefix = f"{kernel.__name__}."
+        stages = [importlib.import_module(prefix + name) for name in STAGE_MODULES]
+        replaced = [(module, "device_target", lambda _: stand_in) for module in stages]
+        launch = importlib.import_module(prefix + "_launch").PreparedLaunch
+        replaced.append((launch, "launch", compile_only))
+        for owner, name, value in replaced:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield compiled
 
 
@@ -200,10 +191,8 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
 
 def backward_kernels(case: Case) -> list[str]:
     """The names of `BACKWARD_KERNELS` that a call launches."""
-    names = [name for name, *_ in BACKWARD_KERNELS]
-    if case.dtype == torch.float32:
-        names.remove("row_products")
-    return names
+    vendor = {"row_products"} if case.dtype == torch.float32 else set()
+    return [name for name in BACKWARD_KERNELS if name not in vendor]
 
 
 def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
