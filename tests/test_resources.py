@@ -9,13 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from esmfold2_trimul_tools.resources import (
-    BACKWARD_CASES,
-    CASES,
-    TARGETS,
-    backward_kernels,
-    problems,
-)
+from esmfold2_trimul_tools.resources import BACKWARD_CASES, CASES, backward_kernels, problems
 from fresh_process import ROOT, python_output
 
 pytest.importorskip("triton")
@@ -29,6 +23,11 @@ QUICK = {
     "sm_89": WIDE,
     "gfx942": WIDE,
 }
+TARGETS = sorted(
+    path.stem
+    for path in (ROOT / "torch-ext" / "esmfold2_trimul_kernel" / "configs").glob("*.json")
+    if "shared_bytes" in path.read_text()
+)
 OTHERS = {
     target: tuple(case for case in CASES if case not in QUICK.get(target, ())) for target in TARGETS
 }
@@ -108,7 +107,7 @@ def test_settings_fit_with_the_newest_triton():
 def test_problems_name_what_is_over_a_limit():
     fine = {
         "kernel": "k", "target": "sm_86", "case": "c", "shared_bytes": 99 * 1024,
-        "spill_bytes": 256, "spills_in_loop": False,
+        "spill_bytes": 256, "spills_in_loop": False, "shared_limit": 99 * 1024,
     }  # fmt: skip
     assert problems([fine]) == []
     assert problems([{"kernel": "k", "target": "sm_86", "case": "c", "error": "E()"}]) == [

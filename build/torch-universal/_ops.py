@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_93dc3475f0"
+_NAMESPACE = "_esmfold2_trimul_kernel_0399f097bd"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

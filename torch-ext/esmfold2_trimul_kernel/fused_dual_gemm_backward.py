@@ -390,18 +390,16 @@ def norm_in_bwd(
     )
 
 
-# Channels that a program holds of a row, and elements that it holds of all of them.
-_NORM_CHANNELS = 1024
-_NORM_ELEMENTS = 4096
-
-
 def prepare_norm_in_bwd(
     x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
 ) -> PreparedLaunch:
     """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
     count, length, channels = x.shape
-    block_k = min(_NORM_CHANNELS, max(16, triton.next_power_of_2(channels)))
-    block_m = min(64, _NORM_ELEMENTS // block_k)
+    device = device_target(x.device)
+    shape = shape_of(x.element_size(), channels, length)
+    config = pick_config("norm_in_bwd", device.target, device.name, shape, triton.__version__)
+    block_m = config.block_m
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
     return PreparedLaunch(
         _norm_in_bwd_kernel,
         triton.cdiv(count * length, block_m),
@@ -417,5 +415,5 @@ def prepare_norm_in_bwd(
             C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
         ),
-        options={"num_warps": 4, "num_stages": 1},
+        options=config.options(),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_93dc3475f0"
+_BUILD_ID = "_esmfold2_trimul_kernel_0399f097bd"
 
 
 def _load_package() -> ModuleType:

@@ -23,18 +23,6 @@ from types import ModuleType
 
 import torch
 
-# Shared memory that one block may have, in bytes, and the registers of one thread.
-SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-}
-TARGETS = tuple(SHARED_LIMIT)
 # Outside a loop, for which another block on a multiprocessor made up (stage 1 on an H200).
 MAX_SPILL_BYTES = 256
 # In a loop four registers: settings with two were the fastest by far, measured on an H100, and a
@@ -396,7 +384,7 @@ def collect(
     """Compiles the shipped settings of every stage for `targets` (all of them by default).
 
     Args:
-        targets: names from TARGETS.
+        targets: names of the package's tables.
         progress: called with (done, total, what) before each compilation.
         kernel: the loaded kernel package; the checkout's own by default.
         cases: the calls to compile for.
@@ -404,23 +392,25 @@ def collect(
     Returns:
         One dict for each kernel, target and class of calls: kernel, target, case, config, registers
         (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
-        matrix_instructions, bulk_copies, pipelined; in place of the last seven, error, if it could
-        not be compiled.
+        matrix_instructions, bulk_copies, pipelined, shared_limit (bytes that a block may have
+        there); in place of the last eight, error, if it could not be compiled.
 
     Raises:
-        ValueError: a target that is not in TARGETS, or a process with TRITON_INTERPRET set.
+        ValueError: a target without a table, or a process with TRITON_INTERPRET set.
     """
     from triton import knobs
 
     from .repository import find_root, load_kernel
 
+    kernel = load_kernel(find_root()) if kernel is None else kernel
+    tables = importlib.import_module(f"{kernel.__name__}.launch_config")
     for target in targets or ():
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+        if target not in tables.targets():
+            known = ", ".join(tables.targets())
+            raise ValueError(f"target must be one of {known}; got {target!r}")
     if knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set: an interpreted kernel can't be compiled")
-    kernel = load_kernel(find_root()) if kernel is None else kernel
-    targets = targets or TARGETS
+    targets = targets or tables.targets()
     total = len(targets) * len(cases)
     rows = []
     for number, target in enumerate(targets):
@@ -441,7 +431,11 @@ def collect(
                 for stage, binary, config in found
             ]
         codes = read_machine_code([binary for _, binary in compiled])
-        rows += [{**row, **asdict(code)} for (row, _), code in zip(compiled, codes, strict=True)]
+        limit = {"shared_limit": tables.settings_of(target)["shared_bytes"]}
+        rows += [
+            {**row, **asdict(code), **limit}
+            for (row, _), code in zip(compiled, codes, strict=True)
+        ]
     if progress is not None:
         progress(total, total, "done")
     return rows
@@ -455,7 +449,7 @@ def problems(rows: list[dict]) -> list[str]:
         if "error" in row:
             found.append(f"{where}: can't be compiled: {row['error']}")
             continue
-        limit = SHARED_LIMIT[row["target"]]
+        limit = row["shared_limit"]
         if row["shared_bytes"] > limit:
             found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, of {limit}")
         if row["spill_bytes"] > MAX_SPILL_BYTES:
