@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SEED
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -20,7 +21,8 @@ sys.dont_write_bytecode = True
 HAS_GPU = torch.cuda.is_available()
 # Of several test processes each has its share of the cores: threads that outnumber them wait.
 _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
+_THREADS = os.environ.get("TRIMUL_TEST_THREADS")
+torch.set_num_threads(int(_THREADS or max(1, torch.get_num_threads() // _PROCESSES)))
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -92,6 +94,12 @@ def _interpreter():
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws without a generator does not depend on the tests before it."""
+    torch.manual_seed(1000 * SEED + 999)
+
+
+@pytest.fixture(autouse=True)
 def _aten_for_cpu_tensors(kernel, monkeypatch):
     entry = _submodule(kernel, "trimul_with_residual")
     monkeypatch.setattr(entry, "_INTERPRET", False)
@@ -113,9 +121,12 @@ def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Threads that wait for each other take longer than small tensors do."""
+    """Threads that wait for each other take longer than small tensors do.
+
+    TRIMUL_TEST_THREADS goes before it.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(_THREADS or 1))
     yield
     torch.set_num_threads(threads)
 

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ERROR_BUDGET
+from helpers import ERROR_BUDGET, seeded
 from peers import peer, randomized
 from torch import Tensor, nn
 
-# Tensors are tiny here: threads only get in each other's way when tests run side by side.
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHANNELS, HIDDEN, LENGTH = 16, 8, 7
 DIRECTIONS = ("outgoing", "incoming")
@@ -149,12 +148,12 @@ def make(name: str, direction: str = "outgoing") -> nn.Module:
 
 
 def make_pair(*leading: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return (torch.randn(*leading, LENGTH, LENGTH, CHANNELS, generator=generator) * 1.5).to(dtype)
 
 
 def make_mask(*leading: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     return (torch.rand(*leading, LENGTH, LENGTH, generator=generator) > 0.3).float()
 
 
@@ -167,7 +166,7 @@ def gradients(module: nn.Module, call, pair: Tensor) -> dict[str, Tensor]:
     module.zero_grad()
     pair = pair.clone().requires_grad_()
     out = call(pair)
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
     found = {name: value.grad for name, value in module.named_parameters()}
     return {"output": out.detach(), "pair": pair.grad, **found}

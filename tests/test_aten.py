@@ -15,6 +15,7 @@ from helpers import (
     reference_gradients,
     relative_error,
     run,
+    seeded,
     with_leaves,
 )
 from torch import Tensor
@@ -94,7 +95,7 @@ def backward(submodule, call):
 
 
 def grad_like(out: Tensor) -> Tensor:
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    return torch.randn(out.shape, generator=seeded(5)).to(out.dtype)
 
 
 @pytest.fixture(params=[True, False], ids=["native_bf16", "no_native_bf16"])

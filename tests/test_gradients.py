@@ -15,6 +15,7 @@ from helpers import (
     reference_gradients,
     relative_error,
     run,
+    seeded,
     with_leaves,
 )
 from torch import Tensor
@@ -49,7 +50,7 @@ def device(request) -> str:
 
 
 def grad_of_output(problem: Problem) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return torch.randn(problem.x.shape, generator=generator).to(problem.x.dtype)
 
 
@@ -643,7 +644,7 @@ def test_reference_gradients_are_those_of_central_differences():
     step = 1e-5
     for name, gradient in reference_gradients(problem, grad_of_output(problem)).items():
         leaf = leaves_of(problem)[name].double()
-        along = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(2)).double()
+        along = torch.randn(leaf.shape, generator=seeded(2)).double()
         ahead = reference(with_leaves(problem, {name: leaf + step * along}))
         behind = reference(with_leaves(problem, {name: leaf - step * along}))
         slope = float(((ahead - behind) * probe).sum()) / (2 * step)

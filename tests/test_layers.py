@@ -10,7 +10,7 @@ from esmfold2_trimul_tools.model import random_model, restore_stock, triangle_mo
 from esmfold2_trimul_tools.sequences import Record
 from folding import TINY_SITES, tiny_config
 from fresh_process import ROOT
-from helpers import ERROR_BUDGET, in_tree_module, make_problem, reference, relative_error
+from helpers import ERROR_BUDGET, in_tree_module, make_problem, reference, relative_error, seeded
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -264,7 +264,7 @@ def gradients(forward, module, problem) -> dict[str, torch.Tensor]:
     module.zero_grad()
     x = problem.x.clone().requires_grad_()
     out = forward(x, problem.mask)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     out.backward(torch.randn(out.shape, generator=generator).to(out))
     return {"x": x.grad} | {name: value.grad for name, value in module.named_parameters()}
 

@@ -10,6 +10,7 @@ from helpers import (
     make_problem,
     reference_gradients,
     relative_error,
+    seeded,
 )
 from test_aten import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ FLOAT32_BUDGET = 2e-5
 
 
 def grad_out_of(problem: Problem) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     return torch.randn(problem.x.shape, generator=generator).to(problem.x.dtype)
 
 
