@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from esmfold2_trimul_tools.heartbeat import heartbeat
+from helpers import SEED
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 # A process that imports the variant must not leave byte code in a folder that has a digest.
 sys.dont_write_bytecode = True
 HAS_GPU = torch.cuda.is_available()
-# Of several test processes each has its share of the cores: threads that outnumber them wait.
+# Threads that wait for each other, or for another process, take longer than small tensors do. With
+# a GPU float64 references are larger, and each test process has its share of the cores.
 _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(max(1, torch.get_num_threads() // _PROCESSES))
+_SHARE = max(1, torch.get_num_threads() // _PROCESSES) if HAS_GPU else 1
+_THREADS = int(os.environ.get("TRIMUL_TEST_THREADS", 1))
+torch.set_num_threads(max(_THREADS, _SHARE))
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -124,6 +128,12 @@ def _interpreter():
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws without a generator does not depend on the tests before it."""
+    torch.manual_seed(1000 * SEED + 999)
+
+
+@pytest.fixture(autouse=True)
 def _aten_for_cpu_tensors(kernel, monkeypatch):
     entry = _submodule(kernel, "trimul_with_residual")
     monkeypatch.setattr(entry, "_INTERPRET", False)
@@ -145,9 +155,9 @@ def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Threads that wait for each other take longer than small tensors do."""
+    """For tensors that are small with a GPU too: one thread, or those asked for."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(_THREADS)
     yield
     torch.set_num_threads(threads)
 

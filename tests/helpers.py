@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Another number makes all random tensors of the tests others.
+SEED = int(os.environ.get("TRIMUL_TEST_SEED", 0))
+Results = Tensor | dict[str, Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative L2 error against float64 of three roundings to 16 bits (planes, product, output) and the
 # rounded GEMM operands; float32 is the project's promise for "highest" precision.
@@ -30,6 +36,11 @@ PUBLIC_NAMES = [
     "triangle_multiplicative_update_with_residual",
     "warmup",
 ]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator of a test's random numbers, which TRIMUL_TEST_SEED makes others."""
+    return torch.Generator().manual_seed(1000 * SEED + seed)
 
 
 @dataclass
@@ -73,7 +84,7 @@ def make_problem(
 ) -> Problem:
     """Random inputs like a trained trunk's: rows of mean 0.3, uneven norm weights."""
     hidden = channels if hidden is None else hidden
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
@@ -124,7 +135,7 @@ def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) ->
 
 def reference(problem: Problem) -> Tensor:
     """AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, in float64, line by line."""
-    return _formula(problem).detach()
+    return formula(problem).detach()
 
 
 @torch.enable_grad()
@@ -134,7 +145,7 @@ def reference_gradients(problem: Problem, grad_out: Tensor) -> dict[str, Tensor]
         name: leaf.detach().cpu().double().requires_grad_()
         for name, leaf in leaves_of(problem).items()
     }
-    out = _formula(with_leaves(problem, leaves))
+    out = formula(with_leaves(problem, leaves))
     grads = torch.autograd.grad(out, list(leaves.values()), grad_out.detach().cpu().double())
     return dict(zip(leaves, grads, strict=True))
 
@@ -159,31 +170,37 @@ def with_leaves(problem: Problem, leaves: dict[str, Tensor]) -> Problem:
     return Problem(**put(vars(problem)) | {"weights": weights, "biases": biases})
 
 
-def _formula(problem: Problem) -> Tensor:
-    def double(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.cpu().double()
+def formula(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Every operation's result in `dtype`, but norms in float32 at least."""
 
-    w = {name: double(value) for name, value in problem.weights.items()}
-    bias = {name: double(value) for name, value in problem.biases.items()}
-    x = double(problem.x)
-    z = F.layer_norm(x, x.shape[-1:], w.get("norm_in_weight"), w.get("norm_in_bias"), problem.eps)
+    def cast(value: Tensor | None, to: torch.dtype = dtype) -> Tensor | None:
+        return None if value is None else value.cpu().to(to)
+
+    def norm(value: Tensor, name: str) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        parts = (cast(problem.weights.get(f"{name}_{part}"), wide) for part in ("weight", "bias"))
+        return F.layer_norm(value.to(wide), value.shape[-1:], *parts, problem.eps).to(dtype)
+
+    w = {name: cast(value) for name, value in problem.weights.items()}
+    bias = {name: cast(value) for name, value in problem.biases.items()}
+    x = cast(problem.x)
+    z = norm(x, "norm_in")
     value = F.linear(z, w["p_in_weight"], bias.get("p_in_bias"))
     gate = torch.sigmoid(F.linear(z, w["g_in_weight"], bias.get("g_in_bias")))
     ab = value * gate
     if problem.mask is not None:
-        ab = ab * double(problem.mask).unsqueeze(-1)
+        ab = ab * cast(problem.mask).unsqueeze(-1)
     a, b = ab.chunk(2, dim=-1)
     if problem.direction == "outgoing":
         t = torch.einsum("bikd,bjkd->bijd", a, b)
     else:
         t = torch.einsum("bkid,bkjd->bijd", a, b)
-    t = F.layer_norm(t, t.shape[-1:], w.get("norm_out_weight"), w.get("norm_out_bias"), problem.eps)
-    delta = F.linear(t, w["p_out_weight"], bias.get("p_out_bias"))
+    delta = F.linear(norm(t, "norm_out"), w["p_out_weight"], bias.get("p_out_bias"))
     delta = delta * torch.sigmoid(F.linear(z, w["g_out_weight"], bias.get("g_out_bias")))
     if problem.drop_mask is not None:
-        drop = double(problem.drop_mask)
+        drop = cast(problem.drop_mask)
         delta = delta * drop.reshape(x.shape[0], 1, x.shape[1], x.shape[3])
-    return delta if problem.residual is None else double(problem.residual) + delta
+    return delta if problem.residual is None else cast(problem.residual) + delta
 
 
 def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:
@@ -204,12 +221,61 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def assert_close(got: Tensor, problem: Problem, factor: float = 1.0) -> None:
-    """`got` is the problem's answer in shape, dtype and value, within the dtype's budget."""
-    wanted = reference(problem)
-    assert got.shape == problem.x.shape and got.dtype == problem.x.dtype and got.is_contiguous()
-    error = relative_error(got, wanted)
-    assert error <= factor * ERROR_BUDGET[problem.x.dtype], f"relative error {error:.2e}"
+def assert_close(got: Tensor, problem: Problem, beside_plain: float = 0.85) -> None:
+    """`got` is the problem's answer in shape, dtype and value.
+
+    Its error is within the dtype's budget or, as 16 bits are worse for some numbers than for
+    others, so many times that of the formula in plain PyTorch; and room for chance.
+    """
+    wanted, dtype = reference(problem), problem.x.dtype
+    assert got.shape == problem.x.shape and got.dtype == dtype and got.is_contiguous()
+    error, limit = relative_error(got, wanted), ERROR_BUDGET[dtype]
+    if dtype != torch.float32 and not error <= limit:
+        plain = relative_error(formula(problem, dtype).detach(), wanted)
+        limit = max(limit, beside_plain * plain) * room(got.numel())
+    assert error <= limit, f"relative error {error:.2e}, above {limit:.2e}"
+
+
+# Errors of two computations are compared over so many values at least: see `room`.
+LEAST_VALUES = 500
+
+
+def room(values: int) -> float:
+    """How many times another's the error of one of two roundings of so many values may be.
+
+    If their errors are independent and normal, the logarithm of the ratio of their RMS scatters by
+    n^-1/2 from draw to draw. Errors of gradients are not quite: by 0.7 to 2 n^-1/2, measured over
+    the leaves of test_aten.py's problems. This is five such deviations of the larger number. Fewer
+    than 16 values are as good as one: theirs is the same as that of 16.
+    """
+    return math.exp(10 * max(values, 16) ** -0.5)
+
+
+def draws_of(smallest: int) -> range:
+    """Seeds of as many problems as make enough of a result of so many values."""
+    return range(-(-LEAST_VALUES // smallest))
+
+
+def assert_no_worse(draws: Iterable[tuple[Results, Results, Results]], factor: float) -> None:
+    """The errors of the first are at most `factor` times the second's, and room for chance.
+
+    Each of the draws is two computations' results and the wanted ones, each a tensor or several by
+    name. Errors of a name are taken together over all draws. So that an ill-conditioned draw counts
+    no more than another, each is divided by the sum of its two errors.
+    """
+    sums: dict[str, tuple[int, float, float]] = {}
+    for draw in draws:
+        got, other, wanted = ({"": of} if isinstance(of, Tensor) else of for of in draw)
+        for name, exact in wanted.items():
+            values = (some[name].reshape(exact.shape) for some in (got, other))
+            mine, its = (relative_error(value, exact) ** 2 for value in values)
+            assert math.isfinite(mine), name
+            values, of_mine, of_its = sums.get(name, (0, 0.0, 0.0))
+            both = mine + its or 1.0
+            sums[name] = values + exact.numel(), of_mine + mine / both, of_its + its / both
+    for name, (values, of_mine, of_its) in sums.items():
+        limit = factor * room(values)
+        assert of_mine <= limit**2 * of_its, f"{name}: {of_mine**.5:.3g} of {of_its**.5:.3g}"
 
 
 def in_tree_module(problem: Problem) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from helpers import seeded
 from torch import nn
 
 MODULES = {
@@ -38,7 +39,7 @@ def peer(name: str) -> ModuleType:
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module with random parameters like a trained one's: peers start with gates of zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for name, value in module.named_parameters():
             scale = 0.3 if value.ndim == 1 else value.shape[-1] ** -0.5

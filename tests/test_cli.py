@@ -23,6 +23,8 @@ from folding import SHORT, TINY_SITES, ZERO_LAYER, tiny_config, write_kernel_rep
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ["--random-weights", "--device", "cpu", "--steps", "2"]
 
 

@@ -20,6 +20,8 @@ from folding import (
 )
 from transformers import EsmFold2Config, EsmFold2Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = Settings(loops=1, samples=1, steps=2)
 
 

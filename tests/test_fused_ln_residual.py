@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, make_problem, relative_error
+from helpers import DTYPES, make_problem, relative_error, seeded
 from test_fused_dual_gemm import moments_in_float64, weights_of
 
 STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6}
@@ -13,7 +13,7 @@ def make_product(problem, submodule):
     """A random product [B, D, L, pitch] whose pads are no numbers."""
     batch, length = problem.x.shape[:2]
     hidden = problem.weights["p_out_weight"].shape[1]
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     pitch = submodule("_tiles").padded_pitch(length)
     product = torch.full((batch, hidden, length, pitch), float("nan"), dtype=problem.x.dtype)
     values = torch.randn(batch, hidden, length, length, generator=generator) * 3 + 1

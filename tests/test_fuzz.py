@@ -43,6 +43,7 @@ from fuzzing import (  # noqa: E402
     share_of_rounding,
 )
 from helpers import DTYPES  # noqa: E402
+from helpers import SEED as TEST_SEED  # noqa: E402
 from hypothesis import HealthCheck, Phase  # noqa: E402
 from torch import Tensor  # noqa: E402
 from wrong_calls import (  # noqa: E402
@@ -57,7 +58,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = int(os.environ.get("FUZZ_CASES", 300))
-SEED = os.environ.get("FUZZ_SEED")
+SEED = os.environ.get("FUZZ_SEED") or TEST_SEED or None
 # Of the good calls: an interpreted one takes as long as ten others. Wrong ones come on top.
 SHARES = {"aten": 0.85, "triton": 0.15, "wrong": 1.0}
 PLAIN = Case(

@@ -8,13 +8,17 @@ from conftest import HAS_GPU
 from helpers import (
     Problem,
     assert_close,
+    assert_no_worse,
+    formula,
     in_tree_gradients,
     leaves_of,
     make_problem,
     reference,
     reference_gradients,
     relative_error,
+    room,
     run,
+    seeded,
     with_leaves,
 )
 from torch import Tensor
@@ -49,7 +53,7 @@ def device(request) -> str:
 
 
 def grad_of_output(problem: Problem) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return torch.randn(problem.x.shape, generator=generator).to(problem.x.dtype)
 
 
@@ -143,18 +147,16 @@ def test_each_alone_and_no_other(kernel, device, submodule, name, biases):
     assert relative_error(got, wanted) <= LIMIT
 
 
-@pytest.mark.parametrize("flow", ["outgoing", "incoming"])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("flow, dtype", [("outgoing", BF16), ("incoming", torch.float16)])
 def test_16_bit_errors_beside_the_in_tree_modules(kernel, device, flow, dtype):
-    problem = make_problem(24, 32, dtype=dtype, direction=flow, mask="bool", batch=2)
-    wanted = reference_gradients(problem, grad_of_output(problem))
-    in_tree = in_tree_gradients(problem, grad_of_output(problem))
-    got = gradients(kernel, problem, device)
-    assert set(got) == set(in_tree)
-    for name, gradient in got.items():
-        assert gradient.dtype == in_tree[name].dtype
-        error = relative_error(gradient, wanted[name])
-        assert error <= 1.3 * relative_error(in_tree[name], wanted[name]), name
+    draws = []
+    for seed in range(4):
+        problem = make_problem(9, 32, dtype=dtype, direction=flow, mask="bool", seed=seed)
+        grad_out = grad_of_output(problem)
+        got, in_tree = gradients(kernel, problem, device), in_tree_gradients(problem, grad_out)
+        assert all(got[name].dtype == in_tree[name].dtype for name in got | in_tree)
+        draws.append((got, in_tree, reference_gradients(problem, grad_out)))
+    assert_no_worse(draws, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
@@ -170,7 +172,7 @@ def test_dtypes_are_the_leaves_own(kernel, device, dtype):
     wanted = reference_gradients(problem, grad_of_output(problem))
     for name, gradient in got.items():
         assert gradient.dtype == leaves[name].dtype
-        assert relative_error(gradient, wanted[name]) <= 2e-2, name
+        assert relative_error(gradient, wanted[name]) <= 8e-3 * room(gradient.numel()), name
 
 
 def test_residual_that_is_the_pair(kernel, device):
@@ -302,7 +304,7 @@ def test_projections_of_any_strides(kernel, device, channels, hidden, layout):
         leaves = {name: weight.to(device).requires_grad_() for name, weight in weights.items()}
         leaves["x"] = problem.x.to(device).requires_grad_()
         out = run(kernel, with_leaves(problem.to(device), leaves), device)
-        assert_close(out.detach(), problem, 1.25)
+        assert_close(out.detach(), problem)
         found.append(torch.autograd.grad(out, leaves.values(), grad))
     for name, strided, contiguous in zip(leaves, *found, strict=True):
         error = relative_error(strided, contiguous.cpu().double())
@@ -470,13 +472,11 @@ class TestTransforms:
         def loss(weight: Tensor) -> Tensor:
             return run(kernel, with_leaves(problem, {"norm_in_weight": weight}), device).sum()
 
-        hessian = torch.func.hessian(loss)(weight)
-        step = 1e-2
-        for index in range(2):
-            along = step * torch.eye(5, device=device)[index]
-            slopes = torch.func.grad(loss)
-            wanted = (slopes(weight + along) - slopes(weight - along)) / (2 * step)
-            assert relative_error(hessian[index], wanted.cpu().double()) <= 1e-2
+        def exact(weight: Tensor) -> Tensor:
+            return formula(with_leaves(problem, {"norm_in_weight": weight})).sum()
+
+        wanted = torch.func.hessian(exact)(weight.cpu().double())
+        assert relative_error(torch.func.hessian(loss)(weight), wanted) <= 1e-4
 
     def test_batched_gradients(self, kernel, device):
         problem = make_problem(6, 8, mask="soft").to(device)
@@ -643,7 +643,7 @@ def test_reference_gradients_are_those_of_central_differences():
     step = 1e-5
     for name, gradient in reference_gradients(problem, grad_of_output(problem)).items():
         leaf = leaves_of(problem)[name].double()
-        along = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(2)).double()
+        along = torch.randn(leaf.shape, generator=seeded(2)).double()
         ahead = reference(with_leaves(problem, {name: leaf + step * along}))
         behind = reference(with_leaves(problem, {name: leaf - step * along}))
         slope = float(((ahead - behind) * probe).sum()) / (2 * step)

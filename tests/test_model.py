@@ -21,6 +21,8 @@ from folding import (
 from transformers import BertConfig, EsmFold2Config, EsmFold2Model
 from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2TriangleMultiplicativeUpdate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def tiny():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import HAS_GPU
-from helpers import relative_error
+from helpers import relative_error, seeded
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ def product(submodule, on_triton):
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=seeded(seed)).to(dtype)
 
 
 @pytest.mark.kernels_ci

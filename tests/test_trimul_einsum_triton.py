@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import DTYPES, relative_error
+from helpers import DTYPES, relative_error, seeded
 
 STAGE_BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-6}
 
 
 def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
-    generator = torch.Generator().manual_seed(length)
+    generator = seeded(length)
     pitch = submodule("_tiles").padded_pitch(length)
     planes = torch.full((batch, 2 * hidden, length, pitch), pads, dtype=dtype)
     planes[..., :length] = torch.randn(batch, 2 * hidden, length, length, generator=generator).to(

@@ -16,6 +16,8 @@ from folding import (
     write_kernel_repository,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = Settings(loops=1, samples=1, steps=2, seed=4)
 RECORDS = [SHORT, Record("other", "GGMQWYPKDE")]
 

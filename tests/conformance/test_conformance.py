@@ -37,7 +37,7 @@ from esmfold2_trimul_tools.conformance_criterion import (
 from esmfold2_trimul_tools.conformance_implementations import IMPLEMENTATIONS, Implementation
 from esmfold2_trimul_tools.conformance_report import markdown, read_results
 from esmfold2_trimul_tools.errors import UserError
-from helpers import ERROR_BUDGET, Problem, relative_error
+from helpers import ERROR_BUDGET, SEED, Problem, relative_error
 from helpers import reference as oracle
 from typer.testing import CliRunner
 
@@ -86,7 +86,7 @@ def small(case: Case) -> Case:
 pytestmark = pytest.mark.usefixtures("one_thread")
 ON_TRITON = CASES if HAS_GPU else [small(CASE[name]) for name in INTERPRETED]
 named = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
-posed = functools.cache(pose)
+posed = functools.cache(functools.partial(pose, seed=SEED))
 
 
 @pytest.fixture

@@ -1,0 +1,102 @@
+"""The budgets of helpers.py: wider than chance needs, and too narrow for a fault."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    Problem,
+    assert_close,
+    assert_no_worse,
+    formula,
+    leaves_of,
+    make_problem,
+    reference_gradients,
+    room,
+    seeded,
+    with_leaves,
+)
+from torch import Tensor
+
+
+def without(name: str):
+    """As if this factor were 1, or this bias 0."""
+
+    def fault(problem: Problem) -> Problem:
+        neutral = torch.zeros_like if name.endswith("bias") else torch.ones_like
+        return with_leaves(problem, {name: neutral(leaves_of(problem)[name])})
+
+    return fault
+
+
+def rounded_norms(problem: Problem) -> Problem:
+    norms = [name for name in problem.weights if name.startswith("norm")]
+    return with_leaves(problem, {name: problem.weights[name].bfloat16() for name in norms})
+
+
+FAULTS = {
+    "no mask": without("mask"),
+    "no drop mask": without("drop_mask"),
+    "no bias": without("p_in_bias"),
+    "other direction": lambda problem: replace(problem, direction="incoming"),
+    "norms in bfloat16": rounded_norms,
+}
+# In 16 bits rounded norms are lost among the other roundings, but for their direction:
+# test_fuzz.py's test_norm_weights_are_used_as_they_are.
+PLANTED = [
+    (dtype, fault)
+    for dtype in DTYPES
+    for fault in FAULTS
+    if dtype == torch.float32 or fault != "norms in bfloat16"
+]
+
+
+def problem_of(dtype: torch.dtype, seed: int = 0) -> Problem:
+    """Of as few values as the least that results are compared over."""
+    return make_problem(4, 16, dtype=dtype, mask="soft", drop_mask=True, biases=True, seed=seed)
+
+
+def plain_gradients(problem: Problem, grad_out: Tensor) -> dict[str, Tensor]:
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves_of(problem).items()}
+    out = formula(with_leaves(problem, leaves), problem.x.dtype)
+    return dict(zip(leaves, torch.autograd.grad(out, leaves.values(), grad_out), strict=True))
+
+
+@pytest.mark.parametrize("dtype, fault", PLANTED)
+def test_faults_are_seen_in_outputs(dtype, fault):
+    """In a result that has no error besides."""
+    problem = problem_of(dtype)
+    assert_close(formula(problem).to(dtype), problem)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(formula(FAULTS[fault](problem)).to(dtype), problem)
+
+
+@pytest.mark.parametrize("dtype, fault", PLANTED)
+def test_faults_are_seen_in_gradients(dtype, fault):
+    exact, faulty = [], []
+    for seed in range(8):  # of vectors of 16 values: elsewhere there are no fewer in all
+        problem = problem_of(dtype, seed)
+        grad_out = torch.randn(problem.x.shape, generator=seeded(5)).to(dtype)
+        wanted, plain = (of(problem, grad_out) for of in (reference_gradients, plain_gradients))
+        exact.append((wanted, plain, wanted))
+        faulty.append((reference_gradients(FAULTS[fault](problem), grad_out), plain, wanted))
+    assert_no_worse(exact, 1.1)
+    with pytest.raises(AssertionError):
+        assert_no_worse(faulty, 1.1)
+
+
+@pytest.mark.parametrize("values", [16, 100, 1000])
+def test_room_is_more_than_chance_takes_and_not_much_more(values):
+    first, second = torch.randn(2, 4000, values, generator=seeded()).norm(dim=-1)
+    assert room(values) ** 0.3 < float((first / second).max()) < room(values)
+
+
+def test_no_worse_is_of_all_draws_together():
+    """One draw of many may be worse by chance, however ill-conditioned it is, and not each."""
+    wanted = torch.ones(100, dtype=torch.float64)
+    good, bad = (wanted + 1e-3, wanted + 2e-3, wanted), (wanted + 0.3, wanted + 0.1, wanted)
+    assert_no_worse([good] * 9 + [bad], 1.0)
+    for draws in ([bad] * 10, [(wanted * torch.nan, wanted + 1, wanted)]):
+        with pytest.raises(AssertionError):
+            assert_no_worse(draws, 1.0)
