@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_522876cabd"
+_NAMESPACE = "_esmfold2_trimul_kernel_3217b4bc39"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

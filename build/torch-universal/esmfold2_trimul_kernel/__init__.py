@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_522876cabd"
+_BUILD_ID = "_esmfold2_trimul_kernel_3217b4bc39"
 
 
 def _load_package() -> ModuleType:
