@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_3217b4bc39"
+_NAMESPACE = "_esmfold2_trimul_kernel_e8652db8ca"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

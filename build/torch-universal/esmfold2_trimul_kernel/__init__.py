@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_3217b4bc39"
+_BUILD_ID = "_esmfold2_trimul_kernel_e8652db8ca"
 
 
 def _load_package() -> ModuleType:
