@@ -98,10 +98,11 @@ def test_all_other_settings_fit_their_target(target):
 
 
 @pytest.mark.slow
-def test_settings_fit_with_the_newest_triton():
+@pytest.mark.parametrize("target", TARGETS)
+def test_settings_fit_with_the_newest_triton(target):
     if not NEWEST_TRITON.is_dir():
         pytest.skip("the newest Triton is not installed; make test-all installs it")
-    assert_settings_fit("sm_90", CASES, first_on_path=NEWEST_TRITON)
+    assert_settings_fit(target, CASES, first_on_path=NEWEST_TRITON)
 
 
 def test_problems_name_what_is_over_a_limit():

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_0399f097bd"
+_NAMESPACE = "_esmfold2_trimul_kernel_84852b0f50"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
