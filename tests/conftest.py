@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from esmfold2_trimul_tools.heartbeat import heartbeat
 from helpers import SEED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,37 @@ if not HAS_GPU:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels_ci: quick checks of the kernels, for GPU machines")
+    # Of several test processes one reports; to a terminal it shows how far it is anyway.
+    if not hasattr(config, "workerinput") and not sys.stdout.isatty():
+        config.pluginmanager.register(LineAMinute(config))
+
+
+class LineAMinute:
+    """Says how far the tests are, so that nobody takes a long run for one that hangs."""
+
+    def __init__(self, config):
+        self._config, self._tests, self._done, self._failed = config, 0, 0, 0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session):
+        self._tests = len(session.items)
+        with heartbeat(self._say):
+            return (yield)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self._tests = len(ids)
+
+    def pytest_runtest_logreport(self, report):
+        self._done += report.when == "teardown"
+        self._failed += report.failed
+
+    def _say(self, elapsed):
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        reporter.ensure_newline()
+        reporter.write_line(
+            f"{elapsed}: {self._done} of {self._tests} tests done, {self._failed} failed"
+        )
 
 
 def _repair_interpreter() -> None:

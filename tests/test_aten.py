@@ -24,6 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Modes that count bytes and products see the thread that they are set on, and no other.
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = torch.bfloat16
 # length, channels, hidden, and what else the call has
 PLAIN = [

@@ -787,7 +787,7 @@ def test_resuming_gives_the_absent_another_chance(monkeypatch, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["device", "torch", "kernel", "seed"])
+@pytest.mark.parametrize("name", ["device", "torch", "kernel", "seed", "busy_loops"])
 def test_results_of_elsewhere_are_not_added_to(monkeypatch, tmp_path, name):
     out = tmp_path / "results.json"
     fake_rivals(monkeypatch, good("ours"))
@@ -798,6 +798,29 @@ def test_results_of_elsewhere_are_not_added_to(monkeypatch, tmp_path, name):
     with pytest.raises(UserError, match=f"--resume: {name} was 'another' in .* another file"):
         bench.bench(read_settings(**TINY), "", out, resumed=True)
     assert out.read_text() == before
+
+
+def test_busy_loops_run_beside_the_measurement_alone(monkeypatch):
+    def running() -> int:
+        return sum(loop.poll() is None for loop in started)
+
+    started, during = [], []
+    popen = bench_clock.subprocess.Popen
+
+    def record(command, **options):
+        process = popen(command, **options)
+        if bench_clock._BUSY_LOOP in command:
+            started.append(process)
+        return process
+
+    monkeypatch.setattr(bench_clock.subprocess, "Popen", record)
+    fake_rivals(monkeypatch, good("ours"))
+    results = bench.bench(
+        read_settings(**TINY, busy=2), "", progress=lambda *_: during.append(running())
+    )
+    assert len(started) == 2 and set(during) == {2} and running() == 0
+    assert results["environment"]["busy_loops"] == 2
+    assert ", 2 busy loops beside it, " in bench_report.caption(results)
 
 
 def test_a_write_that_fails_spares_the_file(tmp_path):
@@ -837,6 +860,7 @@ def test_what_is_no_results_file_is_refused(tmp_path, content, message):
         ({"rivals": ["theirs"]}, "--rival must be one of ours; .*; got 'theirs'"),
         ({"budget": 0.0}, "--budget must be above 0 seconds; got 0.0"),
         ({"seed": -1}, "--seed must be at least 0; got -1"),
+        ({"busy": -1}, "--busy must be at least 0; got -1"),
         ({"device": "xpu"}, "--device"),
         ({"published": Path("none")}, "--published none: holds no package esmfold2_trimul"),
     ],

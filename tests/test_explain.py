@@ -54,7 +54,7 @@ def test_launches_and_memory_are_those_of_the_call(
     found = explained(kernel, problem, **options)
     launched = {}
 
-    def record(launch, *tensors):
+    def record(launch, **tensors):
         if launch.kernel.__module__.endswith("backward"):
             return
         name = launch.kernel.__name__.removeprefix("_").removesuffix("_fwd_kernel")

@@ -270,9 +270,9 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     launched, launch = [], submodule("_launch").PreparedLaunch.launch
 
-    def record(prepared, *tensors):
+    def record(prepared, **tensors):
         launched.append(prepared.kernel.__name__)
-        launch(prepared, *tensors)
+        launch(prepared, **tensors)
 
     monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", record)
     with CountedProducts() as counted:
@@ -423,7 +423,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     subject = submodule("triton_backward")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *tensors: None)
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *_, **tensors: None)
     problem = make_problem(1, width, dtype=torch.float16)
     problem.x = torch.zeros(1, length, length, width, dtype=torch.float16)
     call = call_of(problem)
@@ -453,26 +453,3 @@ def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):
         assert len(plans) == 2  # the forward's and the backward's
     backward(problem, ["x"])
     assert len(plans) == 3
-
-
-def test_constants_come_in_the_order_of_the_kernels(submodule, call_of):
-    """`PreparedLaunch` appends them: a launcher that names them in another order would mislead."""
-    call = call_of(make_problem(4, 16, mask="soft"))
-    stage_3, stage_1 = (
-        submodule("fused_ln_residual_backward"), submodule("fused_dual_gemm_backward")
-    )  # fmt: skip
-    t = torch.zeros(16, 4, 16, device=call.x.device)
-    x, moments = call.x[0], torch.zeros(2, 4, 4, device=call.x.device)
-    rows = stage_3.Rows(t, x, moments, x, None)
-    arguments = (x, call.mask[0], moments, torch.cat([t, t]), call.weights, "fp32", 16, 80)
-    for stage in (
-        stage_3.prepare_ln_residual_bwd(rows, call.weights, 1e-5, "fp32"),
-        stage_3.prepare_norm_out_bwd(t, t, 4, call.weights, "fp32"),
-        stage_1.prepare_dual_gemm_bwd(*arguments),
-        stage_1.prepare_norm_in_bwd(x, moments),
-        submodule("row_products").prepare_row_products(t[0], t[1]),
-    ):
-        names = stage.kernel.arg_names
-        assert names[len(names) - len(stage.constants) :] == list(stage.constants)
-        assert len(names) == len(stage.arguments) + len(stage.constants)
-        assert all(stage.arguments[place] is None for place in stage.places)

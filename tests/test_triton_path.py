@@ -229,7 +229,7 @@ def test_peak_memory(
         x, "incoming", None, residual, None, values, 1e-5, 1e-5, "fp32", inplace
     )
     # Nothing runs: the interpreter keeps what it has run on alive for a while.
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *tensors: None)
+    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *_, **tensors: None)
     function = path.run_triton if memory == "default" else path.run_triton_lean
     with PeakBytes(x, residual) as bytes_:
         out = function(request)
@@ -261,30 +261,6 @@ def test_launches_of_other_kinds_are_forgotten_at_last(kernel, submodule, on_tri
         problem = make_problem(length, 16)
         assert_close(run(kernel, problem, on_triton), problem)
         assert len(path._launches) <= 2
-
-
-def test_constants_are_the_kernels_last_arguments_in_order(submodule):
-    """`PreparedLaunch` appends them: a launcher that names them in another order would mislead."""
-    pytest.importorskip("triton")
-    problem = make_problem(4, 16)
-    weights = submodule("validation").Weights
-    values = weights(**{name: problem.weights.get(name) for name in weights._fields})
-    a, b, product = (torch.zeros(1, 16, 4, 16) for _ in range(3))
-    moments = torch.zeros(1, 2, 4, 16)
-    stages = [
-        submodule("fused_dual_gemm").prepare_dual_gemm(
-            problem.x, "outgoing", None, values, 1e-5, "fp32", (a, b)
-        ),
-        submodule("trimul_einsum_triton").prepare_einsum(a, b, "fp32", product),
-        submodule("fused_ln_residual").prepare_ln_residual(
-            product, problem.x, moments, None, None, values, 1e-5, "fp32"
-        ),
-    ]
-    for stage in stages:
-        names = stage.kernel.arg_names
-        assert names[len(names) - len(stage.constants) :] == list(stage.constants)
-        assert len(names) == len(stage.arguments) + len(stage.constants)
-        assert all(stage.arguments[place] is None for place in stage.places)
 
 
 @pytest.mark.kernels_ci

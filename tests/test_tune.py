@@ -80,6 +80,7 @@ def test_the_fastest_has_the_least_mean_over_all_lengths():
 
 def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     base = json.loads((PACKAGE_CONFIGS / "sm_90.json").read_text())
+    shipped = submodule("launch_config").settings_of("sm_90")
     some = []
     for stage in tune.STAGES:
         for width in (128, 256):
@@ -87,16 +88,16 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
                 same = 32 if width == 128 else 32 + 32 * (length > 64)
                 some += [row(1.0, length, width, stage, block_m=same, maxnreg=None)]
                 some += [row(2.0, length, width, stage, block_m=16)]
-    table = tune.table(results(*some), base, CLASSES)
+    table = tune.table(results(*some), base, shipped, CLASSES)
     for words in ("NVIDIA Test", "torch 2.0", "Triton 3.0", "2020-01-01"):
         assert words in table["note"]
     entries = table["trimul_einsum"]["2"]
     # 128: both classes have one setting, so one entry; 256: two.
-    assert [(e["max_width"], e["max_length"]) for e in entries[:3]] == [
+    assert [(e["max_width"], e.get("max_length")) for e in entries[:3]] == [
         (128, None), (256, 96), (256, None),
     ]  # fmt: skip
-    assert "maxnreg" not in entries[0]["config"] and "split" not in entries[0]["config"]
-    assert entries[3:] == [e for e in base["trimul_einsum"]["2"] if e["max_width"] is None]
+    assert "maxnreg" not in entries[0] and "split" not in entries[0]
+    assert entries[3:] == [e for e in base["trimul_einsum"]["2"] if "max_width" not in e]
     assert table["trimul_einsum"]["4"] == base["trimul_einsum"]["4"]
 
     config = submodule("launch_config")
@@ -106,9 +107,11 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     try:
         for stage in tune.STAGES:
             for width, length, block_m in ((128, 64, 32), (256, 64, 32), (256, 97, 64)):
-                picked = config.pick_config(stage, "tuned", "any", shape(2, width, length))
+                picked = config.pick_config(
+                    stage, "tuned", "any", shape(2, width, length), "3.6.0"
+                )
                 assert picked.block_m == block_m
-            config.pick_config(stage, "tuned", "any", shape(2, 512, 64))
+            config.pick_config(stage, "tuned", "any", shape(2, 512, 64), "3.6.0")
     finally:
         config.pick_config.cache_clear()
 
@@ -193,7 +196,7 @@ def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     assert "trimul_einsum C = 128, L = 64, 76: 32.0000  block_k=32 block_m=32" in result.stdout
     table = json.loads(out.read_text())
-    assert table["fused_dual_gemm"]["2"][0]["config"]["block_m"] == 32
+    assert table["fused_dual_gemm"]["2"][0]["block_m"] == 32
     written = json.loads(everything.read_text())["candidates"]
     assert len(written) == 3 * 2 and all(len(one["milliseconds"]) == 10 for one in written)
     result = CliRunner().invoke(cli.app, ["tune", *arguments, "--json"])

@@ -17,8 +17,7 @@ def kernels_of(submodule, on_triton, monkeypatch):
     any_alignment = ("mask_ptr", "moments_ptr", "drop_ptr")  # do_not_specialize in the kernels
     seen = set()
 
-    def launch(self, *tensors):
-        names = [self.kernel.arg_names[place] for place in self.places]
+    def launch(self, **tensors):
         seen.add(
             (
                 self.kernel.fn.__name__,
@@ -26,7 +25,7 @@ def kernels_of(submodule, on_triton, monkeypatch):
                 *self.options.items(),
                 *[
                     None if t is None else (t.dtype, name in any_alignment or t.data_ptr() % 16)
-                    for name, t in zip(names, tensors, strict=True)
+                    for name, t in tensors.items()
                 ],
             )
         )
@@ -96,9 +95,9 @@ def test_it_runs(kernel, on_triton, submodule, monkeypatch):
     launched = []
     launch = submodule("_launch").PreparedLaunch.launch
 
-    def counting(self, *tensors):
+    def counting(self, **tensors):
         launched.append(self.kernel.fn.__name__)
-        launch(self, *tensors)
+        launch(self, **tensors)
 
     monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", counting)
     kernel.warmup(16, device=on_triton, lengths=[5], mask_dtypes=[torch.bool])

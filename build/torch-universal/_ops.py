@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6bf55f03d9"
+_NAMESPACE = "_esmfold2_trimul_kernel_84852b0f50"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -16,20 +16,23 @@ natively, and in fp32 otherwise: emulated 16-bit GEMMs are several times slower 
 torch.func can follow on any device and to any order.
 """
 
-import functools
-from collections.abc import Iterator
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._region import for_each, region_threads
 from .validation import Weights, pairs_within
 
 # Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
 _BLOCK_POSITIONS = 2048
 _LEAST_POSITIONS = 256  # where a pass is to go over more blocks than it has to
+# Threads take turns at calling operations, which must last the longer the more threads there are.
+# With fewer positions a block, PyTorch's own way was faster on 4 to 16 cores of a Xeon.
+_LEAST_POSITIONS_A_THREAD = 128
 
 
 class Parameters(NamedTuple):
@@ -150,30 +153,32 @@ def _forward(
     hidden = product.shape[1]
     dtype = gemm_dtype(x.dtype, x.device.type)
     parameters = prepare(weights, dtype)
-    positions, rows = block_of(x)
+    blocks = blocks_of(x)
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     b = empty_planes(x, weights)[0] if hidden > channels else None
+
+    def emit_rows(index: int, window: slice) -> None:
+        rows = x[index, window]
+        z = normalize_rows(rows, parameters, eps_in)
+        mixed, _ = normalize_columns(product[index][:, window], eps_out)
+        delta, gate = (each.view(rows.shape) for each in emit(mixed, z, parameters))
+        if drop_mask is not None:
+            gate.mul_(drop_mask[index])
+        if residual is None:
+            torch.mul(delta, gate, out=out[index, window])
+        else:
+            torch.addcmul(residual[index, window], delta, gate, out=out[index, window])
+
     for index in range(batch):
         a = product[index]
         if hidden <= channels:  # b is done with before its place is wanted
             b = out[index].view(-1)[: a.numel()].view(a.shape)
         pair_mask = None if mask is None else mask[index]
-        z = write_planes(a, b, x[index], pair_mask, parameters, rows, eps_in)
-        multiply_planes(a, b, direction, dtype, positions)
-        for start in range(0, length, rows):
-            window = slice(start, start + rows)
-            if rows < length:  # there were several blocks
-                z = normalize_rows(x[index, window], parameters, eps_in)
-            mixed, _ = normalize_columns(a[:, window], eps_out)
-            shape = x[index, window].shape
-            delta, gate = (each.view(shape) for each in emit(mixed, z, parameters))
-            if drop_mask is not None:
-                gate.mul_(drop_mask[index])
-            if residual is None:
-                torch.mul(delta, gate, out=out[index, window])
-            else:
-                torch.addcmul(residual[index, window], delta, gate, out=out[index, window])
+        write_planes(a, b, x[index], pair_mask, parameters, blocks, eps_in)
+        multiply_planes(a, b, direction, dtype, blocks)
+
+        for_each(blocks.windows, partial(emit_rows, index), blocks.threads)
     return out
 
 
@@ -182,16 +187,37 @@ def empty_planes(x: Tensor, weights: Weights) -> Tensor:
     return x.new_empty((1, *saved_shape(x, weights)[1:]))
 
 
-def block_of(x: Tensor, parts: int = 1) -> tuple[int, int]:
-    """Positions of a block of x [B, L, L, C], and the rows [L, C] that make one.
+class Blocks(NamedTuple):
+    """How the work on a sequence x [L, L, C] is cut."""
 
-    Where a block's buffers count, `parts` is the number of blocks to make of a sequence at least.
+    positions: int  # about so many pairs make a block
+    windows: list[slice]  # its rows [rows, L, C], block by block
+    threads: int  # that work on blocks of their own
+
+
+def blocks_of(x: Tensor, parts: int = 1) -> Blocks:
+    """The blocks of a sequence of x [B, L, L, C].
+
+    Where buffers count, those of all threads together are `parts` of the sequence at least.
     """
-    length = x.shape[1]
-    positions = max(_LEAST_POSITIONS, length * length // parts)
+    length, threads = x.shape[1], region_threads(x.device)
+    positions = _positions(x, parts, threads)
+    if positions < _LEAST_POSITIONS_A_THREAD * threads:
+        threads = 1
+        positions = _positions(x, parts, threads)
+    rows = max(1, positions // length)
+    windows = [slice(start, start + rows) for start in range(0, length, rows)]
+    return Blocks(positions, windows, threads)
+
+
+def _positions(x: Tensor, parts: int, threads: int) -> int:
+    """The positions of a block."""
+    pairs = x.shape[1] ** 2
+    positions = max(_LEAST_POSITIONS, pairs // (parts * threads))
     if x.device.type == "cpu":
-        positions = min(positions, _BLOCK_POSITIONS)
-    return positions, min(length, max(1, positions // length))
+        share = max(_BLOCK_POSITIONS, pairs // 8) // threads
+        positions = min(positions, _BLOCK_POSITIONS, max(_LEAST_POSITIONS, share))
+    return positions
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -200,29 +226,27 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def write_planes(
-    a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: Parameters, rows: int, eps: float
-) -> Tensor:
-    """a and b [D, L, L] of one sequence x [L, L, C]; returns z of the last block."""
+    a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: Parameters, blocks: Blocks, eps: float
+) -> None:
+    """a and b [D, L, L] of one sequence x [L, L, C]."""
     hidden, length, _ = a.shape
     dtype = p.in_weight.dtype
     # A product with a bool rounds nothing; any other mask multiplies before a and b are rounded.
     exact = mask is None or mask.dtype == torch.bool
     if mask is not None:
         mask = mask.to(dtype if exact else sum_dtype(dtype))
-    workspace = None
-    for start in range(0, length, rows):
-        window = slice(start, start + rows)
+
+    def write(window: slice) -> None:
         z = normalize_rows(x[window], p, eps)
-        if workspace is None:  # the first block is the largest
-            workspace = empty_columns(4 * hidden, z)
-        projected = workspace[:, : z.shape[0]]
+        projected = empty_columns(4 * hidden, z)
         project(p.in_weight, p.in_bias, z, out=projected)
         # value * sigmoid(gate)
         gated = F.glu(projected if exact else projected.to(sum_dtype(dtype)), dim=0)
         if mask is not None:
             gated *= mask[window].reshape(1, -1)
         a[:, window], b[:, window] = gated.view(2, hidden, -1, length)
-    return z
+
+    for_each(blocks.windows, write, blocks.threads)
 
 
 def empty_columns(channels: int, z: Tensor) -> Tensor:
@@ -233,11 +257,11 @@ def empty_columns(channels: int, z: Tensor) -> Tensor:
 
 
 def multiply_planes(
-    a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, positions: int
+    a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, blocks: Blocks
 ) -> None:
     """t [D, L, L] into the place of a, by GEMMs in `dtype`."""
-    hidden, length, _ = a.shape
-    for group in channel_groups(hidden, length, positions):
+
+    def multiply(group: slice) -> None:
         left, right = a[group].to(dtype), b[group].to(dtype)
         if direction == "outgoing":
             right = right.mT
@@ -245,15 +269,16 @@ def multiply_planes(
             left = left.mT
         a[group] = torch.bmm(left, right)
 
+    for_each(channel_groups(*a.shape[:2], blocks), multiply, blocks.threads)
 
-def channel_groups(hidden: int, length: int, positions: int) -> Iterator[slice]:
+
+def channel_groups(hidden: int, length: int, blocks: Blocks) -> list[slice]:
     """The channels of planes [D, L, L] whose products are one batch of GEMMs."""
-    # As many channels as hold a block's elements, and on many cores a matrix for each thread.
-    channels = max(
-        1, min(torch.get_num_threads(), hidden // 16), positions * hidden // (length * length)
-    )
-    for start in range(0, hidden, channels):
-        yield slice(start, start + channels)
+    # As many channels as hold a block's elements; without threads of our own, on many cores, a
+    # matrix for each of PyTorch's.
+    together = 1 if blocks.threads > 1 else min(torch.get_num_threads(), hidden // 16)
+    channels = max(1, together, blocks.positions * hidden // (length * length))
+    return [slice(start, start + channels) for start in range(0, hidden, channels)]
 
 
 def emit(mixed: Tensor, z: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
@@ -270,7 +295,7 @@ def gemm_dtype(dtype: torch.dtype, device_type: str = "cpu") -> torch.dtype:
     return sum_dtype(dtype)
 
 
-@functools.cache
+@cache
 def _multiplies_bf16() -> bool:
     """Whether this CPU has instructions for bf16 products: AVX512-BF16, AMX, or Arm's BF16."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of
+from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import (
     add_bias,
     any_of,
@@ -236,9 +236,18 @@ def fused_dual_gemm_fwd(
     if moments is None:
         moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
     prepared.launch(
-        x, mask, lengths, weights.norm_in_weight, weights.norm_in_bias,
-        lower_projection(weights), weights.p_in_bias, weights.g_in_bias, a, b, moments,
-    )  # fmt: skip
+        x_ptr=x,
+        mask_ptr=mask,
+        lengths_ptr=lengths,
+        norm_weight_ptr=weights.norm_in_weight,
+        norm_bias_ptr=weights.norm_in_bias,
+        weight_pair=lower_projection(weights),
+        value_bias_ptr=weights.p_in_bias,
+        gate_bias_ptr=weights.g_in_bias,
+        a=a,
+        b=b,
+        moments_ptr=moments,
+    )
     return a, b, moments
 
 
@@ -330,7 +339,9 @@ def prepare_dual_gemm(
     if config is None:
         width = max(channels, hidden)
         shape = shape_of(x.element_size(), width, class_length or length, batch)
-        config = pick_config("fused_dual_gemm", device.target, device.name, shape)
+        config = pick_config(
+            "fused_dual_gemm", device.target, device.name, shape, triton.__version__
+        )
     block_n = min(config.block_n, max(16, triton.next_power_of_2(size)))
     if size % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(size, block_n)
@@ -355,26 +366,24 @@ def prepare_dual_gemm(
             a, [2 * batch * size, plane_size], [plane_size, 1], [block_n, config.block_m]
         )
 
-    stride_x_b, stride_x_q, stride_x_p, stride_x_c = strides(x)
-    mask_strides = (0, 0, 0) if mask is None else strides(mask)
-    stride_mask_b, stride_mask_q, stride_mask_p = mask_strides
-    if direction == "incoming":
-        stride_x_q, stride_x_p = stride_x_p, stride_x_q
-        stride_mask_q, stride_mask_p = stride_mask_p, stride_mask_q
+    # "incoming" reads the pairs' axes in the other order.
+    x_axes, mask_axes = ("bqpc", "bqp") if direction == "outgoing" else ("bpqc", "bpq")
     return PreparedLaunch(
         _fused_dual_gemm_fwd_kernel,
         batch * triton.cdiv(plane_size, config.block_m) * split,
-        [
-            None, None, None, None, None,  # x, mask, lengths, norm weight and bias
-            pair.descriptor, pair.gap, None, None, flat, None, None,  # biases; b, moments
-            length, pitch, eps, first_channel,
-            stride_x_b, stride_x_q, stride_x_p, stride_x_c,
-            stride_mask_b, stride_mask_q, stride_mask_p,
-            *pair.strides,
-            *a.stride()[:3], *b.stride()[:3],
-        ],
-        (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11),
-        dict(
+        tensors=pointers(
+            "x_ptr", "mask_ptr", "lengths_ptr", "norm_weight_ptr", "norm_bias_ptr",
+            "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr",
+        ) | {"weight_pair": pair.descriptor, "a": flat},
+        values=dict(
+            L=length, pitch=pitch, eps=eps, first_channel=first_channel, weight_gap=pair.gap,
+            stride_first=pair.strides[0], stride_second=pair.strides[1],
+            **named_strides("x", x_axes, strides(x)),
+            **named_strides("mask", mask_axes, (0, 0, 0) if mask is None else strides(mask)),
+            **named_strides("a", "bdq", a.stride()[:3]),
+            **named_strides("b", "bdq", b.stride()[:3]),
+        ),
+        constants=dict(
             C=channels, D=hidden, G=size,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
@@ -384,5 +393,5 @@ def prepare_dual_gemm(
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
             READ_MOMENTS=read_moments, SPLIT=split,
         ),
-        config.options(),
+        options=config.options(),
     )  # fmt: skip

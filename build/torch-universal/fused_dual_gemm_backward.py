@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch
+from ._launch import PreparedLaunch, named_strides, pointers
 from ._tiles import (
     add_bias,
     any_of,
@@ -284,9 +284,21 @@ def fused_dual_gemm_bwd(
     that of a sequence with padding.
     """
     prepared.launch(
-        x, mask, lengths, moments, planes, *out, weights.norm_in_weight, weights.norm_in_bias,
-        lower_projection(weights), weights.p_in_bias, weights.g_in_bias,
-    )  # fmt: skip
+        x_ptr=x,
+        mask_ptr=mask,
+        lengths_ptr=lengths,
+        moments_ptr=moments,
+        planes_ptr=planes,
+        grads_ptr=out.grads,
+        hat_ptr=out.hat_x,
+        grad_mask_ptr=out.mask,
+        sums_ptr=out.sums,
+        norm_weight_ptr=weights.norm_in_weight,
+        norm_bias_ptr=weights.norm_in_bias,
+        weight_pair=lower_projection(weights),
+        value_bias_ptr=weights.p_in_bias,
+        gate_bias_ptr=weights.g_in_bias,
+    )
 
 
 def prepare_dual_gemm_bwd(
@@ -313,7 +325,9 @@ def prepare_dual_gemm_bwd(
     device = device_target(x.device)
     if config is None:
         shape = shape_of(x.element_size(), max(channels, hidden), class_length or length)
-        config = pick_config("fused_dual_gemm_bwd", device.target, device.name, shape)
+        config = pick_config(
+            "fused_dual_gemm_bwd", device.target, device.name, shape, triton.__version__
+        )
     block_n = min(config.block_n, max(16, triton.next_power_of_2(group)))
     if group % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(group, block_n)
@@ -326,16 +340,20 @@ def prepare_dual_gemm_bwd(
     return PreparedLaunch(
         _fused_dual_gemm_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m),
-        [
-            *[None] * 11, pair.descriptor, None, None,
-            pair.gap, count, length, pitch, first_row, planes.stride(0), grads_width,
-            *strides(x),
-            *moments.stride(),
-            *((0, 0) if mask is None else strides(mask)),
-            *pair.strides,
-        ],
-        tuple(range(14)),
-        dict(
+        tensors=pointers(
+            "x_ptr", "mask_ptr", "lengths_ptr", "moments_ptr", "planes_ptr", "grads_ptr",
+            "hat_ptr", "grad_mask_ptr", "sums_ptr", "norm_weight_ptr", "norm_bias_ptr",
+            "value_bias_ptr", "gate_bias_ptr",
+        ) | {"weight_pair": pair.descriptor},
+        values=dict(
+            R=count, L=length, pitch=pitch, first_row=first_row, weight_gap=pair.gap,
+            stride_planes_d=planes.stride(0), stride_grads_m=grads_width,
+            stride_first=pair.strides[0], stride_second=pair.strides[1],
+            **named_strides("x", "ijc", strides(x)),
+            **named_strides("moments", "nij", moments.stride()),
+            **named_strides("mask", "ij", (0, 0) if mask is None else strides(mask)),
+        ),
+        constants=dict(
             C=channels, D=hidden, G=group,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
@@ -344,7 +362,7 @@ def prepare_dual_gemm_bwd(
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
         ),
-        config.options(),
+        options=config.options(),
     )  # fmt: skip
 
 
@@ -362,12 +380,14 @@ def norm_in_bwd(
     `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
     of a sequence with padding.
     """
-    prepared.launch(grad, x, moments, lengths, weights.norm_in_weight, grad_x)
-
-
-# Channels that a program holds of a row, and elements that it holds of all of them.
-_NORM_CHANNELS = 1024
-_NORM_ELEMENTS = 4096
+    prepared.launch(
+        grad_ptr=grad,
+        x_ptr=x,
+        moments_ptr=moments,
+        lengths_ptr=lengths,
+        norm_weight_ptr=weights.norm_in_weight,
+        grad_x_ptr=grad_x,
+    )
 
 
 def prepare_norm_in_bwd(
@@ -375,16 +395,25 @@ def prepare_norm_in_bwd(
 ) -> PreparedLaunch:
     """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
     count, length, channels = x.shape
-    block_k = min(_NORM_CHANNELS, max(16, triton.next_power_of_2(channels)))
-    block_m = min(64, _NORM_ELEMENTS // block_k)
+    device = device_target(x.device)
+    shape = shape_of(x.element_size(), channels, length)
+    config = pick_config("norm_in_bwd", device.target, device.name, shape, triton.__version__)
+    block_m = config.block_m
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
     return PreparedLaunch(
         _norm_in_bwd_kernel,
         triton.cdiv(count * length, block_m),
-        [*[None] * 6, count, length, first_row, *strides(x), *moments.stride()],
-        tuple(range(6)),
-        dict(
+        tensors=pointers(
+            "grad_ptr", "x_ptr", "moments_ptr", "lengths_ptr", "norm_weight_ptr", "grad_x_ptr"
+        ),
+        values=dict(
+            R=count, L=length, first_row=first_row,
+            **named_strides("x", "ijc", strides(x)),
+            **named_strides("moments", "nij", moments.stride()),
+        ),
+        constants=dict(
             C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
         ),
-        {"num_warps": 4, "num_stages": 1},
+        options=config.options(),
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of
+from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import (
     add_bias,
     any_of,
@@ -321,11 +321,23 @@ def fused_ln_residual_fwd(
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     prepared.launch(
-        product, product, x, moments, residual, drop_mask, lengths, out,
-        weights.norm_in_weight, weights.norm_in_bias,
-        weights.norm_out_weight, weights.norm_out_bias,
-        weights.p_out_weight, weights.p_out_bias, weights.g_out_weight, weights.g_out_bias,
-    )  # fmt: skip
+        product_ptr=product,
+        product=product,
+        x_ptr=x,
+        moments_ptr=moments,
+        residual_ptr=residual,
+        drop_ptr=drop_mask,
+        lengths_ptr=lengths,
+        out_ptr=out,
+        norm_in_weight_ptr=weights.norm_in_weight,
+        norm_in_bias_ptr=weights.norm_in_bias,
+        norm_out_weight_ptr=weights.norm_out_weight,
+        norm_out_bias_ptr=weights.norm_out_bias,
+        emit_weight=weights.p_out_weight,
+        emit_bias_ptr=weights.p_out_bias,
+        gate_weight=weights.g_out_weight,
+        gate_bias_ptr=weights.g_out_bias,
+    )
     return out
 
 
@@ -352,7 +364,9 @@ def prepare_ln_residual(
     if config is None:
         width = max(channels, hidden)
         shape = shape_of(x.element_size(), width, class_length or length, batch)
-        config = pick_config("fused_ln_residual", device.target, device.name, shape)
+        config = pick_config(
+            "fused_ln_residual", device.target, device.name, shape, triton.__version__
+        )
     block_m = config.block_m
     block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
@@ -385,20 +399,21 @@ def prepare_ln_residual(
     return PreparedLaunch(
         _fused_ln_residual_fwd_kernel,
         batch * tiles * split,
-        [
-            None, product_arg, *[None] * 6,  # product, x, ..., drop mask, lengths, out
-            None, None, None, None,  # the norms
-            emit_arg, None, gate_arg, None,  # the biases
-            rows, length, pitch, first_row, eps_out,
-            *product.stride()[:3],
-            *strides(x),
-            *moments.stride(),
-            *residual_strides,
-            *drop_strides,
-            emit.stride(0), gate.stride(0),
-        ],
-        tuple(range(16)),
-        dict(
+        tensors=pointers(
+            "product_ptr", "x_ptr", "moments_ptr", "residual_ptr", "drop_ptr", "lengths_ptr",
+            "out_ptr", "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
+            "norm_out_bias_ptr", "emit_bias_ptr", "gate_bias_ptr",
+        ) | {"product": product_arg, "emit_weight": emit_arg, "gate_weight": gate_arg},
+        values=dict(
+            R=rows, L=length, pitch=pitch, first_row=first_row, eps_out=eps_out,
+            stride_emit=emit.stride(0), stride_gate=gate.stride(0),
+            **named_strides("product", "bdi", product.stride()[:3]),
+            **named_strides("x", "bijc", strides(x)),
+            **named_strides("moments", "bnij", moments.stride()),
+            **named_strides("residual", "bijc", residual_strides),
+            **named_strides("drop", "bjc", drop_strides),
+        ),
+        constants=dict(
             C=channels, D=hidden,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
@@ -407,5 +422,5 @@ def prepare_ln_residual(
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held, SPLIT=split,
         ),
-        config.options(),
+        options=config.options(),
     )  # fmt: skip

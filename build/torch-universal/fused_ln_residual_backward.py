@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of
+from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import (
     add_bias,
     any_of,
@@ -350,12 +350,31 @@ def fused_ln_residual_bwd(
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
     is what `prepare_ln_residual_bwd` made of tensors like these.
     """
+    emit_scale, emit_shift = emit_means
     prepared.launch(
-        rows.t, *rows, *out,
-        weights.norm_in_weight, weights.norm_in_bias, weights.norm_out_weight,
-        weights.p_out_weight, weights.p_out_bias, weights.g_out_weight, weights.g_out_bias,
-        *emit_means,
-    )  # fmt: skip
+        t_ptr=rows.t,
+        t_planes=rows.t,
+        x_ptr=rows.x,
+        moments_ptr=rows.moments,
+        grad_ptr=rows.grad_out,
+        drop_ptr=rows.drop_mask,
+        lengths_ptr=rows.lengths,
+        grad_emit_ptr=out.emit,
+        grad_gate_ptr=out.gate,
+        hat_x_ptr=out.hat_x,
+        rows_ptr=out.rows,
+        grad_drop_ptr=out.drop_mask,
+        sums_ptr=out.sums,
+        norm_in_weight_ptr=weights.norm_in_weight,
+        norm_in_bias_ptr=weights.norm_in_bias,
+        norm_out_weight_ptr=weights.norm_out_weight,
+        emit_weight=weights.p_out_weight,
+        emit_bias_ptr=weights.p_out_bias,
+        gate_weight=weights.g_out_weight,
+        gate_bias_ptr=weights.g_out_bias,
+        emit_scale_ptr=emit_scale,
+        emit_shift_ptr=emit_shift,
+    )
 
 
 def prepare_ln_residual_bwd(
@@ -378,7 +397,9 @@ def prepare_ln_residual_bwd(
     device = device_target(x.device)
     if config is None:
         shape = shape_of(x.element_size(), max(channels, hidden), class_length or length)
-        config = pick_config("fused_ln_residual_bwd", device.target, device.name, shape)
+        config = pick_config(
+            "fused_ln_residual_bwd", device.target, device.name, shape, triton.__version__
+        )
     block_m = config.block_m
     block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
@@ -396,26 +417,29 @@ def prepare_ln_residual_bwd(
     return PreparedLaunch(
         _fused_ln_residual_bwd_kernel,
         triton.cdiv(count * pitch, block_m),
-        [
-            None, t_planes, *[None] * 14,  # x to sums, the norms
-            emit_arg, None, gate_arg, None, None, None,
-            count, length, pitch, first_row, eps_out,
-            *t.stride()[:2],
-            *strides(x),
-            *moments.stride(),
-            *strides(grad_out),
-            *drop_strides,
-            emit.stride(0), gate.stride(0),
-        ],
-        tuple(range(22)),
-        dict(
+        tensors=pointers(
+            "t_ptr", "x_ptr", "moments_ptr", "grad_ptr", "drop_ptr", "lengths_ptr",
+            "grad_emit_ptr", "grad_gate_ptr", "hat_x_ptr", "rows_ptr", "grad_drop_ptr",
+            "sums_ptr", "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
+            "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr",
+        ) | {"t_planes": t_planes, "emit_weight": emit_arg, "gate_weight": gate_arg},
+        values=dict(
+            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps_out,
+            stride_emit=emit.stride(0), stride_gate=gate.stride(0),
+            **named_strides("t", "di", t.stride()[:2]),
+            **named_strides("x", "ijc", strides(x)),
+            **named_strides("moments", "nij", moments.stride()),
+            **named_strides("grad", "ijc", strides(grad_out)),
+            **named_strides("drop", "jc", drop_strides),
+        ),
+        constants=dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1, DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal,
         ),
-        config.options(),
+        options=config.options(),
     )  # fmt: skip
 
 
@@ -436,7 +460,14 @@ def norm_out_bwd(
     `lengths` [1] int32 is that of a sequence with padding.
     """
     prepared.launch(
-        grad_emit, t, rows, lengths, grad_t, hat_t, weights.p_out_weight, weights.norm_out_weight
+        grad_emit_ptr=grad_emit,
+        t_ptr=t,
+        rows_ptr=rows,
+        lengths_ptr=lengths,
+        grad_t_ptr=grad_t,
+        hat_ptr=hat_t,
+        emit_weight=weights.p_out_weight,
+        norm_weight_ptr=weights.norm_out_weight,
     )
 
 
@@ -459,22 +490,27 @@ def prepare_norm_out_bwd(
     device = device_target(t.device)
     if config is None:
         shape = shape_of(t.element_size(), max(channels, hidden), class_length or length)
-        config = pick_config("norm_out_bwd", device.target, device.name, shape)
+        config = pick_config(
+            "norm_out_bwd", device.target, device.name, shape, triton.__version__
+        )
     block_n = min(config.block_n, max(16, triton.next_power_of_2(hidden)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
     return PreparedLaunch(
         _norm_out_bwd_kernel,
         triton.cdiv(count * pitch, config.block_m) * triton.cdiv(hidden, block_n),
-        [
-            *[None] * 8,
-            count, length, pitch, first_row, *t.stride()[:2],
-            *((0, 0) if grad_t is None else grad_t.stride()[:2]),
-            weights.p_out_weight.stride(0),
-        ],
-        tuple(range(8)),
-        dict(
+        tensors=pointers(
+            "grad_emit_ptr", "t_ptr", "rows_ptr", "lengths_ptr", "grad_t_ptr", "hat_ptr",
+            "emit_weight", "norm_weight_ptr",
+        ),
+        values=dict(
+            R=count, L=length, pitch=pitch, first_row=first_row,
+            stride_emit=weights.p_out_weight.stride(0),
+            **named_strides("t", "di", t.stride()[:2]),
+            **named_strides("grad", "di", (0, 0) if grad_t is None else grad_t.stride()[:2]),
+        ),
+        constants=dict(
             C=channels, D=hidden, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             PRECISION=dot_precision(precision, device.fp32_dots),
         ),
-        config.options(),
+        options=config.options(),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of
+from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import PADDING_MULTIPLE, dot, dot_precision, halves, length_of
 from .launch_config import LaunchConfig, pick_config, shape_of
 
@@ -178,7 +178,7 @@ def trimul_einsum_fwd(
         prepared = prepare_einsum(
             a, b, precision, product, config, None, turned, lengths is not None
         )
-    prepared.launch(a, b, product, lengths)
+    prepared.launch(a=a, b=b, product=product, lengths_ptr=lengths)
     return product
 
 
@@ -201,10 +201,12 @@ def prepare_einsum(
     device = device_target(a.device if device is None else device)
     if config is None:
         shape = shape_of(a.element_size(), hidden, class_length or length)
-        config = pick_config("trimul_einsum", device.target, device.name, shape)
+        config = pick_config(
+            "trimul_einsum", device.target, device.name, shape, triton.__version__
+        )
     block_m, block_n = config.block_m, config.block_n
     block_k = min(config.block_k, PADDING_MULTIPLE)
-    a_arg = b_arg = product_arg = None
+    descriptors = pointers("a", "b", "product")
     if config.descriptors:
         shape = [batch, hidden, length, length]
         tile_a, tile_b = [block_m, block_k], [block_n, block_k]
@@ -212,9 +214,10 @@ def prepare_einsum(
             tile_a.reverse()
         if turned[1]:
             tile_b.reverse()
-        a_arg = descriptor_of(a, shape, a.stride(), [1, 1, *tile_a])
-        b_arg = descriptor_of(b, shape, b.stride(), [1, 1, *tile_b])
-        product_arg = descriptor_of(product, shape, product.stride(), [1, 1, block_m, block_n // 2])
+        for name, plane, tile in (
+            ("a", a, tile_a), ("b", b, tile_b), ("product", product, [block_m, block_n // 2])
+        ):  # fmt: skip
+            descriptors[name] = descriptor_of(plane, shape, plane.stride(), [1, 1, *tile])
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
     # Programs of tiles that may be skipped would not share the work evenly.
@@ -224,16 +227,18 @@ def prepare_einsum(
     return PreparedLaunch(
         _trimul_einsum_fwd_kernel,
         programs,
-        [
-            a_arg, b_arg, product_arg, None, length, pitch, hidden, tiles,
-            *a.stride()[:3], *b.stride()[:3], *product.stride()[:3],
-        ],
-        (0, 1, 2, 3),
-        dict(
+        tensors={**descriptors, "lengths_ptr": None},
+        values=dict(
+            L=length, pitch=pitch, D=hidden, tiles=tiles,
+            **named_strides("a", ("b", "d", "row"), a.stride()[:3]),
+            **named_strides("b", ("b", "d", "row"), b.stride()[:3]),
+            **named_strides("product", ("b", "d", "row"), product.stride()[:3]),
+        ),
+        constants=dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             TURNED_A=turned[0], TURNED_B=turned[1],
             DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
             PERSISTENT=persistent,
         ),
-        config.options(),
+        options=config.options(),
     )  # fmt: skip

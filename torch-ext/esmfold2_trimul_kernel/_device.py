@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from .launch_config import settings_of
+
 
 class DeviceTarget(NamedTuple):
     """A device as launch settings see it."""
@@ -17,14 +19,13 @@ class DeviceTarget(NamedTuple):
 
 
 _NVIDIA_DOTS = ("tf32x3", "tf32", "ieee")
-_AMD_DOTS = {"gfx942": ("ieee", "tf32")}  # other targets: "ieee" alone
 
 
 def target_of(target: str, name: str, multiprocessors: int = 1) -> DeviceTarget:
     """The facts of a target by its word."""
     nvidia = target.startswith("sm_")
-    dots = _NVIDIA_DOTS if nvidia else _AMD_DOTS.get(target, ("ieee",))
-    return DeviceTarget(target, name, nvidia, dots, multiprocessors)
+    dots = settings_of(target, name).get("fp32_dots", _NVIDIA_DOTS if nvidia else ("ieee",))
+    return DeviceTarget(target, name, nvidia, tuple(dots), multiprocessors)
 
 
 @functools.cache

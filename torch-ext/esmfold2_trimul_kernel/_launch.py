@@ -1,40 +1,72 @@
 """A launch that is prepared once: the second call of its kind skips Triton's dispatch.
 
 Triton's own dispatch looks at each argument of each call to find the compiled kernel, which takes
-longer on the host than a small protein takes on the GPU. A `PreparedLaunch` holds everything of a
-launch but its tensors; who keeps one promises that the tensors to come are like the first ones in
+longer on the host than a small protein takes on the GPU. A `PreparedLaunch` holds all arguments of
+a launch but the tensors. It may be launched again only with tensors that are like the first ones in
 dtype, strides, and whether their addresses are multiples of 16.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-@dataclass
 class PreparedLaunch:
-    """A kernel, its grid and arguments in the kernel's order, tensors missing."""
+    """A kernel, its grid, and its arguments by the names of the kernel's parameters.
 
-    kernel: Callable  # a @triton.jit function
-    programs: int
-    arguments: list[Any]  # a tensor's place holds None, a descriptor's one without its tensor
-    places: tuple[int, ...]  # of the tensors, in the order that `launch` takes them
-    constants: dict[str, Any]  # the kernel's constexprs, in the kernel's order, its last arguments
-    options: dict[str, int]
-    _compiled: Any = field(default=None, init=False)
+    Args:
+        kernel: a @triton.jit function.
+        programs: the size of the one-dimensional grid.
+        tensors: the parameters that `launch` gives a tensor or None, each with the descriptor by
+            which the kernel takes it, made by `descriptor_of`, or None for a pointer.
+        values: the other parameters at run time.
+        constants: the constexprs.
+        options: num_warps and the like, for Triton.
 
-    def launch(self, *tensors: Tensor | None) -> None:
-        """Launches on the current device and stream."""
-        arguments = self.arguments.copy()
-        for place, tensor in zip(self.places, tensors, strict=True):
-            descriptor = arguments[place]
-            if descriptor is None:
-                arguments[place] = tensor
-            else:
-                arguments[place] = _based(descriptor, tensor)
+    Raises:
+        TypeError: a name that the kernel lacks, or a parameter without a value.
+    """
+
+    def __init__(
+        self,
+        kernel: Callable,
+        programs: int,
+        *,
+        tensors: dict[str, TensorDescriptor | None],
+        values: dict[str, Any],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        self.kernel, self.programs, self.options = kernel, programs, options
+        given, names = {**tensors, **values, **constants}, kernel.arg_names
+        unknown = [name for name in given if name not in names]
+        missing = [name for name in names if name not in given]
+        if unknown or missing:
+            raise TypeError(
+                f"{kernel.fn.__name__} must get its own parameters; got without a value "
+                f"{', '.join(missing) or 'none'}, and unknown {', '.join(unknown) or 'none'}"
+            )
+        self.constants = {name: constants[name] for name in names if name in constants}
+        # In the kernel's order; None where a tensor comes.
+        self._arguments = {name: values.get(name) for name in names if name not in constants}
+        places = {name: place for place, name in enumerate(self._arguments)}
+        self._tensors = tuple(tensors)
+        self._descriptors = [
+            (places[name], descriptor)
+            for name, descriptor in tensors.items()
+            if descriptor is not None
+        ]
+        self._compiled: Any = None
+
+    def launch(self, **tensors: Tensor | None) -> None:
+        """Launches on the current device and stream; takes every tensor by its parameter's name.
+
+        Raises:
+            TypeError: another tensor than those of the kernel, or one too few.
+        """
+        arguments = self._with(tensors)
         grid = (self.programs, 1, 1)
         if self._compiled is None:
             # None too in the interpreter: then every launch comes this way.
@@ -43,9 +75,27 @@ class PreparedLaunch:
             self._compiled[grid](*arguments, *self.constants.values())
 
 
+    def compile(self, **tensors: Tensor | None) -> Any:
+        """Compiles for tensors like these, which may be meta tensors, without a launch."""
+        return self.kernel.warmup(
+            *self._with(tensors), grid=(self.programs, 1, 1), **self.constants, **self.options
+        )
+
+    def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
+        """The arguments at run time, in the kernel's order."""
+        named = {**self._arguments, **tensors}  # an unknown name makes it longer
+        if len(tensors) != len(self._tensors) or len(named) != len(self._arguments):
+            wanted = ", ".join(self._tensors)
+            raise TypeError(f"tensors must be {wanted}; got {', '.join(tensors)}")
+        arguments = list(named.values())
+        for place, descriptor in self._descriptors:
+            arguments[place] = _based(descriptor, arguments[place])
+        return arguments
+
+
 def _based(descriptor: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:
     """The same descriptor of another tensor; copy.copy takes five times as long."""
-    based = object.__new__(TensorDescriptor)
+    based = object.__new__(type(descriptor))
     based.__dict__.update(descriptor.__dict__, base=tensor)
     return based
 
@@ -63,10 +113,22 @@ class Launches(dict[tuple, PreparedLaunch]):
         return found
 
 
+def pointers(*names: str) -> dict[str, None]:
+    """Tensors of a launch that the kernel takes as pointers."""
+    return dict.fromkeys(names)
+
+
+def named_strides(tensor: str, axes: Iterable[str], strides: Iterable[int]) -> dict[str, int]:
+    """Strides by their parameters' names: stride_x_b, stride_x_i, ... for "x" and "bi..."."""
+    return {
+        f"stride_{tensor}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)
+    }
+
+
 def descriptor_of(
     tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
 ) -> TensorDescriptor:
-    """A descriptor of a tensor with the dtype of this one, whose place it keeps in `arguments`."""
+    """A descriptor of tensors like this one, to be based on one of them by each launch."""
     descriptor = TensorDescriptor(tensor, list(shape), list(strides), block)
     descriptor.base = None  # or it would keep the tensor alive
     return descriptor

@@ -21,14 +21,17 @@ For a batch dt and b are one sequence's alone, and so is a t that is computed ag
 x needs no gradient, a and db have memory of their own, D / C of a pair tensor for one sequence.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._region import for_each
 from .aten import (
+    Blocks,
     Parameters,
-    block_of,
+    blocks_of,
     channel_groups,
     emit,
     empty_columns,
@@ -68,8 +71,7 @@ class _Call(NamedTuple):
     parameters: Parameters
     eps_in: float
     eps_out: float
-    positions: int  # of a block
-    rows: int  # of a block
+    blocks: Blocks
     needs: frozenset[str]
     # Over positions, fp32: gradients of input parameters and of the gate's by their names; "delta"
     # [C], of de; "delta_mixed" [C, D], of de^T mhat.
@@ -85,10 +87,6 @@ class _Sequence(NamedTuple):
     mask: Tensor | None  # [L, L]
     drop_mask: Tensor | None  # [L, C]
     grads: dict[str, Tensor]  # of "x" [L, L, C], "mask" [L, L] and "drop_mask" [L, C]
-
-    def windows(self, rows: int) -> list[slice]:
-        """Blocks of rows [rows, L]."""
-        return [slice(start, start + rows) for start in range(0, self.x.shape[0], rows)]
 
 
 def trimul_backward(
@@ -109,10 +107,10 @@ def trimul_backward(
     `aten.trimul_saving`, or None, and then t is computed again.
     """
     dtype = gemm_dtype(x.dtype, x.device.type)
-    positions, rows = block_of(x, _LEAST_BLOCKS)
+    blocks = blocks_of(x, _LEAST_BLOCKS)
     parameters = prepare(weights, dtype)
     sums = _zero_sums(weights, needs, sum_dtype(dtype))
-    call = _Call(direction, parameters, eps_in, eps_out, positions, rows, needs, sums)
+    call = _Call(direction, parameters, eps_in, eps_out, blocks, needs, sums)
     leaves = {"x": x, "mask": mask, "drop_mask": drop_mask}
     grads = {
         name: torch.empty(leaf.shape, dtype=leaf.dtype, device=x.device)
@@ -137,8 +135,8 @@ def trimul_backward(
             {name: gradient[index] for name, gradient in grads.items()},
         )
         if saved is None:
-            write_planes(product, planes, one.x, one.mask, parameters, rows, eps_in)
-            multiply_planes(product, planes, direction, dtype, positions)
+            write_planes(product, planes, one.x, one.mask, parameters, blocks, eps_in)
+            multiply_planes(product, planes, direction, dtype, blocks)
         if not behind_product:
             _through_emission(call, one, None)
             if not needs.isdisjoint(_BEHIND_GATE):
@@ -180,30 +178,47 @@ def _planes_within(grad_x: Tensor, hidden: int) -> Tensor:
     return rows.view(length, hidden, length).transpose(0, 1)
 
 
+def _add_up(call: _Call, sums: dict[str, Tensor], work: Callable[[slice], dict]) -> None:
+    """sums[name] += work(window)[name] over the windows of a sequence, in their order."""
+
+    def add(found: dict[str, Tensor]) -> None:
+        for name, value in found.items():
+            sums[name] += value
+
+    for_each(call.blocks.windows, work, call.blocks.threads, add)
+
+
 def _through_emission(call: _Call, one: _Sequence, planes: Tensor | None) -> None:
     """From grad_out to dt, written into `planes` [D, L, L] if they are there; its weights' sums."""
-    p, sums = call.parameters, call.sums
-    grad_drop = None
-    for window in one.windows(call.rows):
+    p, sums = call.parameters, dict(call.sums)
+    if "drop_mask" in call.needs:
+        wide = sum_dtype(one.x.dtype)
+        sums["drop_mask"] = torch.zeros_like(one.drop_mask, dtype=wide)
+
+    def emission(window: slice) -> dict[str, Tensor]:
+        found = {}
         z = normalize_rows(one.x[window], p, call.eps_in)
         mixed, rstd = normalize_columns(one.product[:, window], call.eps_out)
         delta, gate = emit(mixed, z, p)
         grad = one.grad_out[window].reshape(delta.shape).to(delta.dtype)
-        if "drop_mask" in call.needs:
-            of_block = (grad * delta).mul_(gate).view(-1, *one.drop_mask.shape).sum(0)
-            grad_drop = of_block if grad_drop is None else grad_drop.add_(of_block)
+        if "drop_mask" in sums:
+            of_pairs = (grad * delta).mul_(gate)
+            found["drop_mask"] = of_pairs.view(-1, *one.drop_mask.shape).sum(0)
         grad_delta = gate.mul_(_times_drop_mask(grad, one.drop_mask))
         if "delta" in sums:
-            sums["delta"] += grad_delta.sum(0)
+            found["delta"] = grad_delta.sum(0)
         if "delta_mixed" in sums:
-            sums["delta_mixed"].addmm_(grad_delta.t(), mixed.t())
+            found["delta_mixed"] = grad_delta.t() @ mixed.t()
         if planes is not None:
             grad_mixed = torch.mm(p.out_weight.t(), grad_delta.t())
             planes[:, window] = _through_columns(grad_mixed, mixed, rstd).view(
                 planes[:, window].shape
             )
-    if grad_drop is not None:
-        one.grads["drop_mask"].copy_(grad_drop)
+        return found
+
+    _add_up(call, sums, emission)
+    if "drop_mask" in sums:
+        one.grads["drop_mask"].copy_(sums["drop_mask"])
 
 
 def _times_drop_mask(grad: Tensor, drop_mask: Tensor | None) -> Tensor:
@@ -223,22 +238,29 @@ def _through_columns(grad: Tensor, mixed: Tensor, rstd: Tensor) -> Tensor:
 def _through_product(call: _Call, one: _Sequence, planes: Tensor, others: Tensor) -> None:
     """From dt in `planes` [D, L, L] to da in their place, and db in `others` [D, L, L]."""
     hidden, length, _ = planes.shape
-    count = hidden if call.rows == length else -(-hidden // _PARTS)
+    count = hidden if len(call.blocks.windows) == 1 else -(-hidden // _PARTS)
     right = torch.empty(count, length, length, dtype=planes.dtype, device=planes.device)
     for first in range(0, hidden, count):
         part = slice(first, first + count)
+        parameters = _part_of(call.parameters, hidden, part)
         grad, a = planes[part], others[part]
         b = right[: len(grad)]
-        parameters = _part_of(call.parameters, hidden, part)
-        write_planes(a, b, one.x, one.mask, parameters, call.rows, call.eps_in)
-        dtype = parameters.in_weight.dtype
-        for group in channel_groups(len(grad), length, call.positions):
-            dt, of_a, of_b = grad[group].to(dtype), a[group].to(dtype), b[group].to(dtype)
-            if call.direction == "outgoing":
-                grad_a, grad_b = torch.bmm(dt, of_b), torch.bmm(dt.mT, of_a)
-            else:
-                grad_a, grad_b = torch.bmm(of_b, dt.mT), torch.bmm(of_a, dt)
-            grad[group], a[group] = grad_a, grad_b
+        write_planes(a, b, one.x, one.mask, parameters, call.blocks, call.eps_in)
+        _multiply_gradients(call, grad, a, b, parameters.in_weight.dtype)
+
+
+def _multiply_gradients(call: _Call, grad: Tensor, a: Tensor, b: Tensor, dtype) -> None:
+    """From dt, a and b [D, L, L] of some channels to da in the place of dt, and db in that of a."""
+
+    def multiply(group: slice) -> None:
+        dt, of_a, of_b = grad[group].to(dtype), a[group].to(dtype), b[group].to(dtype)
+        if call.direction == "outgoing":
+            grad_a, grad_b = torch.bmm(dt, of_b), torch.bmm(dt.mT, of_a)
+        else:
+            grad_a, grad_b = torch.bmm(of_b, dt.mT), torch.bmm(of_a, dt)
+        grad[group], a[group] = grad_a, grad_b
+
+    for_each(channel_groups(*grad.shape[:2], call.blocks), multiply, call.blocks.threads)
 
 
 def _part_of(p: Parameters, hidden: int, part: slice) -> Parameters:
@@ -254,32 +276,40 @@ def _through_inputs(
     """From da and db [D, L, L] (None: nothing behind them is needed) to the inputs' gradients."""
     p, needs = call.parameters, call.needs
     wanted = ["x" in needs, "norm_in_weight" in needs, "norm_in_bias" in needs]
-    for window in one.windows(call.rows):
+
+    def inputs(window: slice) -> dict[str, Tensor]:
+        found = {}
         shifted = shift_rows(one.x[window].flatten(0, 1))
         norm = (shifted.shape[-1:], p.norm_weight, p.norm_bias)
         z, mean, rstd = torch.native_layer_norm(shifted, *norm, call.eps_in)
         z = z.to(p.in_weight.dtype)
-        grad_z = _through_gate(call, one, window, z)
+        grad_z = _through_gate(call, one, window, z, found)
         if grad_a is not None:
             grads = torch.cat([grad_a[:, window], grad_b[:, window]])
-            through = _through_projections(call, one, window, z, grads.flatten(1))
+            through = _through_projections(call, one, window, z, grads.flatten(1), found)
             grad_z = grad_z if through is None else grad_z.add_(through)
-        if not any(wanted):
-            continue
-        shape, weight, bias = norm
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_z, shifted, shape, mean, rstd, weight, bias, wanted
-        )
-        if "x" in needs:
-            one.grads["x"][window] = grad_x.view(one.x[window].shape)
-        if "norm_in_weight" in needs:
-            call.sums["norm_in_weight"] += grad_weight
-        if "norm_in_bias" in needs:
-            call.sums["norm_in_bias"] += grad_bias
+        if any(wanted):
+            shape, weight, bias = norm
+            grad_x, *of_norm = torch.ops.aten.native_layer_norm_backward(
+                grad_z, shifted, shape, mean, rstd, weight, bias, wanted
+            )
+            if "x" in needs:
+                one.grads["x"][window] = grad_x.view(one.x[window].shape)
+            for name, grad in zip(("norm_in_weight", "norm_in_bias"), of_norm, strict=True):
+                if name in needs:
+                    found[name] = grad
+        return found
+
+    _add_up(call, call.sums, inputs)
 
 
-def _through_gate(call: _Call, one: _Sequence, window: slice, z: Tensor) -> Tensor | None:
-    """dq Wo [positions, C] of a block in fp32, if the norm before it is to be gone through."""
+def _through_gate(
+    call: _Call, one: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
+) -> Tensor | None:
+    """dq Wo [positions, C] of a block in fp32, if the norm before it is to be gone through.
+
+    What the block adds to the sums goes to `found`.
+    """
     if call.needs.isdisjoint(_BEHIND_GATE):
         return None
     p, sums = call.parameters, call.sums
@@ -288,21 +318,26 @@ def _through_gate(call: _Call, one: _Sequence, window: slice, z: Tensor) -> Tens
     grad = delta.mul_(_times_drop_mask(grad, one.drop_mask)).mul_(gate)
     grad.addcmul_(grad, gate, value=-1)
     if "g_out_bias" in sums:
-        sums["g_out_bias"] += grad.sum(0)
+        found["g_out_bias"] = grad.sum(0)
     operand = grad.to(z.dtype)
     if "g_out_weight" in sums:
-        _add_product(sums["g_out_weight"], operand.t(), z)
+        found["g_out_weight"] = operand.t() @ z
     if call.needs.isdisjoint(_OF_NORM_IN):
         return None
     return torch.mm(operand, p.gate_weight).to(grad.dtype)
 
 
 def _through_projections(
-    call: _Call, one: _Sequence, window: slice, z: Tensor, grads: Tensor
+    call: _Call,
+    one: _Sequence,
+    window: slice,
+    z: Tensor,
+    grads: Tensor,
+    found: dict[str, Tensor],
 ) -> Tensor | None:
     """dp Wp + dg Wg [positions, C] of a block in fp32, if the norm is to be gone through.
 
-    `grads` is da and db of the block, [2D, positions].
+    `grads` is da and db of the block, [2D, positions]; what it adds to the sums goes to `found`.
     """
     p, sums = call.parameters, call.sums
     double = grads.shape[0]
@@ -324,22 +359,14 @@ def _through_projections(
         ("g_in", values, p.in_weight[double:]),
     ):
         if f"{kind}_bias" in sums:
-            sums[f"{kind}_bias"] += grad.sum(1)
+            found[f"{kind}_bias"] = grad.sum(1)
         operand = grad.to(z.dtype)
         if f"{kind}_weight" in sums:
-            _add_product(sums[f"{kind}_weight"], operand, z)
+            found[f"{kind}_weight"] = operand @ z
         if not call.needs.isdisjoint(_OF_NORM_IN):
             through = torch.mm(operand.t(), weight).to(grad.dtype)
             grad_z = through if grad_z is None else grad_z.add_(through)
     return grad_z
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; total is fp32, whatever the operands are."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right)
 
 
 def _parameter_gradients(

@@ -1,19 +1,26 @@
 """Launch settings: data in configs/*.json, chosen by a pure function.
 
-A file holds, for each stage and each element size, a list of settings with the widths and lengths
-that they are for; the first one that is wide and long enough is taken. Targets that share settings
-have a file each, so that one of them can be tuned alone. Nothing is timed at run time, and a length
-chooses between a few classes only, so the kernels compiled for one protein serve all.
+A table is for a target, or for a device by its name. It holds, for each stage and each element
+size, a list of settings, one a line, tried in order: the first whose max_width and max_length cover
+the call is used. "triton" is the first version that an entry is for, where a newer compiler needs
+another setting. What a table leaves out is as in the table that it is "like". Nothing is timed at
+run time, and a length chooses between a few classes only, so the kernels compiled for one protein
+serve all.
 """
 
 import functools
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
-STAGES = (*FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd")
+STAGES = (
+    *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
+    "row_products", "norm_in_bwd",
+)  # fmt: skip
+_BOUNDS = ("max_width", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -22,10 +29,10 @@ class LaunchConfig:
     """One setting of one stage. M: positions or rows, N: output channels or columns, K: summed."""
 
     block_m: int
-    block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    block_n: int = 1  # of stages that have columns
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers, where they are legal
     held: bool = False  # 16-bit rows are normalised in the layout of an accumulator (`hold`)
     maxnreg: int | None = None  # NVIDIA only
@@ -55,21 +62,32 @@ def shape_of(element_bytes: int, width: int, length: int, batch: int = 1) -> Sha
 
 
 @functools.cache
-def pick_config(stage: str, target: str, device_name: str, shape: Shape) -> LaunchConfig:
+def pick_config(
+    stage: str, target: str, device_name: str, shape: Shape, triton: str
+) -> LaunchConfig:
     """The setting of `stage` on a device: the one tuned for it by name, else its target's.
+
+    `triton` is Triton's version.
 
     Raises:
         ValueError: an unknown stage.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}; got {stage!r}")
-    for entry in _settings(target, device_name)[stage][str(shape.element_bytes)]:
-        widest, longest = entry["max_width"], entry["max_length"]
-        if (widest is None or shape.width <= widest) and (
-            longest is None or shape.length <= longest
+    for entry in settings_of(target, device_name)[stage][str(shape.element_bytes)]:
+        if (
+            shape.width <= entry.get("max_width", math.inf)
+            and shape.length <= entry.get("max_length", math.inf)
+            and _release(triton) >= _release(entry.get("triton", ""))
         ):
-            return LaunchConfig(**entry["config"])
+            setting = {name: value for name, value in entry.items() if name not in _BOUNDS}
+            return LaunchConfig(**setting)
     raise ValueError(f"no setting of {stage} for {shape}")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (3, 9) of "3.9.0", of "3.9rc1" and of "3.9.0+git1a2b"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def class_lengths(target: str, device_name: str) -> list[int]:
@@ -77,18 +95,40 @@ def class_lengths(target: str, device_name: str) -> list[int]:
     bounds = {
         entry["max_length"]
         for stage in FORWARD_STAGES
-        for entries in _settings(target, device_name)[stage].values()
+        for entries in settings_of(target, device_name)[stage].values()
         for entry in entries
+        if "max_length" in entry
     }
-    finite = sorted(bound for bound in bounds if bound is not None)
+    finite = sorted(bounds)
     return [*finite, finite[-1] + 1 if finite else 1]
 
 
-def _settings(target: str, device_name: str) -> dict:
-    return _table(device_name.replace(" ", "_")) or _table(target) or _table("default")
+def targets() -> list[str]:
+    """The targets that have a table of their own."""
+    names = [path.stem for path in _CONFIGS.glob("*.json")]
+    return sorted(name for name in names if "shared_bytes" in _table(name))
+
+
+def settings_of(target: str, device_name: str = "") -> dict:
+    """The whole table of a device: "note", stages, and what else is known of its target.
+
+    That is shared_bytes, the shared memory that a block may have, and fp32_dots where they are not
+    those of all the vendor's targets.
+    """
+    for name in (device_name.replace(" ", "_"), target, "default"):
+        if (table := _table(name)) is not None:
+            return table
+    raise FileNotFoundError(f"{_CONFIGS} has no default.json")
 
 
 @functools.cache
 def _table(name: str) -> dict | None:
     path = _CONFIGS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    own = json.loads(path.read_text())
+    if "like" not in own:
+        return own
+    other = _table(own.pop("like"))
+    stages = {stage: {**other[stage], **own.get(stage, {})} for stage in STAGES if stage in other}
+    return {**other, **own, **stages}

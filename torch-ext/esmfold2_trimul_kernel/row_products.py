@@ -9,20 +9,18 @@ order: equal calls give equal bits.
 Not the vendor's GEMM: that of cuBLAS 13.1 leaves the last rows out for some M (`docs/numerics.md`).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from ._device import device_target
-from ._launch import PreparedLaunch
+from ._launch import PreparedLaunch, pointers
 from ._tiles import load_tile, store_tile
+from .launch_config import Shape, pick_config
 
-# The widest tile of the product, and the rows that are worth a program.
-_BLOCK = 128
-_LEAST_ROWS = 256
-# By target: rows of a turn, turns under way (their rows lie in shared memory), and warps.
-_SETTINGS = {"sm_90": (64, 4, 4), "sm_100": (64, 4, 8)}
-_CAUTIOUS = (32, 3, 4)
+_LEAST_ROWS = 256  # that are worth a program
 
 
 @triton.jit(do_not_specialize=["M", "part"])
@@ -61,7 +59,7 @@ def add_row_products(
     """total [N, K] += left^T right; `prepared` is what `prepare_row_products` made of such rows."""
     count = prepared.programs // _tiles_of(**prepared.constants)
     parts = torch.empty(count, *total.shape, dtype=torch.float32, device=total.device)
-    prepared.launch(left, right, parts)
+    prepared.launch(left_ptr=left, right_ptr=right, parts_ptr=parts)
     total.add_(parts.sum(0))
 
 
@@ -75,10 +73,12 @@ def prepare_row_products(
     """
     rows, width_n = left.shape
     width_k = right.shape[1]
-    block_n = min(_BLOCK, max(16, triton.next_power_of_2(width_n)))
-    block_k = min(_BLOCK, max(16, triton.next_power_of_2(width_k)))
     device = device_target(left.device)
-    block_m, num_stages, num_warps = _SETTINGS.get(device.target, _CAUTIOUS)
+    shape = Shape(left.element_size(), max(width_n, width_k), math.isqrt(rows))
+    config = pick_config("row_products", device.target, device.name, shape, triton.__version__)
+    block_m = config.block_m
+    block_n = min(config.block_n, max(16, triton.next_power_of_2(width_n)))
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(width_k)))
     constants = dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
     tiles = _tiles_of(**constants)
     if programs is None:
@@ -88,10 +88,12 @@ def prepare_row_products(
     return PreparedLaunch(
         _row_products_kernel,
         tiles * triton.cdiv(rows, part),
-        [None, None, None, rows, part, left.stride(0), right.stride(0)],
-        (0, 1, 2),
-        constants,
-        {"num_warps": num_warps, "num_stages": num_stages},
+        tensors=pointers("left_ptr", "right_ptr", "parts_ptr"),
+        values=dict(
+            M=rows, part=part, stride_left=left.stride(0), stride_right=right.stride(0)
+        ),
+        constants=constants,
+        options=config.options(),
     )
 
 

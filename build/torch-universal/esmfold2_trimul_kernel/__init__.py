@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6bf55f03d9"
+_BUILD_ID = "_esmfold2_trimul_kernel_84852b0f50"
 
 
 def _load_package() -> ModuleType:

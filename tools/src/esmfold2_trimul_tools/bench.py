@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from .bench_clock import CpuClock, GpuClock, gemm_milliseconds, make_clock, measure_ceilings
+from .bench_clock import (
+    CpuClock,
+    GpuClock,
+    busy_loops,
+    gemm_milliseconds,
+    make_clock,
+    measure_ceilings,
+)
 from .bench_environment import describe_environment
 from .bench_first_call import first_call_seconds
 from .bench_problem import (
@@ -58,7 +65,7 @@ Progress = Callable[[str, int, int], None]
 
 _SAME_WHEN_RESUMED = (
     "device", "threads", "isa", "cpu_capability", "torch", "triton", "driver", "rivals", "kernel",
-    "seed",
+    "seed", "busy_loops",
 )  # fmt: skip
 # Above it a result is wrong, not inexact: several times the in-tree module's own error, for float32
 # that of TF32 products.
@@ -233,7 +240,7 @@ def start(settings: Settings, command: str, commit: str | None = None) -> Result
     _use(settings.device)
     sources = Sources(load_kernel(settings.root), settings.published)
     return {
-        "environment": describe_environment(settings, sources, command, commit),
+        "environment": _environment(settings, sources, command, commit),
         "ceilings": measure_ceilings(make_clock(settings.device)),
         "rows": [],
     }
@@ -248,7 +255,7 @@ def resume(settings: Settings, path: Path, command: str, commit: str | None = No
     _use(settings.device)
     results = read_results(path)
     sources = Sources(load_kernel(settings.root), settings.published)
-    here = describe_environment(settings, sources, command, commit)
+    here = _environment(settings, sources, command, commit)
     before = results["environment"]
     for name in _SAME_WHEN_RESUMED:
         if before.get(name) != here[name]:
@@ -260,6 +267,13 @@ def resume(settings: Settings, path: Path, command: str, commit: str | None = No
     before["commands"].append(command)
     before["paths"] |= here["paths"]
     return results
+
+
+def _environment(
+    settings: Settings, sources: Sources, command: str, commit: str | None
+) -> dict[str, Any]:
+    described = describe_environment(settings, sources, command, commit)
+    return described | {"busy_loops": settings.busy}
 
 
 def _use(device: torch.device) -> None:
@@ -293,7 +307,8 @@ def bench(
             write_results(results, out)
 
     save(results)
-    run(settings, results, progress, save)
+    with busy_loops(settings.busy):
+        run(settings, results, progress, save)
     return results
 
 
@@ -348,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("budget",), {"type": float}),
-        **dict.fromkeys(("check_up_to", "seed"), {"type": int}),
+        **dict.fromkeys(("check_up_to", "seed", "busy"), {"type": int}),
         **dict.fromkeys(("published", "kernel_root", "out", "results", "plot"), {"type": Path}),
         **dict.fromkeys(
             ("quick", "compile", "max_autotune", "graphs", "first_call", "resume", "markdown",

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +30,26 @@ _MAX_FLUSHES = 100
 _MOST_CALLS = 200
 # Shares of a row's time budget.
 _DEVICE_SHARE, _WALL_SHARE, _HOST_SHARE = 0.5, 0.3, 0.2
+# A loop that keeps a core busy until its parent is gone, however that ended.
+_BUSY_LOOP = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1 << 20):
+        pass
+"""
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Other programs on a shared machine: `count` processes that compute all the while."""
+    loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

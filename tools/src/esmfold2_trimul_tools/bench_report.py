@@ -37,8 +37,10 @@ def origin(environment: dict[str, Any]) -> str:
     names = ("torch", "triton", "cuda", "driver", "python")
     versions = {name: environment[name] for name in names} | environment["rivals"]
     listed = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    busy = environment.get("busy_loops")
+    beside = f", {busy} busy {'loop' if busy == 1 else 'loops'} beside it" if busy else ""
     return (
-        f"{environment['device']}, {listed}, {environment['date']}, "
+        f"{environment['device']}{beside}, {listed}, {environment['date']}, "
         f"commit {environment['commit'] or 'unknown'}."
     )
 

@@ -39,6 +39,7 @@ class Settings:
     check_up_to: int  # the longest L that is held to float64
     first_call: bool
     seed: int
+    busy: int = 0  # processes that compute beside it
 
     def cases(self) -> list[Case]:
         """The shapes, in the order in which they are measured."""
@@ -83,6 +84,7 @@ def read_settings(
     check_up_to: int | None = None,
     first_call: bool = False,
     seed: int = 0,
+    busy: int = 0,
     kernel_root: Path | None = None,
 ) -> Settings:
     """The settings that the options' text stands for; lists are separated by commas.
@@ -99,6 +101,8 @@ def read_settings(
         raise UserError(f"--budget must be above 0 seconds; got {budget}")
     if seed < 0:
         raise UserError(f"--seed must be at least 0; got {seed}")
+    if busy < 0:
+        raise UserError(f"--busy must be at least 0; got {busy}")
     if lengths is not None:
         all_lengths = _numbers("--lengths", lengths)
     elif quick:
@@ -124,6 +128,7 @@ def read_settings(
         check_up_to=_CHECK_UP_TO[found.type] if check_up_to is None else check_up_to,
         first_call=first_call,
         seed=seed,
+        busy=busy,
     )
 
 

@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from .errors import UserError
+from .heartbeat import heartbeat
 from .options import CONFORMANCE_HELP, HELP, TUNE_HELP
 from .sequences import file_stems, parse_sequence, read_fasta
 
@@ -318,6 +319,7 @@ def bench(
     check_up_to: Annotated[int | None, typer.Option(help=HELP["check_up_to"])] = None,
     first_call: Annotated[bool, typer.Option("--first-call", help=HELP["first_call"])] = False,
     seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    busy: Annotated[int, typer.Option(help=HELP["busy"])] = 0,
     kernel_root: KernelRoot = None,
     commit: Annotated[str | None, typer.Option(help=HELP["commit"])] = None,
     out: Annotated[Path | None, typer.Option(help=HELP["out"])] = None,
@@ -355,6 +357,7 @@ def bench(
             check_up_to=check_up_to,
             first_call=first_call,
             seed=seed,
+            busy=busy,
             kernel_root=kernel_root,
         )
         command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
@@ -573,10 +576,12 @@ def _stdout(**options: Any) -> Console:
 
 
 class _ProgressBar:
-    """A progress bar on stderr, where that is a terminal; moved by calling it."""
+    """A progress bar on stderr, moved by calling it; where that is no terminal, a line a minute."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
+        self._now = "Starting"
+        self._minutes = nullcontext() if console.is_terminal else heartbeat(self._say)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -589,16 +594,22 @@ class _ProgressBar:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._task = self._bar.add_task("Starting", total=None)
+        self._task = self._bar.add_task(self._now, total=None)
 
     def __enter__(self) -> "_ProgressBar":
+        self._minutes.__enter__()
         self._bar.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._bar.stop()
+        self._minutes.__exit__(*exception)
+
+    def _say(self, elapsed: str) -> None:
+        print(f"{elapsed}: {self._now}", file=sys.stderr, flush=True)
 
     def __call__(self, label: str, done: int, total: int) -> None:
+        self._now = f"{label} ({done} of {total} done)"
         self._bar.update(self._task, description=label, completed=done, total=total)
 
     @contextmanager

@@ -20,6 +20,7 @@ HELP = {
     "Default: 1024 on a GPU, 512 on a CPU.",
     "first_call": "Also time first calls, in fresh processes with an empty Triton cache.",
     "seed": "Of the random inputs.",
+    "busy": "So many processes compute beside the benchmark, as on a machine that people share.",
     "kernel_root": "The kernel repository. Default: the tools' own checkout.",
     "commit": "What to record as the commit. Default: git's answer.",
     "out": "Write the results to this file, after every shape.",

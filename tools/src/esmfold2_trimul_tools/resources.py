@@ -11,53 +11,45 @@ on that target would have. Registers, stack and shared memory are read from the 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-# Shared memory that one block may have, in bytes, and the registers of one thread.
-SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-}
-TARGETS = tuple(SHARED_LIMIT)
 # Outside a loop, for which another block on a multiprocessor made up (stage 1 on an H200).
 MAX_SPILL_BYTES = 256
 # In a loop four registers: settings with two were the fastest by far, measured on an H100, and a
 # training step of kernels with four, those for padding, is 2 to 3 % slower than of those with two
 # (sequences without padding, H200).
 MAX_LOOP_SPILL_BYTES = 16
+_INSTRUCTION_BYTES = 16  # of NVIDIA's machine code
 STAGE_KERNELS = {
     "fused_dual_gemm": "_fused_dual_gemm_fwd_kernel",
     "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
     "fused_ln_residual": "_fused_ln_residual_fwd_kernel",
 }
-# Of the backward, in the order of a call: a name, its module and its kernel. Stage 2 runs its
-# forward's kernel with one operand, the other, or both turned.
+# Of the backward, in the order of a call. Stage 2 runs its forward's kernel with one operand, the
+# other, or both turned.
 BACKWARD_KERNELS = (
-    ("fused_ln_residual_bwd", "fused_ln_residual_backward", "_fused_ln_residual_bwd_kernel"),
-    ("norm_out_bwd", "fused_ln_residual_backward", "_norm_out_bwd_kernel"),
-    ("trimul_einsum_bwd_a", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
-    ("trimul_einsum_bwd_b", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
-    ("trimul_einsum_bwd_ab", "trimul_einsum_triton", "_trimul_einsum_fwd_kernel"),
-    ("fused_dual_gemm_bwd", "fused_dual_gemm_backward", "_fused_dual_gemm_bwd_kernel"),
-    ("row_products", "row_products", "_row_products_kernel"),
-    ("norm_in_bwd", "fused_dual_gemm_backward", "_norm_in_bwd_kernel"),
+    "fused_ln_residual_bwd",
+    "norm_out_bwd",
+    "trimul_einsum_bwd_a",
+    "trimul_einsum_bwd_b",
+    "trimul_einsum_bwd_ab",
+    "fused_dual_gemm_bwd",
+    "row_products",
+    "norm_in_bwd",
 )
+STAGE_MODULES = (
+    *STAGE_KERNELS, "fused_ln_residual_backward", "fused_dual_gemm_backward", "row_products"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,26 +93,6 @@ class _StandInDriver:
         return 0
 
 
-class _Recorder:
-    """Stands in for a stage's kernel: a launch becomes a compilation, kept in `compiled`."""
-
-    def __init__(self, kernel, compiled: list):
-        self._kernel, self._compiled = kernel, compiled
-
-    def __getitem__(self, grid):
-        def compile_only(*args, **kwargs):
-            options = {name: kwargs[name] for name in kwargs if name.islower()}
-            blocks = {
-                name: value
-                for name, value in kwargs.items()
-                if name.startswith("BLOCK_") or name in ("DESCRIPTORS", "HELD")
-            }
-            binary = self._kernel.warmup(*args, grid=grid, **kwargs)
-            self._compiled.append((binary, {**blocks, **options}))
-
-        return compile_only
-
-
 def _gpu_target(target: str):
     from triton.backends.compiler import GPUTarget
 
@@ -137,6 +109,15 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
     device = importlib.import_module(f"{kernel.__name__}._device")
     stand_in = device.target_of(target, "any")
     compiled: list = []
+
+    def compile_only(prepared, **tensors) -> None:
+        setting = {
+            name: value
+            for name, value in prepared.constants.items()
+            if name.startswith("BLOCK_") or name in ("DESCRIPTORS", "HELD")
+        }
+        compiled.append((prepared.compile(**tensors), {**setting, **prepared.options}))
+
     with contextlib.ExitStack() as stack:
         try:
             previous = driver.active
@@ -144,15 +125,14 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
             previous = None
         driver.set_active(_StandInDriver(_gpu_target(target)))
         stack.callback(driver.set_active, previous)
-        jit_functions = set(STAGE_KERNELS.items()) | {entry[1:] for entry in BACKWARD_KERNELS}
-        for module_name, kernel_name in sorted(jit_functions):
-            module = importlib.import_module(f"{kernel.__name__}.{module_name}")
-            for name, value in (
-                (kernel_name, _Recorder(getattr(module, kernel_name), compiled)),
-                ("device_target", lambda _: stand_in),
-            ):
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, value)
+        prefix = f"{kernel.__name__}."
+        stages = [importlib.import_module(prefix + name) for name in STAGE_MODULES]
+        replaced = [(module, "device_target", lambda _: stand_in) for module in stages]
+        launch = importlib.import_module(prefix + "_launch").PreparedLaunch
+        replaced.append((launch, "launch", compile_only))
+        for owner, name, value in replaced:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield compiled
 
 
@@ -199,10 +179,8 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
 
 def backward_kernels(case: Case) -> list[str]:
     """The names of `BACKWARD_KERNELS` that a call launches."""
-    names = [name for name, *_ in BACKWARD_KERNELS]
-    if case.dtype == torch.float32:
-        names.remove("row_products")
-    return names
+    vendor = {"row_products"} if case.dtype == torch.float32 else set()
+    return [name for name in BACKWARD_KERNELS if name not in vendor]
 
 
 def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
@@ -286,51 +264,90 @@ def _run_tool(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_machine_code(binary) -> MachineCode:
-    """Reads a cubin with the tools that Triton carries, or the text of an AMD kernel."""
-    shared = binary.metadata.shared
-    if "cubin" in binary.asm:
-        return _read_cubin(binary.asm["cubin"], shared)
-    return _read_amdgcn(binary.asm["amdgcn"], shared)
+def read_machine_code(binaries: Sequence) -> list[MachineCode]:
+    """Of each kernel, all of one target: from its cubin, or from the text of an AMD kernel."""
+    if any("amdgcn" in binary.asm for binary in binaries):
+        return [_read_amdgcn(binary.asm["amdgcn"], binary.metadata.shared) for binary in binaries]
+    distinct = {binary.asm["cubin"]: binary for binary in binaries}  # launches share kernels
+    read = {
+        cubin: _read_cubin(cubin, sass, distinct[cubin].metadata.shared)
+        for cubin, sass in zip(distinct, _disassemble(list(distinct.values())), strict=True)
+    }
+    return [read[binary.asm["cubin"]] for binary in binaries]
 
 
-# Many lengths share a kernel, and disassembling one takes half as long as compiling it.
-@functools.cache
-def _read_cubin(cubin: bytes, shared: int) -> MachineCode:
+def _disassemble(binaries: Sequence) -> Iterator[list[tuple[int, str]]]:
+    """(address, instruction) of each kernel's code.
+
+    All in one run as if they were one kernel's: the disassembler takes 0.3 seconds to start and
+    0.02 for a kernel.
+    """
+    if not binaries:
+        return
+    codes = [_code_of(binary.asm["cubin"]) for binary in binaries]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "code"
+        path.write_bytes(b"".join(codes))
+        architecture = f"SM{binaries[0].metadata.target.arch}"
+        text = _run_tool(_nvidia_tool("nvdisasm"), "--binary", architecture, str(path))
+    instructions = [
+        (int(found[1], 16), found[2])
+        for found in re.finditer(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?);", text, re.MULTILINE)
+    ]
+    end = 0
+    for code in codes:
+        start, end = end, end + len(code) // _INSTRUCTION_BYTES
+        yield instructions[start:end]
+
+
+def _code_of(cubin: bytes) -> bytes:
+    """The machine code in a cubin, which is a 64-bit ELF file: its sections ".text.*"."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = headers[of_names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", names + name)
+    )
+
+
+def _read_cubin(cubin: bytes, sass: list[tuple[int, str]], shared: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run_tool(_nvidia_tool("cuobjdump"), "--dump-resource-usage", str(path))
-        sass = _run_tool(_nvidia_tool("nvdisasm"), "-c", str(path))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+    code = "\n".join(instruction for _, instruction in sass)
     spilling = re.compile(r"\b(LDL|STL)\b")
-    spills = len(spilling.findall(sass))
-    wgmma = len(re.findall(r"\bHGMMA\b", sass))
-    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
+    wgmma = len(re.findall(r"\bHGMMA\b", code))
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code))
     return MachineCode(
         registers,
-        stack if spills else 0,
+        stack if spilling.search(code) else 0,
         shared,
-        any(spilling.search(line) for line in _loop_lines(sass)),
-        wgmma + len(re.findall(r"\b(?:HMMA|UTCHMMA|UTCQMMA|UTCOMMA)\b", sass)),
-        len(re.findall(r"\b(?:UTMALDG|UTMASTG)\b", sass)),
+        any(spilling.search(instruction) for instruction in _in_loops(sass)),
+        wgmma + len(re.findall(r"\b(?:HMMA|UTCHMMA|UTCQMMA|UTCOMMA)\b", code)),
+        len(re.findall(r"\b(?:UTMALDG|UTMASTG)\b", code)),
         waits < wgmma,
     )
 
 
-def _loop_lines(sass: str) -> Iterator[str]:
-    """The lines of every innermost-to-outermost loop: from a label to a jump back to it."""
-    lines = sass.splitlines()
-    labels = {}
-    inside = set()
-    for number, line in enumerate(lines):
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label.group(1)] = number
-        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if jump and jump.group(1) in labels and labels[jump.group(1)] < number - 1:
-            inside.update(range(labels[jump.group(1)], number))
-    return (lines[number] for number in sorted(inside))
+def _in_loops(sass: list[tuple[int, str]]) -> Iterator[str]:
+    """The instructions of every loop: from where a jump back leads to the jump."""
+    loops = []
+    for address, instruction in sass:
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
+        # A kernel's last instruction jumps to itself.
+        if jump and int(jump[1], 16) < address:
+            loops.append((int(jump[1], 16), address))
+    return (
+        instruction
+        for address, instruction in sass
+        if any(start <= address < end for start, end in loops)
+    )
 
 
 def _read_amdgcn(text: str, shared: int) -> MachineCode:
@@ -362,50 +379,65 @@ def collect(
     targets: list[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     kernel: ModuleType | None = None,
+    cases: Sequence[Case] = CASES,
 ) -> list[dict]:
     """Compiles the shipped settings of every stage for `targets` (all of them by default).
 
     Args:
-        targets: names from TARGETS.
+        targets: names of the package's tables.
         progress: called with (done, total, what) before each compilation.
         kernel: the loaded kernel package; the checkout's own by default.
+        cases: the calls to compile for.
 
     Returns:
         One dict for each kernel, target and class of calls: kernel, target, case, config, registers
         (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
-        matrix_instructions, bulk_copies, pipelined; in place of the last seven, error, if it could
-        not be compiled.
+        matrix_instructions, bulk_copies, pipelined, shared_limit (bytes that a block may have
+        there); in place of the last eight, error, if it could not be compiled.
 
     Raises:
-        ValueError: a target that is not in TARGETS, or a process with TRITON_INTERPRET set.
+        ValueError: a target without a table, or a process with TRITON_INTERPRET set.
     """
     from triton import knobs
 
     from .repository import find_root, load_kernel
 
+    kernel = load_kernel(find_root()) if kernel is None else kernel
+    tables = importlib.import_module(f"{kernel.__name__}.launch_config")
     for target in targets or ():
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+        if target not in tables.targets():
+            known = ", ".join(tables.targets())
+            raise ValueError(f"target must be one of {known}; got {target!r}")
     if knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set: an interpreted kernel can't be compiled")
-    kernel = load_kernel(find_root()) if kernel is None else kernel
-    jobs = [(target, case) for target in targets or TARGETS for case in CASES]
+    targets = targets or tables.targets()
+    total = len(targets) * len(cases)
     rows = []
-    for done, (target, case) in enumerate(jobs):
-        if progress is not None:
-            progress(done, len(jobs), f"{target} {case}")
-        where = {"target": target, "case": str(case)}
-        try:
-            found = compile_case(kernel, target, case)
-            if case in BACKWARD_CASES:
-                found += compile_backward_case(kernel, target, case)
-            for stage, binary, config in found:
-                code = asdict(read_machine_code(binary))
-                rows.append({"kernel": stage, **where, "config": config, **code})
-        except Exception as error:  # whatever a compiler may raise is a finding, not a crash
-            rows.append({"kernel": "all kernels", **where, "config": {}, "error": repr(error)})
+    for number, target in enumerate(targets):
+        compiled = []
+        for done, case in enumerate(cases, number * len(cases)):
+            if progress is not None:
+                progress(done, total, f"{target} {case}")
+            where = {"target": target, "case": str(case)}
+            try:
+                found = compile_case(kernel, target, case)
+                if case in BACKWARD_CASES:
+                    found += compile_backward_case(kernel, target, case)
+            except Exception as error:  # whatever a compiler may raise is a finding, not a crash
+                rows.append({"kernel": "all kernels", **where, "config": {}, "error": repr(error)})
+                continue
+            compiled += [
+                ({"kernel": stage, **where, "config": config}, binary)
+                for stage, binary, config in found
+            ]
+        codes = read_machine_code([binary for _, binary in compiled])
+        limit = {"shared_limit": tables.settings_of(target)["shared_bytes"]}
+        rows += [
+            {**row, **asdict(code), **limit}
+            for (row, _), code in zip(compiled, codes, strict=True)
+        ]
     if progress is not None:
-        progress(len(jobs), len(jobs), "done")
+        progress(total, total, "done")
     return rows
 
 
@@ -417,7 +449,7 @@ def problems(rows: list[dict]) -> list[str]:
         if "error" in row:
             found.append(f"{where}: can't be compiled: {row['error']}")
             continue
-        limit = SHARED_LIMIT[row["target"]]
+        limit = row["shared_limit"]
         if row["shared_bytes"] > limit:
             found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, of {limit}")
         if row["spill_bytes"] > MAX_SPILL_BYTES:

@@ -380,12 +380,13 @@ def fastest(
 def table(
     results: dict,
     base: dict,
+    shipped: dict,
     classes: tuple[tuple[int | None, tuple[int, ...]], ...] = CLASSES,
 ) -> dict:
     """A settings table: `base` with the 16-bit settings that were fastest in `results`.
 
     Of two neighbouring classes of one width that have the same setting only the longer is written;
-    settings of `base` for widths beyond those tuned stay, and so do those of the backward.
+    the `shipped` settings for widths beyond those tuned stay, and so do those of the backward.
     """
     environment_ = results["environment"]
     tuned = {
@@ -399,20 +400,39 @@ def table(
         widths = sorted({row["width"] for row in results["rows"] if row["stage"] == stage})
         entries = []
         for width in widths:
-            of_width: list[dict] = []
+            of_width: list[tuple[int | None, dict]] = []
             for longest, lengths in classes:
                 best = fastest(results["rows"], stage, width, lengths)
                 if best is None:
                     continue
-                entry = {"max_width": width, "max_length": longest, "config": _shortest(best[0])}
-                if of_width and of_width[-1]["config"] == entry["config"]:
+                setting = _shortest(best[0])
+                if of_width and of_width[-1][1] == setting:
                     of_width.pop()
-                of_width.append(entry)
-            entries += of_width
+                of_width.append((longest, setting))
+            for longest, setting in of_width:
+                length = {} if longest is None else {"max_length": longest}
+                entries.append({"max_width": width, **length, **setting})
         widest = max(widths, default=0)
-        kept = [e for e in base[stage]["2"] if e["max_width"] is None or e["max_width"] > widest]
-        tuned[stage] = {**base[stage], "2": entries + kept}
+        kept = [e for e in shipped[stage]["2"] if e.get("max_width", math.inf) > widest]
+        tuned[stage] = {**base.get(stage, {}), "2": entries + kept}
     return base | tuned
+
+
+def in_lines(settings: dict) -> str:
+    """A settings table as JSON, an entry a line."""
+
+    def stage_in_lines(sizes: dict[str, list[dict]]) -> str:
+        lists = (
+            f'    "{size}": [\n' + ",\n".join(f"      {json.dumps(e)}" for e in entries) + "\n    ]"
+            for size, entries in sizes.items()
+        )
+        return "{\n" + ",\n".join(lists) + "\n  }"
+
+    values = (
+        f'  "{name}": ' + (stage_in_lines(value) if isinstance(value, dict) else json.dumps(value))
+        for name, value in settings.items()
+    )
+    return "{\n" + ",\n".join(values) + "\n}"
 
 
 def _shortest(config: dict) -> dict:
@@ -429,11 +449,10 @@ def write(root: Path, results: dict, out: Path | None, everything: Path | None) 
     kernel = load_kernel(root)
     target = submodule(kernel, "_device").device_target(torch.device("cuda", 0)).target
     configs = root / "torch-ext" / "esmfold2_trimul_kernel" / "configs"
-    base = configs / f"{target}.json"
-    if not base.is_file():
-        base = configs / "default.json"
-    settings = table(results, json.loads(base.read_text()))
-    for path, text_ in ((out, json.dumps(settings, indent=2)), (everything, timings(results))):
+    path = configs / f"{target}.json"
+    base = json.loads(path.read_text()) if path.is_file() else {"like": "default"}
+    settings = table(results, base, submodule(kernel, "launch_config").settings_of(target))
+    for path, text_ in ((out, in_lines(settings)), (everything, timings(results))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text_ + "\n")
