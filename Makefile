@@ -7,12 +7,13 @@ FUZZ_SUMMARY ?= out/fuzz.json
 UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
 
 .DEFAULT_GOAL := help
-.PHONY: help env fold test test-all fuzz build lint clean
+.PHONY: help env fold test test-all test-isa fuzz build lint clean
 
 help:
 	@echo "make fold      fold ubiquitin with the kernel and without it; the results go to out/"
 	@echo "make test      run the test suite, but for the tests marked slow"
 	@echo "make test-all  run every test, and hold the settings to the newest Triton too"
+	@echo "make test-isa  numeric tests with other instruction sets, threads and seeds: an hour"
 	@echo "make fuzz      10,000 random calls; CASES=500 SEED=7 says how many and which"
 	@echo "make env       set up $(VENV) alone; fold, test, build and lint do it when needed"
 	@echo "make build     write build/torch-universal from torch-ext"
@@ -51,6 +52,9 @@ test-all: env
 	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
 		--no-deps --upgrade --target $(VENV)/newest-triton triton
 	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+test-isa: env
+	JOBS=$(JOBS) $(VENV)/bin/python tests/isa.py
 
 fuzz: CASES ?= 10000
 fuzz: SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))

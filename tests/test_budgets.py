@@ -1,5 +1,6 @@
 """The budgets of helpers.py: wider than chance needs, and too narrow for a fault."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,13 @@ def test_faults_are_seen_in_gradients(dtype, fault):
     assert_no_worse(exact, 1.1)
     with pytest.raises(AssertionError):
         assert_no_worse(faulty, 1.1)
+
+
+def test_what_was_asked_for_is_in_force():
+    """Else tests/isa.py would show nothing."""
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    assert int(os.environ.get("TRIMUL_TEST_THREADS", threads)) == threads
+    assert os.environ.get("ATEN_CPU_CAPABILITY", capability).upper() == capability
 
 
 @pytest.mark.parametrize("values", [16, 100, 1000])
