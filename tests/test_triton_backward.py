@@ -173,6 +173,7 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_ln_residual": config(64, 64, 64, 4, 2, descriptors),
         "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
         "norm_out_bwd": config(64, 16, 32, 4, 2),
+        "norm_in_bwd": config(16, 1, 16, 4, 1),
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
     }
     for name in (
