@@ -146,7 +146,7 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _aten_for_cpu_tensors(kernel, monkeypatch):
-    entry = _submodule(kernel, "trimul_with_residual")
+    entry = _submodule(kernel, "paths")
     monkeypatch.setattr(entry, "_INTERPRET", False)
     entry.execution_path.cache_clear()
     yield
@@ -158,7 +158,7 @@ def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
     """The device whose tensors the Triton kernels take: "cuda", or "cpu" in the interpreter."""
     if HAS_GPU:
         return "cuda"
-    entry = _submodule(kernel, "trimul_with_residual")
+    entry = _submodule(kernel, "paths")
     monkeypatch.setattr(entry, "_INTERPRET", True)
     entry.execution_path.cache_clear()
     return "cpu"

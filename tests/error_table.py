@@ -28,13 +28,13 @@ COLUMNS = (
 
 def outputs(kernel, problem: Problem, wanted: Tensor) -> Iterator[Tensor | None]:
     """The problem's answer as each column has it; None where there is none."""
-    entry, aten = (conftest._submodule(kernel, name) for name in ("trimul_with_residual", "aten"))
+    paths, aten = (conftest._submodule(kernel, name) for name in ("paths", "aten"))
     multiplies_bf16 = aten._multiplies_bf16
 
     def run_on(path: str, device: str = "cpu", bf16_gemms: bool = False) -> Tensor:
-        entry._INTERPRET = path == "triton"
+        paths._INTERPRET = path == "triton"
         aten._multiplies_bf16 = lambda: bf16_gemms
-        entry.execution_path.cache_clear()
+        paths.execution_path.cache_clear()
         return run(kernel, problem, device)
 
     yield wanted.to(problem.x.dtype)

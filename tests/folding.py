@@ -49,7 +49,7 @@ def write_kernel_repository(root: Path, body: str) -> Path:
         class layers:
             ESMFold2TriangleMultiplication = ESMFold2TriangleMultiplication
 
-        class trimul_with_residual:
+        class paths:
             @staticmethod
             def execution_path(device, dtype):
                 return "stand-in", "a test"

@@ -215,6 +215,27 @@ def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:
     )
 
 
+def as_call(types, problem: Problem, **others):
+    """The problem as the paths take it; `types` is the package's module `_call`."""
+    values = {**problem.weights, **problem.biases}
+    fields = {
+        "x": problem.x,
+        "direction": problem.direction,
+        "mask": problem.mask,
+        "residual": problem.residual,
+        "drop_mask": None if problem.drop_mask is None else problem.drop_mask.squeeze(1),
+        "weights": types.Weights(**{name: values.get(name) for name in types.Weights._fields}),
+        "eps_in": problem.eps,
+        "eps_out": problem.eps,
+        "precision": "fp32",
+        "memory": "default",
+        "recompute": "product",
+        "inplace": False,
+        "lengths": None,
+    }
+    return types.Call(**fields | others)
+
+
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """||got - wanted|| / ||wanted|| in float64; NaN if anything is."""
     got = got.detach().cpu().double()

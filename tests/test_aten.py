@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    as_call,
     assert_close,
     assert_no_worse,
     draws_of,
@@ -62,23 +63,8 @@ def aten(submodule):
 
 @pytest.fixture
 def call(submodule):
-    """call(function, problem): a form, with the arguments that the entry point gives it."""
-    weights_type = submodule("validation").Weights
-
-    def call(function, p):
-        values = p.weights | p.biases
-        return function(
-            p.x,
-            p.direction,
-            p.mask,
-            p.residual,
-            None if p.drop_mask is None else p.drop_mask.squeeze(1),
-            weights_type(**{name: values.get(name) for name in weights_type._fields}),
-            p.eps,
-            p.eps,
-        )
-
-    return call
+    """call(function, problem): a form, with the call that the entry point gives it."""
+    return lambda function, problem: function(as_call(submodule("_call"), problem))
 
 
 @pytest.fixture
@@ -88,11 +74,7 @@ def backward(submodule, call):
 
     def backward(p, grad_out, needs=None, saved=None):
         needs = frozenset(leaves_of(p)) - {"residual"} if needs is None else frozenset(needs)
-
-        def trimul_backward(x, direction, mask, residual, drop_mask, *others):
-            return function(grad_out, x, direction, mask, drop_mask, *others, saved, needs)
-
-        return call(trimul_backward, p)
+        return call(lambda of: function(of, grad_out, saved, needs), p)
 
     return backward
 
@@ -410,7 +392,7 @@ def test_gradcheck(
     kernel, submodule, aten, monkeypatch, direction, channels, hidden, positions, recompute
 ):
     """In float64, which the functions refuse but the path computes in."""
-    for module in ("validation", "trimul_with_residual"):
+    for module in ("validation", "paths"):
         monkeypatch.setattr(submodule(module), "COMPUTE_DTYPES", (torch.float64,))
     monkeypatch.setattr(aten, "_BLOCK_POSITIONS", positions)
     for others in ({"biases": True}, {"residual": True, "drop_mask": True}):
@@ -553,11 +535,11 @@ def test_which_form_runs(aten, submodule, kernel, monkeypatch):
     problem = make_problem(5, 8)
     for value in problem.weights.values():
         value.requires_grad_()
-    used = []
+    used, path = [], submodule("aten_path")
     for form in ("trimul_inference", "trimul_saving", "trimul_differentiable"):
         intact = getattr(aten, form)
         monkeypatch.setattr(
-            aten, form, lambda *of, form=form, intact=intact: used.append(form) or intact(*of)
+            path, form, lambda *of, form=form, intact=intact: used.append(form) or intact(*of)
         )
     with torch.no_grad():
         assert not run(kernel, problem).requires_grad

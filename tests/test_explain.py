@@ -23,18 +23,14 @@ def explained(kernel, problem, **others):
 
 def peak_bytes(submodule, problem, **others) -> int:
     """The most that the body of the call's op has allocated at once."""
-    p, (_, r) = problem, submodule("_explain")._request(
+    _, call = submodule("_explain")._call_of(
         submodule("trimul_with_residual").triangle_multiplicative_update_with_residual,
         (problem.x, problem.direction, problem.residual, None),
         {"mask": problem.mask, **problem.weights, **others},
     )
-    run_op = submodule("trimul_with_residual")._run
-    given = (p.x, p.mask, p.residual, r.lengths, *r.weights)
+    given = (call.x, problem.mask, call.residual, call.lengths, *call.weights)
     with PeakBytes(*[value for value in given if value is not None]) as memory:
-        run_op(
-            r.x, r.direction, r.mask, r.residual, None, *r.weights, r.eps_in, r.eps_out,
-            r.precision, r.memory, r.lengths, inplace=r.inplace,
-        )  # fmt: skip
+        submodule("operators")._trimul_fwd(*call.flat())
     return memory.peak
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import HAS_GPU
 from helpers import (
     Problem,
+    as_call,
     assert_close,
     assert_no_worse,
     formula,
@@ -123,7 +124,7 @@ class Asked(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if function.__name__.startswith("trimul_bwd"):
-            self.names.append({n for n, need in zip(self._names, args[-2], strict=True) if need})
+            self.names.append({n for n, need in zip(self._names, args[3], strict=True) if need})
             for name, gradient in zip(self._names, out, strict=True):
                 assert name in self.names[-1] or gradient.numel() == 0
         return out
@@ -141,7 +142,7 @@ def test_each_alone_and_no_other(kernel, device, submodule, name, biases):
         residual=not biases, drop_mask=not biases, biases=biases,
     )  # fmt: skip
     wanted = reference_gradients(problem, grad_of_output(problem))[name]
-    with Asked(submodule("gradients").DIFFERENTIABLE) as asked:
+    with Asked(submodule("_call").DIFFERENTIABLE) as asked:
         got = gradients(kernel, problem, device, (name,))[name]
     assert asked.names == ([] if name == "residual" else [{name}])
     assert relative_error(got, wanted) <= LIMIT
@@ -526,27 +527,22 @@ def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recom
     ).to(device)
     for leaf in leaves_of(problem).values():
         leaf.requires_grad_()
-    weights = [problem.weights.get(name) for name in submodule("validation").Weights._fields]
-    drop_mask = problem.drop_mask.detach().squeeze(1).requires_grad_()
-    numbers = (1e-5, 1e-5, "default")
+    call = as_call(submodule("_call"), problem, precision="default", recompute=recompute)
+    call = call._replace(drop_mask=call.drop_mask.detach().requires_grad_())
     ops = submodule("_ops").ops
-    forward = (
-        problem.x, "incoming", problem.mask, problem.residual, drop_mask, *weights, *numbers,
-        "auto", recompute, None,
-    )  # fmt: skip
-    results = torch.library.opcheck(ops.trimul_fwd_saving.default, forward)
+    results = torch.library.opcheck(ops.trimul_fwd_saving.default, call.flat())
     assert set(results.values()) == {"SUCCESS"}
 
     with torch.no_grad():
-        _, product, moments = ops.trimul_fwd_saving(*forward)
+        _, product, moments = ops.trimul_fwd_saving(*call.flat())
     kept = (product, moments) if recompute == "product" else (None, None)
-    leaves = (problem.x, problem.mask, drop_mask, *weights)
     grad = grad_of_output(problem).to(device)
-    detached = [None if leaf is None else leaf.detach() for leaf in leaves]
-    for needs in ([leaf is not None for leaf in leaves], [True] + [False] * 14):
-        backward = (
-            grad, detached[0], "incoming", *detached[1:], *numbers, *kept, needs, None,
-        )  # fmt: skip
+    flat = call._replace(residual=None).flat()
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in flat]
+    given = dict(zip(submodule("_call").FLAT, detached, strict=True))
+    names = submodule("_call").DIFFERENTIABLE
+    for needs in ([given[name] is not None for name in names], [True] + [False] * 14):
+        backward = (grad, *kept, needs, *detached)
         results = torch.library.opcheck(ops.trimul_bwd.default, backward)
         assert set(results.values()) == {"SUCCESS"}
 
@@ -599,7 +595,7 @@ class TestCompiled:
         problem.x.requires_grad_()
         problem.weights["p_in_weight"].requires_grad_()
         out = block(problem.x, None, problem.mask, None, problem.weights)
-        with Asked(submodule("gradients").DIFFERENTIABLE) as asked:
+        with Asked(submodule("_call").DIFFERENTIABLE) as asked:
             out.backward(grad_of_output(problem).to(device))
         assert asked.names == [{"x", "p_in_weight"}]
 

@@ -462,7 +462,7 @@ def test_a_whole_model_folds_as_on_the_stock_path(submodule, monkeypatch, path, 
     stock = fold(model, record, settings)
 
     swap_through_kernels(model)
-    entry = submodule("trimul_with_residual")
+    entry = submodule("paths")
     execution_path, taken = entry.execution_path, []
 
     def noting(*arguments):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    as_call,
     assert_close,
     formula,
     make_problem,
@@ -296,15 +297,10 @@ def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, name,
     problem = make_problem(5, 16, mask="soft", residual=True).to(device)
     if lengths is not None:
         lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-    w = problem.weights
-    arguments = (
-        problem.x, "outgoing", problem.mask, problem.residual, None,
-        w["norm_in_weight"], w["norm_in_bias"], w["p_in_weight"], None, w["g_in_weight"], None,
-        w["norm_out_weight"], w["norm_out_bias"], w["p_out_weight"], None,
-        w["g_out_weight"], None, 1e-5, 1e-5, "default", memory, lengths,
-    )  # fmt: skip
+    settings = {"precision": "default", "memory": memory, "inplace": name == "trimul_fwd_"}
+    call = as_call(submodule("_call"), problem, lengths=lengths, **settings)
     op = getattr(submodule("_ops").ops, name).default
-    results = torch.library.opcheck(op, arguments)
+    results = torch.library.opcheck(op, call.flat())
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -376,40 +372,40 @@ class TestExecutionPath:
     """Which path runs, and that a GPU call that can't take Triton says why, once."""
 
     def test_cpu(self, submodule):
-        path = submodule("trimul_with_residual").execution_path(torch.device("cpu"), torch.float32)
+        path = submodule("paths").execution_path(torch.device("cpu"), torch.float32)
         assert path.name == "aten" and "CPU" in path.reason
 
     def test_interpreter(self, submodule, on_triton):
-        entry = submodule("trimul_with_residual")
-        path = entry.execution_path(torch.device(on_triton), torch.bfloat16)
+        paths = submodule("paths")
+        path = paths.execution_path(torch.device(on_triton), torch.bfloat16)
         assert path.name == "triton"
 
     def test_unknown_device_and_dtype(self, submodule):
-        entry = submodule("trimul_with_residual")
-        path = entry.execution_path(torch.device("meta"), torch.float32)
+        paths = submodule("paths")
+        path = paths.execution_path(torch.device("meta"), torch.float32)
         assert path == ("aten", "there are no Triton kernels for meta tensors")
         with pytest.raises(TypeError, match="dtype must be .*; got torch.float64"):
-            entry.execution_path(torch.device("cpu"), torch.float64)
+            paths.execution_path(torch.device("cpu"), torch.float64)
 
     def test_old_gpu_and_old_triton(self, submodule, monkeypatch):
         triton = pytest.importorskip("triton")
-        entry = submodule("trimul_with_residual")
+        paths = submodule("paths")
         cuda = torch.device("cuda", 0)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        reason = entry.execution_path(cuda, torch.float16).reason
+        reason = paths.execution_path(cuda, torch.float16).reason
         assert reason == "Tesla T4 has compute capability 7.5; the kernels need 8.0"
-        entry.execution_path.cache_clear()
+        paths.execution_path.cache_clear()
         monkeypatch.setattr(triton, "__version__", "3.5.1")
-        assert entry.execution_path(cuda, torch.float16).reason == "Triton 3.5.1 is older than 3.6"
+        assert paths.execution_path(cuda, torch.float16).reason == "Triton 3.5.1 is older than 3.6"
 
     def test_reason_is_said_from_a_compiled_caller(self, submodule, caplog):
-        entry = submodule("trimul_with_residual")
-        entry._say_once.cache_clear()
+        paths = submodule("paths")
+        paths.say_once.cache_clear()
 
         def caller(x):
-            entry._say("there is no reason")
+            paths.say_plain("there is no reason")
             return x + 1
 
         with caplog.at_level(logging.WARNING):
@@ -419,11 +415,11 @@ class TestExecutionPath:
         assert len(caplog.records) == 1
 
     def test_reason_is_said_once(self, submodule, caplog):
-        entry = submodule("trimul_with_residual")
-        entry._say_once.cache_clear()
+        paths = submodule("paths")
+        paths.say_once.cache_clear()
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
-                entry._say("Triton can't be imported")
+                paths.say_plain("Triton can't be imported")
         assert [record.getMessage() for record in caplog.records] == [
             "The triangle multiplication runs in plain PyTorch: Triton can't be imported."
         ]

@@ -5,6 +5,7 @@ import torch
 from fresh_process import ROOT, python_output
 from helpers import (
     Problem,
+    as_call,
     leaves_of,
     make_problem,
     reference_gradients,
@@ -31,14 +32,7 @@ def call_of(submodule, on_triton):
     """call_of(problem): the problem on the device as the path takes it."""
 
     def make(problem: Problem, precision: str = "fp32"):
-        p = problem.to(on_triton)
-        values = {**p.weights, **p.biases}
-        return submodule("triton_path").TritonCall(
-            p.x, p.direction, p.mask, p.residual,
-            None if p.drop_mask is None else p.drop_mask.squeeze(1),
-            submodule("validation").Weights(**{name: values.get(name) for name in PARAMETERS}),
-            p.eps, p.eps, precision, False,
-        )  # fmt: skip
+        return as_call(submodule("_call"), problem.to(on_triton), precision=precision)
 
     return make
 
@@ -51,7 +45,7 @@ def backward(submodule, call_of, on_triton):
         call = call_of(problem, precision)
         saved = (None, None)
         if not recompute:
-            _, *saved = submodule("triton_path").run_triton_saving(call)
+            _, *saved = submodule("triton_path").run_triton(call)
         grad_out = grad_out_of(problem) if grad_out is None else grad_out
         return submodule("triton_backward").run_triton_backward(
             call, grad_out.to(on_triton), *saved, frozenset(needs or leaves_of(problem))
@@ -240,7 +234,7 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     together = backward(problem)
     call, grad_out = call_of(problem), grad_out_of(problem).to(on_triton)
-    _, *saved = submodule("triton_path").run_triton_saving(call)
+    _, *saved = submodule("triton_path").run_triton(call)
     for needs in NEEDS:
         got = submodule("triton_backward").run_triton_backward(
             call, grad_out, *saved, frozenset(needs)
@@ -318,7 +312,7 @@ def test_parameters_of_the_output_alone_without_a_product(backward, name):
 def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
     problem = make_problem(9, 16)
     call, needs = call_of(problem), frozenset(leaves_of(problem))
-    _, product, moments = submodule("triton_path").run_triton_saving(call)
+    _, product, moments = submodule("triton_path").run_triton(call)
     assert product.shape == (1, 16, 9, 16) and product.dtype == problem.x.dtype
     assert moments.shape == (1, 2, 9, 16) and moments.dtype == torch.float32
     run = submodule("triton_backward").run_triton_backward
@@ -335,7 +329,7 @@ def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
 def test_the_saving_forward_is_the_forward(submodule, call_of):
     call = call_of(make_problem(9, 16, residual=True, mask="soft"))
     path = submodule("triton_path")
-    assert torch.equal(path.run_triton_saving(call)[0], path.run_triton(call))
+    assert torch.equal(path.forward_saving(call)[0], path.forward(call))
 
 
 def test_gradients_share_no_memory(backward):

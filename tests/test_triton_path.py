@@ -1,10 +1,19 @@
 """Lean memory, results over the residual, prepared launches: the same results in every way."""
 
+import dataclasses
 import logging
 
 import pytest
 import torch
-from helpers import DTYPES, assert_close, make_problem, reference, relative_error, run
+from helpers import (
+    DTYPES,
+    as_call,
+    assert_close,
+    make_problem,
+    reference,
+    relative_error,
+    run,
+)
 from test_aten import PeakBytes
 
 
@@ -196,7 +205,7 @@ class TestOutOfMemory:
             raise torch.OutOfMemoryError("no room")
 
         monkeypatch.setattr(path, "run_triton", fail)
-        submodule("trimul_with_residual")._say_once.cache_clear()
+        submodule("paths").say_once.cache_clear()
 
     def test_auto_is_lean_then_and_says_so_once(self, kernel, on_triton, default_fails, caplog):
         problem = make_problem(7, 16, mask="bool")
@@ -223,16 +232,12 @@ def test_peak_memory(
     x, residual = (torch.zeros(batch, length, length, hidden, dtype=torch.float16) for _ in "xr")
     problem = make_problem(1, hidden, dtype=torch.float16)
     path = submodule("triton_path")
-    weights = submodule("validation").Weights
-    values = weights(**{name: problem.weights.get(name) for name in weights._fields})
-    request = path.TritonCall(
-        x, "incoming", None, residual, None, values, 1e-5, 1e-5, "fp32", inplace
-    )
+    problem = dataclasses.replace(problem, x=x, direction="incoming", residual=residual)
+    call = as_call(submodule("_call"), problem, inplace=inplace, memory=memory)
     # Nothing runs: the interpreter keeps what it has run on alive for a while.
     monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *_, **tensors: None)
-    function = path.run_triton if memory == "default" else path.run_triton_lean
     with PeakBytes(x, residual) as bytes_:
-        out = function(request)
+        out = path.forward(call)
     assert out.shape == x.shape and out.is_contiguous()
     # Of a length that is no multiple of 16, the pads are memory too.
     pads = -(-length // 16) * 16 / length

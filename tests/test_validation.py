@@ -407,7 +407,7 @@ def test_precisions_that_fit(call, precision):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
 def test_execution_path_of_a_dtype_that_nothing_computes_in(submodule, dtype):
-    execution_path = submodule("trimul_with_residual").execution_path
+    execution_path = submodule("paths").execution_path
     with pytest.raises(TypeError) as caught:
         execution_path(torch.device("cpu"), dtype)
     assert str(caught.value) == f"dtype must be {THREE_DTYPES}; got {dtype}"

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten
+from ._call import Call, Weights
+from .paths import execution_path, path_module
 from .trimul_with_residual import (
-    Request,
-    current_device,
-    execution_path,
-    request_of_any_rank,
-    request_with_residual,
+    call_of_any_rank,
+    call_with_residual,
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
-    triton_call,
 )
-from .validation import Weights
 
 
 @dataclass(frozen=True)
@@ -98,37 +94,49 @@ def explain(
         TypeError: another function, or arguments that it doesn't take.
         ValueError, TypeError, NotImplementedError: what the call would raise.
     """
-    given, request = _request(function, arguments, named)
-    x, weights = request.x, request.weights
+    given, call = _call_of(function, arguments, named)
+    x = call.x
     shape = "x".join(map(str, x.shape))
-    call = (
-        f"{request.direction}, pair tensor {shape} {str(x.dtype).removeprefix('torch.')} on "
-        f"{x.device}, D = {weights.p_out_weight.shape[1]}"
+    words = (
+        f"{call.direction}, pair tensor {shape} {str(x.dtype).removeprefix('torch.')} on "
+        f"{x.device}, D = {call.hidden}"
     )
     nothing = dict(memory=None, precision=None, stages={}, buffers={}, kept=0.0)
     if x.numel() == 0:
         reason = "the pair tensor is empty: nothing is computed"
-        return Explanation(call, "aten", reason, peak=0.0, peak_bytes=0, notes=(), **nothing)
+        return Explanation(words, "aten", reason, peak=0.0, peak_bytes=0, notes=(), **nothing)
     transformed = torch._C._are_functorch_transforms_active()
-    if forward_ad._current_level >= 0 or (request.needs_grad and transformed):
+    nothing |= dict(peak=None, peak_bytes=None)
+    if forward_ad._current_level >= 0 or (call.needs_grad and transformed):
         reason = "torch.func and forward-mode AD can follow it alone"
-        return Explanation(
-            call, "formula", reason, peak=None, peak_bytes=None, notes=(), **nothing
-        )
+        return Explanation(words, "formula", reason, notes=(), **nothing)
     path = execution_path(x.device, x.dtype)
     if transformed:
         note = "vmap runs one call for each entry: explain one of them for its launches and memory"
-        return Explanation(
-            call, path.name, path.reason, peak=None, peak_bytes=None, notes=(note,), **nothing
-        )
-    explain_path = _explain_aten if path.name == "aten" else _explain_triton
-    found = explain_path(call, path.reason, request)
-    return found if x.data_ptr() == given.data_ptr() else _with_copy(found, request)
+        return Explanation(words, path.name, path.reason, notes=(note,), **nothing)
+    plan = path_module(path.name).plan(call)
+    found = Explanation(
+        call=words,
+        path=path.name,
+        reason=path.reason,
+        memory=plan.memory,
+        precision=plan.precision,
+        stages={
+            name: StageLaunch(launch.programs, launch.constants, launch.options)
+            for name, launch in plan.launches.items()
+        },
+        buffers={name: size / x.nbytes for name, size in plan.buffers.items()},
+        peak=plan.peak / x.nbytes,
+        peak_bytes=plan.peak,
+        kept=plan.kept / x.nbytes,
+        notes=tuple(plan.notes),
+    )
+    return found if x.data_ptr() == given.data_ptr() else _with_copy(found, call)
 
 
-def _request(
+def _call_of(
     function: Callable[..., Tensor], arguments: tuple, named: dict
-) -> tuple[Tensor, Request]:
+) -> tuple[Tensor, Call]:
     """The call's pair tensor as it was given, and the call, checked."""
     if function not in (
         triangle_multiplicative_update, triangle_multiplicative_update_with_residual
@@ -142,101 +150,18 @@ def _request(
     values = bound.arguments
     weights = Weights(**{name: values.pop(name, None) for name in Weights._fields})
     if function is triangle_multiplicative_update:
-        return values["x"], request_of_any_rank(weights=weights, **values)[0]
-    return values["pair"], request_with_residual(weights=weights, **values)
+        return values["x"], call_of_any_rank(weights=weights, **values)[0]
+    return values["pair"], call_with_residual(weights=weights, **values)
 
 
-def _in_pairs(request: Request, sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes by name as tensors of the pair's size."""
-    return {name: size / request.x.nbytes for name, size in sizes.items()}
-
-
-def _explain_aten(call: str, reason: str, request: Request) -> Explanation:
-    x, channels = request.x, request.x.shape[3]
-    batch, hidden, length, _ = aten.saved_shape(x, request.weights)
-    one = hidden * length * length * x.element_size()
-    keeps = request.needs_grad and request.recompute == "product"
-    sizes = {"a, then the product": batch * one if keeps else one, "output": x.nbytes}
-    if hidden > channels:
-        sizes["b"] = one
-    notes = ["Triton is not for this call, for the reason above"]
-    if hidden <= channels:
-        notes.append("b lies in the memory of the output until that is written")
-    notes += _notes_on_gradients(request)
-    if request.lengths is not None and not keeps:
-        sizes["output of one sequence, cut to its length"] = x.nbytes // batch
-        notes.append("each sequence is cut to its length, which the host reads")
-    elif request.lengths is not None:
-        sizes["x without what lies in the padding"] = x.nbytes
-        notes.append("lengths act as a mask, as the product is kept")
-    buffers = _in_pairs(request, sizes)
-    peak = sum(sizes.values())
-    return Explanation(
-        call, "aten", reason, None, None, {}, buffers, peak / x.nbytes, peak,
-        batch * one / x.nbytes if keeps else 0.0, tuple(notes),
-    )  # fmt: skip
-
-
-def _explain_triton(call: str, reason: str, request: Request) -> Explanation:
-    from . import triton_path  # imports Triton
-
-    x = request.x
-    keeps = request.needs_grad and request.recompute == "product"
-    lean = request.memory == "lean" and not keeps
-    triton = triton_call(
-        x, request.direction, request.mask, request.residual, request.drop_mask, request.weights,
-        request.eps_in, request.eps_out, request.precision, request.inplace, request.lengths,
-    )  # fmt: skip
-    with current_device(x):
-        plan = triton_path.plan_of(triton, lean)
-    stages = {
-        name: StageLaunch(launch.programs, launch.constants, launch.options)
-        for name, launch in plan.launches.items()
-    }
-    notes = []
-    if request.memory == "auto" and not keeps:
-        notes.append("lean mode would run where an allocation of this one fails")
-    elif request.memory == "lean" and keeps:
-        notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
-    notes += _notes_on_gradients(request)
-    if request.lengths is not None:
-        notes.append("tiles beyond the lengths are skipped; the programs above are all")
-    precision = None
-    if x.dtype == torch.float32:
-        precision = plan.launches["fused_dual_gemm"].constants["PRECISION"]
-        if triton.precision == "fp32":
-            notes.append("products are those of float32, as nothing allowed TF32")
-    by_pointers = [
-        name for name, launch in stages.items() if not launch.constants["DESCRIPTORS"]
-    ]
-    if by_pointers:
-        notes.append(
-            f"no tensor descriptors in {', '.join(by_pointers)}: the settings have none, or rows "
-            "are not aligned to 16 bytes"
-        )
-    kept = (plan.buffers["product"] + plan.buffers["moments"]) / x.nbytes if keeps else 0.0
-    return Explanation(
-        call, "triton", reason, "lean" if lean else "default", precision, stages,
-        _in_pairs(request, plan.buffers), plan.peak / x.nbytes, plan.peak, kept, tuple(notes),
-    )  # fmt: skip
-
-
-def _with_copy(found: Explanation, request: Request) -> Explanation:
+def _with_copy(found: Explanation, call: Call) -> Explanation:
     """`found`, and the copy of x that the call's checks make."""
     note = "x is copied, as its leading dimensions can't be merged into one as a view"
     return replace(
         found,
         buffers={**found.buffers, "copy of x": 1.0},
         peak=found.peak + 1.0,
-        peak_bytes=found.peak_bytes + request.x.nbytes,
-        kept=found.kept + (1.0 if request.needs_grad else 0.0),
+        peak_bytes=found.peak_bytes + call.x.nbytes,
+        kept=found.kept + (1.0 if call.needs_grad else 0.0),
         notes=(*found.notes, note),
     )
-
-
-def _notes_on_gradients(request: Request) -> list[str]:
-    if not request.needs_grad:
-        return ["no gradient is needed: nothing is kept"]
-    if request.recompute == "all":
-        return ["recompute='all': the backward computes everything again, nothing is kept"]
-    return ["the product is kept for the backward, which computes the rest again"]

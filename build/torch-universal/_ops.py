@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_84852b0f50"
+_NAMESPACE = "_esmfold2_trimul_kernel_b1dffa3d1a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

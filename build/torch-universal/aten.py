@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._call import Call, Weights
 from ._region import for_each, region_threads
-from .validation import Weights, pairs_within
 
 # Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
@@ -48,88 +48,16 @@ class Parameters(NamedTuple):
     out_bias: Tensor | None  # [C], fp32, with the second norm's bias, projected, in it
 
 
-def trimul_inference(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-) -> Tensor:
-    """x [B, L, L, C], mask [B, L, L], residual like x, drop_mask [B, L, C]; returns like x."""
-    product = empty_planes(x, weights).expand(x.shape[0], -1, -1, -1)
-    return _forward(x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, product)
+def trimul_inference(call: Call) -> Tensor:
+    """The output [B, L, L, C]; of a call without lengths, as all of these."""
+    product = empty_planes(call.x, call.weights).expand(call.x.shape[0], -1, -1, -1)
+    return _forward(call, product)
 
 
-def trimul_of_lengths(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-    lengths: Tensor,
-) -> Tensor:
-    """The same of sequences padded on the right, of these lengths [B], each cut to its own.
-
-    The update of padding is zero. Where x is not on a CPU this waits for the lengths.
-    """
-    out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    if residual is not None:
-        out.copy_(residual)
-    for index, length in enumerate(lengths.clamp(0, x.shape[1]).tolist()):
-        if length == 0:
-            continue
-        pairs = (slice(index, index + 1), slice(length), slice(length))
-        out[pairs] = trimul_inference(
-            x[pairs],
-            direction,
-            None if mask is None else mask[pairs],
-            None if residual is None else residual[pairs],
-            None if drop_mask is None else drop_mask[pairs[:2]],
-            weights,
-            eps_in,
-            eps_out,
-        )
-    return out
-
-
-def masked_by_lengths(
-    x: Tensor, mask: Tensor | None, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x without what lies in its padding, the mask that leaves it out, and where there is none.
-
-    What a call with gradients takes: x [B, L, L, C], mask [B, L, L], lengths [B].
-    """
-    within = pairs_within(lengths, x.shape[1])
-    x = torch.where(within[..., None], x, 0)
-    # Filled, not multiplied: what lies in the padding may be no numbers.
-    return x, within if mask is None else mask.masked_fill(~within, 0), within
-
-
-def with_padding_left(out: Tensor, within: Tensor, residual: Tensor | None) -> Tensor:
-    """`out`, and in the padding the residual or 0: where `masked_by_lengths` says `within`, no."""
-    return torch.where(within[..., None], out, 0 if residual is None else residual)
-
-
-def trimul_saving(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-) -> tuple[Tensor, Tensor]:
+def trimul_saving(call: Call) -> tuple[Tensor, Tensor]:
     """The same, and t [B, D, L, L] in the dtype of x."""
-    product = x.new_empty(saved_shape(x, weights))
-    out = _forward(x, direction, mask, residual, drop_mask, weights, eps_in, eps_out, product)
-    return out, product
+    product = call.x.new_empty(saved_shape(call.x, call.weights))
+    return _forward(call, product), product
 
 
 def saved_shape(x: Tensor, weights: Weights) -> tuple[int, int, int, int]:
@@ -137,47 +65,37 @@ def saved_shape(x: Tensor, weights: Weights) -> tuple[int, int, int, int]:
     return (x.shape[0], weights.p_out_weight.shape[1], *x.shape[1:3])
 
 
-def _forward(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-    product: Tensor,
-) -> Tensor:
+def _forward(call: Call, product: Tensor) -> Tensor:
     """The output; t goes to `product` [B, D, L, L], in which sequences may share memory."""
+    x = call.x
     batch, length, _, channels = x.shape
     hidden = product.shape[1]
     dtype = gemm_dtype(x.dtype, x.device.type)
-    parameters = prepare(weights, dtype)
+    parameters = prepare(call.weights, dtype)
     blocks = blocks_of(x)
 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    b = empty_planes(x, weights)[0] if hidden > channels else None
+    b = empty_planes(x, call.weights)[0] if hidden > channels else None
 
     def emit_rows(index: int, window: slice) -> None:
         rows = x[index, window]
-        z = normalize_rows(rows, parameters, eps_in)
-        mixed, _ = normalize_columns(product[index][:, window], eps_out)
+        z = normalize_rows(rows, parameters, call.eps_in)
+        mixed, _ = normalize_columns(product[index][:, window], call.eps_out)
         delta, gate = (each.view(rows.shape) for each in emit(mixed, z, parameters))
-        if drop_mask is not None:
-            gate.mul_(drop_mask[index])
-        if residual is None:
+        if call.drop_mask is not None:
+            gate.mul_(call.drop_mask[index])
+        if call.residual is None:
             torch.mul(delta, gate, out=out[index, window])
         else:
-            torch.addcmul(residual[index, window], delta, gate, out=out[index, window])
+            torch.addcmul(call.residual[index, window], delta, gate, out=out[index, window])
 
     for index in range(batch):
         a = product[index]
         if hidden <= channels:  # b is done with before its place is wanted
             b = out[index].view(-1)[: a.numel()].view(a.shape)
-        pair_mask = None if mask is None else mask[index]
-        write_planes(a, b, x[index], pair_mask, parameters, blocks, eps_in)
-        multiply_planes(a, b, direction, dtype, blocks)
-
+        mask = None if call.mask is None else call.mask[index]
+        write_planes(a, b, x[index], mask, parameters, blocks, call.eps_in)
+        multiply_planes(a, b, call.direction, dtype, blocks)
         for_each(blocks.windows, partial(emit_rows, index), blocks.threads)
     return out
 
@@ -380,38 +298,30 @@ def project(weight: Tensor, bias: Tensor | None, z: Tensor, out: Tensor) -> None
         torch.addmm(bias[:, None], weight, z.t(), out=out)
 
 
-def trimul_differentiable(
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-) -> Tensor:
-    """The same function of the same arguments, out of place, so that autograd can follow it."""
-    w, dtype = weights, x.dtype
+def trimul_differentiable(call: Call) -> Tensor:
+    """The same function, out of place, so that autograd can follow it."""
+    w, dtype = call.weights, call.x.dtype
 
     def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(value, weight, None if bias is None else bias.to(dtype))
 
-    z = _layer_norm_of(x, w.norm_in_weight, w.norm_in_bias, eps_in)
+    z = _layer_norm_of(call.x, w.norm_in_weight, w.norm_in_bias, call.eps_in)
     gated = linear(z, w.p_in_weight, w.p_in_bias)
     gated = gated * torch.sigmoid(linear(z, w.g_in_weight, w.g_in_bias))
-    if mask is not None:
-        gated = gated * mask.unsqueeze(-1).to(dtype)
+    if call.mask is not None:
+        gated = gated * call.mask.unsqueeze(-1).to(dtype)
     left, right = gated.movedim(-1, 1).chunk(2, dim=1)  # [B, D, L, L]
-    if direction == "outgoing":
+    if call.direction == "outgoing":
         product = left @ right.transpose(-1, -2)
     else:
         product = left.transpose(-1, -2) @ right
-    mixed = _layer_norm_of(product.movedim(1, -1), w.norm_out_weight, w.norm_out_bias, eps_out)
+    t = product.movedim(1, -1)
+    mixed = _layer_norm_of(t, w.norm_out_weight, w.norm_out_bias, call.eps_out)
     delta = linear(mixed, w.p_out_weight, w.p_out_bias)
     delta = delta * torch.sigmoid(linear(z, w.g_out_weight, w.g_out_bias))
-    if drop_mask is not None:
-        delta = delta * drop_mask.unsqueeze(1).to(dtype)
-    return (delta if residual is None else residual + delta).contiguous()
+    if call.drop_mask is not None:
+        delta = delta * call.drop_mask.unsqueeze(1).to(dtype)
+    return (delta if call.residual is None else call.residual + delta).contiguous()
 
 
 def _layer_norm_of(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._call import Call, Weights
 from ._region import for_each
 from .aten import (
     Blocks,
@@ -46,7 +47,6 @@ from .aten import (
     sum_dtype,
     write_planes,
 )
-from .validation import Weights
 
 # b is computed again for so many parts of the channels, one after the other: each part reads x and
 # normalises its rows again, and holds so much less of b.
@@ -64,7 +64,7 @@ _OF_DELTA = frozenset(("p_out_weight", "p_out_bias", "norm_out_bias"))
 _OF_DELTA_MIXED = frozenset(("p_out_weight", "norm_out_weight"))
 
 
-class _Call(NamedTuple):
+class _Step(NamedTuple):
     """What all sequences and steps of a backward have in common."""
 
     direction: str
@@ -90,32 +90,23 @@ class _Sequence(NamedTuple):
 
 
 def trimul_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    direction: str,
-    mask: Tensor | None,
-    drop_mask: Tensor | None,
-    weights: Weights,
-    eps_in: float,
-    eps_out: float,
-    saved: Tensor | None,
-    needs: frozenset[str],
+    call: Call, grad_out: Tensor, saved: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The gradients that `needs` names, out of `gradients.DIFFERENTIABLE`, each like its leaf.
+    """The gradients that `needs` names, out of `DIFFERENTIABLE`, each like its leaf.
 
-    grad_out and x [B, L, L, C]; mask [B, L, L]; drop_mask [B, L, C]; saved is the second result of
-    `aten.trimul_saving`, or None, and then t is computed again.
+    grad_out is [B, L, L, C]; saved is the second result of `aten.trimul_saving`, or None, and then
+    t is computed again. The residual's gradient is grad_out itself.
     """
+    x, weights = call.x, call.weights
     dtype = gemm_dtype(x.dtype, x.device.type)
     blocks = blocks_of(x, _LEAST_BLOCKS)
     parameters = prepare(weights, dtype)
     sums = _zero_sums(weights, needs, sum_dtype(dtype))
-    call = _Call(direction, parameters, eps_in, eps_out, blocks, needs, sums)
-    leaves = {"x": x, "mask": mask, "drop_mask": drop_mask}
+    step = _Step(call.direction, parameters, call.eps_in, call.eps_out, blocks, needs, sums)
+    leaves = {name: getattr(call, name) for name in ("x", "mask", "drop_mask") if name in needs}
     grads = {
         name: torch.empty(leaf.shape, dtype=leaf.dtype, device=x.device)
         for name, leaf in leaves.items()
-        if name in needs
     }
     behind_product = not needs.isdisjoint(_BEHIND_PRODUCT)
     hidden, channels = weights.p_out_weight.shape[1], x.shape[-1]
@@ -130,30 +121,30 @@ def trimul_backward(
             x[index],
             grad_out[index],
             product if saved is None else saved[index],
-            None if mask is None else mask[index],
-            None if drop_mask is None else drop_mask[index],
+            None if call.mask is None else call.mask[index],
+            None if call.drop_mask is None else call.drop_mask[index],
             {name: gradient[index] for name, gradient in grads.items()},
         )
         if saved is None:
-            write_planes(product, planes, one.x, one.mask, parameters, blocks, eps_in)
-            multiply_planes(product, planes, direction, dtype, blocks)
+            write_planes(product, planes, one.x, one.mask, parameters, blocks, call.eps_in)
+            multiply_planes(product, planes, call.direction, dtype, blocks)
         if not behind_product:
-            _through_emission(call, one, None)
+            _through_emission(step, one, None)
             if not needs.isdisjoint(_BEHIND_GATE):
-                _through_inputs(call, one, None, None)
+                _through_inputs(step, one, None, None)
             continue
         if others_in_grad_x:
             others = _planes_within(one.grads["x"], hidden)
-        _through_emission(call, one, planes)
-        _through_product(call, one, planes, others)
-        _through_inputs(call, one, planes, others)
+        _through_emission(step, one, planes)
+        _through_product(step, one, planes, others)
+        _through_inputs(step, one, planes, others)
     return grads | _parameter_gradients(weights, needs, sums)
 
 
 def _zero_sums(
     weights: Weights, needs: frozenset[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The sums of a `_Call`, before the first block."""
+    """The sums of a `_Step`, before the first block."""
     leaves = weights._asdict()
     sums = {
         name: torch.zeros(leaf.shape, dtype=dtype, device=leaf.device)
@@ -178,27 +169,27 @@ def _planes_within(grad_x: Tensor, hidden: int) -> Tensor:
     return rows.view(length, hidden, length).transpose(0, 1)
 
 
-def _add_up(call: _Call, sums: dict[str, Tensor], work: Callable[[slice], dict]) -> None:
+def _add_up(step: _Step, sums: dict[str, Tensor], work: Callable[[slice], dict]) -> None:
     """sums[name] += work(window)[name] over the windows of a sequence, in their order."""
 
     def add(found: dict[str, Tensor]) -> None:
         for name, value in found.items():
             sums[name] += value
 
-    for_each(call.blocks.windows, work, call.blocks.threads, add)
+    for_each(step.blocks.windows, work, step.blocks.threads, add)
 
 
-def _through_emission(call: _Call, one: _Sequence, planes: Tensor | None) -> None:
+def _through_emission(step: _Step, one: _Sequence, planes: Tensor | None) -> None:
     """From grad_out to dt, written into `planes` [D, L, L] if they are there; its weights' sums."""
-    p, sums = call.parameters, dict(call.sums)
-    if "drop_mask" in call.needs:
+    p, sums = step.parameters, dict(step.sums)
+    if "drop_mask" in step.needs:
         wide = sum_dtype(one.x.dtype)
         sums["drop_mask"] = torch.zeros_like(one.drop_mask, dtype=wide)
 
     def emission(window: slice) -> dict[str, Tensor]:
         found = {}
-        z = normalize_rows(one.x[window], p, call.eps_in)
-        mixed, rstd = normalize_columns(one.product[:, window], call.eps_out)
+        z = normalize_rows(one.x[window], p, step.eps_in)
+        mixed, rstd = normalize_columns(one.product[:, window], step.eps_out)
         delta, gate = emit(mixed, z, p)
         grad = one.grad_out[window].reshape(delta.shape).to(delta.dtype)
         if "drop_mask" in sums:
@@ -216,7 +207,7 @@ def _through_emission(call: _Call, one: _Sequence, planes: Tensor | None) -> Non
             )
         return found
 
-    _add_up(call, sums, emission)
+    _add_up(step, sums, emission)
     if "drop_mask" in sums:
         one.grads["drop_mask"].copy_(sums["drop_mask"])
 
@@ -235,32 +226,32 @@ def _through_columns(grad: Tensor, mixed: Tensor, rstd: Tensor) -> Tensor:
     return grad.addcmul_(mixed, slope, value=-1).mul_(rstd)
 
 
-def _through_product(call: _Call, one: _Sequence, planes: Tensor, others: Tensor) -> None:
+def _through_product(step: _Step, one: _Sequence, planes: Tensor, others: Tensor) -> None:
     """From dt in `planes` [D, L, L] to da in their place, and db in `others` [D, L, L]."""
     hidden, length, _ = planes.shape
-    count = hidden if len(call.blocks.windows) == 1 else -(-hidden // _PARTS)
+    count = hidden if len(step.blocks.windows) == 1 else -(-hidden // _PARTS)
     right = torch.empty(count, length, length, dtype=planes.dtype, device=planes.device)
     for first in range(0, hidden, count):
         part = slice(first, first + count)
-        parameters = _part_of(call.parameters, hidden, part)
+        parameters = _part_of(step.parameters, hidden, part)
         grad, a = planes[part], others[part]
         b = right[: len(grad)]
-        write_planes(a, b, one.x, one.mask, parameters, call.blocks, call.eps_in)
-        _multiply_gradients(call, grad, a, b, parameters.in_weight.dtype)
+        write_planes(a, b, one.x, one.mask, parameters, step.blocks, step.eps_in)
+        _multiply_gradients(step, grad, a, b, parameters.in_weight.dtype)
 
 
-def _multiply_gradients(call: _Call, grad: Tensor, a: Tensor, b: Tensor, dtype) -> None:
+def _multiply_gradients(step: _Step, grad: Tensor, a: Tensor, b: Tensor, dtype) -> None:
     """From dt, a and b [D, L, L] of some channels to da in the place of dt, and db in that of a."""
 
     def multiply(group: slice) -> None:
         dt, of_a, of_b = grad[group].to(dtype), a[group].to(dtype), b[group].to(dtype)
-        if call.direction == "outgoing":
+        if step.direction == "outgoing":
             grad_a, grad_b = torch.bmm(dt, of_b), torch.bmm(dt.mT, of_a)
         else:
             grad_a, grad_b = torch.bmm(of_b, dt.mT), torch.bmm(of_a, dt)
         grad[group], a[group] = grad_a, grad_b
 
-    for_each(channel_groups(*grad.shape[:2], call.blocks), multiply, call.blocks.threads)
+    for_each(channel_groups(*grad.shape[:2], step.blocks), multiply, step.blocks.threads)
 
 
 def _part_of(p: Parameters, hidden: int, part: slice) -> Parameters:
@@ -271,22 +262,22 @@ def _part_of(p: Parameters, hidden: int, part: slice) -> Parameters:
 
 
 def _through_inputs(
-    call: _Call, one: _Sequence, grad_a: Tensor | None, grad_b: Tensor | None
+    step: _Step, one: _Sequence, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> None:
     """From da and db [D, L, L] (None: nothing behind them is needed) to the inputs' gradients."""
-    p, needs = call.parameters, call.needs
+    p, needs = step.parameters, step.needs
     wanted = ["x" in needs, "norm_in_weight" in needs, "norm_in_bias" in needs]
 
     def inputs(window: slice) -> dict[str, Tensor]:
         found = {}
         shifted = shift_rows(one.x[window].flatten(0, 1))
         norm = (shifted.shape[-1:], p.norm_weight, p.norm_bias)
-        z, mean, rstd = torch.native_layer_norm(shifted, *norm, call.eps_in)
+        z, mean, rstd = torch.native_layer_norm(shifted, *norm, step.eps_in)
         z = z.to(p.in_weight.dtype)
-        grad_z = _through_gate(call, one, window, z, found)
+        grad_z = _through_gate(step, one, window, z, found)
         if grad_a is not None:
             grads = torch.cat([grad_a[:, window], grad_b[:, window]])
-            through = _through_projections(call, one, window, z, grads.flatten(1), found)
+            through = _through_projections(step, one, window, z, grads.flatten(1), found)
             grad_z = grad_z if through is None else grad_z.add_(through)
         if any(wanted):
             shape, weight, bias = norm
@@ -300,20 +291,20 @@ def _through_inputs(
                     found[name] = grad
         return found
 
-    _add_up(call, call.sums, inputs)
+    _add_up(step, step.sums, inputs)
 
 
 def _through_gate(
-    call: _Call, one: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
+    step: _Step, one: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
 ) -> Tensor | None:
     """dq Wo [positions, C] of a block in fp32, if the norm before it is to be gone through.
 
     What the block adds to the sums goes to `found`.
     """
-    if call.needs.isdisjoint(_BEHIND_GATE):
+    if step.needs.isdisjoint(_BEHIND_GATE):
         return None
-    p, sums = call.parameters, call.sums
-    delta, gate = emit(normalize_columns(one.product[:, window], call.eps_out)[0], z, p)
+    p, sums = step.parameters, step.sums
+    delta, gate = emit(normalize_columns(one.product[:, window], step.eps_out)[0], z, p)
     grad = one.grad_out[window].reshape(delta.shape).to(delta.dtype)
     grad = delta.mul_(_times_drop_mask(grad, one.drop_mask)).mul_(gate)
     grad.addcmul_(grad, gate, value=-1)
@@ -322,13 +313,13 @@ def _through_gate(
     operand = grad.to(z.dtype)
     if "g_out_weight" in sums:
         found["g_out_weight"] = operand.t() @ z
-    if call.needs.isdisjoint(_OF_NORM_IN):
+    if step.needs.isdisjoint(_OF_NORM_IN):
         return None
     return torch.mm(operand, p.gate_weight).to(grad.dtype)
 
 
 def _through_projections(
-    call: _Call,
+    step: _Step,
     one: _Sequence,
     window: slice,
     z: Tensor,
@@ -339,13 +330,13 @@ def _through_projections(
 
     `grads` is da and db of the block, [2D, positions]; what it adds to the sums goes to `found`.
     """
-    p, sums = call.parameters, call.sums
+    p, sums = step.parameters, step.sums
     double = grads.shape[0]
     projected = empty_columns(2 * double, z)
     project(p.in_weight, p.in_bias, z, out=projected)
     projected = projected.to(sum_dtype(z.dtype))
     values, gates = projected[:double], projected[double:].sigmoid_()
-    if "mask" in call.needs:
+    if "mask" in step.needs:
         of_mask = (values * gates).mul_(grads).sum(0)
         one.grads["mask"][window] = of_mask.view(one.mask[window].shape)
     values.addcmul_(values, gates, value=-1)  # p (1 - s)
@@ -363,7 +354,7 @@ def _through_projections(
         operand = grad.to(z.dtype)
         if f"{kind}_weight" in sums:
             found[f"{kind}_weight"] = operand @ z
-        if not call.needs.isdisjoint(_OF_NORM_IN):
+        if not step.needs.isdisjoint(_OF_NORM_IN):
             through = torch.mm(operand.t(), weight).to(grad.dtype)
             grad_z = through if grad_z is None else grad_z.add_(through)
     return grad_z

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._call import Weights
 from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import (
@@ -39,7 +40,6 @@ from ._tiles import (
     within_length,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
-from .validation import Weights
 
 
 @triton.jit(
@@ -351,7 +351,6 @@ def prepare_ln_residual(
     eps_out: float,
     precision: str,
     config: LaunchConfig | None = None,
-    class_length: int | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_ln_residual_fwd` for tensors like these; settings as in stage 1.
@@ -363,7 +362,7 @@ def prepare_ln_residual(
     device = device_target(x.device)
     if config is None:
         width = max(channels, hidden)
-        shape = shape_of(x.element_size(), width, class_length or length, batch)
+        shape = shape_of(x.element_size(), width, length, batch)
         config = pick_config(
             "fused_ln_residual", device.target, device.name, shape, triton.__version__
         )

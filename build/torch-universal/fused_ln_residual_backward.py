@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._call import Weights
 from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import (
@@ -57,7 +58,6 @@ from ._tiles import (
     within_length,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
-from .validation import Weights
 
 
 @triton.jit(
@@ -383,20 +383,18 @@ def prepare_ln_residual_bwd(
     eps_out: float,
     precision: str,
     config: LaunchConfig | None = None,
-    class_length: int | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_ln_residual_bwd`; `programs` of it is the first extent of its sums.
 
-    Where there is no `config`, it is that of their length, or of `class_length`. The rows are those
-    from `first_row` on of their sequence.
+    The rows are those from `first_row` on of their sequence.
     """
     t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape
     length, channels = x.shape[1:]
     device = device_target(x.device)
     if config is None:
-        shape = shape_of(x.element_size(), max(channels, hidden), class_length or length)
+        shape = shape_of(x.element_size(), max(channels, hidden), length)
         config = pick_config(
             "fused_ln_residual_bwd", device.target, device.name, shape, triton.__version__
         )
@@ -478,7 +476,6 @@ def prepare_norm_out_bwd(
     weights: Weights,
     precision: str,
     config: LaunchConfig | None = None,
-    class_length: int | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `norm_out_bwd` for tensors like these, of L = `length`.
@@ -489,7 +486,7 @@ def prepare_norm_out_bwd(
     channels = weights.p_out_weight.shape[0]
     device = device_target(t.device)
     if config is None:
-        shape = shape_of(t.element_size(), max(channels, hidden), class_length or length)
+        shape = shape_of(t.element_size(), max(channels, hidden), length)
         config = pick_config(
             "norm_out_bwd", device.target, device.name, shape, triton.__version__
         )

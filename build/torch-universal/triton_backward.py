@@ -41,6 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._call import Call, Weights
 from ._launch import Launches
 from ._tiles import padded_pitch
 from .fused_dual_gemm_backward import (
@@ -59,8 +60,8 @@ from .fused_ln_residual_backward import (
     prepare_norm_out_bwd,
 )
 from .row_products import add_row_products, prepare_row_products
-from .triton_path import TritonCall, dual_gemm, einsum, launches_of, with_axes_of_x
-from .validation import Weights, torch_allows_tf32
+from .triton_path import dual_gemm, einsum, launches_of, with_axes_of_x
+from .validation import torch_allows_tf32
 
 # Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
 # small to fill a GPU: pairs of a chunk, elements of a group's planes.
@@ -136,7 +137,7 @@ class _Totals(NamedTuple):
 
 @torch.no_grad()
 def run_triton_backward(
-    call: TritonCall,
+    call: Call,
     grad_out: Tensor,
     product: Tensor | None,
     moments: Tensor | None,
@@ -147,8 +148,8 @@ def run_triton_backward(
     Args:
         call: the forward's; x's device must be the current one. Residual and inplace don't matter.
         grad_out: [B, L, L, C] in the dtype of x, any strides.
-        product, moments: what `run_triton_saving` returned, or None for both.
-        needs: names of `gradients.DIFFERENTIABLE`, of tensors that the call has.
+        product, moments: what `run_triton` returned, or None for both.
+        needs: names of `DIFFERENTIABLE`, of tensors that the call has.
     """
     x, weights = call.x, call.weights
     batch, length, _, channels = x.shape
@@ -200,7 +201,7 @@ def run_triton_backward(
 class _Sequence(NamedTuple):
     """The backward of one sequence."""
 
-    call: TritonCall  # x [1, L, L, C]
+    call: Call  # x [1, L, L, C]
     launches: Launches
     wanted: _Wanted
     totals: _Totals
@@ -287,7 +288,7 @@ class _Sequence(NamedTuple):
             prepared = self.launches.of(
                 ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, into_x)),
                 prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision, None,
-                call.class_length, first_row,
+                first_row,
             )  # fmt: skip
             out = Stage3Gradients(
                 emit=self._rows(count, channels)
@@ -320,7 +321,7 @@ class _Sequence(NamedTuple):
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, some_t, length, weights, call.precision, None,
-                    call.class_length, first_row,
+                    first_row,
                 )  # fmt: skip
                 norm_out_bwd(
                     out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t, call.lengths
@@ -375,7 +376,7 @@ class _Sequence(NamedTuple):
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, some_mask)),
                 prepare_dual_gemm_bwd, x, mask, some, some_planes, weights, call.precision, size,
-                width, None, call.class_length, first_row,
+                width, None, first_row,
             )  # fmt: skip
             out = Stage1Gradients(
                 grads=self._rows(count, width) if wanted.dp else None,

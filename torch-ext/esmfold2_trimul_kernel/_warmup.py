@@ -1,16 +1,14 @@
 """Compiling beforehand: what the first calls of a process would wait for."""
 
-import itertools
 from collections.abc import Iterable
 
 import torch
 
+from ._call import Call, Weights
 from ._device import device_target
 from .launch_config import class_lengths
-from .trimul_with_residual import current_device, execution_path, kernel_precision
-from .validation import COMPUTE_DTYPES, Weights, check_memory, resolve_precision
-
-_LENGTH = 16  # of the pair tensors that the kernels are compiled with
+from .paths import execution_path, path_module
+from .validation import COMPUTE_DTYPES, check_memory, resolve_precision
 
 
 def warmup(
@@ -73,10 +71,12 @@ def warmup(
     if path.name != "triton":
         raise ValueError(f"device must run the Triton kernels: {path.reason}; got {device}")
 
+    lengths = _classes_of(lengths, device)
+    run = path_module(path.name).forward
+
     def zeros(*shape: int, dtype: torch.dtype | None = dtype) -> torch.Tensor | None:
         return None if dtype is None else torch.zeros(shape, dtype=dtype, device=device)
 
-    x = zeros(1, _LENGTH, _LENGTH, channels)
     bundle = zeros(4 * hidden, channels)  # one tensor, as in ESMFold2
     weights = Weights(
         zeros(channels, dtype=norm_dtype), zeros(channels, dtype=norm_dtype),
@@ -84,25 +84,41 @@ def warmup(
         zeros(hidden, dtype=norm_dtype), zeros(hidden, dtype=norm_dtype),
         zeros(channels, hidden), None, zeros(channels, channels), None,
     )  # fmt: skip
-    from . import triton_path  # imports Triton
-
-    run = triton_path.run_triton if memory == "default" else triton_path.run_triton_lean
-    target = device_target(device)
-    if lengths is None:
-        lengths = class_lengths(target.target, target.name)
-    lengths = _listed("lengths", lengths)
-    if not all([isinstance(length, int) and length > 0 for length in lengths]):
-        raise ValueError(f"lengths must be positive integers; got {lengths}")
-    with current_device(x):
-        for mask_dtype, length in itertools.product(mask_dtypes, lengths):
+    for length in lengths:
+        x = zeros(1, length, length, channels)
+        for mask_dtype in mask_dtypes:
             run(
-                triton_path.TritonCall(
-                    x, "outgoing", zeros(1, _LENGTH, _LENGTH, dtype=mask_dtype),
-                    x if residual else None, zeros(1, _LENGTH, channels, dtype=drop_mask_dtype),
-                    weights, 1e-5, 1e-5, kernel_precision(resolve_precision(precision, "pair", x)),
-                    inplace=False, class_length=length,
+                Call(
+                    x=x,
+                    direction="outgoing",
+                    mask=zeros(1, length, length, dtype=mask_dtype),
+                    residual=x if residual else None,
+                    drop_mask=zeros(1, length, channels, dtype=drop_mask_dtype),
+                    weights=weights,
+                    eps_in=1e-5,
+                    eps_out=1e-5,
+                    precision=resolve_precision(precision, "pair", x),
+                    memory=memory,
+                    recompute="product",
+                    inplace=False,
+                    lengths=None,
                 )
-            )  # fmt: skip
+            )
+
+
+def _classes_of(lengths: Iterable[int] | None, device: torch.device) -> list[int]:
+    """A short length of each class that settings tell apart, of all classes or those of `lengths`.
+
+    Not below 16: axes of one element would be another kernel's.
+    """
+    target = device_target(device)
+    classes = class_lengths(target.target, target.name)
+    if lengths is not None:
+        lengths = _listed("lengths", lengths)
+        if not all([isinstance(length, int) and length > 0 for length in lengths]):
+            raise ValueError(f"lengths must be positive integers; got {lengths}")
+        classes = [min([c for c in classes if c >= n], default=classes[-1]) for n in lengths]
+    return sorted({max(16, length) for length in classes})
 
 
 def _check_mask_dtype(name: str, dtype: torch.dtype | None) -> None:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._call import Weights
 from ._device import device_target
 from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
 from ._tiles import (
@@ -51,7 +52,6 @@ from ._tiles import (
     strides,
 )
 from .launch_config import LaunchConfig, pick_config, shape_of
-from .validation import Weights
 
 _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 
@@ -324,11 +324,8 @@ def prepare_dual_gemm(
     config: LaunchConfig | None = None,
     group: tuple[int, int] | None = None,
     read_moments: bool = False,
-    class_length: int | None = None,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_fwd` for tensors like these.
-
-    Where there is no `config`, it is that of their length, or of `class_length`.
     """
     channels = x.shape[3]
     a, b = planes
@@ -338,7 +335,7 @@ def prepare_dual_gemm(
     device = device_target(x.device)
     if config is None:
         width = max(channels, hidden)
-        shape = shape_of(x.element_size(), width, class_length or length, batch)
+        shape = shape_of(x.element_size(), width, length, batch)
         config = pick_config(
             "fused_dual_gemm", device.target, device.name, shape, triton.__version__
         )

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._call import Weights
 from ._device import device_target
 from ._launch import PreparedLaunch, named_strides, pointers
 from ._tiles import (
@@ -50,7 +51,6 @@ from ._tiles import (
 )
 from .fused_dual_gemm import lower_projection, projection_pair
 from .launch_config import LaunchConfig, pick_config, shape_of
-from .validation import Weights
 
 
 @triton.jit(
@@ -311,20 +311,18 @@ def prepare_dual_gemm_bwd(
     group: int,
     grads_width: int,
     config: LaunchConfig | None = None,
-    class_length: int | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_bwd`; `programs` of it is the first extent of its sums.
 
-    The planes, with stride pitch along their rows, come in groups of `group` channels. Where there
-    is no `config`, it is that of their length, or of `class_length`. The rows are those from
-    `first_row` on of their sequence.
+    The planes, with stride pitch along their rows, come in groups of `group` channels. The rows
+    are those from `first_row` on of their sequence.
     """
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
     device = device_target(x.device)
     if config is None:
-        shape = shape_of(x.element_size(), max(channels, hidden), class_length or length)
+        shape = shape_of(x.element_size(), max(channels, hidden), length)
         config = pick_config(
             "fused_dual_gemm_bwd", device.target, device.name, shape, triton.__version__
         )

@@ -176,7 +176,7 @@ def trimul_einsum_fwd(
         product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if prepared is None:
         prepared = prepare_einsum(
-            a, b, precision, product, config, None, turned, lengths is not None
+            a, b, precision, product, config, turned, lengths is not None
         )
     prepared.launch(a=a, b=b, product=product, lengths_ptr=lengths)
     return product
@@ -188,7 +188,6 @@ def prepare_einsum(
     precision: str,
     product: torch.Tensor,
     config: LaunchConfig | None = None,
-    class_length: int | None = None,
     turned: tuple[bool, bool] = (False, False),
     with_lengths: bool = False,
     device: torch.device | None = None,
@@ -200,7 +199,7 @@ def prepare_einsum(
     batch, hidden, length, pitch = a.shape
     device = device_target(a.device if device is None else device)
     if config is None:
-        shape = shape_of(a.element_size(), hidden, class_length or length)
+        shape = shape_of(a.element_size(), hidden, length)
         config = pick_config(
             "trimul_einsum", device.target, device.name, shape, triton.__version__
         )

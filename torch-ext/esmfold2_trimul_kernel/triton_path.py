@@ -1,4 +1,4 @@
-"""The Triton path: the three stages of a call, as they come or in little memory.
+"""The Triton path: the three stages of a call, as they come or in little memory. See `paths`.
 
 Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 
@@ -10,18 +10,22 @@ Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 Both also keep 8 bytes a pair of residues, the moments of x.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._call import Call, Weights
 from ._launch import Launches, PreparedLaunch
+from ._plan import Plan, note_on_gradients
 from ._tiles import padded_pitch
 from .fused_dual_gemm import empty_planes, fused_dual_gemm_fwd, prepare_dual_gemm
 from .fused_ln_residual import fused_ln_residual_fwd, prepare_ln_residual
+from .paths import say_once
 from .trimul_einsum_triton import prepare_einsum, trimul_einsum_fwd
-from .validation import Weights
+from .validation import torch_allows_tf32
 
 _MOST_KINDS = 1024
 # Lean: the memory for planes, in tensors of the pair's size, and the steps in which the output is
@@ -31,44 +35,75 @@ _LEAN_STEPS = 16
 _GROUP_MULTIPLE = 8  # of channels: half a block of the smallest dot
 
 
-class TritonCall(NamedTuple):
-    """The op's arguments, checked; precision is one of the kernels' words."""
-
-    x: Tensor  # [B, L, L, C]
-    direction: str
-    mask: Tensor | None  # [B, L, L]
-    residual: Tensor | None  # like x
-    drop_mask: Tensor | None  # [B, L, C]
-    weights: Weights
-    eps_in: float
-    eps_out: float
-    precision: str
-    inplace: bool  # the output is written over the residual
-    lengths: Tensor | None = None  # [B] int32, of sequences with padding on the right
-    class_length: int | None = None  # launch settings are those of this L; None: of x's own
-
-    def of_entry(self, entry: int) -> "TritonCall":
-        """The call on one sequence of the batch."""
-        names = ("x", "mask", "residual", "drop_mask", "lengths")
-        tensors = {name: getattr(self, name) for name in names}
-        return self._replace(
-            **{
-                name: None if tensor is None else tensor[entry : entry + 1]
-                for name, tensor in tensors.items()
-            }
-        )
-
-
 _launches: dict[tuple, Launches] = {}
 
 
-def run_triton(call: TritonCall) -> Tensor:
-    """[B, L, L, C]; x's device must be the current one."""
-    return run_triton_saving(call)[0]
+def forward(call: Call) -> Tensor:
+    """[B, L, L, C], in the mode that `call.memory` names."""
+    call = for_kernels(call)
+    with current_device(call.x):
+        if call.memory != "lean":
+            try:
+                return run_triton(call)[0]
+            except torch.OutOfMemoryError:
+                # Stage 3 allocates before it writes, so an inplace call has not begun to.
+                if call.memory == "default":
+                    raise
+            say_once("runs in lean mode: an allocation of the default mode failed")
+        return run_triton_lean(call)
 
 
-def run_triton_saving(call: TritonCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with what a backward can take up again: (out, product, moments).
+def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The output in the default mode, the product [B, D, L, pitch], and the moments of x."""
+    with current_device(call.x):
+        return run_triton(for_kernels(call))
+
+
+def saved_shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of product and moments."""
+    batch, length = call.x.shape[:2]
+    pitch = padded_pitch(length)
+    return (batch, call.hidden, length, pitch), (batch, 2, length, pitch)
+
+
+def backward(
+    call: Call,
+    grad_out: Tensor,
+    product: Tensor | None,
+    moments: Tensor | None,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients that `needs` names."""
+    from .triton_backward import run_triton_backward  # which builds on this module
+
+    # A backward under autocast must not lower the precision of the vendor's products.
+    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
+        return run_triton_backward(for_kernels(call), grad_out, product, moments, needs)
+
+
+def for_kernels(call: Call) -> Call:
+    """The call as the kernels take it: a precision of theirs, and rows of unit stride."""
+    weights, precision = call.weights, call.precision
+    # The kernels index a parameter's last axis by the channel. A stride there would cost more than
+    # a copy, and from tiles that lie the other way ptxas 12.8 (Triton 3.6 to 3.7.1) made sm_90
+    # code that read shared memory at the wrong addresses: see docs/fuzzing.md.
+    if any([v is not None and v.stride(-1) != 1 for v in weights]):
+        values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
+        weights = Weights(*values)
+    if precision == "default":
+        precision = "tf32" if torch_allows_tf32() else "fp32"
+    return call._replace(weights=weights, precision=precision)
+
+
+def current_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Within it x's device is the current one, which Triton launches on."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, x.device.type).device_of(x)
+
+
+def run_triton(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The default mode, with what a backward can take up again: (out, product, moments).
 
     The product [B, D, L, pitch] in the dtype of x and the moments [B, 2, L, pitch] of x in fp32 are
     as stages 2 and 1 wrote them.
@@ -78,9 +113,7 @@ def run_triton_saving(call: TritonCall) -> tuple[Tensor, Tensor, Tensor]:
     moments = with_axes_of_x(raw_moments, call.direction)
     stage = (product, call.x, moments, call.residual, call.drop_mask, call.weights)
     stage += (call.eps_out, call.precision)
-    prepared = launches.of(
-        ("ln_residual",), prepare_ln_residual, *stage, None, call.class_length
-    )
+    prepared = launches.of(("ln_residual",), prepare_ln_residual, *stage)
     if call.inplace and not _may_overwrite(call, prepared):
         out = _by_steps_into_residual(call, launches, product, moments)
     else:
@@ -89,10 +122,10 @@ def run_triton_saving(call: TritonCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, product, raw_moments
 
 
-def _product(call: TritonCall, launches: Launches) -> tuple[Tensor, Tensor]:
+def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor]:
     """Stages 1 and 2: the product [B, D, L, pitch], and stage 1's moments.
 
-    a and b end here, before the output exists: the peak is a, b and the product.
+    a and b are freed on return, before the output is allocated: the peak is a, b and the product.
     """
     a, b = empty_planes(call.x, call.weights)
     moments = dual_gemm(call, launches, (a, b))
@@ -102,7 +135,7 @@ def _product(call: TritonCall, launches: Launches) -> tuple[Tensor, Tensor]:
 
 
 def dual_gemm(
-    call: TritonCall,
+    call: Call,
     launches: Launches,
     planes: tuple[Tensor, Tensor],
     group: tuple[int, int] | None = None,
@@ -113,7 +146,6 @@ def dual_gemm(
     prepared = launches.of(
         ("dual_gemm", group, moments is None, call.x.data_ptr() % 16),
         prepare_dual_gemm, *stage, planes, None, group, moments is not None,
-        call.class_length,
     )  # fmt: skip
     return fused_dual_gemm_fwd(
         *stage, planes=planes, moments=moments, prepared=prepared, lengths=call.lengths
@@ -121,7 +153,7 @@ def dual_gemm(
 
 
 def einsum(
-    call: TritonCall,
+    call: Call,
     launches: Launches,
     a: Tensor,
     b: Tensor,
@@ -132,7 +164,7 @@ def einsum(
     """Stage 2 into `product`; `what` tells its launch from others of the call's kind."""
     prepared = launches.of(
         ("einsum", what),
-        prepare_einsum, a, b, call.precision, product, None, call.class_length, turned,
+        prepare_einsum, a, b, call.precision, product, None, turned,
         call.lengths is not None,
     )  # fmt: skip
     trimul_einsum_fwd(
@@ -140,7 +172,7 @@ def einsum(
     )
 
 
-def launches_of(call: TritonCall, *what: object) -> Launches:
+def launches_of(call: Call, *what: object) -> Launches:
     """The launches for `what` of calls of this kind."""
     kind = (what, *_kind(call))
     found = _launches.get(kind)
@@ -151,7 +183,7 @@ def launches_of(call: TritonCall, *what: object) -> Launches:
     return found
 
 
-def _kind(call: TritonCall) -> tuple:
+def _kind(call: Call) -> tuple:
     """Everything of a call that its launches depend on besides the addresses of its tensors.
 
     Of the addresses: whether they are multiples of 16, and how far the input projections are apart.
@@ -165,7 +197,6 @@ def _kind(call: TritonCall) -> tuple:
         call.eps_out,
         call.precision,
         call.inplace,
-        call.class_length,
         call.lengths is None,
         weights.p_in_weight.shape[0],
         weights.g_in_weight.data_ptr() - weights.p_in_weight.data_ptr(),
@@ -181,7 +212,7 @@ def with_axes_of_x(moments: Tensor, direction: str) -> Tensor:
     return moments.transpose(-1, -2) if direction == "incoming" else moments
 
 
-def _may_overwrite(call: TritonCall, ln_residual: PreparedLaunch) -> bool:
+def _may_overwrite(call: Call, ln_residual: PreparedLaunch) -> bool:
     """Whether stage 3 may write over the residual while it runs.
 
     Not if the residual is x and a program reads rows of x again after some of their channels have
@@ -192,7 +223,7 @@ def _may_overwrite(call: TritonCall, ln_residual: PreparedLaunch) -> bool:
     return whole_rows or call.residual.data_ptr() != call.x.data_ptr()
 
 
-def run_triton_lean(call: TritonCall) -> Tensor:
+def run_triton_lean(call: Call) -> Tensor:
     """The same in less memory and more time: see the module's docstring.
 
     The product is [B, L, D, pitch] here, a row's channels together, so that the rows that have been
@@ -223,7 +254,7 @@ class _LeanSizes(NamedTuple):
     step: int  # rows of the output that are made at once
 
 
-def _lean_sizes(call: TritonCall) -> _LeanSizes:
+def _lean_sizes(call: Call) -> _LeanSizes:
     batch, length, _, channels = call.x.shape
     hidden = call.weights.p_in_weight.shape[0] // 2
     rows, step = batch * length, _lean_step(length)
@@ -243,16 +274,43 @@ def _lean_step(length: int) -> int:
     return -(-length // _LEAN_STEPS)
 
 
-class Plan(NamedTuple):
-    """What a call launches and allocates."""
+def plan(call: Call) -> Plan:
+    """What `forward`, or `forward_saving` where a product is to be kept, launches and allocates."""
+    keeps = call.needs_grad and call.keeps_product
+    lean = call.memory == "lean" and not keeps
+    kernels_call = for_kernels(call)
+    with current_device(call.x):
+        launches, buffers, peak = _launches_and_buffers(kernels_call, lean)
+    notes = []
+    if call.memory == "auto" and not keeps:
+        notes.append("lean mode would run where an allocation of this one fails")
+    elif call.memory == "lean" and keeps:
+        notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
+    notes.append(note_on_gradients(call))
+    if call.lengths is not None:
+        notes.append("tiles beyond the lengths are skipped; the programs above are all")
+    precision = None
+    if call.x.dtype == torch.float32:
+        precision = launches["fused_dual_gemm"].constants["PRECISION"]
+        if kernels_call.precision == "fp32":
+            notes.append("products are those of float32, as nothing allowed TF32")
+    by_pointers = [
+        name for name, launch in launches.items() if not launch.constants["DESCRIPTORS"]
+    ]
+    if by_pointers:
+        notes.append(
+            f"no tensor descriptors in {', '.join(by_pointers)}: the settings have none, or rows "
+            "are not aligned to 16 bytes"
+        )
+    kept = buffers["product"] + buffers["moments"] if keeps else 0
+    mode = "lean" if lean else "default"
+    return Plan(mode, precision, launches, buffers, peak, kept, notes)
 
-    launches: dict[str, PreparedLaunch]  # by stage; in lean mode the first of each stage
-    buffers: dict[str, int]  # bytes
-    peak: int  # bytes of them at once, at most
 
-
-def plan_of(call: TritonCall, lean: bool) -> Plan:
-    """The plan of `run_triton`, or of `run_triton_lean`; x's device must be the current one."""
+def _launches_and_buffers(
+    call: Call, lean: bool
+) -> tuple[dict[str, PreparedLaunch], dict[str, int], int]:
+    """The launches by stage, in lean mode the first of each; buffers; and the peak, in bytes."""
     x, weights = call.x, call.weights
     batch, length, _, channels = x.shape
     hidden, pitch = weights.p_in_weight.shape[0] // 2, padded_pitch(length)
@@ -306,11 +364,11 @@ def plan_of(call: TritonCall, lean: bool) -> Plan:
         buffers["output"] = step if call.inplace else x.nbytes
         peak = buffers["moments"] + buffers["product"]
         peak += max(buffers["a and b"], buffers["output"])
-    return Plan(launches, buffers, peak)
+    return launches, buffers, peak
 
 
 def _product_by_groups(
-    call: TritonCall, launches: Launches, product: Tensor, slots: int
+    call: Call, launches: Launches, product: Tensor, slots: int
 ) -> Tensor:
     """Fills the product of one sequence; returns the moments [1, 2, L, L] of x.
 
@@ -349,7 +407,7 @@ def groups_of(hidden: int, slots: int) -> Iterator[tuple[int, int, bool]]:
 
 
 def _by_steps(
-    call: TritonCall, launches: Launches, product: Tensor, moments: Tensor, out: Tensor, step: int
+    call: Call, launches: Launches, product: Tensor, moments: Tensor, out: Tensor, step: int
 ) -> None:
     """Stage 3 of one sequence in steps of `step` rows, one after the other, into `out`.
 
@@ -367,7 +425,7 @@ def _by_steps(
         first_row = 0 if call.lengths is None else start
         prepared = launches.of(
             ("ln_residual", x.shape[1], first_row, *alignments),
-            prepare_ln_residual, *stage, None, call.class_length, first_row,
+            prepare_ln_residual, *stage, None, first_row,
         )  # fmt: skip
         direct = not over_x or _may_overwrite(call, prepared)
         made = fused_ln_residual_fwd(
@@ -379,7 +437,7 @@ def _by_steps(
 
 
 def _by_steps_into_residual(
-    call: TritonCall, launches: Launches, product: Tensor, moments: Tensor
+    call: Call, launches: Launches, product: Tensor, moments: Tensor
 ) -> Tensor:
     """Stage 3 into a residual that is x itself, where `_may_overwrite` says no."""
     step = _lean_step(call.x.shape[1])

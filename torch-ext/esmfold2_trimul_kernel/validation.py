@@ -7,10 +7,11 @@ argument, what was expected and what came.
 import enum
 import math
 from itertools import zip_longest
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._call import Weights
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elements
@@ -34,23 +35,6 @@ _PRECISION_VALUES = {
 # share that lies within, which is erf(2 / sqrt(2)).
 _TRUNCATED_STD = 0.87962566103423978
 _TRUNCATED_SHARE = math.erf(math.sqrt(2))
-
-
-class Weights(NamedTuple):
-    """The parameters of one triangle multiplication; C pair channels, D hidden channels."""
-
-    norm_in_weight: Tensor | None  # [C]
-    norm_in_bias: Tensor | None  # [C]
-    p_in_weight: Tensor  # [2D, C], rows [0, D) make a, rows [D, 2D) make b
-    p_in_bias: Tensor | None  # [2D]
-    g_in_weight: Tensor  # [2D, C]
-    g_in_bias: Tensor | None  # [2D]
-    norm_out_weight: Tensor | None  # [D]
-    norm_out_bias: Tensor | None  # [D]
-    p_out_weight: Tensor  # [C, D]
-    p_out_bias: Tensor | None  # [C]
-    g_out_weight: Tensor  # [C, C]
-    g_out_bias: Tensor | None  # [C]
 
 
 def check_direction(direction: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_84852b0f50"
+_BUILD_ID = "_esmfold2_trimul_kernel_b1dffa3d1a"
 
 
 def _load_package() -> ModuleType:

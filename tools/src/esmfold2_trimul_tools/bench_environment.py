@@ -48,7 +48,7 @@ def describe_environment(
     on_gpu = device.type == "cuda"
     paths = {
         dtype: ": ".join(
-            sources.kernel.trimul_with_residual.execution_path(device, getattr(torch, dtype))
+            sources.kernel.paths.execution_path(device, getattr(torch, dtype))
         )
         for dtype in settings.dtypes
     }

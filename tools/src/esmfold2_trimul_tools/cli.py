@@ -526,7 +526,7 @@ class _Setup:
         from .repository import load_kernel
 
         return tuple(
-            load_kernel(self.root).trimul_with_residual.execution_path(self.device, self.dtype)
+            load_kernel(self.root).paths.execution_path(self.device, self.dtype)
         )
 
     def kernel_description(self) -> str:

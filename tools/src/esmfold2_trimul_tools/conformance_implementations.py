@@ -95,7 +95,7 @@ def _for_benchmark(problem: Problem) -> bench_problem.Problem:
 
 def _not_on_path(path: str, device: torch.device, sources: Sources) -> str | None:
     """Why our calls for tensors of a device don't take a path."""
-    found = sources.kernel.trimul_with_residual.execution_path(device, torch.bfloat16)
+    found = sources.kernel.paths.execution_path(device, torch.bfloat16)
     return None if found.name == path else found.reason
 
 

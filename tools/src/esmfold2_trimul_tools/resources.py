@@ -143,7 +143,7 @@ class _Arguments:
         self._kernel, self._dtype = kernel, case.dtype
         c, length = case.width, case.length
         norms = [self.tensor(c, dtype=torch.float32) for _ in range(4)]
-        self.weights = self.module("validation").Weights(
+        self.weights = self.module("_call").Weights(
             *norms[:2], self.tensor(2 * c, c), None, self.tensor(2 * c, c), None,
             *norms[2:], self.tensor(c, c), None, self.tensor(c, c), None,
         )  # fmt: skip

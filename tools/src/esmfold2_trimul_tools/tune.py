@@ -149,7 +149,7 @@ class StageInputs:
         self.x = (randn(1, length, length, width) + 0.3).bfloat16()
         real = torch.arange(length, device=device) < length - 3
         self.mask = (real[:, None] & real[None, :]).unsqueeze(0)
-        weights = submodule(kernel, "validation").Weights
+        weights = submodule(kernel, "_call").Weights
         self.weights = weights(
             *norms[:2], bundle[: 2 * width], None, bundle[2 * width :], None,
             *norms[2:], emit, None, gate, None,

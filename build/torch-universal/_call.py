@@ -1,0 +1,90 @@
+"""One call of the triangle multiplication, checked: what everything behind the door is given."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """The parameters of one triangle multiplication; C pair channels, D hidden channels."""
+
+    norm_in_weight: Tensor | None  # [C]
+    norm_in_bias: Tensor | None  # [C]
+    p_in_weight: Tensor  # [2D, C], rows [0, D) make a, rows [D, 2D) make b
+    p_in_bias: Tensor | None  # [2D]
+    g_in_weight: Tensor  # [2D, C]
+    g_in_bias: Tensor | None  # [2D]
+    norm_out_weight: Tensor | None  # [D]
+    norm_out_bias: Tensor | None  # [D]
+    p_out_weight: Tensor  # [C, D]
+    p_out_bias: Tensor | None  # [C]
+    g_out_weight: Tensor  # [C, C]
+    g_out_bias: Tensor | None  # [C]
+
+
+# Every argument that a backward gives a gradient of; the residual's is that of the output.
+DIFFERENTIABLE = ("x", "mask", "drop_mask", *Weights._fields)
+
+
+class Call(NamedTuple):
+    """The arguments of either public function, checked and in one form."""
+
+    x: Tensor  # [B, L, L, C]
+    direction: str
+    mask: Tensor | None  # [B, L, L]
+    residual: Tensor | None  # like x
+    drop_mask: Tensor | None  # [B, L, C]
+    weights: Weights
+    eps_in: float
+    eps_out: float
+    precision: str  # a kernels' word, or "default", which leaves it to torch's setting
+    memory: str
+    recompute: str
+    inplace: bool  # the output is written over the residual
+    lengths: Tensor | None  # [B] int32, of sequences with padding on the right
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields in the order of the ops' schemas, the parameters one by one."""
+        return (*self[:_WEIGHTS], *self.weights, *self[_WEIGHTS + 1 :])
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> "Call":
+        """The call whose `flat()` this is; of a value for each of `FLAT`, those by their names."""
+        end = _WEIGHTS + len(Weights._fields)
+        return cls(*flat[:_WEIGHTS], Weights(*flat[_WEIGHTS:end]), *flat[end:])
+
+    def of_entry(self, entry: int) -> "Call":
+        """The call on one sequence of the batch."""
+        names = ("x", "mask", "residual", "drop_mask", "lengths")
+        tensors = {name: getattr(self, name) for name in names}
+        return self._replace(
+            **{
+                name: None if tensor is None else tensor[entry : entry + 1]
+                for name, tensor in tensors.items()
+            }
+        )
+
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return self.weights.p_out_weight.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd is to follow the call."""
+        tensors = (self.x, self.mask, self.residual, self.drop_mask, *self.weights)
+        return torch.is_grad_enabled() and any([
+            tensor is not None and tensor.requires_grad for tensor in tensors
+        ])
+
+    @property
+    def keeps_product(self) -> bool:
+        """Whether the product is kept for a backward."""
+        return self.recompute == "product"
+
+
+_WEIGHTS = Call._fields.index("weights")
+# The names of `flat()`.
+FLAT = (*Call._fields[:_WEIGHTS], *Weights._fields, *Call._fields[_WEIGHTS + 1 :])

@@ -1,0 +1,41 @@
+"""The call: one order of fields, which the ops' schemas have too."""
+
+import pytest
+import torch
+from helpers import as_call, make_problem
+
+OPS = ("trimul_fwd", "trimul_fwd_", "trimul_fwd_saving", "trimul_bwd")
+
+
+def test_a_flat_call_is_the_call_again(submodule):
+    types = submodule("_call")
+    problem = make_problem(4, 8, mask="soft", residual=True, drop_mask=True)
+    call = as_call(types, problem, lengths=torch.tensor([3], dtype=torch.int32))
+    again = types.Call.of(call.flat())
+    assert all(one is other for one, other in zip(again.flat(), call.flat(), strict=True))
+    named = dict(zip(types.FLAT, call.flat(), strict=True))
+    assert all(named[name] is getattr(call, name) for name in types.Call._fields if name in named)
+    assert all(named[name] is getattr(call.weights, name) for name in types.Weights._fields)
+    assert set(types.FLAT) == {*types.Call._fields, *types.Weights._fields} - {"weights"}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_schemas_are_in_the_order_of_a_flat_call(kernel, submodule, name):
+    schema = getattr(submodule("_ops").ops, name).default._schema
+    first = ("grad_out", "product", "moments", "needs") if name == "trimul_bwd" else ()
+    assert tuple(one.name for one in schema.arguments) == (*first, *submodule("_call").FLAT)
+
+
+def test_both_paths_have_the_same_functions(submodule):
+    pytest.importorskip("triton")
+    for path in ("aten_path", "triton_path"):
+        module = submodule(path)
+        for name in ("forward", "forward_saving", "backward", "saved_shapes", "plan"):
+            assert callable(getattr(module, name))
+
+
+def test_a_call_on_one_sequence(submodule):
+    problem = make_problem(4, 8, batch=3, mask="soft", drop_mask=True)
+    call = as_call(submodule("_call"), problem).of_entry(1)
+    assert torch.equal(call.x, problem.x[1:2]) and torch.equal(call.mask, problem.mask[1:2])
+    assert call.drop_mask.shape == (1, 4, 8) and call.residual is None and call.lengths is None

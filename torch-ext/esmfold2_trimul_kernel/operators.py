@@ -1,0 +1,216 @@
+"""The registered ops, their autograd, and the only place that chooses among them.
+
+    trimul_fwd          a call that needs no gradient
+    trimul_fwd_         the same, written over the residual
+    trimul_fwd_saving   a call that needs one: the output, and what is kept for the backward
+    trimul_bwd          the gradients
+
+All take a call's fields in the order of `Call.flat`. Kept for a backward are the tensors that a
+call was given, except the residual, and with recompute="product" what would take longest to compute
+again: the product t [B, D, L, L] in the dtype of x (on the Triton path with padded rows, and beside
+it the moments of x, 8 bytes a pair). That is one tensor of the pair's size beside the inputs, and
+with recompute="all" none.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from . import aten_path
+from ._call import DIFFERENTIABLE, FLAT, Call
+from ._ops import add_op_namespace_prefix, ops
+from .paths import path_of, say_plain
+
+
+def run(call: Call) -> Tensor:
+    """The result [B, L, L, C] of a call.
+
+    Raises:
+        ValueError: inplace where a gradient is needed.
+    """
+    by_formula = forward_ad._current_level >= 0
+    if by_formula or call.needs_grad:
+        if call.inplace:
+            raise ValueError("inplace must be False where a gradient is needed; got True")
+        if not (by_formula or torch._C._are_functorch_transforms_active()):
+            return ops.trimul_fwd_saving(*call.flat())[0]
+        if call.x.device.type != "cpu":
+            say_plain("torch.func or forward-mode AD goes through it, which takes the formula")
+        return aten_path.formula(call)
+    if call.inplace:
+        ops.trimul_fwd_(*call.flat())
+        return call.residual
+    return ops.trimul_fwd(*call.flat())
+
+
+def _trimul_fwd(*flat) -> Tensor:
+    call = Call.of(flat)
+    return path_of(call).forward(call) if call.x.numel() else call.x.new_empty(call.x.shape)
+
+
+def _trimul_fwd_(*flat) -> None:
+    _trimul_fwd(*flat)
+
+
+def _trimul_fwd_saving(*flat) -> tuple[Tensor, Tensor, Tensor]:
+    """With recompute="all" the second and third are empty, and the third on the ATen path."""
+    call = Call.of(flat)
+    if call.x.numel() and call.keeps_product:
+        return path_of(call).forward_saving(call)
+    return (_trimul_fwd(*flat), *_empty_saved(call))
+
+
+def _trimul_bwd(
+    grad_out: Tensor, product: Tensor | None, moments: Tensor | None, needs: list[bool], *flat
+) -> tuple[Tensor, ...]:
+    """A tensor for each name of `DIFFERENTIABLE`, empty if not in `needs`.
+
+    A fixed number of tensors rather than a list, because vmap can loop over such an op.
+    """
+    call = Call.of(flat)
+    if call.x.numel() == 0:
+        return tuple([grad.zero_() for grad in _empty_gradients(call, needs)])
+    named = zip(DIFFERENTIABLE, needs, strict=True)
+    names = frozenset([name for name, needed in named if needed])
+    found = path_of(call).backward(call, grad_out, product, moments, names)
+    # What was not computed is an empty tensor of its own: outputs of an op share no memory.
+    return tuple([
+        found[name] if name in names else call.x.new_empty(0) for name in DIFFERENTIABLE
+    ])
+
+
+def _empty_saved(call: Call) -> tuple[Tensor, Tensor]:
+    """The second and third output of `trimul_fwd_saving`, not yet written."""
+    shapes = path_of(call).saved_shapes(call) if call.keeps_product else ((0,), (0,))
+    product_shape, moments_shape = shapes
+    x = call.x
+    return x.new_empty(product_shape), x.new_empty(moments_shape, dtype=torch.float32)
+
+
+def _empty_gradients(call: Call, needs: list[bool]) -> tuple[Tensor, ...]:
+    """The outputs of `trimul_bwd`, not yet written."""
+    leaves = dict(zip(FLAT, call.flat(), strict=True))
+    return tuple([
+        leaves[name].new_empty(leaves[name].shape) if needed else call.x.new_empty(0)
+        for name, needed in zip(DIFFERENTIABLE, needs, strict=True)
+    ])
+
+
+def _trimul_fwd_fake(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _trimul_fwd__fake(*_) -> None:
+    return None
+
+
+def _trimul_fwd_saving_fake(*flat) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call.of(flat)
+    return (call.x.new_empty(call.x.shape), *_empty_saved(call))
+
+
+def _trimul_bwd_fake(grad_out, product, moments, needs, *flat) -> tuple[Tensor, ...]:
+    return _empty_gradients(Call.of(flat), needs)
+
+
+class TriangleMultiplication(Function):
+    """`ops.trimul_fwd_saving`, whose backward is `ops.trimul_bwd`."""
+
+    @staticmethod
+    def forward(ctx, *flat) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, product, moments = ops.trimul_fwd_saving(*flat)
+        ctx.mark_non_differentiable(product, moments)
+        ctx.set_materialize_grads(False)
+        call = Call.of(flat)._replace(residual=None)
+        kept = (product, moments) if call.keeps_product else (None, None)
+        flat = call.flat()
+        ctx.others = [None if isinstance(value, Tensor) else value for value in flat]
+        tensors = [value if isinstance(value, Tensor) else None for value in flat]
+        ctx.save_for_backward(*tensors, *kept)
+        return out, product, moments
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        asked = dict(zip(FLAT, ctx.needs_input_grad, strict=True))
+        needs = [asked[name] for name in DIFFERENTIABLE]
+        grads = {}
+        if grad_out is not None and any(needs):
+            *tensors, product, moments = ctx.saved_tensors
+            flat = [
+                other if tensor is None else tensor
+                for tensor, other in zip(tensors, ctx.others, strict=True)
+            ]
+            found = ops.trimul_bwd(grad_out, product, moments, needs, *flat)
+            grads = dict(zip(DIFFERENTIABLE, found, strict=True))
+        grads["residual"] = grad_out
+        return tuple([grads.get(name) if asked[name] else None for name in FLAT])
+
+
+class TriangleMultiplicationGradients(Function):
+    """`ops.trimul_bwd`, whose own backward refuses."""
+
+    @staticmethod
+    def forward(ctx, *arguments) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.trimul_bwd(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_) -> NoReturn:
+        raise NotImplementedError(
+            "the gradients of the triangle multiplication can't be differentiated again; the "
+            "transforms of torch.func can take higher derivatives, in plain PyTorch"
+        )
+
+
+def _autograd_kernel(function: type[Function], op_name: str) -> Callable:
+    """The kernel of an op's Autograd key: `function` where gradients may be wanted.
+
+    What torch.library.register_autograd would do, without its search for the schema's defaults at
+    each call: of a forward's host time, 280 us, that was 165 (torch 2.13, AMD EPYC, 2026-11-26).
+    """
+
+    def kernel(*arguments):
+        if torch.is_grad_enabled():
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(ops, op_name)(*arguments)
+
+    return kernel
+
+
+_CALL = (
+    "Tensor x, str direction, Tensor? mask, {residual} residual, Tensor? drop_mask, "
+    "Tensor? norm_in_weight, Tensor? norm_in_bias, Tensor p_in_weight, Tensor? p_in_bias, "
+    "Tensor g_in_weight, Tensor? g_in_bias, Tensor? norm_out_weight, Tensor? norm_out_bias, "
+    "Tensor p_out_weight, Tensor? p_out_bias, Tensor g_out_weight, Tensor? g_out_bias, "
+    "float eps_in, float eps_out, str precision, str memory, str recompute, bool inplace, "
+    "Tensor? lengths"
+)
+_KEPT = "Tensor grad_out, Tensor? product, Tensor? moments, bool[] needs"
+_READ, _WRITTEN = (_CALL.format(residual=kind) for kind in ("Tensor?", "Tensor(a!)"))
+_GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+# Library.define rather than custom_op: its call costs a tenth of the Python time. A call without a
+# gradient has ops of its own, which autograd has no part in.
+_library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
+for _schema, _function, _fake in (
+    (f"trimul_fwd({_READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake),
+    (f"trimul_fwd_({_WRITTEN}) -> ()", _trimul_fwd_, _trimul_fwd__fake),
+    (
+        f"trimul_fwd_saving({_READ}) -> (Tensor, Tensor, Tensor)",
+        _trimul_fwd_saving, _trimul_fwd_saving_fake,
+    ),
+    (f"trimul_bwd({_KEPT}, {_READ}) -> {_GRADIENTS}", _trimul_bwd, _trimul_bwd_fake),
+):  # fmt: skip
+    _name = _schema.split("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
+for _name, _autograd_function in (
+    ("trimul_fwd_saving", TriangleMultiplication),
+    ("trimul_bwd", TriangleMultiplicationGradients),
+):
+    _library.impl(_name, _autograd_kernel(_autograd_function, _name), "Autograd")

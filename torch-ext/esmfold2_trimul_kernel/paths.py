@@ -1,0 +1,104 @@
+"""Which implementation a call runs, and why.
+
+CUDA, ROCm and XPU tensors run the Triton kernels, CPU tensors the ATen path (or, with
+TRITON_INTERPRET=1 set before the import, the Triton kernels in Triton's interpreter), with
+gradients as without. If an accelerator's call cannot use Triton, the reason is logged once.
+
+A path is a module with five functions, which take a `Call` whose x is not empty:
+
+    forward(call)                                           the output
+    forward_saving(call)                                    (output, product, moments)
+    backward(call, grad_out, product, moments, needs)       gradients by name
+    saved_shapes(call)                                      the shapes of product and moments
+    plan(call)                                              what would be launched and allocated
+"""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from ._call import Call
+from .validation import COMPUTE_DTYPES
+
+_logger = logging.getLogger(__name__)
+
+# As Triton reads it; the kernels are interpreted only if it was set before Triton was imported.
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are "cuda" to torch
+_MIN_TRITON = (3, 6)
+_MIN_CAPABILITY = (8, 0)
+
+
+class ExecutionPath(NamedTuple):
+    """Which implementation runs, "triton" or "aten", and why, in a sentence."""
+
+    name: str
+    reason: str
+
+
+@functools.cache
+def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
+    """The path that a call takes for tensors of this device and dtype."""
+    if dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"dtype must be torch.bfloat16, torch.float16 or torch.float32; got {dtype}"
+        )
+    if device.type == "cpu":
+        if _INTERPRET:
+            return ExecutionPath("triton", "TRITON_INTERPRET is set: Triton's interpreter")
+        return ExecutionPath("aten", "CPU tensors run the ATen path")
+    if device.type not in _TRITON_DEVICES:
+        return ExecutionPath("aten", f"there are no Triton kernels for {device.type} tensors")
+    try:
+        import triton
+    except ImportError as error:
+        return ExecutionPath("aten", f"Triton can't be imported ({error})")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _MIN_TRITON:
+        return ExecutionPath(
+            "aten", f"Triton {triton.__version__} is older than {'.'.join(map(str, _MIN_TRITON))}"
+        )
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            return ExecutionPath(
+                "aten",
+                f"{name} has compute capability {capability[0]}.{capability[1]}; "
+                f"the kernels need {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}",
+            )
+    return ExecutionPath("triton", f"Triton {triton.__version__} on {device.type}")
+
+
+def path_of(call: Call) -> ModuleType:
+    """The module that runs `call`."""
+    x = call.x
+    path = execution_path(x.device, x.dtype)
+    if path.name == "aten" and x.device.type != "cpu":
+        say_plain(path.reason)
+    return path_module(path.name)
+
+
+@functools.cache
+def path_module(name: str) -> ModuleType:
+    """`triton_path` or `aten_path`, imported where it is wanted: Triton may not be there."""
+    return importlib.import_module(f".{name}_path", __package__)
+
+
+def say_plain(reason: str) -> None:
+    """Once for each reason; a compiled caller says it while it is compiled."""
+    say_once(f"runs in plain PyTorch: {reason}")
+
+
+# What torch.compiler.assume_constant_result does, without its import of Dynamo and Triton.
+say_plain._dynamo_marked_constant = True
+
+
+@functools.cache
+def say_once(what: str) -> None:
+    _logger.warning("The triangle multiplication %s.", what)
