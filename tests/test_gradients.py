@@ -401,7 +401,7 @@ def test_nothing_is_saved_without_a_gradient(kernel, device, submodule, monkeypa
     problem = make_problem(5, 8).to(device)
     for value in problem.weights.values():
         value.requires_grad_()
-    function = submodule("gradients").TriangleMultiplication
+    function = submodule("operators").TriangleMultiplication
     monkeypatch.setattr(function, "apply", None)
     with torch.no_grad():
         assert not run(kernel, problem, device).requires_grad
