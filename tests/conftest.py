@@ -59,9 +59,8 @@ class LineAMinute:
 
     def _say(self, elapsed):
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        reporter.ensure_newline()
-        reporter.write_line(
-            f"{elapsed}: {self._done} of {self._tests} tests done, {self._failed} failed"
+        reporter.write(
+            f"\n{elapsed}: {self._done} of {self._tests} tests done, {self._failed} failed\n"
         )
 
 

@@ -236,17 +236,6 @@ def as_call(types, problem: Problem, **others):
     return types.Call(**fields | others)
 
 
-def setting(
-    submodule, block_m: int, block_n: int, block_k: int, descriptors: bool = False,
-    held: bool = False, persistent: int = 0,
-):  # fmt: skip
-    """A LaunchConfig of these tiles."""
-    return submodule("launch_config").LaunchConfig(
-        block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, num_stages=2,
-        descriptors=descriptors, held=held, persistent=persistent,
-    )  # fmt: skip
-
-
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """||got - wanted|| / ||wanted|| in float64; NaN if anything is."""
     got = got.detach().cpu().double()

@@ -268,7 +268,7 @@ def test_an_unknown_stage_is_refused(subject, stage):
 
 
 def test_options_are_what_the_launcher_takes(subject):
-    config = subject.LaunchConfig(block_m=64, block_k=16, num_warps=8, num_stages=3)
+    config = subject.LaunchConfig(64, 32, 16, num_warps=8, num_stages=3)
     assert config.options() == {"num_warps": 8, "num_stages": 3}
     limited = dataclasses.replace(config, maxnreg=128)
     assert limited.options() == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, relative_error, seeded, setting
+from helpers import DTYPES, relative_error, seeded
 
 STAGE_BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-6}
 
@@ -40,7 +40,7 @@ def test_product(submodule, on_triton, dtype, length):
 
 @pytest.mark.parametrize("block_m, block_n, block_k", [(16, 64, 32), (64, 16, 16), (32, 32, 64)])
 def test_descriptors_never_read_the_pads(submodule, on_triton, block_m, block_n, block_k):
-    config = setting(submodule, block_m, block_n, block_k, True)
+    config = submodule("launch_config").LaunchConfig(block_m, block_n, block_k, 4, 2, True)
     for length in (9, 41):
         planes = make_planes(length, 2, 1, torch.float16, submodule, pads=float("nan"))
         assert_product(submodule, on_triton, planes, length, config)
@@ -49,7 +49,9 @@ def test_descriptors_never_read_the_pads(submodule, on_triton, block_m, block_n,
 @pytest.mark.parametrize("persistent", [1, 2])
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_persistent_programs_take_every_tile(submodule, on_triton, persistent, descriptors):
-    config = setting(submodule, 16, 32, 32, descriptors, persistent=persistent)
+    config = submodule("launch_config").LaunchConfig(
+        16, 32, 32, 4, 2, descriptors, persistent=persistent
+    )
     planes = make_planes(41, 3, 2, torch.float16, submodule)
     assert_product(submodule, on_triton, planes, 41, config)
 
@@ -57,7 +59,7 @@ def test_persistent_programs_take_every_tile(submodule, on_triton, persistent, d
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_a_product_that_is_given(submodule, on_triton, descriptors):
     """Rows of a product whose channels follow each other within a row; the rest is left alone."""
-    config = setting(submodule, 16, 32, 32, descriptors)
+    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2, descriptors)
     planes = make_planes(21, 3, 1, torch.float16, submodule)
     buffer = torch.full((21, 5, 32), 7.0, dtype=torch.float16, device=on_triton)
     product = buffer[:, 1:4].unsqueeze(0).transpose(1, 2)
@@ -68,7 +70,7 @@ def test_a_product_that_is_given(submodule, on_triton, descriptors):
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_planes_that_lie_apart(submodule, on_triton, descriptors):
     """a among the channels of the rows of a longer memory, b by itself."""
-    config = setting(submodule, 16, 32, 32, descriptors)
+    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2, descriptors)
     planes = make_planes(21, 3, 1, torch.float16, submodule)
     a, b = planes.to(on_triton).chunk(2, dim=1)
     buffer = torch.full((21, 5, 32), float("nan"), dtype=torch.float16, device=on_triton)
@@ -81,7 +83,7 @@ def test_planes_that_lie_apart(submodule, on_triton, descriptors):
 
 
 def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
-    config = setting(submodule, 16, 32, 32)
+    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2)
     planes = make_planes(16 * 9 + 3, 1, 1, torch.float32, submodule)
     assert_product(submodule, on_triton, planes, 16 * 9 + 3, config)
 
@@ -90,7 +92,9 @@ def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
 @pytest.mark.parametrize("descriptors, persistent", [(False, 0), (False, 2), (True, 0), (True, 2)])
 def test_operands_that_lie_the_other_way(submodule, on_triton, turned, descriptors, persistent):
     """Planes [K, M] of a and [K, N] of b; with both turned no pad is ever summed over."""
-    config = setting(submodule, 16, 32, 16, descriptors, persistent=persistent)
+    config = submodule("launch_config").LaunchConfig(
+        16, 32, 16, 4, 2, descriptors, persistent=persistent
+    )
     for length in (1, 37):
         pads = float("nan") if descriptors or all(turned) else 0.0
         planes = make_planes(length, 2, 1, torch.float16, submodule, pads)

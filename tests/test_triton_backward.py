@@ -1,7 +1,5 @@
 """The backward on the Triton path against float64 autograd: every gradient, alone and together."""
 
-import functools
-
 import pytest
 import torch
 from fresh_process import ROOT, python_output
@@ -13,7 +11,6 @@ from helpers import (
     reference_gradients,
     relative_error,
     seeded,
-    setting,
 )
 from test_aten import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,15 +166,15 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
     backward, submodule, monkeypatch, direction, descriptors
 ):
     """Several chunks, groups and blocks of channels, of which none divides the width."""
-    config = functools.partial(setting, submodule)
+    config = submodule("launch_config").LaunchConfig
     configs = {
-        "fused_dual_gemm": config(64, 16, 64, descriptors),
-        "trimul_einsum": config(16, 32, 16, descriptors, persistent=2),
-        "fused_ln_residual": config(64, 64, 64, descriptors),
-        "fused_ln_residual_bwd": config(32, 32, 16, descriptors),
-        "norm_out_bwd": config(64, 16, 32),
-        "fused_dual_gemm_bwd": config(64, 16, 32, descriptors),
-        "norm_in_bwd": config(16, 1, 32),
+        "fused_dual_gemm": config(64, 16, 64, 4, 2, descriptors),
+        "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
+        "fused_ln_residual": config(64, 64, 64, 4, 2, descriptors),
+        "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
+        "norm_out_bwd": config(64, 16, 32, 4, 2),
+        "norm_in_bwd": config(16, 1, 16, 4, 1),
+        "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
     }
     for name in (
         "fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual",
@@ -201,7 +198,7 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
 @pytest.mark.parametrize("channels", [5, 48, 128])
 def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
     block_k = max(16, 1 << (channels - 1).bit_length())
-    config = setting(submodule, 64, 16, block_k, descriptors, True)
+    config = submodule("launch_config").LaunchConfig(64, 16, block_k, 4, 2, descriptors, True)
     stage = submodule("fused_dual_gemm_backward")
     problem = make_problem(4, channels, 16, dtype=torch.float16, mask="soft")
     wanted = backward(problem)
@@ -216,7 +213,7 @@ def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
 
 
 def test_held_rows_of_float32_are_refused(backward, submodule, monkeypatch):
-    config = setting(submodule, 32, 16, 32, True, True)
+    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, True, True)
     monkeypatch.setattr(submodule("fused_dual_gemm_backward"), "pick_config", lambda *_: config)
     submodule("triton_path")._launches.clear()
     with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):

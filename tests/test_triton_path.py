@@ -1,7 +1,6 @@
 """Lean memory, results over the residual, prepared launches: the same results in every way."""
 
 import dataclasses
-import functools
 import logging
 
 import pytest
@@ -14,7 +13,6 @@ from helpers import (
     reference,
     relative_error,
     run,
-    setting,
 )
 from test_aten import PeakBytes
 
@@ -106,11 +104,11 @@ def test_lean_takes_four_groups_at_the_widths_of_the_models(submodule):
 @pytest.mark.parametrize("descriptors, direction", [(False, "incoming"), (True, "outgoing")])
 def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors, direction):
     """Planes among the product, products in rows, in the ways that a GPU takes."""
-    config = functools.partial(setting, submodule)
+    config = submodule("launch_config").LaunchConfig
     configs = {
-        "fused_dual_gemm": config(32, 16, 32, descriptors, held=True),
-        "trimul_einsum": config(16, 32, 16, descriptors, persistent=2),
-        "fused_ln_residual": config(32, 32, 16, descriptors, held=True),
+        "fused_dual_gemm": config(32, 16, 32, 4, 2, descriptors, held=True),
+        "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
+        "fused_ln_residual": config(32, 32, 16, 4, 2, descriptors, held=True),
     }
     for name in ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual"):
         monkeypatch.setattr(submodule(name), "pick_config", lambda stage, *_: configs[stage])

@@ -1,6 +1,5 @@
 """One call of the triangle multiplication, checked: what everything behind the door is given."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,13 +46,13 @@ class Call(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """The fields in the order of the ops' schemas, the parameters one by one."""
-        return (*self[:_WEIGHTS], *self.weights, *self[_WEIGHTS + 1 :])
+        return self[:_WEIGHTS] + self.weights + self[_WEIGHTS + 1 :]
 
     @classmethod
-    def of(cls, flat: Sequence[Any]) -> "Call":
-        """The call whose `flat()` this is; of a value for each of `FLAT`, those by their names."""
+    def of(cls, flat: tuple[Any, ...]) -> "Call":
+        """The call whose `flat()` this is."""
         end = _WEIGHTS + len(Weights._fields)
-        return cls(*flat[:_WEIGHTS], Weights(*flat[_WEIGHTS:end]), *flat[end:])
+        return cls._make((*flat[:_WEIGHTS], Weights._make(flat[_WEIGHTS:end]), *flat[end:]))
 
     def of_entry(self, entry: int) -> "Call":
         """The call on one sequence of the batch."""

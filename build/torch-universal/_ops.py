@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b1dffa3d1a"
+_NAMESPACE = "_esmfold2_trimul_kernel_d825c6c846"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -14,8 +14,8 @@ Two kernels. The first recomputes p and s and writes dp and dg beside each other
 a matrix that may be wider, so that dz is one GEMM with the projections. The second is the
 LayerNorm's backward. Planes have the axes of x here, whatever the direction.
 
-Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where
-planes and moments may be no numbers; tiles of such pairs are left once the zeros are written.
+For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
+where planes and moments may be NaN; tiles of such pairs write their zeros and end.
 """
 
 import math
@@ -182,7 +182,7 @@ def _fused_dual_gemm_bwd_kernel(
         if not EVEN_D:
             valid = valid & (offs_n < D)[:, None]
         grad = tl.load(planes_ptrs, mask=valid, other=0.0).T.to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        # The pads of the planes may be no numbers.
+        # The padding columns of the planes are uninitialised and may be NaN.
         grad = tl.where(valid_m[:, None], grad, 0.0)
         grad_value = grad * gate
         if grad_mask_ptr is not None:

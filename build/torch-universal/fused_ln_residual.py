@@ -225,7 +225,7 @@ def _fused_ln_residual_fwd_kernel(
                 drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 update *= drop.to(tl.float32)
             if lengths_ptr is not None:
-                # What was read beyond the length may be no numbers.
+                # What was read beyond the length may be NaN.
                 update = tl.where(within[:, None], update, 0.0)
             if residual_ptr is not None:
                 residual = _load_residual(

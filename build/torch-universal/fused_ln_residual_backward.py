@@ -22,8 +22,8 @@ be large beside g2 t^ too.
 The gradients of the parameters need no more than de^T t^ and the sums of de over the rows, dq^T x^
 and the sums of dq (see `triton_backward`), so it is t^ and x^ that are written, in the dtype of x.
 
-Of a sequence with a length below L, everything is zero at the pairs with a residue beyond, where t
-and the moments may be no numbers; tiles of such pairs are left once the zeros are written.
+For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
+where t and the moments may be NaN; tiles of such pairs write their zeros and end.
 """
 
 from typing import NamedTuple
@@ -181,7 +181,7 @@ def _fused_ln_residual_bwd_kernel(
                 C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
             )  # fmt: skip
             emit = dot(scaled, emit_tile.T, emit, PRECISION)
-        # The pads of t may be no numbers.
+        # The padding columns of t are uninitialised and may be NaN.
         emit = tl.where(valid_m[:, None], emit, 0.0)
 
         # A quarter of the columns at a time: what is read and written in layouts of its own would
@@ -299,7 +299,7 @@ def _norm_out_bwd_kernel(
         mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
         grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
         grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
-        # The pads of t may be no numbers.
+        # The padding columns of t are uninitialised and may be NaN.
         grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
         _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
 

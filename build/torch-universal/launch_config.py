@@ -29,10 +29,10 @@ class LaunchConfig:
     """One setting of one stage. M: positions or rows, N: output channels or columns, K: summed."""
 
     block_m: int
+    block_n: int  # 1 where a stage has no columns
     block_k: int
     num_warps: int
     num_stages: int
-    block_n: int = 1  # of stages that have columns
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers, where they are legal
     held: bool = False  # 16-bit rows are normalised in the layout of an accumulator (`hold`)
     maxnreg: int | None = None  # NVIDIA only

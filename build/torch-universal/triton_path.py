@@ -87,7 +87,7 @@ def for_kernels(call: Call) -> Call:
     # The kernels index a parameter's last axis by the channel. A stride there would cost more than
     # a copy, and from tiles that lie the other way ptxas 12.8 (Triton 3.6 to 3.7.1) made sm_90
     # code that read shared memory at the wrong addresses: see docs/fuzzing.md.
-    if any([v is not None and v.stride(-1) != 1 for v in weights]):
+    if not all([v is None or v.is_contiguous() for v in weights]):
         values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
         weights = Weights(*values)
     if precision == "default":
@@ -158,12 +158,12 @@ def einsum(
     a: Tensor,
     b: Tensor,
     product: Tensor,
-    what: object = 0,
+    key: object = 0,
     turned: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Stage 2 into `product`; `what` tells its launch from others of the call's kind."""
+    """Stage 2 into `product`; `key` identifies this launch among the stage-2 launches of a call."""
     prepared = launches.of(
-        ("einsum", what),
+        ("einsum", key),
         prepare_einsum, a, b, call.precision, product, None, turned,
         call.lengths is not None,
     )  # fmt: skip
@@ -393,8 +393,9 @@ def _product_by_groups(
 def groups_of(hidden: int, slots: int) -> Iterator[tuple[int, int, bool]]:
     """Cuts `hidden` channels into few groups: (first channel, channels, whether a and b are apart).
 
-    There is memory for `slots` planes. It holds a and b of a group, or, apart, b alone; then a lies
-    in the memory of as many channels of the product as are yet to come.
+    `slots` planes of scratch memory are available. They hold a and b of a small group. For a larger
+    group they hold only b, and a is written into the part of the product that later groups will
+    fill: a and b are apart.
     """
     first = 0
     while first < hidden:

@@ -101,7 +101,8 @@ def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
     for (name, axes, required, is_vector), value in zip(_PARAMETERS, weights, strict=True):
         if value is None and not required:
             continue
-        _check_is_tensor(name, value)
+        if not isinstance(value, Tensor):
+            _check_is_tensor(name, value)
         shape = shapes[axes]
         if value.shape != shape:
             raise ValueError(f"{name} must be {axes} = {list(shape)}; got {tuple(value.shape)}")

@@ -1,4 +1,4 @@
-"""What a device is to the launchers: its target, name, and two facts about its arithmetic."""
+"""The properties of a device that launches depend on."""
 
 import functools
 from typing import NamedTuple

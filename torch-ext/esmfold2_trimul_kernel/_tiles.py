@@ -409,7 +409,7 @@ def shared_by(programs: int, blocks: int) -> int:
 
 
 def strides(tensor: torch.Tensor) -> list[int]:
-    """The strides, 0 where an axis has one element, so that they don't differ for nothing."""
+    """The strides, with 0 for axes of length 1, so that equal layouts give equal cache keys."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return [0 if size == 1 else stride for size, stride in pairs]
 

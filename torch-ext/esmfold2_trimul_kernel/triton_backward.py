@@ -25,8 +25,8 @@ rows without norm weights and [dp, dg, dq] the rows of one matrix,
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
 
 over the rows of all pairs; sums are in fp32. No atomics: what several programs sum is written apart
-and added in a fixed order, so equal calls give equal bits. Of sequences with lengths the kernels
-skip what lies beyond and leave zeros there; the products go over all rows.
+and added in a fixed order, so equal calls give equal bits. In padded batches the kernels skip pairs
+beyond a length and write zeros; the weight-gradient products still run over all rows.
 
 S and H of 16-bit rows are `row_products`. The GEMM of dz, and S and H of float32, are the vendor's.
 In float32 they follow the call's precision, not torch's global setting, which is changed for their
@@ -355,8 +355,8 @@ class _Sequence(NamedTuple):
         else:  # their transposes
             products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
         for left, right, out, turned in products:
-            what = first, turned
-            einsum(self.call, self.launches, left, right, out, what, turned)
+            key = first, turned
+            einsum(self.call, self.launches, left, right, out, key, turned)
 
     def _stage_1(self, planes: Tensor, moments: Tensor, size: int) -> None:
         """From da and db, planes [2D, L, pitch] in groups of `size` channels, and dq to dx."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b1dffa3d1a"
+_BUILD_ID = "_esmfold2_trimul_kernel_d825c6c846"
 
 
 def _load_package() -> ModuleType:
