@@ -8,11 +8,11 @@ imports it; tests of ahead-of-time compilation run in processes of their own.
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from esmfold2_trimul_tools.heartbeat import heartbeat
 from helpers import SEED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,12 +42,10 @@ class LineAMinute:
 
     def __init__(self, config):
         self._config, self._tests, self._done, self._failed = config, 0, 0, 0
+        self._start, self._minutes = time.monotonic(), 0
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtestloop(self, session):
+    def pytest_collection_finish(self, session):
         self._tests = len(session.items)
-        with heartbeat(self._say):
-            return (yield)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids):
@@ -56,12 +54,13 @@ class LineAMinute:
     def pytest_runtest_logreport(self, report):
         self._done += report.when == "teardown"
         self._failed += report.failed
-
-    def _say(self, elapsed):
-        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write(
-            f"\n{elapsed}: {self._done} of {self._tests} tests done, {self._failed} failed\n"
-        )
+        minutes = int((time.monotonic() - self._start) / 60)
+        if minutes > self._minutes:
+            self._minutes = minutes
+            self._config.pluginmanager.get_plugin("terminalreporter").write(
+                f"\n{minutes} min: {self._done} of {self._tests} tests done, "
+                f"{self._failed} failed\n"
+            )
 
 
 def _repair_interpreter() -> None:
