@@ -485,7 +485,6 @@ def test_training_rows_have_no_floor_and_groups_of_their_own(sources, tmp_path):
     names = [name for name, _ in bench_report.groups(results)]
     assert names == ["float32, outgoing, bool mask",
                      "float32, outgoing, bool mask, forward and backward"]  # fmt: skip
-    assert "forward and backward" in bench_report.text(results)
     assert bench_report.markdown(results).count("ours, of floor") == 1
     assert {path.stem for path in bench_plots.plot(results, tmp_path)} >= {"time_1", "time_2"}
     assert not (tmp_path / "floor_2.png").exists()
@@ -950,18 +949,19 @@ def test_markdown_has_ours_beside_each_rival():
     assert "- published, failed at C=128 L=1024: OutOfMemoryError: no" in lines
 
 
-def test_text_has_a_line_for_each_row_that_was_measured():
+def test_tables_have_a_line_for_each_row_that_was_measured():
     results = example_results()
-    lines = bench_report.text(results).splitlines()
-    head = next(line for line in lines if line.split()[:3] == ["C", "L", "rival"])
+    tables = [bench_report.table(rows) for _, rows in bench_report.groups(results)]
+    head = tables[0][0]
+    assert head[:3] == ["C", "L", "rival"]
     for title in ("p10 to p90", "wall", "host", "first call, s", "peak, pairs", "vs in-tree"):
         assert title in head
     assert "vs cuEq" not in head and "x GEMMs" not in head
-    numbers = [line.split() for line in lines if line.strip().startswith("128")]
+    numbers = [line for _, lines in tables for line in lines]
     assert len(numbers) == sum(row["status"] == "measured" for row in results["rows"])
     assert numbers[0][:4] == ["128", "76", "ours", "0.500"] and "45.6x" in numbers[0]
     results["rows"] = [row for row in results["rows"] if row["status"] == "absent"]
-    assert "absent at every shape" in bench_report.text(results)
+    assert all("absent at every shape" in note for note in bench_report.notes(results))
     assert not bench_report.markdown(results).count("|")
 
 
@@ -1023,26 +1023,30 @@ def test_lengths_that_would_overlap_share_a_label():
     assert bench_plots._spaced({511, 512, 768, 769, 76, 64}) == [64, 76, 512, 768]
 
 
-def test_the_bare_command_needs_torch_alone(tmp_path):
+def test_the_command_needs_torch_typer_and_rich_alone(tmp_path):
     script = """
+        import runpy
         import sys
 
         class Absent:
             def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in ("typer", "rich", "kernels", "transformers",
-                                              "matplotlib", "triton", "cuequivariance_torch"):
+                if name.partition(".")[0] in ("kernels", "transformers", "matplotlib", "triton",
+                                              "cuequivariance_torch"):
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, Absent())
 
-        from esmfold2_trimul_tools import bench
-        bench.measure_ceilings = lambda clock: {
-            "copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12, "copy": "", "matrix": ""}
+        def run(*arguments):
+            sys.argv[1:] = ["bench", *arguments]
+            try:
+                runpy.run_module("esmfold2_trimul_tools", run_name="__main__")
+            except SystemExit as ended:
+                return ended.code
         out = sys.argv[1]
         tiny = ["--device", "cpu", "--widths", "16", "--lengths", "8", "--budget", "0.001"]
-        assert bench.main([*tiny, "--out", out, "--rival", "in-tree, chunk 64"]) == 0
-        assert bench.main(["--results", out, "--plot", "plots"]) == 2
-        assert bench.main([*tiny, "--out", out, "--resume", "--markdown"]) == 0
-        assert bench.main(["--results", out + "none"]) == 2
+        assert run(*tiny, "--out", out, "--rival", "in-tree, chunk 64") == 0
+        assert run("--results", out, "--plot", "plots") == 2
+        assert run(*tiny, "--out", out, "--resume", "--markdown") == 0
+        assert run("--results", out + "none") == 2
     """
     out = tmp_path / "results.json"
     environment = {"PYTHONPATH": str(ROOT / "tools" / "src")}
@@ -1054,7 +1058,7 @@ def test_the_bare_command_needs_torch_alone(tmp_path):
         "ours": "measured", "in-tree, chunk 64": "absent", "in-tree, unchunked": "absent",
     }  # fmt: skip
     (first, second) = results["environment"]["commands"]
-    assert first.startswith("python -m esmfold2_trimul_tools.bench --device cpu --widths 16")
+    assert first.startswith("esmfold2-trimul bench --device cpu --widths 16")
 
 
 @pytest.fixture(scope="module")

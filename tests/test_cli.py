@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
 from esmfold2_trimul_tools import (
     bench,
     build,
@@ -169,7 +168,7 @@ def test_fold_follows_the_seed_and_the_dtype(tiny):
         (["fold", "MQ", "GG"], "Got unexpected extra argument"),
         (["validate", "--kernel", "off"], "validate needs a kernel beside the stock path"),
         (["validate", "--steps", "0"], "--steps must be at least 1"),
-        (["resources", "--target", "sm_1"], "target must be one of sm_80"),
+        (["resources", "--target", "sm_1"], "target must be one of "),
         (["bench", "--lengths", "long"], "--lengths must be whole numbers above 0, as in 128,"),
         (["bench", "--rival", "theirs"], "--rival must be one of ours; "),
         (["bench", "--device", "abacus"], "--device must be cpu, cuda, cuda:N or xpu"),
@@ -379,22 +378,6 @@ def test_bench_fails_if_our_own_kernel_is_wrong(quick_ceilings, monkeypatch):
     assert "ours, wrong at every shape: relative error" in result.stdout
 
 
-def test_both_doors_of_the_benchmark_take_the_same_options():
-    (command,) = [one for one in cli.app.registered_commands if one.callback is cli.bench]
-    click_command = typer.main.get_command_from_info(
-        command, pretty_exceptions_short=False, rich_markup_mode=None
-    )
-    typed = {
-        option: parameter.default for parameter in click_command.params for option in parameter.opts
-    }
-    parsed = {
-        action.option_strings[0]: action.default
-        for action in bench._parser()._actions
-        if action.dest != "help"
-    }
-    assert typed == parsed
-
-
 def test_build_and_its_check(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_find_root", lambda _: tmp_path)
     done = build.BuildResult(tmp_path / build.VARIANT, "_id", ("a", "b"), ("a",), ())
@@ -428,7 +411,7 @@ def start(*arguments, **options):
     # In a process of its own the real entry point runs, on the ATen path.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.Popen(
-        [sys.executable, "-m", "esmfold2_trimul_tools.cli", *arguments],
+        [sys.executable, "-m", "esmfold2_trimul_tools", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -199,20 +199,12 @@ def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
     assert table["fused_dual_gemm"]["2"][0]["block_m"] == 32
     written = json.loads(everything.read_text())["candidates"]
     assert len(written) == 3 * 2 and all(len(one["milliseconds"]) == 10 for one in written)
-    result = CliRunner().invoke(cli.app, ["tune", *arguments, "--json"])
-    assert json.loads(result.stdout)["rows"]
-
-
-def test_the_bare_command(fake_gpu, submodule, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tune, "candidates", lambda stage, width, _: [job(stage, width)])
-    monkeypatch.setattr(
-        submodule("_device"), "device_target", lambda _: submodule("_device").target_of("sm_90", "")
+    result = CliRunner().invoke(
+        cli.app, ["tune", *arguments, "--stage", "trimul_einsum", "--commit", "abc", "--json"]
     )
-    out = tmp_path / "table.json"
-    assert tune.main(["--out", str(out), "--stage", "trimul_einsum", "--commit", "abc"]) == 0
-    printed = capsys.readouterr()
-    assert "trimul_einsum C = 256" in printed.out and "[1/" in printed.err
-    assert json.loads(out.read_text())["trimul_einsum"]["2"]
+    measured = json.loads(result.stdout)
+    assert {row["stage"] for row in measured["rows"]} == {"trimul_einsum"}
+    assert measured["environment"]["commit"] == "abc"
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -221,9 +213,7 @@ def test_the_bare_command(fake_gpu, submodule, monkeypatch, tmp_path, capsys):
     (["--width", "8"], "width must be from 16 to 512; got 8"),
     ([], "tune needs an NVIDIA GPU: torch.cuda finds none"),
 ])  # fmt: skip
-def test_refusals(monkeypatch, capsys, arguments, message):
+def test_refusals(monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--out", "table.json", *arguments]) == UserError.exit_status
-    assert capsys.readouterr().err == f"error: {message}\n"
     result = CliRunner().invoke(cli.app, ["tune", "--out", "table.json", *arguments])
     assert (result.exit_code, result.stderr) == (UserError.exit_status, f"error: {message}\n")

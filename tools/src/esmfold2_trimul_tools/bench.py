@@ -1,6 +1,6 @@
 """Our triangle multiplication beside its rivals: time, peak memory, error, and the floor.
 
-    python -m esmfold2_trimul_tools.bench --device cuda --out results.json --plot plots --markdown
+    esmfold2-trimul bench --device cuda --out results.json --plot plots --markdown
 
 Forward calls on random inputs, each rival held to float64 before it is timed. How times are taken
 is said in `bench_clock`, how each rival is called in `bench_rivals`, what the floor is in
@@ -9,13 +9,8 @@ is said in `bench_clock`, how each rival is called in `bench_rivals`, what the f
 
 from __future__ import annotations
 
-import argparse
 import gc
-import inspect
-import json
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,23 +37,20 @@ from .bench_problem import (
     relative_error,
     sample,
 )
-from .bench_report import markdown, text
 from .bench_results import (
     ROW,
     Results,
     Row,
     compare,
     derive,
-    ours_is_right,
     read_results,
     row_case,
 )
 from .bench_rivals import Absent, Rival, Sources, first_line, trained
-from .bench_settings import Settings, read_settings
+from .bench_settings import Settings
 from .documents import write_document
 from .errors import UserError
 from .memory import measure_peak_memory
-from .options import HELP
 from .repository import load_kernel
 
 Progress = Callable[[str, int, int], None]
@@ -326,64 +318,3 @@ def draw(results: Results, folder: Path) -> list[Path]:
         return plot(results, folder)
     except OSError as error:
         raise UserError(f"--plot {folder}: can't be written to ({error.strerror})") from error
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command without typer and rich; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = vars(_parser().parse_args(arguments))
-    show_markdown, show_json, folder, old, out, resumed, commit = (
-        options.pop(name)
-        for name in ("markdown", "json", "plot", "results", "out", "resume", "commit")
-    )
-    try:
-        if old is not None:
-            results = read_results(old)
-        else:
-            command = shlex.join(["python", "-m", "esmfold2_trimul_tools.bench", *arguments])
-            settings = read_settings(**options)
-            results = bench(settings, command, out, resumed, commit, _print_progress)
-        if folder is not None:
-            draw(results, folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        return 130
-    if show_json:
-        print(json.dumps(results, indent=1))
-    else:
-        print(markdown(results) if show_markdown else text(results))
-    return 0 if ours_is_right(results) else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m esmfold2_trimul_tools.bench", description=__doc__.splitlines()[0]
-    )
-    kinds: dict[str, dict[str, Any]] = {
-        **dict.fromkeys(("budget",), {"type": float}),
-        **dict.fromkeys(("check_up_to", "seed", "busy"), {"type": int}),
-        **dict.fromkeys(("published", "kernel_root", "out", "results", "plot"), {"type": Path}),
-        **dict.fromkeys(
-            ("quick", "compile", "max_autotune", "graphs", "first_call", "resume", "markdown",
-             "json"),
-            {"action": "store_true"},
-        ),
-        "rival": {"action": "append", "dest": "rivals"},
-    }  # fmt: skip
-    defaults = inspect.signature(read_settings).parameters
-    for name, meaning in HELP.items():
-        kind = kinds.get(name, {})
-        if name in defaults and "action" not in kind:
-            kind = kind | {"default": defaults[name].default}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=meaning, **kind)
-    return parser
-
-
-def _print_progress(what: str, done: int, total: int) -> None:
-    print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

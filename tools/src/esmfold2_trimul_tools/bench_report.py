@@ -73,23 +73,6 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return [list(columns)[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
-def text(results: Results) -> str:
-    """Everything for a terminal without a library of tables."""
-    parts = [caption(results)]
-    for name, rows in groups(results):
-        head, lines = table(rows)
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        padded = [
-            "  ".join(
-                cell.ljust(width) if title == "rival" else cell.rjust(width)
-                for title, cell, width in zip(head, line, widths, strict=True)
-            ).rstrip()
-            for line in [head, *lines]
-        ]
-        parts.append("\n".join([f"{name}; times in ms, medians", *padded]))
-    return "\n\n".join([*parts, *notes(results)])
-
-
 def notes(results: Results) -> list[str]:
     """A sentence for each rival and reason: what was not measured, where, and why."""
     where: dict[tuple[str, str, str], list[str]] = {}

@@ -22,7 +22,6 @@ from typer.core import TyperGroup
 
 from .errors import UserError
 from .heartbeat import heartbeat
-from .options import CONFORMANCE_HELP, HELP, TUNE_HELP
 from .sequences import file_stems, parse_sequence, read_fasta
 
 if TYPE_CHECKING:
@@ -82,6 +81,18 @@ KernelRoot = Annotated[
     typer.Option("--kernel-root", help="The kernel repository. Default: the tools' own checkout."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Commit = Annotated[
+    str | None,
+    typer.Option("--commit", help="What to record as the commit. Default: git's answer."),
+]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
+Published = Annotated[
+    Path | None,
+    typer.Option(
+        "--published",
+        help="The folder that holds the published package, esmfold2_trimul. Default: the Hub.",
+    ),
+]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", help="A Hub id or a local folder. Default: biohub/ESMFold2."),
@@ -299,34 +310,94 @@ def resources(
 
 @app.command()
 def bench(
-    device: Annotated[str | None, typer.Option(help=HELP["device"])] = None,
-    widths: Annotated[str, typer.Option(help=HELP["widths"])] = "128,256",
-    lengths: Annotated[str | None, typer.Option(help=HELP["lengths"])] = None,
-    quick: Annotated[bool, typer.Option("--quick", help=HELP["quick"])] = False,
-    dtypes: Annotated[str | None, typer.Option(help=HELP["dtypes"])] = None,
-    directions: Annotated[str, typer.Option(help=HELP["directions"])] = "outgoing",
-    masks: Annotated[str, typer.Option(help=HELP["masks"])] = "bool",
-    passes: Annotated[str, typer.Option(help=HELP["passes"])] = "forward",
-    rivals: Annotated[list[str] | None, typer.Option("--rival", help=HELP["rival"])] = None,
-    compile: Annotated[bool, typer.Option("--compile", help=HELP["compile"])] = False,
-    max_autotune: Annotated[
-        bool, typer.Option("--max-autotune", help=HELP["max_autotune"])
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Channels C of the pair tensor.")] = "128,256",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Residues L. Default: 15 lengths from 64 to 2048 on a GPU, 3 up to 256 on a CPU."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths.")] = False,
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of float32, bfloat16 and float16. Default: bfloat16 on a GPU, float32 on a CPU."
+        ),
+    ] = None,
+    directions: Annotated[str, typer.Option(help="Of outgoing and incoming.")] = "outgoing",
+    masks: Annotated[str, typer.Option(help="Of bool, float and none.")] = "bool",
+    passes: Annotated[
+        str, typer.Option(help="Of forward and training, which is forward and backward.")
+    ] = "forward",
+    rivals: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rival", help="Measure this rival, and ours, instead of all; may be repeated."
+        ),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also transformers' module under torch.compile.")
     ] = False,
-    graphs: Annotated[bool, typer.Option("--graphs", help=HELP["graphs"])] = False,
-    compile_lengths: Annotated[str | None, typer.Option(help=HELP["compile_lengths"])] = None,
-    published: Annotated[Path | None, typer.Option(help=HELP["published"])] = None,
-    budget: Annotated[float, typer.Option(help=HELP["budget"])] = 0.5,
-    check_up_to: Annotated[int | None, typer.Option(help=HELP["check_up_to"])] = None,
-    first_call: Annotated[bool, typer.Option("--first-call", help=HELP["first_call"])] = False,
-    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
-    busy: Annotated[int, typer.Option(help=HELP["busy"])] = 0,
+    max_autotune: Annotated[
+        bool,
+        typer.Option(
+            "--max-autotune",
+            help="Also transformers' module under torch.compile with max-autotune. Slow.",
+        ),
+    ] = False,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="Also CUDA graphs of the rivals, which show device time without host time.",
+        ),
+    ] = False,
+    compile_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="The lengths at which anything is compiled by torch.compile. Default: all."
+        ),
+    ] = None,
+    published: Published = None,
+    budget: Annotated[float, typer.Option(help="Seconds of timing for each row.")] = 0.5,
+    check_up_to: Annotated[
+        int | None,
+        typer.Option(
+            help="The longest L that is held to float64 at all pairs; longer at some. "
+            "Default: 1024 on a GPU, 512 on a CPU."
+        ),
+    ] = None,
+    first_call: Annotated[
+        bool,
+        typer.Option(
+            "--first-call",
+            help="Also time first calls, in fresh processes with an empty Triton cache.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    busy: Annotated[
+        int,
+        typer.Option(
+            help="So many processes compute beside the benchmark, "
+            "as on a machine that people share."
+        ),
+    ] = 0,
     kernel_root: KernelRoot = None,
-    commit: Annotated[str | None, typer.Option(help=HELP["commit"])] = None,
-    out: Annotated[Path | None, typer.Option(help=HELP["out"])] = None,
-    resume: Annotated[bool, typer.Option("--resume", help=HELP["resume"])] = False,
-    results: Annotated[Path | None, typer.Option(help=HELP["results"])] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help=HELP["markdown"])] = False,
-    plot: Annotated[Path | None, typer.Option(help=HELP["plot"])] = None,
+    commit: Commit = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results to this file, after every shape.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Add to the results in --out what they don't hold yet.")
+    ] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show the results in this file.")
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw plots into this folder, as PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the kernel beside its rivals: time, peak memory, error, share of the floor.
@@ -334,11 +405,14 @@ def bench(
     Exit status 1 if the kernel itself fails or gives a wrong result.
     """
     from . import bench as module
+    from .bench_report import markdown
+    from .bench_results import ours_is_right, read_results
+    from .bench_settings import read_settings
 
     if results is not None:
-        measured = module.read_results(results)
+        measured = read_results(results)
     else:
-        settings = module.read_settings(
+        settings = read_settings(
             device=device,
             widths=widths,
             lengths=lengths,
@@ -368,31 +442,40 @@ def bench(
     if as_json:
         _print_json(measured)
     elif as_markdown:
-        print(module.markdown(measured))
+        print(markdown(measured))
     else:
         _print_bench(measured)
-    if not module.ours_is_right(measured):
+    if not ours_is_right(measured):
         raise typer.Exit(1)
 
 
 @app.command()
 def conformance(
-    device: Annotated[str | None, typer.Option(help=CONFORMANCE_HELP["device"])] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N or xpu. Default: a GPU if there is one.")
+    ] = None,
     implementations: Annotated[
         list[str] | None,
-        typer.Option("--implementation", help=CONFORMANCE_HELP["implementation"]),
+        typer.Option(
+            "--implementation", help="Hold this one to the cases instead of all; may be repeated."
+        ),
     ] = None,
     cases: Annotated[
-        list[str] | None, typer.Option("--case", help=CONFORMANCE_HELP["case"])
+        list[str] | None,
+        typer.Option(
+            "--case", help="Cases whose name has this in it, instead of all; may be repeated."
+        ),
     ] = None,
-    published: Annotated[Path | None, typer.Option(help=CONFORMANCE_HELP["published"])] = None,
-    seed: Annotated[int, typer.Option(help=CONFORMANCE_HELP["seed"])] = 0,
+    published: Published = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
     kernel_root: KernelRoot = None,
-    commit: Annotated[str | None, typer.Option(help=CONFORMANCE_HELP["commit"])] = None,
-    out: Annotated[Path | None, typer.Option(help=CONFORMANCE_HELP["out"])] = None,
-    results: Annotated[Path | None, typer.Option(help=CONFORMANCE_HELP["results"])] = None,
+    commit: Commit = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Run nothing: show the results in this file.")
+    ] = None,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help=CONFORMANCE_HELP["markdown"])
+        bool, typer.Option("--markdown", help="Print the report of docs/conformance.md.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -429,12 +512,24 @@ def conformance(
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(help=TUNE_HELP["out"])],
-    results: Annotated[Path | None, typer.Option(help=TUNE_HELP["results"])] = None,
-    stages: Annotated[list[str] | None, typer.Option("--stage", help=TUNE_HELP["stage"])] = None,
-    widths: Annotated[list[int] | None, typer.Option("--width", help=TUNE_HELP["width"])] = None,
+    out: Annotated[Path, typer.Option(help="Write the settings table to this file.")],
+    results: Annotated[Path | None, typer.Option(help="Write every timing to this file.")] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage",
+            help="Tune this stage alone: fused_dual_gemm, trimul_einsum, fused_ln_residual; "
+            "may be repeated.",
+        ),
+    ] = None,
+    widths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--width", help="Tune this C = D alone; may be repeated. Default: 128 and 256."
+        ),
+    ] = None,
     kernel_root: KernelRoot = None,
-    commit: Annotated[str | None, typer.Option(help=TUNE_HELP["commit"])] = None,
+    commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
     """Search launch settings on this machine's GPU and write the fastest as a table.
@@ -525,9 +620,7 @@ class _Setup:
         """Which implementation our kernel takes here, and why."""
         from .repository import load_kernel
 
-        return tuple(
-            load_kernel(self.root).paths.execution_path(self.device, self.dtype)
-        )
+        return tuple(load_kernel(self.root).paths.execution_path(self.device, self.dtype))
 
     def kernel_description(self) -> str:
         """The kernel in words."""
@@ -789,7 +882,3 @@ def _finite(value: Any) -> Any:
 def main() -> None:
     """The command's entry point."""
     app(prog_name="esmfold2-trimul")
-
-
-if __name__ == "__main__":
-    main()

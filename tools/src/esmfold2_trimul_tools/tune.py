@@ -4,7 +4,7 @@ Every candidate of a stage is compiled (in processes of its own, several at a ti
 held to float32 PyTorch, and it is timed at the lengths of each class; the fastest of a class is
 kept. Needs torch, Triton and one NVIDIA GPU; no other package.
 
-    python -m esmfold2_trimul_tools.tune --out sm_90.json --results tune.json
+    esmfold2-trimul tune --out sm_90.json --results tune.json
 
 A table written to torch-ext/esmfold2_trimul_kernel/configs is taken by devices of that target, or,
 where it is named after one device (NVIDIA_H200.json), by that device alone.
@@ -12,7 +12,6 @@ where it is named after one device (NVIDIA_H200.json), by that device alone.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import itertools
 import json
@@ -20,9 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +30,6 @@ import torch
 from .bench_environment import checkout_commit, driver_version
 from .documents import write_document
 from .errors import UserError
-from .options import TUNE_HELP
 from .repository import find_root, load_kernel, submodule
 
 STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
@@ -472,37 +468,6 @@ def text(results: dict, classes: tuple = CLASSES) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command without typer and rich; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="python -m esmfold2_trimul_tools.tune", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, required=True, help=TUNE_HELP["out"])
-    parser.add_argument("--results", type=Path, help=TUNE_HELP["results"])
-    parser.add_argument("--stage", action="append", dest="stages", help=TUNE_HELP["stage"])
-    parser.add_argument(
-        "--width", type=int, action="append", dest="widths", help=TUNE_HELP["width"]
-    )
-    parser.add_argument("--kernel-root", type=Path, help=TUNE_HELP["kernel_root"])
-    parser.add_argument("--commit", help=TUNE_HELP["commit"])
-    args = parser.parse_args(arguments)
-
-    def progress(what: str, done: int, total: int) -> None:
-        print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
-
-    command = shlex.join(["python", "-m", "esmfold2_trimul_tools.tune", *arguments])
-    try:
-        results = run(**vars(args), command=command, progress=progress)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        return 130
-    print(text(results))
-    return 0
-
-
 def run(
     out: Path,
     results: Path | None,
@@ -513,7 +478,7 @@ def run(
     command: str,
     progress: Callable[[str, int, int], None],
 ) -> dict:
-    """What both commands do: tunes, writes the files, returns the results.
+    """Tunes, writes the files and returns the results.
 
     Raises:
         UserError: no GPU, no kernel repository, or an unknown stage or width.
@@ -531,7 +496,3 @@ def run(
     )  # fmt: skip
     write(root, measured, out, results)
     return measured
-
-
-if __name__ == "__main__":
-    sys.exit(main())
