@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from esmfold2_trimul_tools import bench, bench_clock, bench_plots, bench_report, bench_rivals
-from esmfold2_trimul_tools.bench_environment import describe_environment
-from esmfold2_trimul_tools.bench_first_call import first_call_seconds
-from esmfold2_trimul_tools.bench_problem import (
+from esmfold2_trimul_tools.bench import clock as bench_clock
+from esmfold2_trimul_tools.bench import plots as bench_plots
+from esmfold2_trimul_tools.bench import report as bench_report
+from esmfold2_trimul_tools.bench import rivals as bench_rivals
+from esmfold2_trimul_tools.bench import run as bench
+from esmfold2_trimul_tools.bench.first_call import first_call_seconds
+from esmfold2_trimul_tools.bench.problem import (
     Case,
     make_problem,
     reference,
@@ -24,7 +27,7 @@ from esmfold2_trimul_tools.bench_problem import (
     sample,
     stage_floors,
 )
-from esmfold2_trimul_tools.bench_results import (
+from esmfold2_trimul_tools.bench.results import (
     ROW,
     compare,
     derive,
@@ -32,9 +35,10 @@ from esmfold2_trimul_tools.bench_results import (
     read_results,
     row_case,
 )
-from esmfold2_trimul_tools.bench_rivals import RIVALS, Absent, Call, Rival, Sources
-from esmfold2_trimul_tools.bench_settings import read_settings
+from esmfold2_trimul_tools.bench.rivals import RIVALS, Absent, Call, Rival, Sources
+from esmfold2_trimul_tools.bench.settings import read_settings
 from esmfold2_trimul_tools.documents import write_document
+from esmfold2_trimul_tools.environment import describe_environment
 from esmfold2_trimul_tools.errors import UserError
 from fresh_process import ROOT, python_output
 from helpers import Problem
@@ -580,7 +584,7 @@ def test_our_own_kernel_is_never_taken_for_the_published_one():
     script = """
         import sys
         from pathlib import Path
-        from esmfold2_trimul_tools.bench_rivals import Sources, find_published
+        from esmfold2_trimul_tools.bench.rivals import Sources, find_published
         from esmfold2_trimul_tools.repository import load_kernel
 
         root = Path(sys.argv[1])
@@ -666,7 +670,7 @@ def test_a_first_call_that_fails_says_why(monkeypatch):
 
 
 def fake_rivals(monkeypatch, *rivals):
-    monkeypatch.setattr("esmfold2_trimul_tools.bench_settings.RIVALS", rivals)
+    monkeypatch.setattr("esmfold2_trimul_tools.bench.settings.RIVALS", rivals)
     monkeypatch.setattr(bench, "gemm_milliseconds", lambda *_: 1.0)
 
 

@@ -7,17 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from esmfold2_trimul_tools import (
-    bench,
-    build,
-    cli,
-    doctor,
-    fold,
-    model,
-    resources,
-    validate,
-)
-from esmfold2_trimul_tools.sequences import Record
+from esmfold2_trimul_tools import build, cli, doctor, resources
+from esmfold2_trimul_tools.bench import run as bench
+from esmfold2_trimul_tools.folding import fold, model, validate
+from esmfold2_trimul_tools.folding.sequences import Record
 from folding import SHORT, TINY_SITES, ZERO_LAYER, tiny_config, write_kernel_repository
 from matplotlib.image import imread
 from typer.testing import CliRunner

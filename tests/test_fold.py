@@ -2,12 +2,17 @@ import math
 
 import pytest
 import torch
-from esmfold2_trimul_tools import fold as subject
 from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
-from esmfold2_trimul_tools.fold import Settings, compare, fold, fold_records
-from esmfold2_trimul_tools.model import random_model, restore_stock, swap_in, triangle_modules
+from esmfold2_trimul_tools.folding import fold as subject
+from esmfold2_trimul_tools.folding.fold import Settings, compare, fold, fold_records
+from esmfold2_trimul_tools.folding.model import (
+    random_model,
+    restore_stock,
+    swap_in,
+    triangle_modules,
+)
+from esmfold2_trimul_tools.folding.sequences import Record
 from esmfold2_trimul_tools.repository import find_root
-from esmfold2_trimul_tools.sequences import Record
 from folding import (
     CPU,
     NAN_LAYER,

@@ -1,5 +1,5 @@
 import torch
-from esmfold2_trimul_tools import memory
+from esmfold2_trimul_tools.folding import memory
 
 CPU = torch.device("cpu")
 

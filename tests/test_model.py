@@ -5,9 +5,9 @@ import huggingface_hub
 import kernels
 import pytest
 import torch
-from esmfold2_trimul_tools import model as subject
 from esmfold2_trimul_tools.errors import UserError
-from esmfold2_trimul_tools.model import Swap, swap_in, triangle_modules
+from esmfold2_trimul_tools.folding import model as subject
+from esmfold2_trimul_tools.folding.model import Swap, swap_in, triangle_modules
 from esmfold2_trimul_tools.repository import find_root
 from folding import (
     CPU,

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from esmfold2_trimul_tools import plots
-from esmfold2_trimul_tools.fold import Fold
-from esmfold2_trimul_tools.memory import PeakMemory
-from esmfold2_trimul_tools.sequences import Record
+from esmfold2_trimul_tools.folding import plots
+from esmfold2_trimul_tools.folding.fold import Fold
+from esmfold2_trimul_tools.folding.memory import PeakMemory
+from esmfold2_trimul_tools.folding.sequences import Record
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 

@@ -1,6 +1,6 @@
 import pytest
 from esmfold2_trimul_tools.errors import UserError
-from esmfold2_trimul_tools.sequences import Record, file_stems, parse_sequence, read_fasta
+from esmfold2_trimul_tools.folding.sequences import Record, file_stems, parse_sequence, read_fasta
 
 
 def test_every_residue_of_the_model_is_accepted():

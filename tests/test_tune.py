@@ -5,8 +5,9 @@ import types
 
 import pytest
 import torch
-from esmfold2_trimul_tools import cli, tune
+from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.errors import UserError
+from esmfold2_trimul_tools.tune import search as tune
 from fresh_process import ROOT
 from typer.testing import CliRunner
 

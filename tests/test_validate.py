@@ -2,11 +2,11 @@ import json
 
 import pytest
 from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
-from esmfold2_trimul_tools.fold import Settings, compare, fold
-from esmfold2_trimul_tools.model import restore_stock, swap_in
+from esmfold2_trimul_tools.folding.fold import Settings, compare, fold
+from esmfold2_trimul_tools.folding.model import restore_stock, swap_in
+from esmfold2_trimul_tools.folding.sequences import Record
+from esmfold2_trimul_tools.folding.validate import DECIDING, shipped_proteins, validate
 from esmfold2_trimul_tools.repository import find_root
-from esmfold2_trimul_tools.sequences import Record
-from esmfold2_trimul_tools.validate import DECIDING, shipped_proteins, validate
 from folding import (
     NAN_LAYER,
     SHORT,

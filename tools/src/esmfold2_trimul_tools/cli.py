@@ -21,13 +21,13 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from .errors import UserError
+from .folding.sequences import file_stems, parse_sequence, read_fasta
 from .heartbeat import heartbeat
-from .sequences import file_stems, parse_sequence, read_fasta
 
 if TYPE_CHECKING:
-    from .fold import Outcome, Settings
-    from .memory import PeakMemory
-    from .validate import Validation
+    from .folding.fold import Outcome, Settings
+    from .folding.memory import PeakMemory
+    from .folding.validate import Validation
 
 # torch and transformers take seconds to import: each command imports what it needs.
 
@@ -173,8 +173,8 @@ def fold(
         raise UserError("--compare needs a kernel beside the stock path: --kernel ours or hub")
     records = [parse_sequence(sequence)] if fasta is None else read_fasta(fasta)
 
-    from .fold import Settings, fold_records, write_pdb
-    from .plots import plot_fold
+    from .folding.fold import Settings, fold_records, write_pdb
+    from .folding.plots import plot_fold
 
     settings = Settings(loops, samples, steps, seed)
     settings.check()
@@ -222,8 +222,8 @@ def validate(
     and stock path differ by more (with one seed) than the stock path does
     between two seeds.
     """
-    from .fold import Settings
-    from .validate import validate as run
+    from .folding.fold import Settings
+    from .folding.validate import validate as run
 
     if kernel == "off":
         raise UserError("validate needs a kernel beside the stock path: --kernel ours or hub")
@@ -404,10 +404,10 @@ def bench(
 
     Exit status 1 if the kernel itself fails or gives a wrong result.
     """
-    from . import bench as module
-    from .bench_report import markdown
-    from .bench_results import ours_is_right, read_results
-    from .bench_settings import read_settings
+    from .bench import run as module
+    from .bench.report import markdown
+    from .bench.results import ours_is_right, read_results
+    from .bench.settings import read_settings
 
     if results is not None:
         measured = read_results(results)
@@ -483,8 +483,8 @@ def conformance(
 
     Exit status 1 if a case of ours fails; failures of others are reported.
     """
-    from . import conformance as module
-    from .conformance_report import markdown, read_results
+    from .conformance import run as module
+    from .conformance.report import markdown, read_results
 
     if results is not None:
         found = read_results(results)
@@ -537,7 +537,7 @@ def tune(
     Every candidate is checked before it is timed. The shipped table of this
     GPU's architecture is where the new one starts from; it is not changed.
     """
-    from . import tune as module
+    from .tune import search as module
 
     command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
     with _ProgressBar() as report:
@@ -594,7 +594,13 @@ class _Setup:
         seed: int,
         kernel_root: Path | None,
     ) -> None:
-        from .model import HUB_MODEL, check_kernel, check_swappable, resolve_device, resolve_dtype
+        from .folding.model import (
+            HUB_MODEL,
+            check_kernel,
+            check_swappable,
+            resolve_device,
+            resolve_dtype,
+        )
 
         if random_weights and model is not None:
             raise UserError("give either --model or --random-weights")
@@ -610,7 +616,7 @@ class _Setup:
 
     def load(self) -> Any:
         """The model on its device."""
-        from .model import load_model, random_model
+        from .folding.model import load_model, random_model
 
         if self.random_weights:
             return random_model(self.device, self.dtype, self.seed)
@@ -762,7 +768,7 @@ def _print_outcome(outcome: "Outcome", setup: _Setup, files: dict[str, str]) -> 
 
 
 def _print_validation(result: "Validation", setup: _Setup) -> None:
-    from .validate import DECIDING
+    from .folding.validate import DECIDING
 
     console = _stdout(soft_wrap=True)
     if setup.random_weights:
@@ -820,7 +826,7 @@ def _print_resources(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_bench(measured: dict[str, Any]) -> None:
-    from .bench_report import caption, groups, notes, table
+    from .bench.report import caption, groups, notes, table
 
     console = _stdout(soft_wrap=True)
     console.print(caption(measured))
@@ -838,7 +844,7 @@ def _print_bench(measured: dict[str, Any]) -> None:
 
 
 def _print_conformance(found: dict[str, Any]) -> None:
-    from .conformance_report import COLUMNS, caption, notes, summaries
+    from .conformance.report import COLUMNS, caption, notes, summaries
 
     console = _stdout(soft_wrap=True)
     console.print(caption(found))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench_problem import PASSES, Problem
+from .problem import PASSES, Problem
 
 _PUBLISHED = "esmfold2_trimul"
 _HUB_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the published layer

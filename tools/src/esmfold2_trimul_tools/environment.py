@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .bench_rivals import Sources
+from .bench.rivals import Sources
 
 
 class RunSettings(Protocol):

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .bench_problem import EPS
+from ..bench.problem import EPS
 
 DTYPES = ("bfloat16", "float16", "float32")
 BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")

@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from .bench_report import groups
-from .bench_results import Results, Row
-from .bench_rivals import OURS
+from .report import groups
+from .results import Results, Row
+from .rivals import OURS
 
 _DOTS_PER_INCH = 150
 _LEGEND_COLUMNS = 4

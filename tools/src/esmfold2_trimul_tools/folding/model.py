@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from transformers import EsmFold2Config, EsmFold2Model

@@ -8,7 +8,6 @@ one seed differ by the kernel's arithmetic alone: that difference must not excee
 
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,7 +73,7 @@ class Validation(NamedTuple):
 
 def shipped_proteins() -> list[Record]:
     """Ubiquitin and GB1, from this package's data files."""
-    folder = Path(str(files(__package__) / "data"))
+    folder = Path(__file__).resolve().parents[1] / "data"
     return [record for name in PROTEINS for record in read_fasta(folder / f"{name}.fasta")]
 
 

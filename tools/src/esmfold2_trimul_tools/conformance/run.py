@@ -2,8 +2,8 @@
 
     esmfold2-trimul conformance --out results.json
 
-The cases are data in `conformance_cases`, what they are held to is in `conformance_criterion`, who
-takes part in `conformance_implementations`, and what the results hold in `conformance_report`.
+The cases are data in `cases`, what they are held to is in `criterion`, who
+takes part in `implementations`, and what the results hold in `report`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bench_environment import describe_environment
-from .bench_rivals import Absent, Sources, first_line
-from .conformance_cases import CASES, DTYPES, Case, Problem, make_problem
-from .conformance_criterion import Answer, answer, errors, fault
-from .conformance_implementations import IMPLEMENTATIONS, Implementation
-from .conformance_report import ROW, Results, Row
-from .documents import write_document
-from .errors import UserError
-from .model import resolve_device
-from .repository import find_root, load_kernel
+from ..bench.rivals import Absent, Sources, first_line
+from ..documents import write_document
+from ..environment import describe_environment
+from ..errors import UserError
+from ..folding.model import resolve_device
+from ..repository import find_root, load_kernel
+from .cases import CASES, DTYPES, Case, Problem, make_problem
+from .criterion import Answer, answer, errors, fault
+from .implementations import IMPLEMENTATIONS, Implementation
+from .report import ROW, Results, Row
 
 Progress = Callable[[str, int, int], None]
 
@@ -203,7 +203,7 @@ def conformance(
     """The whole of it; the results are written to the file `out`, if any.
 
     Args:
-        command, commit: as for `bench_environment.describe_environment`.
+        command, commit: as for `environment.describe_environment`.
 
     Raises:
         UserError: `out` can't be written to.

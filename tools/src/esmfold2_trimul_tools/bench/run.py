@@ -3,8 +3,8 @@
     esmfold2-trimul bench --device cuda --out results.json --plot plots --markdown
 
 Forward calls on random inputs, each rival held to float64 before it is timed. How times are taken
-is said in `bench_clock`, how each rival is called in `bench_rivals`, what the floor is in
-`bench_problem.stage_floors`, what the results hold in `bench_results`.
+is said in `clock`, how each rival is called in `rivals`, what the floor is in
+`problem.stage_floors`, what the results hold in `results`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 
-from .bench_clock import (
+from ..documents import write_document
+from ..environment import describe_environment
+from ..errors import UserError
+from ..folding.memory import measure_peak_memory
+from ..repository import load_kernel
+from .clock import (
     CpuClock,
     GpuClock,
     busy_loops,
@@ -25,9 +30,8 @@ from .bench_clock import (
     make_clock,
     measure_ceilings,
 )
-from .bench_environment import describe_environment
-from .bench_first_call import first_call_seconds
-from .bench_problem import (
+from .first_call import first_call_seconds
+from .problem import (
     Case,
     Problem,
     Sample,
@@ -37,7 +41,7 @@ from .bench_problem import (
     relative_error,
     sample,
 )
-from .bench_results import (
+from .results import (
     ROW,
     Results,
     Row,
@@ -46,12 +50,8 @@ from .bench_results import (
     read_results,
     row_case,
 )
-from .bench_rivals import Absent, Rival, Sources, first_line, trained
-from .bench_settings import Settings
-from .documents import write_document
-from .errors import UserError
-from .memory import measure_peak_memory
-from .repository import load_kernel
+from .rivals import Absent, Rival, Sources, first_line, trained
+from .settings import Settings
 
 Progress = Callable[[str, int, int], None]
 
@@ -227,7 +227,7 @@ def start(settings: Settings, command: str, commit: str | None = None) -> Result
     """Results without a row yet: environment and ceilings are taken now.
 
     Args:
-        command, commit: as for `bench_environment.describe_environment`.
+        command, commit: as for `environment.describe_environment`.
     """
     _use(settings.device)
     sources = Sources(load_kernel(settings.root), settings.published)
@@ -311,7 +311,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         UserError: matplotlib is missing, or the folder can't be written to.
     """
     try:
-        from .bench_plots import plot
+        from .plots import plot
     except ImportError as error:
         raise UserError(f"--plot needs matplotlib ({error})") from error
     try:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .bench_problem import Case
+from .problem import Case
 
 Call = Callable[[], Any]
 

@@ -1,4 +1,4 @@
-"""Who takes the conformance suite: ours by every door, and the others as `bench_rivals` calls them.
+"""Who takes the conformance suite: ours by every door, and the others as `bench.rivals` calls them.
 
 An implementation is a line in IMPLEMENTATIONS. Ours lack nothing that the table asks for.
 """
@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import bench_problem, bench_rivals
-from .bench_rivals import Absent, Sources, first_line
-from .conformance_cases import Problem
+from ..bench import problem as bench_problem
+from ..bench import rivals as bench_rivals
+from ..bench.rivals import Absent, Sources, first_line
+from .cases import Problem
 
 _CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ class Implementation:
 
     run: its output for a problem on its device; raises `Absent` for one that it doesn't take.
     missing: why it can't run on a device here, or None if it can. lacks: features of
-    `conformance_cases` that it doesn't have, and a reason for each. on_cpu: it takes tensors of the
+    `cases` that it doesn't have, and a reason for each. on_cpu: it takes tensors of the
     CPU, whatever device is asked for.
     """
 

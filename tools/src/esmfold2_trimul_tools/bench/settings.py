@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .bench_problem import DIRECTIONS, MASKS, PASSES, Case
-from .bench_rivals import OURS, RIVALS, Rival
-from .errors import UserError
-from .model import DTYPES, resolve_device, resolve_dtype
-from .repository import find_root
+from ..errors import UserError
+from ..folding.model import DTYPES, resolve_device, resolve_dtype
+from ..repository import find_root
+from .problem import DIRECTIONS, MASKS, PASSES, Case
+from .rivals import OURS, RIVALS, Rival
 
 _GPU_LENGTHS = (64, 76, 128, 256, 286, 383, 384, 511, 512, 768, 769, 1024, 1111, 1536, 2048)
 _CPU_LENGTHS = (64, 128, 256)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
-from .bench_results import Results, Row, row_case
-from .bench_rivals import OURS
+from .results import Results, Row, row_case
+from .rivals import OURS
 
 
 def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:

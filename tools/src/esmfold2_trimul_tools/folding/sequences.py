@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError
+from ..errors import UserError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWYX"
 _STEM_LENGTH = 80  # characters; leaves room for a suffix within every file system's limit

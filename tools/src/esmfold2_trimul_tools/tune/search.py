@@ -27,10 +27,10 @@ from types import ModuleType
 
 import torch
 
-from .bench_environment import checkout_commit, driver_version
-from .documents import write_document
-from .errors import UserError
-from .repository import find_root, load_kernel, submodule
+from ..documents import write_document
+from ..environment import checkout_commit, driver_version
+from ..errors import UserError
+from ..repository import find_root, load_kernel, submodule
 
 STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 WIDTHS = (128, 256)

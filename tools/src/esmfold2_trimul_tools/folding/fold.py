@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import BrokenFoldError, UserError
+from ..errors import BrokenFoldError, UserError
 from .memory import PeakMemory, measure_peak_memory
 from .model import Kernel, Swap, swap_in, triangle_modules
 from .sequences import Record

@@ -11,16 +11,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bench_report import origin
-from .documents import read_document
-from .errors import UserError
+from ..bench.report import origin
+from ..documents import read_document
+from ..errors import UserError
 
 Results = dict[str, Any]
 Row = dict[str, Any]
 
 ROW = {
-    "implementation": "its name in conformance_implementations.IMPLEMENTATIONS",
-    "case": "its name in conformance_cases.CASES",
+    "implementation": "its name in implementations.IMPLEMENTATIONS",
+    "case": "its name in cases.CASES",
     "status": "passed, failed or not supported",
     "note": "why it isn't passed",
     "error": "relative L2 error against float64; None for what is no finite number, here and below",

@@ -1,4 +1,4 @@
-"""Times the first call of a rival: `python -m esmfold2_trimul_tools.bench_first_call JSON`.
+"""Times the first call of a rival: `python -m esmfold2_trimul_tools.bench.first_call JSON`.
 
 Started by the benchmark in a process of its own, with an empty Triton cache. Prints the seconds
 from the call to its result; importing torch and Triton, loading the package and drawing the inputs
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from .bench_clock import make_clock
-from .bench_problem import Case, make_problem
-from .bench_rivals import RIVALS, Sources
-from .repository import load_kernel
+from ..repository import load_kernel
+from .clock import make_clock
+from .problem import Case, make_problem
+from .rivals import RIVALS, Sources
 
-_MODULE = "esmfold2_trimul_tools.bench_first_call"
+_MODULE = "esmfold2_trimul_tools.bench.first_call"
 _TIMEOUT = 300  # seconds
 
 
@@ -43,7 +43,7 @@ def first_call_seconds(
         "root": str(root),
         "published": None if published is None else str(published),
     }
-    packages = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    packages = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {
             "TRITON_CACHE_DIR": cache,

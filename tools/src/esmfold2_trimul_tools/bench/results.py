@@ -11,17 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .bench_problem import Case, stage_floors
-from .bench_rivals import BASELINES, OURS
-from .documents import read_document
-from .errors import UserError
+from ..documents import read_document
+from ..errors import UserError
+from .problem import Case, stage_floors
+from .rivals import BASELINES, OURS
 
 Results = dict[str, Any]
 Row = dict[str, Any]
 
 # What a row holds besides its shape; None for what was not measured.
 ROW = {
-    "rival": "its name in bench_rivals.RIVALS",
+    "rival": "its name in rivals.RIVALS",
     "status": "measured; absent (can't be had here), failed (raised) or wrong, and then not timed",
     "note": "why it was not timed, or what else is to be said",
     "error": "relative L2 error against float64 over the pairs that were checked; of the output, "
