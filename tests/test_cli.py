@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from esmfold2_trimul_tools import build, cli, doctor, resources
+from esmfold2_trimul_tools import build, cli, commands, doctor, resources
 from esmfold2_trimul_tools.bench import run as bench
 from esmfold2_trimul_tools.folding import fold, model, validate
 from esmfold2_trimul_tools.folding.sequences import Record
@@ -372,7 +372,7 @@ def test_bench_fails_if_our_own_kernel_is_wrong(quick_ceilings, monkeypatch):
 
 
 def test_build_and_its_check(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_find_root", lambda _: tmp_path)
+    monkeypatch.setattr(commands, "find_root", lambda _: tmp_path)
     done = build.BuildResult(tmp_path / build.VARIANT, "_id", ("a", "b"), ("a",), ())
     monkeypatch.setattr(build, "build_variant", lambda root: done)
     result = run("build")

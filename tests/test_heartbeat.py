@@ -1,7 +1,7 @@
 import threading
 
 import pytest
-from esmfold2_trimul_tools.cli import _ProgressBar
+from esmfold2_trimul_tools.console import ProgressBar
 from esmfold2_trimul_tools.heartbeat import heartbeat
 
 
@@ -29,7 +29,7 @@ def test_is_over_after_an_exception():
 
 
 def test_a_command_that_writes_to_no_terminal_says_where_it_is(capsys):
-    with _ProgressBar() as report:
+    with ProgressBar() as report:
         report._say("1 min")
         report("ubiquitin, stock", 1, 2)
         report._say("2 min")
