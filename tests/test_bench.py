@@ -873,6 +873,11 @@ def test_bad_options_are_refused(options, message):
         read_settings(**options)
 
 
+def test_dtypes_have_short_names():
+    settings = read_settings(**TINY, dtypes="bf16,bfloat16,fp16,fp32")
+    assert settings.dtypes == ("bfloat16", "float16", "float32")
+
+
 def test_options_choose_the_rivals(monkeypatch):
     def names(**options):
         return [rival.name for rival in read_settings(**options).rivals]

@@ -12,6 +12,7 @@ from esmfold2_trimul_tools.bench import run as bench
 from esmfold2_trimul_tools.folding import fold, model, validate
 from esmfold2_trimul_tools.folding.sequences import Record
 from folding import SHORT, TINY_SITES, ZERO_LAYER, tiny_config, write_kernel_repository
+from fresh_process import ROOT, python_output
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -53,6 +54,42 @@ def test_help_explains_every_command():
     fold_help = run("fold", "--help").stdout
     for option in ("--fasta", "--random-weights", "--compare", "--kernel", "--loops", "--json"):
         assert option in fold_help
+
+
+def test_short_help_and_version(monkeypatch):
+    assert run("-h").stdout == run("--help").stdout
+    assert run("fold", "-h").exit_code == 0
+    result = run("--version")
+    assert (result.exit_code, result.stderr) == (0, "")
+    metadata = json.loads((ROOT / "build" / "torch-universal" / "metadata.json").read_text())
+    assert f"version {metadata['version']}, build {metadata['id']}\n" in result.stdout
+    monkeypatch.setattr(cli, "find_root", lambda: Path("nowhere"))
+    assert refusal("--version").startswith("nowhere has no build/torch-universal")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["fold", "--colour"], ["bench", "--seed", "x"]]
+)
+def test_the_parser_answers_without_torch(arguments):
+    script = """
+        import sys
+        from esmfold2_trimul_tools.cli import main
+        try:
+            main()
+        except SystemExit as ended:
+            print(ended.code, "torch" in sys.modules)
+    """
+    printed = python_output(script, *arguments, PYTHONPATH=str(ROOT / "tools" / "src"))
+    assert printed.splitlines()[-1] == f"{0 if arguments == ['--version'] else 2} False"
+
+
+def test_fold_takes_a_file_for_a_sequence(tiny):
+    Path("my.fasta").write_text(">one\nMQIF\n>two\nTLTG\n")
+    result = run("fold", "my.fasta", *QUICK, "--dtype", "fp32", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [Path(one["pdb"]).stem for one in document["folds"]] == ["one", "two"]
+    assert document["dtype"] == "float32"
 
 
 def test_fold_writes_its_files_and_says_what_it_did(tiny):

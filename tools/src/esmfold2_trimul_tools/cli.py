@@ -7,7 +7,7 @@ and errors go to stderr. Exit status: 0 done, 1 a check failed, 2 bad input, 130
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,7 @@ from .commands import build, doctor, resources
 from .conformance.command import conformance
 from .errors import UserError
 from .folding.command import fold, validate
+from .repository import built, find_root
 from .tune.command import tune
 
 
@@ -56,13 +57,32 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Fold with the ESMFold2 triangle multiplication kernel, check it, and build it.",
 )
 for command in (fold, validate, doctor, resources, bench, conformance, tune, build):
     app.command()(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        found = built(find_root())
+        print(f"{found['name']}, version {found['version']}, build {found['id']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="The kernel's, and its build."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

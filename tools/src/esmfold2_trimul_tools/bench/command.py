@@ -27,7 +27,8 @@ def bench(
     dtypes: Annotated[
         str | None,
         typer.Option(
-            help="Of float32, bfloat16 and float16. Default: bfloat16 on a GPU, float32 on a CPU."
+            help="Of float32, bfloat16 and float16, or fp32, bf16 and fp16. "
+            "Default: bfloat16 on a GPU, float32 on a CPU."
         ),
     ] = None,
     directions: Annotated[str, typer.Option(help="Of outgoing and incoming.")] = "outgoing",

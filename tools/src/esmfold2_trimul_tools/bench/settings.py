@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..errors import UserError
-from ..folding.model import DTYPES, resolve_device, resolve_dtype
+from ..folding.model import DTYPES, SHORT_DTYPES, resolve_device, resolve_dtype
 from ..repository import find_root
 from .problem import DIRECTIONS, MASKS, PASSES, Case
 from .rivals import OURS, RIVALS, Rival
@@ -117,7 +119,7 @@ def read_settings(
         root=find_root(kernel_root),
         widths=_numbers("--widths", widths),
         lengths=all_lengths,
-        dtypes=_words("--dtypes", dtypes or default_dtype, DTYPES),
+        dtypes=_words("--dtypes", dtypes or default_dtype, DTYPES, SHORT_DTYPES),
         directions=_words("--directions", directions, DIRECTIONS),
         masks=_words("--masks", masks, MASKS),
         passes=all_passes,
@@ -154,8 +156,11 @@ def _choose(
     return tuple(rival for rival in RIVALS if rival.name in (OURS, *names))
 
 
-def _words(option: str, text: str, known: Any) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+def _words(
+    option: str, text: str, known: Any, short: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, ...]:
+    words = [word.strip() for word in text.split(",")]
+    words = tuple(dict.fromkeys(short.get(word, word) for word in words))
     for word in words:
         if word not in known:
             raise UserError(f"{option} must be of {', '.join(known)}; got {word!r}")

@@ -1,5 +1,6 @@
 """The commands fold and validate."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,8 @@ DtypeName = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="float32, bfloat16 or float16. Default: bfloat16 on an accelerator, else float32.",
+        help="float32, bfloat16 or float16, or fp32, bf16, fp16. "
+        "Default: bfloat16 on an accelerator, else float32.",
     ),
 ]
 Loops = Annotated[
@@ -64,7 +66,8 @@ def fold(
     sequence: Annotated[
         str | None,
         typer.Argument(
-            help="One letter per residue, upper or lower case; X for an unknown one.",
+            help="One letter per residue, upper or lower case; X for an unknown one. "
+            "Or a FASTA file.",
             show_default=False,
         ),
     ] = None,
@@ -100,6 +103,8 @@ def fold(
         raise UserError("give either SEQUENCE or --fasta FILE")
     if compare and kernel == "off":
         raise UserError("--compare needs a kernel beside the stock path: --kernel ours or hub")
+    if sequence is not None and os.path.isfile(sequence):
+        fasta = Path(sequence)
     records = [parse_sequence(sequence)] if fasta is None else read_fasta(fasta)
 
     from .fold import Settings, fold_records, write_pdb

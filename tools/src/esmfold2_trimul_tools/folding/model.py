@@ -27,6 +27,7 @@ HUB_KERNEL = "biohub/esmfold2-trimul"  # what transformers fetches for use_kerne
 SITE_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the layer
 LAYER_NAME = "ESMFold2TriangleMultiplication"  # the layer in a kernel repository
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Kernel = Literal["ours", "hub", "off"]
 
@@ -76,6 +77,7 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = SHORT_DTYPES.get(name, name)
     if name not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
     return DTYPES[name]
