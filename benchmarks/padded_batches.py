@@ -2,7 +2,7 @@
 
     python benchmarks/padded_batches.py --device cuda --out results.json
 
-Milliseconds of device time, the median of single calls with cold caches on a GPU (see `bench_clock`
+Milliseconds of device time, the median of single calls with cold caches on a GPU (see `bench.clock`
 of the tools), of forward calls and of steps with the gradients of x and of every parameter. "alone"
 is the sum over the sequences, each cut out to its own length beforehand.
 """
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from esmfold2_trimul_tools.bench_clock import make_clock
-from esmfold2_trimul_tools.bench_environment import ScriptSettings, describe_environment
-from esmfold2_trimul_tools.bench_problem import PASSES, Case, make_problem, relative_error
-from esmfold2_trimul_tools.bench_report import origin
-from esmfold2_trimul_tools.bench_rivals import Call, Sources, trained
+from esmfold2_trimul_tools.bench.clock import make_clock
+from esmfold2_trimul_tools.bench.problem import PASSES, Case, make_problem, relative_error
+from esmfold2_trimul_tools.bench.report import origin
+from esmfold2_trimul_tools.bench.rivals import Call, Sources, trained
 from esmfold2_trimul_tools.documents import write_document
-from esmfold2_trimul_tools.model import resolve_device
+from esmfold2_trimul_tools.environment import ScriptSettings, describe_environment
+from esmfold2_trimul_tools.folding.model import resolve_device
 from esmfold2_trimul_tools.repository import find_root, load_kernel
 
 BATCHES = ["512,300,200,100", "1024,700,400,200", "1024,256,256,256", "1024,1024,1024,1024"]

@@ -4,7 +4,7 @@
 
 Whether every row counts is seen with ones, of which M rows make M exactly: for M = L^2, and for M
 rounded up to a multiple of 64. Milliseconds are of device time, the median of single calls with
-cold caches on a GPU (see `bench_clock` of the tools), for the rows of a chunk of the backward.
+cold caches on a GPU (see `bench.clock` of the tools), for the rows of a chunk of the backward.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from esmfold2_trimul_tools.bench_clock import make_clock
-from esmfold2_trimul_tools.bench_environment import ScriptSettings, describe_environment
-from esmfold2_trimul_tools.bench_problem import relative_error
-from esmfold2_trimul_tools.bench_report import origin
-from esmfold2_trimul_tools.bench_rivals import Call, Sources
+from esmfold2_trimul_tools.bench.clock import make_clock
+from esmfold2_trimul_tools.bench.problem import relative_error
+from esmfold2_trimul_tools.bench.report import origin
+from esmfold2_trimul_tools.bench.rivals import Call, Sources
 from esmfold2_trimul_tools.documents import write_document
-from esmfold2_trimul_tools.model import resolve_device
+from esmfold2_trimul_tools.environment import ScriptSettings, describe_environment
+from esmfold2_trimul_tools.folding.model import resolve_device
 from esmfold2_trimul_tools.repository import find_root, load_kernel
 
 WIDTHS = [(16, 16), (64, 64), (128, 128), (256, 256), (640, 128), (1280, 256)]

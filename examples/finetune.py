@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from esmfold2_trimul_tools.memory import measure_peak_memory
-from esmfold2_trimul_tools.model import random_config, random_model
+from esmfold2_trimul_tools.folding.memory import measure_peak_memory
+from esmfold2_trimul_tools.folding.model import random_config, random_model
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
 from transformers.models.esmfold2.protein_utils import prepare_protein_features

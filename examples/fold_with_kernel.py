@@ -10,7 +10,7 @@ EsmFold2Model.from_pretrained("biohub/ESMFold2", dtype=torch.bfloat16, device_ma
 from pathlib import Path
 
 import torch
-from esmfold2_trimul_tools.model import random_config, random_model
+from esmfold2_trimul_tools.folding.model import random_config, random_model
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 
 ROOT = Path(__file__).resolve().parents[1]  # the kernel repository

@@ -4,8 +4,8 @@ import textwrap
 from pathlib import Path
 
 import torch
-from esmfold2_trimul_tools.model import random_config, random_model
-from esmfold2_trimul_tools.sequences import Record
+from esmfold2_trimul_tools.folding.model import random_config, random_model
+from esmfold2_trimul_tools.folding.sequences import Record
 from helpers import SEED
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ BOTH = [
 ]  # fmt: skip
 ATEN = [
     "test_adapters.py", "test_aten.py", "test_budgets.py", "test_default_projections.py",
-    "test_fold.py", "test_region.py", "test_validate.py",
+    "test_region.py", "tools/test_fold.py", "tools/test_validate.py",
 ]  # fmt: skip
 INTERPRETED = [
     "test_fused_dual_gemm.py", "test_fused_ln_residual.py", "test_row_products.py",

@@ -19,8 +19,8 @@ import torch
 
 pytest.importorskip("hypothesis")
 import hypothesis  # noqa: E402
-from esmfold2_trimul_tools.bench_environment import checkout_commit, cpu_name  # noqa: E402
 from esmfold2_trimul_tools.documents import write_document  # noqa: E402
+from esmfold2_trimul_tools.environment import checkout_commit, cpu_name  # noqa: E402
 from fuzzing import (  # noqa: E402
     ATEN,
     GPU,

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from esmfold2_trimul_tools.errors import UserError
-from esmfold2_trimul_tools.model import check_swappable
+from esmfold2_trimul_tools.folding.model import check_swappable
 from fresh_process import ROOT, python_output
 from helpers import PUBLIC_NAMES
 

@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
-from esmfold2_trimul_tools.fold import Settings, compare, fold
-from esmfold2_trimul_tools.model import random_model, restore_stock, triangle_modules
-from esmfold2_trimul_tools.sequences import Record
+from esmfold2_trimul_tools.folding.fold import Settings, compare, fold
+from esmfold2_trimul_tools.folding.model import random_model, restore_stock, triangle_modules
+from esmfold2_trimul_tools.folding.sequences import Record
 from folding import TINY_SITES, tiny_config
 from fresh_process import ROOT
 from helpers import (

@@ -4,8 +4,8 @@
 #   tools/gpu_report.sh FOLDER [option of the benchmark ...]
 #
 # Writes FOLDER/checks.txt, benchmark.json, benchmark.txt, tuned.json (a settings table) and
-# tuning.json (every timing). Needs torch and Triton, and pytest for the checks; rivals that are not
-# installed are rows that say so. Without a GPU it measures the CPU path and tunes nothing.
+# tuning.json (every timing). Needs torch, Triton, typer and rich, and pytest for the checks; rivals
+# that are not installed are rows that say so. Without a GPU it measures the CPU path and tunes nothing.
 # PYTHON names the interpreter; STEPS some of "checks benchmark tuning".
 set -euo pipefail
 
@@ -50,15 +50,15 @@ if has checks; then
         "$python" "$folder"
 fi
 if has benchmark; then
-    run benchmark 240 "$python" -m esmfold2_trimul_tools.bench ${on_gpu[@]+"${on_gpu[@]}"} \
+    run benchmark 240 "$python" -m esmfold2_trimul_tools bench ${on_gpu[@]+"${on_gpu[@]}"} \
         --budget 0.2 --out "$folder/benchmark.json" "$@"
     if [ -f "$folder/benchmark.json" ]; then
-        "$python" -m esmfold2_trimul_tools.bench --results "$folder/benchmark.json" \
+        "$python" -m esmfold2_trimul_tools bench --results "$folder/benchmark.json" \
             > "$folder/benchmark.txt" || status=1
     fi
 fi
 if has tuning && [ "$gpu" = yes ]; then
-    run tuning 120 "$python" -m esmfold2_trimul_tools.tune \
+    run tuning 120 "$python" -m esmfold2_trimul_tools tune \
         --out "$folder/tuned.json" --results "$folder/tuning.json"
 fi
 echo "the report is in $folder"

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HAS_GPU, ROOT
-from esmfold2_trimul_tools import bench_rivals, cli, conformance
-from esmfold2_trimul_tools.bench_rivals import Absent, Sources
-from esmfold2_trimul_tools.conformance import check, pose, read_settings
-from esmfold2_trimul_tools.conformance_cases import (
+from esmfold2_trimul_tools import cli
+from esmfold2_trimul_tools.bench import rivals as bench_rivals
+from esmfold2_trimul_tools.bench.rivals import Absent, Sources
+from esmfold2_trimul_tools.conformance import run as conformance
+from esmfold2_trimul_tools.conformance.cases import (
     BIASES,
     CASES,
     DTYPES,
@@ -26,7 +27,7 @@ from esmfold2_trimul_tools.conformance_cases import (
     Case,
     make_problem,
 )
-from esmfold2_trimul_tools.conformance_criterion import (
+from esmfold2_trimul_tools.conformance.criterion import (
     BUDGETS,
     Answer,
     Errors,
@@ -34,8 +35,9 @@ from esmfold2_trimul_tools.conformance_criterion import (
     fault,
     reference,
 )
-from esmfold2_trimul_tools.conformance_implementations import IMPLEMENTATIONS, Implementation
-from esmfold2_trimul_tools.conformance_report import markdown, read_results
+from esmfold2_trimul_tools.conformance.implementations import IMPLEMENTATIONS, Implementation
+from esmfold2_trimul_tools.conformance.report import markdown, read_results
+from esmfold2_trimul_tools.conformance.run import check, pose, read_settings
 from esmfold2_trimul_tools.errors import UserError
 from helpers import ERROR_BUDGET, SEED, Problem, relative_error
 from helpers import reference as oracle

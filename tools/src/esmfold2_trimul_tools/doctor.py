@@ -180,7 +180,7 @@ def _launcher(gpu: str | None) -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from .model import HUB_MODEL
+    from .folding.model import HUB_MODEL
 
     if _weights_cached(HUB_MODEL):
         yield Finding("Model weights", "ok", f"{HUB_MODEL} is in the local cache")
@@ -209,7 +209,7 @@ def _gpu() -> str | None:
     """The accelerator that a fold would take, "cuda" or "xpu"; None for the CPU."""
     if importlib.util.find_spec("torch") is None:
         return None
-    from .model import resolve_device
+    from .folding.model import resolve_device
 
     kind = resolve_device(None).type
     return None if kind == "cpu" else kind
@@ -235,7 +235,7 @@ def _swap_problem() -> str:
     if importlib.util.find_spec("transformers") is None:
         return f"transformers is not installed; {_TRANSFORMERS_MEND}"
     from .errors import UserError
-    from .model import check_swappable
+    from .folding.model import check_swappable
 
     try:
         check_swappable()

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .errors import UserError
 
@@ -46,19 +47,29 @@ def load_kernel(root: Path) -> ModuleType:
     Raises:
         UserError: the repository has no built variant.
     """
-    if not (root / VARIANT / "metadata.json").is_file():
-        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
+    name = built(root)["id"]
     # Resolved, because the library loads a second copy for a second spelling of one path.
     root = root.resolve()
     try:
         from kernels import get_local_kernel
     except ImportError:
-        return _import_variant(root / VARIANT)
+        return _import_variant(root / VARIANT, name)
     return get_local_kernel(root)
 
 
-def _import_variant(folder: Path) -> ModuleType:
-    name = json.loads((folder / "metadata.json").read_text())["id"]
+def built(root: Path) -> dict[str, Any]:
+    """The metadata of the repository's built variant: its name, version, id and so on.
+
+    Raises:
+        UserError: the repository has no built variant.
+    """
+    path = root / VARIANT / "metadata.json"
+    if not path.is_file():
+        raise UserError(f"{root} has no {VARIANT.as_posix()}: run `esmfold2-trimul build` first")
+    return json.loads(path.read_text())
+
+
+def _import_variant(folder: Path, name: str) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -1,0 +1,353 @@
+"""Who is measured: our kernel and its rivals, each called as its own documentation says.
+
+A rival is a line in RIVALS and a function that makes its call of a problem; `compiled` and
+`captured` make further ones of those. What only prepares the call (parameters in the dtype that the
+rival wants, compilation, capture) is done when it is made, and never timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import PASSES, Problem
+
+_PUBLISHED = "esmfold2_trimul"
+_HUB_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the published layer
+_PACKAGES = (
+    "transformers", "kernels", "cuequivariance", "cuequivariance-torch",
+    "cuequivariance-ops-torch-cu12", "cuequivariance-ops-torch-cu13",
+)  # fmt: skip
+
+
+class Absent(Exception):
+    """The rival can't be had here, or doesn't take such a problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function with its arguments; called without any."""
+
+    function: Callable[..., Tensor]
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Tensor:
+        return self.function(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the packages that are measured come from.
+
+    kernel: our loaded package. published: the folder that holds the published package, or None for
+    the one that transformers would fetch.
+    """
+
+    kernel: ModuleType
+    published: Path | None = None
+
+    def published_module(self) -> ModuleType | str:
+        """The published package's module with the function, or why there is none."""
+        module = find_published(self.published)
+        if isinstance(module, ModuleType) and module.__package__ == self.kernel.__name__:
+            return "LOCAL_KERNELS puts our own kernel in its place"
+        return module
+
+    def versions(self, with_published: bool) -> dict[str, str | None]:
+        """The version of every package that a rival comes from; of the published one, a hash."""
+        found = {name: _version(name) for name in _PACKAGES}
+        module = self.published_module() if with_published else None
+        found["published"] = _sources_hash(module) if isinstance(module, ModuleType) else None
+        return found
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One contestant.
+
+    make: its call of a problem. option: the option of the command that includes it; without one it
+    always takes part. on_cpu: whether it takes part on a CPU too. slow: it compiles for a while at
+    each length, and --compile-lengths holds it to some. in_capture: it is the replay of a CUDA
+    graph, whose memory is set aside at capture. first_call: its first call in a fresh process is
+    worth timing. passes: what it takes part in.
+    """
+
+    name: str
+    make: Callable[[Problem, Sources], Call]
+    option: str | None = None
+    on_cpu: bool = False
+    slow: bool = False
+    in_capture: bool = False
+    first_call: bool = False
+    passes: tuple[str, ...] = PASSES
+
+
+def ours(problem: Problem, sources: Sources, **options: str) -> Call:
+    """The public function, without a residual."""
+    return Call(
+        sources.kernel.triangle_multiplicative_update_with_residual,
+        (problem.x, problem.case.direction, None, None),
+        {
+            **problem.weights, "mask": problem.mask, "eps": problem.eps, "memory": "default",
+            **options,
+        },
+    )  # fmt: skip
+
+
+def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -> Call:
+    """transformers' module with this problem's parameters: norms in float32, as its model has."""
+    try:
+        from transformers import EsmFold2Config
+        from transformers.models.esmfold2.modeling_esmfold2 import (
+            EsmFold2TriangleMultiplicativeUpdate,
+        )
+    except ImportError as error:
+        raise Absent(f"no transformers with ESMFold2 ({first_line(error)})") from None
+    w = problem.weights
+    config = EsmFold2Config(pairwise_hidden_size=problem.case.channels, chunk_size=chunk_size)
+    outgoing = problem.case.direction == "outgoing"
+    module = EsmFold2TriangleMultiplicativeUpdate(config, outgoing=outgoing)
+    values = {
+        "norm_start.weight": w["norm_in_weight"],
+        "norm_start.bias": w["norm_in_bias"],
+        "norm_mix.weight": w["norm_out_weight"],
+        "norm_mix.bias": w["norm_out_bias"],
+        "proj_bundle.weight": torch.cat([w["p_in_weight"], w["g_in_weight"]]),
+        "proj_emit.weight": w["p_out_weight"],
+        "proj_gate.weight": w["g_out_weight"],
+    }
+    # `assign` keeps each value's own dtype and device.
+    module.load_state_dict(values, assign=True)
+    module.norm_start.eps = module.norm_mix.eps = problem.eps
+    return Call(module.requires_grad_(False).eval(), (problem.x, problem.mask))
+
+
+def published(problem: Problem, sources: Sources) -> Call:
+    """The published package as its layer calls it: all in bfloat16, a residual of new zeros.
+
+    The layer also casts the norms' parameters in every call; here that is done beforehand. A
+    problem that has a residual is given that one.
+    """
+    if problem.case.dtype != "bfloat16":
+        raise Absent("computes in bfloat16 alone")
+    module = sources.published_module()
+    if isinstance(module, str):
+        raise Absent(module)
+    function = module.triangle_multiplicative_update_with_residual
+    weights = {name: value.bfloat16() for name, value in problem.weights.items()}
+
+    def update(x: Tensor, **weights: Tensor) -> Tensor:
+        residual = torch.zeros_like(x) if problem.residual is None else problem.residual
+        direction, mask, drop_mask = problem.case.direction, problem.mask, problem.drop_mask
+        return function(x, direction, residual, drop_mask, **weights, mask=mask, eps=problem.eps)
+
+    return Call(update, (problem.x,), weights)
+
+
+def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
+    """NVIDIA's function, its settings those of its defaults, the mask in the pair's dtype."""
+    if norm_dtype == "bfloat16" and problem.case.dtype != "bfloat16":
+        raise Absent("bfloat16 norms are for a bfloat16 pair")
+    try:
+        from cuequivariance_torch import triangle_multiplicative_update
+    except ImportError as error:
+        raise Absent(first_line(error)) from None
+    w, x, biases = problem.weights, problem.x, problem.biases
+    norms = {
+        name: None if value is None else value.to(getattr(torch, norm_dtype))
+        for name, value in w.items()
+        if name.startswith("norm_")
+    }
+    return Call(
+        triangle_multiplicative_update,
+        (
+            x, problem.case.direction, None if problem.mask is None else problem.mask.to(x.dtype),
+            norms["norm_in_weight"], norms["norm_in_bias"],
+            w["p_in_weight"], biases.get("p_in_bias"), w["g_in_weight"], biases.get("g_in_bias"),
+            norms["norm_out_weight"], norms["norm_out_bias"],
+            w["p_out_weight"], biases.get("p_out_bias"),
+            w["g_out_weight"], biases.get("g_out_bias"),
+            problem.eps, problem.precision,
+        ),
+    )  # fmt: skip
+
+
+Maker = Callable[[Problem, Sources], Call]
+
+
+def compiled(make: Maker, **options: Any) -> Maker:
+    """What `make` makes, under torch.compile with `options`, for this one shape."""
+
+    def made(problem: Problem, sources: Sources) -> Call:
+        call = make(problem, sources)
+        # Dynamo counts compilations of one function and, past a limit, runs it as it is.
+        torch.compiler.reset()
+        function = torch.compile(call.function, dynamic=False, **options)
+        return Call(function, call.args, call.kwargs)
+
+    return made
+
+
+def captured(make: Maker) -> Maker:
+    """The replay of a CUDA graph of what `make` makes."""
+
+    def made(problem: Problem, sources: Sources) -> Call:
+        call = make(problem, sources)
+        # Warmed up on a stream of its own, as torch's documentation of CUDA graphs asks for.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # The outer context brings the stream back if the capture fails, which `graph` may not.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            out = call()
+        return Call(_replay, (graph, out, call))
+
+    return made
+
+
+def trained(call: Call, grad_out: Tensor) -> Call:
+    """The call and the gradients of x and of every parameter that it takes; returns that of x."""
+    tensors = [*call.args, *call.kwargs.values()]
+    # A mask is [B, L, L].
+    leaves = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim != 3]
+    if isinstance(call.function, torch.nn.Module):
+        leaves += call.function.parameters()
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step() -> Tensor:
+        return torch.autograd.grad(call(), leaves, grad_out)[0]
+
+    return Call(step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, out: Tensor, call: Call) -> Tensor:
+    """`call` is only held: the graph reads the parameters that it was made with."""
+    graph.replay()
+    return out
+
+
+_in_tree_in_chunks = partial(in_tree, chunk_size=64)
+_cuequivariance_16 = partial(cuequivariance, norm_dtype="bfloat16")
+_cuequivariance_32 = partial(cuequivariance, norm_dtype="float32")
+_ours_compiled = compiled(ours, fullgraph=True)
+_in_tree_compiled = compiled(in_tree)
+_in_tree_autotuned = compiled(in_tree, mode="max-autotune-no-cudagraphs")
+
+FORWARD = ("forward",)
+OURS = "ours"
+RIVALS = (
+    Rival(OURS, ours, on_cpu=True, first_call=True),
+    Rival("ours, torch.compile", _ours_compiled, slow=True),
+    Rival("ours, CUDA graph", captured(ours), in_capture=True, passes=FORWARD),
+    Rival("ours, lean", partial(ours, memory="lean"), passes=FORWARD),
+    Rival("ours, recompute all", partial(ours, recompute="all"), on_cpu=True, passes=("training",)),
+    Rival("in-tree, chunk 64", _in_tree_in_chunks, on_cpu=True),
+    Rival("in-tree, unchunked", in_tree, on_cpu=True),
+    Rival("in-tree, torch.compile", _in_tree_compiled, "compile", on_cpu=True, slow=True),
+    Rival("in-tree, max-autotune", _in_tree_autotuned, "max_autotune", slow=True),
+    Rival("in-tree, CUDA graph", captured(in_tree), "graphs", in_capture=True, passes=FORWARD),
+    Rival("published", published, first_call=True),
+    Rival("published, CUDA graph", captured(published), "graphs", in_capture=True, passes=FORWARD),
+    Rival("cuequivariance, bf16 norms", _cuequivariance_16),
+    Rival("cuequivariance, fp32 norms", _cuequivariance_32),
+    Rival(
+        "cuequivariance, CUDA graph", captured(_cuequivariance_16), "graphs", in_capture=True,
+        passes=FORWARD,
+    ),  # fmt: skip
+)
+# What every rival's time is compared with, where it was measured beside it.
+BASELINES = (
+    "in-tree, chunk 64",
+    "in-tree, unchunked",
+    "published",
+    "cuequivariance, bf16 norms",
+    "cuequivariance, fp32 norms",
+)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@functools.cache
+def find_published(folder: Path | None) -> ModuleType | str:
+    """What `Sources.published_module` gives, looked for once.
+
+    Args:
+        folder: that holds the package; None for the one that transformers would fetch.
+    """
+    try:
+        with _settings_kept():
+            return _import_published(folder)
+    except Exception as error:  # whatever the network or somebody's package raises
+        return first_line(error)
+
+
+def _import_published(folder: Path | None) -> ModuleType:
+    if folder is not None:
+        sys.path.insert(0, str(folder.resolve()))
+        try:
+            return importlib.import_module(f"{_PUBLISHED}.trimul_with_residual")
+        finally:
+            del sys.path[0]
+    from kernels import Mode
+    from transformers.integrations.hub_kernels import get_kernel_mapping_transformers
+
+    layer = get_kernel_mapping_transformers()[_HUB_NAME]["cuda"][Mode.INFERENCE].load()
+    package = layer.__module__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.trimul_with_residual")
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Puts back the environment and the warning filters.
+
+    Importing the published package changes both, and cuEquivariance reads its settings from the
+    environment.
+    """
+    before = dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _sources_hash(module: ModuleType) -> str:
+    """Which sources a module was loaded with: a hash of the Python files of its folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(module.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"sha256 {digest.hexdigest()[:16]}"

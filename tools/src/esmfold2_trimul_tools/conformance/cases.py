@@ -1,0 +1,466 @@
+"""The conformance suite's table: every case a row of data, and the problem that a case stands for.
+
+A case says in words what is special about a call; what it doesn't say is the default of `Case`. Its
+problem is drawn from its name, on the CPU, so that a case is the same numbers on every machine. The
+features that it needs follow from its words: an implementation that lacks one is told apart from
+one that fails.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..bench.problem import EPS
+
+DTYPES = ("bfloat16", "float16", "float32")
+BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
+_OTHER_TENSORS = ("mask", "residual", "drop_mask", "lengths")  # of a problem: neither x nor weights
+_HIDDEN_RESIDUES = 3
+_LARGEST_INPUT = 65504.0  # float16's largest number: inputs are the same whatever the dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the triangle multiplication, in words.
+
+    leading: the dimensions of x before [L, L, C].
+    mask: its values, a key of `MASKS`. mask_axes: its axes, of which "..." stands for `leading` or
+    for mask_leading. mask_expanded: it is a view of the shape of x without memory of its own.
+    x: its values, a key of `INPUTS`, times `scale`. layout: a key of `LAYOUTS`.
+    weights: "trunk"; "wide gates"; or "fine norms", whose digits decide and are lost in bfloat16.
+    norms: the dtype of the LayerNorms' parameters, or "absent".
+    residual: "none", "own", "pair" (x itself) or "overwritten" (the result is written over it).
+    drop_mask: "none", or its shape, of the dtype of x; "bool" is of the first shape.
+    lengths: the real residues of each sequence, at most L; None is a call without them.
+    """
+
+    name: str
+    dtype: str = "bfloat16"
+    direction: str = "outgoing"
+    channels: int = 64
+    hidden: int = 64
+    length: int = 33
+    leading: tuple[int, ...] = (1,)
+    mask: str = "bool"
+    mask_axes: str = "... L L"
+    mask_leading: tuple[int, ...] | None = None
+    mask_expanded: bool = False
+    x: str = "trunk"
+    scale: float = 1.0
+    layout: str = "contiguous"
+    weights: str = "trunk"
+    norms: str = "float32"
+    biases: tuple[str, ...] = ()
+    residual: str = "none"
+    drop_mask: str = "none"
+    eps: float = EPS
+    precision: str | None = None
+    lengths: tuple[int, ...] | None = None
+    lengths_dtype: str = "int64"
+    memory: str = "auto"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def with_residual(self) -> bool:
+        """Whether it asks for what only the function with a residual has."""
+        return self.residual != "none" or self.drop_mask != "none"
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """The shape that its mask has in memory."""
+        leading = self.leading if self.mask_leading is None else self.mask_leading
+        sizes = {"...": leading, "L": (self.length,), "1": (1,)}
+        return sum((sizes[axis] for axis in self.mask_axes.split()), ())
+
+    @property
+    def out_leading(self) -> tuple[int, ...]:
+        """The dimensions of the output before [L, L, C]."""
+        return tuple(torch.broadcast_shapes(self.leading, self.mask_shape[:-2]))
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What an implementation must have to take part; each is a key that it may lack."""
+        needed = {
+            self.dtype: True,
+            "D != C": self.hidden != self.channels,
+            "linear biases": bool(self.biases),
+            "no leading dimension": not self.leading,
+            "several leading dimensions": len(self.leading) > 1,
+            "x broadcast to the mask": self.out_leading != self.leading,
+            "broadcast mask": self.mask_axes != "... L L",
+            "absent norm weights": self.norms == "absent",
+            "16-bit norm weights": self.norms in ("bfloat16", "float16"),
+            "residual": self.with_residual,
+            "result over the residual": self.residual == "overwritten",
+            "precision": self.precision is not None,
+            "lengths": self.lengths is not None,
+            "lean memory": self.memory == "lean",
+        }
+        return frozenset(feature for feature, wanted in needed.items() if wanted)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case's tensors.
+
+    x: [..., L, L, C]. weights: the eight parameters by their public names, norms None where absent.
+    biases: those of the linear layers that the case has. mask: broadcastable to the output without
+    its channels.
+    """
+
+    case: Case
+    x: Tensor
+    weights: dict[str, Tensor | None]
+    biases: dict[str, Tensor]
+    mask: Tensor | None
+    residual: Tensor | None
+    drop_mask: Tensor | None
+    lengths: Tensor | None
+
+    def laid_out_on(self, device: torch.device) -> Problem:
+        """The same on a device, x and the mask with the strides that the case asks for."""
+        case = self.case
+
+        def move(group: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+            return {name: None if t is None else t.to(device) for name, t in group.items()}
+
+        others = move({name: getattr(self, name) for name in _OTHER_TENSORS})
+        x = LAYOUTS[case.layout](self.x.to(device, copy=True))
+        if case.mask_expanded:
+            others["mask"] = others["mask"].expand(x.shape[:-1])
+        if case.residual == "pair":
+            others["residual"] = x
+        elif case.residual == "overwritten":
+            others["residual"] = others["residual"].clone()
+        return replace(self, x=x, weights=move(self.weights), biases=move(self.biases), **others)
+
+    def without_constant_rows(self) -> Problem | None:
+        """The same with zeros in the rows whose channels are all equal; None if there are none."""
+        constant = (self.x == self.x[..., :1]).all(-1, keepdim=True)
+        if not constant.any():
+            return None
+        return replace(self, x=self.x.masked_fill(constant, 0.0))
+
+
+class _Draw:
+    """Random tensors of one case, from one generator."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        self.generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
+
+Values = Callable[[_Draw, tuple[int, ...]], Tensor]
+
+
+def _trunk(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
+    """As in a trained trunk: rows whose mean is not 0."""
+    return draw.normal(*shape) * 1.5 + 0.3
+
+
+def _cauchy(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
+    """Some values are thousands of times larger than most."""
+    values = torch.tan(torch.pi * (draw.uniform(*shape) - 0.5))
+    return values.clamp(-_LARGEST_INPUT, _LARGEST_INPUT)
+
+
+def _constant(draw: _Draw, shape: tuple[int, ...], constants: tuple[float, ...]) -> Tensor:
+    """Every second pair in turn has one of the constants in all of its channels."""
+    x = _trunk(draw, shape)
+    rows = x.view(-1, shape[-1])
+    for number, constant in enumerate(constants):
+        rows[2 * number :: 2 * len(constants)] = constant
+    return x
+
+
+def _large_means(draw: _Draw, shape: tuple[int, ...], mean: float) -> Tensor:
+    return draw.normal(*shape) + mean * (draw.uniform(*shape[:-1], 1) - 0.5).sign()
+
+
+INPUTS: dict[str, Values] = {
+    "trunk": _trunk,
+    "cauchy": _cauchy,
+    "constant rows": partial(_constant, constants=(1000.0, 999.9, 27182.818, 0.1, -12345.678)),
+    "huge constant rows": partial(_constant, constants=(1e30, -3e38, 7e25)),
+    "means of 25 deviations": partial(_large_means, mean=25.0),
+    "means of 1000 deviations": partial(_large_means, mean=1000.0),
+}
+
+
+def _padding(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
+    """The last residues are hidden."""
+    length = shape[-1]
+    real = torch.arange(length) < max(1, length - _HIDDEN_RESIDUES)
+    rows = real[:, None] if shape[-2] == length else real.new_ones(1, 1)
+    return (rows & real).expand(shape).contiguous()
+
+
+def _masked_rows(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
+    """A random mask; of a third of the residues i every pair is hidden, and of others j."""
+    mask = draw.uniform(*shape) > 0.3
+    mask[..., 1::3, :] = False
+    mask[..., 2::5] = False
+    return mask
+
+
+MASKS: dict[str, Values] = {
+    "bool": _padding,
+    "random": lambda draw, shape: draw.uniform(*shape) > 0.3,
+    "soft": lambda draw, shape: draw.uniform(*shape),
+    "soft, dtype of x": lambda draw, shape: draw.uniform(*shape).to(draw.case.torch_dtype),
+    "integers": lambda draw, shape: (draw.uniform(*shape) > 0.3).long(),
+    "masked rows": _masked_rows,
+    "all zero": lambda draw, shape: torch.zeros(shape, dtype=torch.bool),
+    "all zero, float": lambda draw, shape: torch.zeros(shape),
+}
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Channels of a wider tensor, from an address that is no multiple of 16 bytes."""
+    wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 5)
+    wide[..., 5:] = x
+    return wide[..., 5:]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels first": lambda x: x.movedim(-1, -3).contiguous().movedim(-3, -1),
+    "residues swapped": lambda x: x.transpose(-2, -3).contiguous().transpose(-2, -3),
+    "sliced channels": _sliced,
+    "every second sequence": lambda x: torch.stack([x, x], dim=1)[:, 0],
+}
+
+
+def make_problem(case: Case, seed: int = 0) -> Problem:
+    """The case's tensors on the CPU; x and the mask without the strides that they are to have."""
+    draw = _Draw(case, seed)
+    channels, hidden, length, dtype = case.channels, case.hidden, case.length, case.torch_dtype
+    shape = (*case.leading, length, length, channels)
+    x = (INPUTS[case.x](draw, shape) * case.scale).to(dtype)
+
+    def projection(rows: int, columns: int, factor: float = 1.0) -> Tensor:
+        return (draw.normal(rows, columns) * factor * columns**-0.5).to(dtype)
+
+    wide = 8.0 if case.weights == "wide gates" else 1.0
+    weights = {
+        "norm_in_weight": 1 + 0.2 * draw.normal(channels),
+        "norm_in_bias": 0.2 * draw.normal(channels),
+        "p_in_weight": projection(2 * hidden, channels),
+        "g_in_weight": projection(2 * hidden, channels, wide),
+        "norm_out_weight": 1 + 0.2 * draw.normal(hidden),
+        "norm_out_bias": 0.2 * draw.normal(hidden),
+        "p_out_weight": projection(channels, hidden),
+        "g_out_weight": projection(channels, channels, wide),
+    }
+    if case.weights == "fine norms":
+        # The logit of the output gate is near -6, so a relative error of the norm comes out sixfold
+        # in the gate, for all channels alike. In bfloat16 1.0035 is 1, and 2.007 is 2.
+        weights["norm_in_weight"] = torch.full((channels,), 1.0035)
+        weights["norm_in_bias"] = torch.full((channels,), 2.007)
+        weights["g_out_weight"] = (weights["g_out_weight"] * 0.1 - 3 / channels).to(dtype)
+    for name in [name for name in weights if name.startswith("norm_")]:
+        if case.norms == "absent":
+            weights[name] = None
+        else:
+            weights[name] = weights[name].to(getattr(torch, case.norms))
+    of_hidden = {"p_in_bias": 2 * hidden, "g_in_bias": 2 * hidden}
+    biases = {
+        name: (0.3 * draw.normal(of_hidden.get(name, channels))).to(dtype) for name in case.biases
+    }
+    mask = None if case.mask == "none" else MASKS[case.mask](draw, case.mask_shape)
+    lengths = None
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths, dtype=getattr(torch, case.lengths_dtype))
+        lengths = lengths.view(case.leading)
+    residual, drop_mask = _residual(case, draw, x), _drop_mask(case, draw, x)
+    return Problem(case, x, weights, biases, mask, residual, drop_mask, lengths)
+
+
+def _residual(case: Case, draw: _Draw, x: Tensor) -> Tensor | None:
+    if case.residual == "none":
+        return None
+    return x if case.residual == "pair" else draw.normal(*x.shape).to(x.dtype)
+
+
+def _drop_mask(case: Case, draw: _Draw, x: Tensor) -> Tensor | None:
+    if case.drop_mask == "none":
+        return None
+    (batch,), length, channels = case.leading, case.length, case.channels
+    kept = draw.uniform(batch, 1, length, channels) > 0.25
+    if case.drop_mask == "bool":
+        return kept
+    drop_mask = (kept / 0.75).to(x.dtype)
+    return drop_mask if case.drop_mask == "[B, 1, L, C]" else drop_mask.view(-1, channels)
+
+
+def _for_each(dtypes: str, name: str, **words: object) -> Iterator[Case]:
+    """A case for each of the dtypes, called by both."""
+    for dtype in dtypes.split():
+        yield Case(f"{name}, {dtype}", dtype, **words)
+
+
+_ALL = "bfloat16 float16 float32"
+_TWO = "bfloat16 float32"
+_BFLOAT16 = "bfloat16"
+_FLOAT32 = "float32"
+_INCOMING = {"direction": "incoming"}
+
+# A width, a dtype, a mask's dtype, an absent argument: each has machine code of its own to wait
+# for. Most cases share theirs; what differs in such a thing differs in little else.
+CASES: tuple[Case, ...] = (
+    *_for_each(_ALL, "direction: outgoing"),
+    *_for_each(_ALL, "direction: incoming", **_INCOMING),
+    # Tiny outputs come many at a time: the error of a few numbers is a matter of luck.
+    *_for_each(_ALL, "L = 1, 32 sequences", length=1, leading=(32,)),
+    *_for_each(_BFLOAT16, "L = 1, one sequence", length=1, channels=128, hidden=128),
+    *_for_each(_FLOAT32, "L = 1, one sequence", length=1),
+    *_for_each(_ALL, "L = 2", length=2, leading=(16,), mask="random", **_INCOMING),
+    *_for_each(_BFLOAT16, "L = 31", length=31),
+    *_for_each(_BFLOAT16, "L = 65", length=65, **_INCOMING),
+    *_for_each(_FLOAT32, "L = 65", length=65),
+    *_for_each(_BFLOAT16, "L = 127", length=127),
+    *_for_each(_FLOAT32, "L = 127", length=127, **_INCOMING),
+    *_for_each(_BFLOAT16, "C = D = 16, norms absent", channels=16, hidden=16, norms="absent"),
+    *_for_each(
+        _BFLOAT16, "C = D = 32, norms of the dtype of x", channels=32, hidden=32, norms="bfloat16",
+        **_INCOMING,
+    ),
+    *_for_each(
+        _BFLOAT16, "C = D = 48, channels first", channels=48, hidden=48, layout="channels first"
+    ),
+    *_for_each(_BFLOAT16, "C = D = 128", channels=128, hidden=128),
+    *_for_each(_BFLOAT16, "C = D = 250", channels=250, hidden=250, **_INCOMING),
+    *_for_each(_FLOAT32, "C = 77, D = 41", channels=77, hidden=41, **_INCOMING),
+    *(
+        case
+        for name in BIASES
+        for case in _for_each(_BFLOAT16, f"biases: {name} alone", biases=(name,))
+    ),
+    *_for_each(_BFLOAT16, "biases: all, C = 64, D = 32", hidden=32, biases=BIASES),
+    *_for_each(
+        _BFLOAT16, "biases: all, C = 64, D = 32, incoming", hidden=32, biases=BIASES, **_INCOMING
+    ),
+    *_for_each(_FLOAT32, "biases: all, C = 32, D = 64", channels=32, biases=BIASES),
+    *_for_each(_TWO, "mask: none", mask="none"),
+    *_for_each(_ALL, "mask: random", mask="random", leading=(2,)),
+    *_for_each(_TWO, "mask: soft", mask="soft", leading=(2,)),
+    *_for_each(_BFLOAT16, "mask: soft, dtype of x", mask="soft, dtype of x"),
+    *_for_each(_BFLOAT16, "mask: integers", mask="integers", **_INCOMING),
+    *_for_each(_ALL, "mask: all-masked rows", mask="masked rows"),
+    *_for_each(_ALL, "mask: all-masked rows, incoming", mask="masked rows", **_INCOMING),
+    *_for_each(_ALL, "mask: all zero", mask="all zero"),
+    *_for_each(_BFLOAT16, "mask: all zero, float", mask="all zero, float", **_INCOMING),
+    *_for_each(_TWO, "mask: [..., 1, L]", mask="random", mask_axes="... 1 L", leading=(2,)),
+    *_for_each(
+        _BFLOAT16, "mask: [1, L]", mask="random", mask_axes="1 L", leading=(2,), **_INCOMING
+    ),
+    *_for_each(_TWO, "mask: [L, L]", mask="random", mask_axes="L L", leading=(3,), **_INCOMING),
+    *_for_each(
+        _TWO, "mask: expanded, strides of 0", mask="random", mask_axes="... 1 L",
+        mask_expanded=True, leading=(2,),
+    ),
+    *_for_each(_TWO, "leading: none", leading=()),
+    *_for_each(_BFLOAT16, "leading: none, mask [1, L]", leading=(), mask_axes="1 L"),
+    *_for_each(_TWO, "leading: 2 x 3", leading=(2, 3), length=9, mask="random", **_INCOMING),
+    *_for_each(
+        _BFLOAT16, "leading: 2 x 1 x 3, mask [1, 1, 3, 1, L]", leading=(2, 1, 3), length=9,
+        mask="random", mask_axes="1 1 ... 1 L", mask_leading=(3,),
+    ),
+    *_for_each(
+        _TWO, "leading: x 2 x 1 x 4, mask 3 x 1", leading=(2, 1, 4), length=8, mask="random",
+        mask_leading=(3, 1),
+    ),
+    *(
+        case
+        for word in ("IEEE", "TF32", "TF32x3", "bfloat16")
+        for case in _for_each(_FLOAT32, f"precision: {word}", precision=word)
+    ),
+    *_for_each(_BFLOAT16, "precision: bfloat16", precision="bfloat16"),
+    *_for_each(_ALL, "scale: 1e-3", scale=1e-3),
+    *_for_each(_ALL, "scale: 0.03", scale=0.03, **_INCOMING),
+    *_for_each(_ALL, "scale: 30", scale=30.0),
+    *_for_each(_ALL, "scale: 1e3", scale=1e3, **_INCOMING),
+    *_for_each(_ALL, "heavy tails: Cauchy", x="cauchy"),
+    *_for_each(_ALL, "heavy tails: Cauchy, incoming", x="cauchy", **_INCOMING),
+    # The means of equal numbers with few digits are exact by themselves where C is a power of two.
+    *_for_each("float16", "constant rows: up to 3e4", x="constant rows"),
+    *_for_each(
+        _BFLOAT16, "constant rows: up to 3e4", x="constant rows", channels=250, hidden=250
+    ),
+    *_for_each(_FLOAT32, "constant rows: up to 3e4", x="constant rows", channels=77, hidden=41),
+    *_for_each(_TWO, "constant rows: up to 3e38", x="huge constant rows", **_INCOMING),
+    *_for_each(
+        _BFLOAT16, "constant rows: up to 3e38, C = D = 128", x="huge constant rows", channels=128,
+        hidden=128,
+    ),
+    *_for_each(
+        _FLOAT32, "constant rows: up to 3e38, C = 77, D = 41", x="huge constant rows", channels=77,
+        hidden=41,
+    ),
+    *_for_each(_ALL, "means: 25 deviations", x="means of 25 deviations"),
+    *_for_each(_FLOAT32, "means: 1000 deviations", x="means of 1000 deviations", **_INCOMING),
+    *_for_each(_TWO, "gates: open and shut", weights="wide gates"),
+    *_for_each(_ALL, "norms: digits beyond bfloat16", weights="fine norms"),
+    *_for_each(
+        _BFLOAT16, "norms: of the dtype of x", norms="bfloat16", channels=32, hidden=32
+    ),
+    *_for_each(_BFLOAT16, "norms: absent", norms="absent", channels=16, hidden=16, **_INCOMING),
+    *_for_each(_TWO, "eps: 0.1", eps=0.1),
+    *_for_each(_TWO, "eps: 1e-8, scale 1e-3", eps=1e-8, scale=1e-3, **_INCOMING),
+    *_for_each(_BFLOAT16, "residual: alone", residual="own", leading=(2,), **_INCOMING),
+    *_for_each(_BFLOAT16, "residual: the pair itself", residual="pair"),
+    *_for_each(_BFLOAT16, "residual: overwritten", residual="overwritten"),
+    *_for_each(_BFLOAT16, "drop mask: bool, alone", drop_mask="bool", leading=(2,)),
+    *_for_each(
+        _BFLOAT16, "residual and drop mask", residual="own", drop_mask="[B, 1, L, C]", leading=(2,)
+    ),
+    *_for_each(
+        _BFLOAT16, "residual and drop mask [B*L, C]", residual="own", drop_mask="[B*L, C]",
+        leading=(2,), **_INCOMING,
+    ),
+    *_for_each(
+        _BFLOAT16, "strides: channels first", layout="channels first", channels=48, hidden=48,
+        leading=(2,),
+    ),
+    *_for_each(_BFLOAT16, "strides: residues swapped", layout="residues swapped"),
+    *_for_each(_BFLOAT16, "strides: sliced channels", layout="sliced channels", **_INCOMING),
+    *_for_each(
+        _TWO, "strides: every second sequence", layout="every second sequence", leading=(2,)
+    ),
+    *_for_each(_BFLOAT16, "memory: lean", memory="lean"),
+    *_for_each(_BFLOAT16, "memory: lean, residual", memory="lean", residual="own", **_INCOMING),
+    *_for_each(
+        _TWO, "lengths: 0, 1, some, L", lengths=(0, 1, 20, 33), leading=(4,), mask="none"
+    ),
+    *_for_each(
+        _BFLOAT16, "lengths: past a tile, incoming", lengths=(64, 65), leading=(2,), length=66,
+        mask="none", lengths_dtype="int32", **_INCOMING,
+    ),
+    *_for_each(
+        _BFLOAT16, "lengths: with a soft mask", lengths=(33, 5), leading=(2,), mask="soft"
+    ),
+    *_for_each(
+        _BFLOAT16, "lengths: with residual and drop mask", lengths=(17, 0), leading=(2,),
+        mask="random", residual="own", drop_mask="[B, 1, L, C]", **_INCOMING,
+    ),
+    *_for_each(
+        _BFLOAT16, "lengths: leading 2 x 3", lengths=(9, 0, 4, 1, 8, 9), leading=(2, 3), length=9,
+        mask="none", lengths_dtype="int32",
+    ),
+    *_for_each(_BFLOAT16, "lengths: none leading", lengths=(20,), leading=(), mask="none"),
+)  # fmt: skip

@@ -1,0 +1,160 @@
+"""What the conformance suite holds an output to: float64, and plain PyTorch in the same dtype.
+
+An output conforms if it has the right shape and dtype; is finite wherever float64, rounded to the
+dtype, is; is 0 wherever float64 is exactly 0; and
+
+    ||got - float64|| / ||float64||      <= max(B, 1.1 times the same of plain PyTorch)
+    max |got - float64| / rms(float64)   <= max(16 B, 2 times the same of plain PyTorch)
+
+B is a fixed budget of the dtype and the precision. Plain PyTorch is the formula one operation after
+the other, each rounded to the dtype, with norms in float32: what transformers' module computes, but
+for every case. It is on the CPU, from the same numbers, but for rows of one number, which it gets
+as zeros (LayerNorm makes them its bias, and plain PyTorch of a large one anything). 1.1 leaves the
+module on a GPU its other order of summation. Where plain PyTorch overflows, B decides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cases import Case, Problem
+
+# Those of tests/helpers.py, and the bounds of docs/numerics.md for the other words of `precision`.
+BUDGETS = {"bfloat16": 4.8e-3, "float16": 7e-4, "float32": 5e-6}
+PRECISION_BUDGETS = {"IEEE": 5e-6, "TF32x3": 5e-6, "TF32": 2e-3, "bfloat16": 1e-2}
+# The largest of a million normal errors is five times their L2 error, and outputs have heavy tails.
+_LARGEST_OVER_BUDGET = 16
+_OVER_PLAIN = 1.1
+_LARGEST_OVER_PLAIN = 2
+_NORM_PARTS = ("weight", "bias")
+
+
+class Errors(NamedTuple):
+    """relative: the L2 error over the output's norm. largest: the largest over its RMS."""
+
+    relative: float
+    largest: float
+
+
+class Answer(NamedTuple):
+    """What a case's output is held to: float64's output, plain PyTorch's errors and the limits."""
+
+    wanted: Tensor
+    plain: Errors
+    limits: Errors
+
+
+def budget(case: Case) -> float:
+    """B of the case."""
+    if case.dtype == "float32" and case.precision is not None:
+        return PRECISION_BUDGETS[case.precision]
+    return BUDGETS[case.dtype]
+
+
+def answer(problem: Problem) -> Answer:
+    """The answer to a problem on the CPU."""
+    wanted = reference(problem)
+    without = problem.without_constant_rows() or problem
+    plain = errors(formula(without, problem.x.dtype), wanted, problem.x.dtype)
+    limits = Errors(budget(problem.case), _LARGEST_OVER_BUDGET * budget(problem.case))
+    if math.isfinite(plain.relative):
+        limits = Errors(
+            max(limits.relative, _OVER_PLAIN * plain.relative),
+            max(limits.largest, _LARGEST_OVER_PLAIN * plain.largest),
+        )
+    return Answer(wanted, plain, limits)
+
+
+def reference(problem: Problem) -> Tensor:
+    """The output in float64."""
+    # LayerNorm doesn't notice the shift, which makes rows of one huge number exact zeros.
+    x = problem.x.double()
+    return formula(replace(problem, x=x - x[..., :1]), torch.float64)
+
+
+def formula(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, every operation rounded to `dtype`.
+
+    Norms are computed in float32 at least. The residual and the drop mask come on top.
+    """
+    case = problem.case
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def cast(tensor: Tensor | None, to: torch.dtype = dtype) -> Tensor | None:
+        return None if tensor is None else tensor.to(to)
+
+    def norm(value: Tensor, name: str) -> Tensor:
+        weight, bias = (cast(problem.weights[f"{name}_{part}"], wide) for part in _NORM_PARTS)
+        return F.layer_norm(value.to(wide), value.shape[-1:], weight, bias, case.eps).to(dtype)
+
+    def linear(value: Tensor, name: str) -> Tensor:
+        bias = cast(problem.biases.get(f"{name}_bias"))
+        return F.linear(value, cast(problem.weights[f"{name}_weight"]), bias)
+
+    z = norm(cast(problem.x), "norm_in")
+    ab = linear(z, "p_in") * linear(z, "g_in").sigmoid()
+    if problem.mask is not None:
+        ab = ab * cast(problem.mask).unsqueeze(-1)
+    real = _real_pairs(problem)
+    if real is not None:
+        ab = ab * cast(real)
+    a, b = ab.chunk(2, dim=-1)
+    if case.direction == "outgoing":
+        t = torch.einsum("...ikd,...jkd->...ijd", a, b)
+    else:
+        t = torch.einsum("...kid,...kjd->...ijd", a, b)
+    out = linear(norm(t, "norm_out"), "p_out") * linear(z, "g_out").sigmoid()
+    if real is not None:
+        out = out * cast(real)
+    if problem.drop_mask is not None:
+        batch, length, _, channels = problem.x.shape
+        out = out * cast(problem.drop_mask).view(batch, 1, length, channels)
+    return out if problem.residual is None else cast(problem.residual) + out
+
+
+def _real_pairs(problem: Problem) -> Tensor | None:
+    """[..., L, L, 1] bool: pairs of residues that both come before their sequence's length."""
+    if problem.lengths is None:
+        return None
+    real = torch.arange(problem.case.length) < problem.lengths.unsqueeze(-1)
+    return (real.unsqueeze(-1) & real.unsqueeze(-2)).unsqueeze(-1)
+
+
+def errors(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Errors:
+    """Of an output on the CPU, where float64 rounds to a finite number of `dtype`; NaN if any is.
+
+    Of an output that is to be 0, 0 if it is, and infinite otherwise.
+    """
+    counted = wanted.to(dtype).isfinite()
+    off = torch.where(counted, got.double() - wanted, 0.0)
+    size = torch.where(counted, wanted, 0.0).norm()
+    if size == 0:
+        worst = float(off.abs().max())
+        return Errors(worst and math.inf, worst and math.inf)
+    rms = size / counted.sum().sqrt()
+    return Errors(float(off.norm() / size), float(off.abs().max() / rms))
+
+
+def fault(got: Tensor, held_to: Answer, dtype: torch.dtype) -> str | None:
+    """Why an output on the CPU doesn't conform; None if it does."""
+    wanted = held_to.wanted
+    if got.shape != wanted.shape or got.dtype != dtype:
+        return f"gave {got.dtype} {tuple(got.shape)} for {dtype} {tuple(wanted.shape)}"
+    lost = wanted.to(dtype).isfinite() & ~got.isfinite()
+    if lost.any():
+        return f"{int(lost.sum())} of {lost.numel()} numbers are not finite where float64's are"
+    missed = (wanted == 0) & (got != 0)
+    if missed.any():
+        return f"{int(missed.sum())} of {missed.numel()} numbers are not 0 where float64's are"
+    found, limits = errors(got, wanted, dtype), held_to.limits
+    if not found.relative <= limits.relative:
+        return f"relative error {found.relative:.2e}, above {limits.relative:.2e}"
+    if not found.largest <= limits.largest:
+        return f"largest error {found.largest:.2e} of the RMS, above {limits.largest:.2e}"
+    return None

@@ -1,0 +1,87 @@
+"""What every command prints with: tables, a progress bar, JSON."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .heartbeat import heartbeat
+
+
+def stdout(**options: Any) -> Console:
+    # Without markup: names and package extras may be in square brackets.
+    return Console(markup=False, highlight=False, **options)
+
+
+class ProgressBar:
+    """A progress bar on stderr, moved by calling it; where that is no terminal, a line a minute."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._now = "Starting"
+        self._minutes = nullcontext() if console.is_terminal else heartbeat(self._say)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            # Redirected, what is meant for stdout would go to stderr.
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task(self._now, total=None)
+
+    def __enter__(self) -> "ProgressBar":
+        self._minutes.__enter__()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.stop()
+        self._minutes.__exit__(*exception)
+
+    def _say(self, elapsed: str) -> None:
+        print(f"{elapsed}: {self._now}", file=sys.stderr, flush=True)
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        self._now = f"{label} ({done} of {total} done)"
+        self._bar.update(self._task, description=label, completed=done, total=total)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the bar off the screen, to print something."""
+        self._bar.stop()
+        yield
+        self._bar.start()
+
+
+def print_whole(drawn: Table) -> None:
+    """A table as wide as it is: cut to a narrow terminal its numbers would be lost."""
+    console = stdout()
+    width = Measurement.get(console, console.options.update(width=1000), drawn).maximum
+    stdout(width=max(width, console.width)).print(drawn)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(_finite(document), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

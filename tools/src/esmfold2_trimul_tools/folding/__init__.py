@@ -1,0 +1,1 @@
+"""Folds with ESMFold2, with the kernel and without it."""

@@ -1,0 +1,353 @@
+"""The commands fold and validate."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..console import ProgressBar, print_json, stdout
+from ..errors import UserError
+from ..options import AsJson, KernelRoot
+from ..repository import find_root
+from .sequences import file_stems, parse_sequence, read_fasta
+
+if TYPE_CHECKING:
+    from .fold import Outcome, Settings
+    from .memory import PeakMemory
+    from .validate import Validation
+
+# torch and transformers take seconds to import: each command imports what it needs.
+
+RANDOM_NOTE = "random weights: meaningless as biology"
+
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="A Hub id or a local folder. Default: biohub/ESMFold2."),
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option(
+        "--random-weights",
+        help="Fold with a small random model made on the spot: no download, and no biology either.",
+    ),
+]
+KernelName = Annotated[
+    str,
+    typer.Option(
+        "--kernel",
+        help="ours: the build of this repository. hub: what transformers itself would fetch. "
+        "off: transformers' stock path.",
+    ),
+]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or xpu. Default: the best here.")
+]
+DtypeName = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16, or fp32, bf16, fp16. "
+        "Default: bfloat16 on an accelerator, else float32.",
+    ),
+]
+Loops = Annotated[
+    int | None, typer.Option("--loops", help="Refinements after the first pass through the trunk.")
+]
+Samples = Annotated[int | None, typer.Option("--samples", help="Structures drawn per protein.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Length of the noise schedule.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of every random draw, random weights included.")]
+
+
+def fold(
+    sequence: Annotated[
+        str | None,
+        typer.Argument(
+            help="One letter per residue, upper or lower case; X for an unknown one. "
+            "Or a FASTA file.",
+            show_default=False,
+        ),
+    ] = None,
+    fasta: Annotated[
+        Path | None, typer.Option("--fasta", help="A FASTA file: every protein in it is folded.")
+    ] = None,
+    model: ModelName = None,
+    random_weights: RandomWeights = False,
+    kernel: KernelName = "ours",
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Fold again on the stock path, same seeds, and compare."),
+    ] = False,
+    device: DeviceName = None,
+    dtype: DtypeName = None,
+    loops: Loops = None,
+    samples: Samples = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the PDB and PNG files.")] = Path(
+        "out"
+    ),
+    kernel_root: KernelRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold proteins with the kernel at every triangle multiplication of ESMFold2.
+
+    Writes a PDB file (B-factors: pLDDT from 0 to 100) and a PNG (pLDDT by
+    residue, expected distances) per protein, and prints time, peak memory,
+    mean pLDDT and pTM.
+    """
+    if (sequence is None) == (fasta is None):
+        raise UserError("give either SEQUENCE or --fasta FILE")
+    if compare and kernel == "off":
+        raise UserError("--compare needs a kernel beside the stock path: --kernel ours or hub")
+    if sequence is not None and os.path.isfile(sequence):
+        fasta = Path(sequence)
+    records = [parse_sequence(sequence)] if fasta is None else read_fasta(fasta)
+
+    from .fold import Settings, fold_records, write_pdb
+    from .plots import plot_fold
+
+    settings = Settings(loops, samples, steps, seed)
+    settings.check()
+    setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root)
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    loaded = setup.load()
+    note = RANDOM_NOTE if random_weights else ""
+    folded = []
+    with ProgressBar() as report:
+        outcomes = fold_records(
+            loaded, records, settings, setup.kernel, setup.root, compare, report
+        )
+        for stem, outcome in zip(file_stems(records), outcomes, strict=True):
+            pdb, png = out / f"{stem}.pdb", out / f"{stem}.png"
+            with _writing(out):
+                write_pdb(outcome.fold, pdb, [note.upper()] if note else [])
+                plot_fold(outcome.fold, png, note)
+            files = {"pdb": str(pdb), "png": str(png)}
+            folded.append(outcome.summary() | files)
+            if not as_json:
+                with report.hidden():
+                    _print_outcome(outcome, setup, files)
+    if as_json:
+        print_json({**setup.summary(settings.resolved(loaded.config)), "folds": folded})
+
+
+def validate(
+    model: ModelName = None,
+    random_weights: RandomWeights = False,
+    kernel: KernelName = "ours",
+    device: DeviceName = None,
+    dtype: DtypeName = None,
+    loops: Loops = None,
+    samples: Samples = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    kernel_root: KernelRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold ubiquitin and GB1, and hold the kernel's differences against the model's own spread.
+
+    Stock path and kernel fold with the same two seeds. Exit status 1 if kernel
+    and stock path differ by more (with one seed) than the stock path does
+    between two seeds.
+    """
+    from .fold import Settings
+    from .validate import validate as run
+
+    if kernel == "off":
+        raise UserError("validate needs a kernel beside the stock path: --kernel ours or hub")
+    settings = Settings(loops, samples, steps, seed)
+    settings.check()
+    setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root)
+    loaded = setup.load()
+    with ProgressBar() as report:
+        result = run(loaded, setup.kernel, setup.root, settings, progress=report)
+    if as_json:
+        print_json(
+            {
+                **setup.summary(settings.resolved(loaded.config)),
+                "sites": result.swap._asdict(),
+                "passed": result.passed,
+                "proteins": [verdict.summary() for verdict in result.verdicts],
+            }
+        )
+    else:
+        _print_validation(result, setup)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+class Setup:
+    """The model options that fold and validate share, checked before anything is loaded."""
+
+    def __init__(
+        self,
+        model: str | None,
+        random_weights: bool,
+        kernel: str,
+        device: str | None,
+        dtype: str | None,
+        seed: int,
+        kernel_root: Path | None,
+    ) -> None:
+        from .model import (
+            HUB_MODEL,
+            check_kernel,
+            check_swappable,
+            resolve_device,
+            resolve_dtype,
+        )
+
+        if random_weights and model is not None:
+            raise UserError("give either --model or --random-weights")
+        self.device = resolve_device(device)
+        self.kernel = check_kernel(kernel, self.device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.root = find_root(kernel_root) if self.kernel == "ours" else None
+        self.name = "random weights" if random_weights else model or HUB_MODEL
+        self.random_weights = random_weights
+        self.seed = seed
+        if self.kernel != "off":
+            check_swappable()
+
+    def load(self) -> Any:
+        """The model on its device."""
+        from .model import load_model, random_model
+
+        if self.random_weights:
+            return random_model(self.device, self.dtype, self.seed)
+        return load_model(self.name, self.device, self.dtype)
+
+    def path(self) -> tuple[str, str]:
+        """Which implementation our kernel takes here, and why."""
+        from ..repository import load_kernel
+
+        return tuple(load_kernel(self.root).paths.execution_path(self.device, self.dtype))
+
+    def kernel_description(self) -> str:
+        """The kernel in words."""
+        if self.kernel == "ours":
+            return "ours, {} path: {}".format(*self.path())
+        return {"hub": "the Hub's", "off": "stock path"}[self.kernel]
+
+    def summary(self, settings: "Settings") -> dict[str, Any]:
+        """What the JSON output says of a run."""
+        name, reason = self.path() if self.kernel == "ours" else (None, None)
+        return {
+            "model": self.name,
+            "random_weights": self.random_weights,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kernel": self.kernel,
+            "path": name,
+            "path_reason": reason,
+            "loops": settings.loops,
+            "samples": settings.samples,
+            "steps": settings.steps,
+            "seed": settings.seed,
+        }
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder}: can't be written to ({error.strerror})") from error
+
+
+def _print_outcome(outcome: "Outcome", setup: Setup, files: dict[str, str]) -> None:
+    result, stock, differences = outcome.fold, outcome.stock, outcome.differences
+    console = stdout(soft_wrap=True)
+    record = result.record
+    console.print(
+        f"\n{record.name}, {len(record.sequence)} residues, "
+        f"{setup.name} in {str(setup.dtype).removeprefix('torch.')} on {setup.device}"
+    )
+    if setup.random_weights:
+        console.print(
+            "Random weights: as biology this fold is meaningless, only the machinery works."
+        )
+    swapped, total = outcome.swap
+    console.print(f"Sites swapped: {swapped} of {total} ({setup.kernel_description()})")
+
+    columns = [setup.kernel if setup.kernel != "off" else "stock"]
+    rows = [
+        ["Seconds", f"{result.seconds:.2f}"],
+        ["Peak memory", _memory(result.memory)],
+        ["Mean pLDDT", f"{result.mean_plddt:.4f}"],
+        ["pTM", f"{float(result.ptm[result.best]):.4f}"],
+    ]
+    if stock is not None and differences is not None:
+        columns += ["stock", "difference"]
+        speed = stock.seconds / result.seconds
+        saved = stock.memory.peak_bytes - result.memory.peak_bytes
+        rows[0] += [f"{stock.seconds:.2f}", f"{speed:.2f}x as fast"]
+        rows[1] += [_memory(stock.memory), f"{-saved / 2**20:+.0f} MiB"]
+        rows[2] += [f"{stock.mean_plddt:.4f}", f"{differences.plddt_of_means:.1e}"]
+        rows[3] += [f"{float(stock.ptm[result.best]):.4f}", f"{differences.ptm:.1e}"]
+        rows += [
+            ["pLDDT, largest", "", "", f"{differences.plddt_max:.1e}"],
+            ["Distogram, mean", "", "", f"{differences.distogram_mean:.1e}"],
+            ["Distogram, largest", "", "", f"{differences.distogram_max:.1e}"],
+            ["Coordinates, RMSD", "", "", f"{differences.coords_rmsd:.1e} Å"],
+        ]
+    table = Table("", *columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    stdout().print(table)
+    if stock is not None:
+        console.print("Differences are absolute; those of the distogram are of probabilities")
+    console.print(f"Memory: {result.memory.meaning}; in brackets, above the fold's start")
+    console.print(f"Wrote {files['pdb']} and {files['png']}")
+
+
+def _print_validation(result: "Validation", setup: Setup) -> None:
+    from .validate import DECIDING
+
+    console = stdout(soft_wrap=True)
+    if setup.random_weights:
+        console.print("Random weights: as biology these folds are meaningless.")
+    swapped, total = result.swap
+    console.print(f"Sites swapped: {swapped} of {total} ({setup.kernel_description()})")
+    names = {
+        "plddt_of_means": "Mean pLDDT",
+        "plddt_mean": "pLDDT by residue, mean",
+        "ptm": "pTM",
+        "distogram_mean": "Distogram, mean",
+        "distogram_max": "Distogram, largest",
+    }
+    for verdict in result.verdicts:
+        table = Table(
+            f"{verdict.record.name}, {len(verdict.record.sequence)} residues",
+            "kernel to stock",
+            "stock's spread",
+            "within",
+        )
+        for name, label in names.items():
+            within = ("yes" if verdict.within_spread(name) else "NO") if name in DECIDING else ""
+            spread = getattr(verdict.spread, name)
+            table.add_row(label, f"{verdict.worst(name):.2e}", f"{spread:.2e}", within)
+        for path, folds in (("stock", verdict.stock), ("kernel", verdict.kernel)):
+            numbers = ", ".join(
+                f"pLDDT {one.mean_plddt:.3f} pTM {float(one.ptm[one.best]):.3f}" for one in folds
+            )
+            console.print(f"{verdict.record.name}, {path}, two seeds: {numbers}")
+        stdout().print(table)
+    if result.passed:
+        console.print("Passed: the kernel differs from the stock path by less than its own spread.")
+    else:
+        console.print(
+            "FAILED: the kernel differs from the stock path by more than its own spread. "
+            "A spread of two seeds can be small by luck: try another --seed too."
+        )
+
+
+def _memory(memory: "PeakMemory") -> str:
+    return f"{memory.peak_bytes / 2**20:.0f} MiB (+{memory.added_bytes / 2**20:.0f})"

@@ -1,0 +1,441 @@
+"""The ESMFold2 model of a fold: load it or make a random one, and swap our layer in.
+
+The swap goes through the kernels library, as in production: transformers names its triangle
+multiplication `EsmFold2TriangleMultiplication`, and `kernelize` replaces the forward of every
+module of that name by the one of the layer that a mapping gives. Nothing complains when a mapping
+or a name is missing, so every swap is verified here, module by module.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import EsmFold2Config, EsmFold2Model
+
+HUB_MODEL = "biohub/ESMFold2"
+HUB_KERNEL = "biohub/esmfold2-trimul"  # what transformers fetches for use_kernels=True
+SITE_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the layer
+LAYER_NAME = "ESMFold2TriangleMultiplication"  # the layer in a kernel repository
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Kernel = Literal["ours", "hub", "off"]
+
+_BACKENDS = ("cpu", "cuda", "rocm", "xpu")  # the kernels library's names
+_CONNECT_TIMEOUT = 5  # seconds
+
+
+class Swap(NamedTuple):
+    """How many of the model's triangle-multiplication sites run the kernel's layer."""
+
+    swapped: int
+    total: int
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device called `name`, or without a name the best one here: CUDA, then XPU, then the CPU.
+
+    Raises:
+        UserError: there is no such device on this machine.
+    """
+    if name is None:
+        present = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
+        name = present[0] if present else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "xpu"):
+        raise UserError(f"--device must be cpu, cuda, cuda:N or xpu; got {name!r}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+
+    backend = getattr(torch, device.type)
+    if not backend.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here")
+    count = backend.device_count()
+    if device.index is not None and device.index >= count:
+        raise UserError(f"--device {name}: this machine has {count} {device.type} device(s)")
+    return torch.device(device.type, device.index or 0)
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; without a name bfloat16 on an accelerator and float32 on a CPU.
+
+    Raises:
+        UserError: no such dtype, or not one that ESMFold2 folds in.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype) -> "EsmFold2Model":
+    """The ESMFold2 of a local folder or a Hub repository, ready to fold.
+
+    Raises:
+        UserError: it can't be had: no such folder, no network and no cached copy, another model.
+    """
+    model_class = _esmfold2_model_class()
+    _silence_transformers(but_for_bars=sys.stderr.isatty())
+    folder = Path(name).expanduser()
+    offline = False
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {name}: no config.json in it")
+        source = str(folder)
+    elif _looks_like_a_path(name):
+        raise UserError(f"model folder {name}: no such folder")
+    else:
+        source = name
+        offline = _must_use_cache(name)
+
+    from transformers import AutoConfig
+
+    with _blaming(f"model {name}: can't be loaded"):
+        config = AutoConfig.from_pretrained(source, local_files_only=offline)
+    # Another model's weights would load too: what is missing is drawn at random.
+    if config.model_type != model_class.config_class.model_type:
+        raise UserError(f"model {name}: a {config.model_type} model, not ESMFold2")
+    with _blaming(f"model {name}: can't be loaded"):
+        model, loading = model_class.from_pretrained(
+            source, config=config, dtype=dtype, local_files_only=offline, output_loading_info=True
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"model {name}: {len(missing)} weights are missing, {missing[0]} the first")
+    return _to_device(model.eval(), device)
+
+
+def random_config(
+    pair_width: int = 128, trunk_layers: int = 24, side_layers: int = 4, coda_layers: int = 2
+) -> "EsmFold2Config":
+    """The configuration of a small ESMFold2, by default with all 76 sites of the real architecture.
+
+    Args:
+        pair_width: channels of the pair tensor.
+        trunk_layers: layers of the folding trunk.
+        side_layers: layers of the language-model encoder, the MSA encoder and the confidence head.
+        coda_layers: layers after the last loop.
+    """
+    _esmfold2_model_class()
+    from transformers import EsmFold2Config
+
+    token_width = 64
+    atoms = {"hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 128}
+    residue_features = 67  # two one-hot residue types and one number
+    return EsmFold2Config(
+        pairwise_hidden_size=pair_width,
+        hidden_size=token_width,
+        single_inputs_size=token_width + residue_features,
+        pair_transition_intermediate_size=2 * pair_width,
+        num_loops=1,
+        folding_trunk_num_hidden_layers=trunk_layers,
+        parcae_num_coda_layers=coda_layers,
+        atom_encoder={**atoms, "output_dim": token_width},
+        lm_encoder={"num_hidden_layers": side_layers},
+        msa_encoder={
+            "num_hidden_layers": side_layers,
+            "hidden_size": 32,
+            "outer_hidden_size": 8,
+            "num_attention_heads": 4,
+            "head_dim": 8,
+            "intermediate_size": 64,
+        },
+        confidence_head={"num_hidden_layers": side_layers},
+        structure_head={
+            "num_diffusion_samples": 1,
+            "inference_num_steps": 12,
+            "diffusion_module": {
+                "hidden_size": token_width,
+                "fourier_dim": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 2 * token_width,
+                "pair_intermediate_size": pair_width,
+                "atom_encoder": {**atoms, "output_dim": token_width},
+            },
+        },
+        esmc_config={
+            "model_type": "esmc",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+    )
+
+
+def random_model(
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    config: "EsmFold2Config | None" = None,
+) -> "EsmFold2Model":
+    """An ESMFold2 with random weights: real code, meaningless biology. Equal seeds, equal weights.
+
+    Args:
+        device, dtype: where and in what it folds; modules that ESMFold2 keeps in float32 stay so.
+        seed: of the weights. torch's own random state is left as it was.
+        config: the architecture; `random_config()` without one.
+    """
+    model_class = _esmfold2_model_class()
+    _silence_transformers()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config or random_config())
+        _draw_every_weight(model)
+    if dtype != torch.float32:
+        # Reloaded, not cast: from_pretrained knows which modules stay in float32.
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = model_class.from_pretrained(folder, dtype=dtype)
+    return _to_device(model.eval(), device)
+
+
+def triangle_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every triangle-multiplication module of the model by its name: the sites of a swap."""
+    site_class = _site_class()
+    return {name: part for name, part in model.named_modules() if isinstance(part, site_class)}
+
+
+def check_swappable() -> None:
+    """Raises UserError where the installed transformers and kernels can't swap a layer at all.
+
+    Outside the pairs of versions that fit, transformers' classes carry no `kernel_layer_name`: the
+    kernels library then passes over them without a word.
+    """
+    if getattr(_site_class(), "kernel_layer_name", None) == SITE_NAME:
+        return
+    from transformers.utils import ENV_VARS_TRUE_VALUES
+
+    if os.environ.get("USE_HUB_KERNELS", "YES").upper() not in ENV_VARS_TRUE_VALUES:
+        raise UserError(
+            "no layer can be swapped: USE_HUB_KERNELS turns kernels off in transformers; unset it"
+        )
+    import transformers
+
+    raise UserError(
+        f"no layer can be swapped: transformers {transformers.__version__} does not work with "
+        f'{_kernels_version()}; pip install "transformers[kernels]>=5.18" picks a pair that fits'
+    )
+
+
+def check_kernel(name: str, device: torch.device) -> Kernel:
+    """`name` as one of the three kernels.
+
+    Raises:
+        UserError: it is none of them, or there is none of that name for the device.
+    """
+    if name not in get_args(Kernel):
+        raise UserError(f"--kernel must be one of {', '.join(get_args(Kernel))}; got {name!r}")
+    if name == "hub" and device.type != "cuda":
+        raise UserError(
+            f"--kernel hub: transformers has {HUB_KERNEL} for CUDA only, and this fold runs on "
+            f"{device.type}; use --kernel ours or --kernel off"
+        )
+    return name
+
+
+def swap_in(model: nn.Module, kernel: Kernel, root: Path | None = None) -> Swap:
+    """Put the kernel's layer at every site of the model and verify it, module by module.
+
+    Args:
+        kernel: "ours" (the build in the repository at `root`), "hub" (what transformers fetches for
+            use_kernels=True) or "off" (the stock path).
+        root: our kernel repository; not needed for the other two.
+
+    Raises:
+        UserError: the kernel can't be had, or did not reach every site.
+    """
+    restore_stock(model)
+    sites = triangle_modules(model)
+    if kernel == "off":
+        return Swap(0, len(sites))
+    check_swappable()
+    if kernel == "ours":
+        _swap_in_ours(sites, root)
+    else:
+        _swap_in_hubs(model)
+    origin = root if kernel == "ours" else None
+    swapped = sum(_runs_another_forward(site, origin) for site in sites.values())
+    if swapped < len(sites):
+        raise UserError(f"only {swapped} of {len(sites)} sites took the kernel's layer")
+    return Swap(swapped, len(sites))
+
+
+def restore_stock(model: nn.Module) -> None:
+    """Undo every swap: each layer runs transformers' own forward again."""
+    for part in model.modules():
+        # kernelize leaves the replaced forward on the instance, or on a function it holds.
+        for target in (part, *getattr(part, "_kernel_funcs", {}).values()):
+            if hasattr(type(target), "kernel_layer_name"):
+                target.__dict__.pop("forward", None)
+
+
+def _swap_in_ours(sites: dict[str, nn.Module], root: Path) -> None:
+    from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+
+    layer = LocalLayerRepository(repo_path=root, layer_name=LAYER_NAME)
+    mapping = {SITE_NAME: {backend: {Mode.INFERENCE: layer} for backend in _BACKENDS}}
+    with (
+        _blaming(f"the kernel build in {root} can't be used; remake it: esmfold2-trimul build"),
+        use_kernel_mapping(mapping, inherit_mapping=False),
+    ):
+        for site in sites.values():
+            kernelize(site, mode=Mode.INFERENCE)
+
+
+def _swap_in_hubs(model: "EsmFold2Model") -> None:
+    from huggingface_hub import constants
+
+    local = f"{HUB_KERNEL}=" in os.environ.get("LOCAL_KERNELS", "")
+    if not (local or constants.HF_HUB_OFFLINE or _hub_answers()):
+        raise UserError(f"--kernel hub: {HUB_KERNEL} can't be fetched, the Hub does not answer")
+    with _blaming(f"--kernel hub: {HUB_KERNEL} can't be used"):
+        model.set_use_kernels(True)
+
+
+def _runs_another_forward(site: nn.Module, root: Path | None) -> bool:
+    """Whether the site's forward is a layer's, and of the build in `root` where that is given."""
+    function = getattr(site.__dict__.get("forward"), "__func__", None)
+    if function is None or function is type(site).forward:
+        return False
+    if root is None:
+        return True
+    source = Path(sys.modules[function.__module__].__file__).resolve()
+    return source.is_relative_to((root / "build").resolve())
+
+
+def _draw_every_weight(model: nn.Module) -> None:
+    """Random values that keep the size of signals, zero-initialised heads and gates included.
+
+    With transformers' initial values a fold is degenerate: several heads and gates start at zero,
+    so that pLDDT would be 0.5 whatever the trunk computes.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if part.bias is not None:
+                nn.init.normal_(part.bias, std=0.1)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.normal_(part.weight, mean=1.0, std=0.1)
+            if part.bias is not None:
+                nn.init.normal_(part.bias, std=0.1)
+    nn.init.normal_(model.language_model.layer_weights)
+    # Logits a few units wide: neither flat nor certain, so that the outputs follow the trunk.
+    head = model.confidence_head
+    for weight in (head.plddt_weight, head.resolved_weight):
+        nn.init.normal_(weight, std=3 * weight.shape[1] ** -0.5)
+    nn.init.normal_(model.distogram_head.weight, std=0.2 * model.distogram_head.in_features**-0.5)
+
+
+def _to_device(model: "EsmFold2Model", device: torch.device) -> "EsmFold2Model":
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the model does not fit into the memory of {device}") from error
+
+
+def _esmfold2_model_class() -> type["EsmFold2Model"]:
+    try:
+        from transformers import EsmFold2Model
+    except ImportError as error:
+        raise UserError(
+            f"no ESMFold2 in the installed transformers ({_first_line(error)}); "
+            'pip install "transformers[kernels]>=5.18"'
+        ) from error
+    return EsmFold2Model
+
+
+def _site_class() -> type[nn.Module]:
+    _esmfold2_model_class()
+    from transformers.models.esmfold2 import modeling_esmfold2
+
+    return modeling_esmfold2.EsmFold2TriangleMultiplicativeUpdate
+
+
+def _kernels_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"kernels {version('kernels')}"
+    except PackageNotFoundError:
+        return "no kernels library at all"
+
+
+def _silence_transformers(but_for_bars: bool = False) -> None:
+    """No hints and no loading bars: what matters of them is checked and said by this package."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if but_for_bars:
+        logging.enable_progress_bar()
+    else:
+        logging.disable_progress_bar()
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isabs(name)
+
+
+def _must_use_cache(hub_id: str) -> bool:
+    """Whether the Hub can't be asked for this model but the cache has it; the Hub is tried once.
+
+    transformers itself would retry for half a minute before it said so.
+
+    Raises:
+        UserError: neither the Hub nor the cache has it, or the name can't be a Hub id.
+    """
+    from huggingface_hub import constants, errors, try_to_load_from_cache
+
+    try:
+        cached = isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+    except errors.HFValidationError as error:
+        raise UserError(f"model {hub_id!r}: neither a folder nor a Hub id") from error
+    if not constants.HF_HUB_OFFLINE and _hub_answers():
+        return False
+    if not cached:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub does not answer"
+        raise UserError(
+            f"model {hub_id}: not in the local cache, and {reason}; "
+            "give a local folder with --model, or try --random-weights"
+        )
+    return True
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_CONNECT_TIMEOUT)
+    except Exception:  # the HTTP library's own errors: huggingface_hub has changed library twice
+        return False
+    return True
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Whatever the block raises (foreign code, files, the network) as a UserError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""A search for launch settings on a GPU."""
