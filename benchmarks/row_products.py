@@ -22,8 +22,8 @@ from esmfold2_trimul_tools.bench_clock import make_clock
 from esmfold2_trimul_tools.bench_environment import ScriptSettings, describe_environment
 from esmfold2_trimul_tools.bench_problem import relative_error
 from esmfold2_trimul_tools.bench_report import origin
-from esmfold2_trimul_tools.bench_results import write_results
 from esmfold2_trimul_tools.bench_rivals import Call, Sources
+from esmfold2_trimul_tools.documents import write_document
 from esmfold2_trimul_tools.model import resolve_device
 from esmfold2_trimul_tools.repository import find_root, load_kernel
 
@@ -135,7 +135,7 @@ def main() -> None:
                 f"| {row['ours_error']:.1e} |", flush=True,
             )  # fmt: skip
     if options.out is not None:
-        write_results({"environment": environment, "rows": rows, "times": times}, options.out)
+        write_document({"environment": environment, "rows": rows, "times": times}, options.out)
 
 
 if __name__ == "__main__":

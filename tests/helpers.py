@@ -22,6 +22,7 @@ ERROR_BUDGET = {torch.bfloat16: 4.8e-3, torch.float16: 7e-4, torch.float32: 5e-6
 
 # What the package exports: a new name is a version decision.
 PUBLIC_NAMES = [
+    "ESMFold2TriangleMultiplication",
     "explain",
     "from_boltz",
     "from_chai",

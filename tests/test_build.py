@@ -82,6 +82,7 @@ def test_metadata_says_what_build_toml_says(copy: Path):
     assert metadata.id == result.build_id and metadata.id.isidentifier()
     assert metadata.name.python_name == PACKAGE
     assert (metadata.version, metadata.license) == (1, "Apache-2.0")
+    assert f'__version__ = "{metadata.version}"' in (result.variant / "__init__.py").read_text()
     assert metadata.python_depends == []
     assert metadata.backend.backend_type == Backend.CUDA and metadata.backend.archs is None
 
@@ -190,6 +191,7 @@ def test_both_import_layouts_export_the_same_symbols(order: str):
         if flat is None:
             flat = sys.modules[nested.layers.__name__.rpartition(".")[0]]
         assert nested.__all__ == list(flat.__all__), (nested.__all__, flat.__all__)
+        assert nested.__version__ == flat.__version__
         assert all(getattr(nested, name) is getattr(flat, name) for name in flat.__all__)
         print(*nested.__all__)
     """

@@ -169,7 +169,7 @@ def test_fold_follows_the_seed_and_the_dtype(tiny):
         (["fold", "MQ", "GG"], "Got unexpected extra argument"),
         (["validate", "--kernel", "off"], "validate needs a kernel beside the stock path"),
         (["validate", "--steps", "0"], "--steps must be at least 1"),
-        (["resources", "--target", "sm_1"], "target must be one of sm_80"),
+        (["resources", "--target", "sm_1"], "target must be one of gfx942"),
         (["bench", "--lengths", "long"], "--lengths must be whole numbers above 0, as in 128,"),
         (["bench", "--rival", "theirs"], "--rival must be one of ours; "),
         (["bench", "--device", "abacus"], "--device must be cpu, cuda, cuda:N or xpu"),

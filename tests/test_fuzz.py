@@ -7,7 +7,6 @@ FUZZ_SUMMARY names a file for what came of them.
 import collections
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ import torch
 pytest.importorskip("hypothesis")
 import hypothesis  # noqa: E402
 from esmfold2_trimul_tools.bench_environment import checkout_commit, cpu_name  # noqa: E402
+from esmfold2_trimul_tools.documents import write_document  # noqa: E402
 from fuzzing import (  # noqa: E402
     ATEN,
     GPU,
@@ -126,7 +126,7 @@ def record(one_thread):
     found = Record(checkout_commit(ROOT))
     yield found
     if path := os.environ.get("FUZZ_SUMMARY"):
-        Path(path).write_text(json.dumps(found.summary(), indent=1) + "\n")
+        write_document(found.summary(), Path(path))
 
 
 @fuzz("aten", calls(ATEN))

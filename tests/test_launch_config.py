@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-from esmfold2_trimul_tools.tune import in_lines
+from esmfold2_trimul_tools.documents import in_lines
 from fresh_process import ROOT
 
 CONFIGS = ROOT / "build" / "torch-universal" / "configs"

@@ -22,6 +22,7 @@ from .adapters import (
     from_openfold3,
     from_protenix,
 )
+from .layers import ESMFold2TriangleMultiplication
 from .patching import patch
 from .trimul_with_residual import (
     triangle_multiplicative_update,
@@ -29,7 +30,9 @@ from .trimul_with_residual import (
 )
 from .validation import lengths_from_mask
 
+__version__ = "1"
 __all__ = [
+    "ESMFold2TriangleMultiplication",
     "explain",
     "from_boltz",
     "from_chai",

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d825c6c846"
+_NAMESPACE = "_esmfold2_trimul_kernel_97a9072fc1"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

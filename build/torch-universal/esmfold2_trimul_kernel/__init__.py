@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_d825c6c846"
+_BUILD_ID = "_esmfold2_trimul_kernel_97a9072fc1"
 
 
 def _load_package() -> ModuleType:
@@ -30,4 +30,5 @@ def _load_package() -> ModuleType:
 
 _package = _load_package()
 __all__ = list(_package.__all__)
+__version__ = _package.__version__
 globals().update({name: getattr(_package, name) for name in __all__})

@@ -52,10 +52,10 @@ from .bench_results import (
     ours_is_right,
     read_results,
     row_case,
-    write_results,
 )
 from .bench_rivals import Absent, Rival, Sources, first_line, trained
 from .bench_settings import Settings, read_settings
+from .documents import write_document
 from .errors import UserError
 from .memory import measure_peak_memory
 from .options import HELP
@@ -304,7 +304,7 @@ def bench(
 
     def save(results: Results) -> None:
         if out is not None:
-            write_results(results, out)
+            write_document(results, out)
 
     save(results)
     with busy_loops(settings.busy):

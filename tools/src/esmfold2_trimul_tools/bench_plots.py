@@ -7,7 +7,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -59,7 +58,7 @@ _QUANTITIES = (
 
 
 def plot(results: Results, folder: Path) -> list[Path]:
-    """Draw the results into `folder`, each figure as SVG and PNG, and return the files.
+    """Draw the results into `folder`, each figure as PNG, and return the files.
 
     Equal results give equal files. A figure without a number is left out; with several dtypes,
     directions or masks each has figures of its own, numbered.
@@ -75,7 +74,8 @@ def plot(results: Results, folder: Path) -> list[Path]:
             shown = [row for row in measured if quantity.value(row) is not None]
             if shown:
                 figure = _draw(quantity, shown, title)
-                files += _save(figure, folder / f"{quantity.name}{suffix}")
+                files.append(folder / f"{quantity.name}{suffix}.png")
+                figure.savefig(files[-1], dpi=_DOTS_PER_INCH)
     return files
 
 
@@ -154,12 +154,3 @@ def _style(rival: str) -> dict[str, Any]:
         "markersize": 6 if emphasised else 4.5,
         "zorder": 4 if emphasised else 3 if rival.startswith(OURS) else 2,
     }
-
-
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    svg, png = stem.with_suffix(".svg"), stem.with_suffix(".png")
-    # Without a salt of its own an SVG's ids are random; with a date no two files are alike.
-    with matplotlib.rc_context({"svg.hashsalt": "esmfold2-trimul"}):
-        figure.savefig(svg, metadata={"Date": None})
-    figure.savefig(png, dpi=_DOTS_PER_INCH)
-    return [svg, png]

@@ -8,13 +8,12 @@ A row is one rival at one shape: C, D, L, batch, dtype, direction, mask, passes,
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .bench_problem import Case, stage_floors
 from .bench_rivals import BASELINES, OURS
+from .documents import read_document
 from .errors import UserError
 
 Results = dict[str, Any]
@@ -80,35 +79,6 @@ def read_results(path: Path) -> Results:
     if not isinstance(results, dict) or results.keys() != {"environment", "ceilings", "rows"}:
         raise UserError(f"{path}: holds no results of this benchmark")
     return results
-
-
-def read_document(path: Path) -> Any:
-    """The JSON document in a file.
-
-    Raises:
-        UserError: there is no such file, or it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def write_results(results: Results, path: Path) -> None:
-    """Write the file in one step, so that an interrupted run leaves a whole one.
-
-    Raises:
-        UserError: it can't be written to.
-    """
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"--out {path}: can't be written to ({error.strerror})") from error
 
 
 def ours_is_right(results: Results) -> bool:

@@ -87,6 +87,7 @@ def _load_package() -> ModuleType:
 
 _package = _load_package()
 __all__ = list(_package.__all__)
+__version__ = _package.__version__
 globals().update({{name: getattr(_package, name) for name in __all__}})
 '''
 

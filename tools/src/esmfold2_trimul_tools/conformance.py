@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .bench_environment import describe_environment
-from .bench_results import write_results
 from .bench_rivals import Absent, Sources, first_line
 from .conformance_cases import CASES, DTYPES, Case, Problem, make_problem
 from .conformance_criterion import Answer, answer, errors, fault
 from .conformance_implementations import IMPLEMENTATIONS, Implementation
 from .conformance_report import ROW, Results, Row
+from .documents import write_document
 from .errors import UserError
 from .model import resolve_device
 from .repository import find_root, load_kernel
@@ -215,10 +215,10 @@ def conformance(
         "rows": [],
     }
     if out is not None:
-        write_results(results, out)  # rather now than after all the work
+        write_document(results, out)  # rather now than after all the work
     run(settings, results, progress)
     if out is not None:
-        write_results(results, out)
+        write_document(results, out)
     return results
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bench_report import origin
-from .bench_results import read_document
+from .documents import read_document
 from .errors import UserError
 
 Results = dict[str, Any]

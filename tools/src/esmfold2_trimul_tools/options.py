@@ -27,7 +27,7 @@ HELP = {
     "resume": "Add to the results in --out what they don't hold yet.",
     "results": "Measure nothing: show the results in this file.",
     "markdown": "Print Markdown tables.",
-    "plot": "Draw plots into this folder, as SVG and PNG.",
+    "plot": "Draw plots into this folder, as PNG.",
     "json": "Print one JSON document and nothing else.",
 }
 TUNE_HELP = {

@@ -31,6 +31,7 @@ from types import ModuleType
 import torch
 
 from .bench_environment import checkout_commit, driver_version
+from .documents import write_document
 from .errors import UserError
 from .options import TUNE_HELP
 from .repository import find_root, load_kernel, submodule
@@ -418,23 +419,6 @@ def table(
     return base | tuned
 
 
-def in_lines(settings: dict) -> str:
-    """A settings table as JSON, an entry a line."""
-
-    def stage_in_lines(sizes: dict[str, list[dict]]) -> str:
-        lists = (
-            f'    "{size}": [\n' + ",\n".join(f"      {json.dumps(e)}" for e in entries) + "\n    ]"
-            for size, entries in sizes.items()
-        )
-        return "{\n" + ",\n".join(lists) + "\n  }"
-
-    values = (
-        f'  "{name}": ' + (stage_in_lines(value) if isinstance(value, dict) else json.dumps(value))
-        for name, value in settings.items()
-    )
-    return "{\n" + ",\n".join(values) + "\n}"
-
-
 def _shortest(config: dict) -> dict:
     """The fields that differ from a LaunchConfig's defaults."""
     defaults = {
@@ -452,15 +436,14 @@ def write(root: Path, results: dict, out: Path | None, everything: Path | None) 
     path = configs / f"{target}.json"
     base = json.loads(path.read_text()) if path.is_file() else {"like": "default"}
     settings = table(results, base, submodule(kernel, "launch_config").settings_of(target))
-    for path, text_ in ((out, in_lines(settings)), (everything, timings(results))):
+    for path, document in ((out, settings), (everything, timings(results))):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text_ + "\n")
+            write_document(document, path)
     return settings
 
 
-def timings(results: dict) -> str:
-    """The results as JSON with a line for each candidate, its times and errors by length."""
+def timings(results: dict) -> dict:
+    """The results with a row for each candidate, its times and errors by length."""
     candidates_: dict[str, dict] = {}
     for row in results["rows"]:
         named = {name: row[name] for name in ("stage", "width", "config")}
@@ -468,11 +451,11 @@ def timings(results: dict) -> str:
         entry = candidates_.setdefault(key, {**named, "milliseconds": {}, "error": {}})
         for name, digits in (("milliseconds", 5), ("error", 3)):
             entry[name][str(row["length"])] = float(f"{row[name]:.{digits}g}")
-    lines = {"candidates": list(candidates_.values()), "failed": results["failed"]}
-    parts = [f'"environment": {json.dumps(results["environment"], indent=1)}']
-    for name, some in lines.items():
-        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, some)) + "\n]")
-    return "{\n" + ",\n".join(parts) + "\n}"
+    return {
+        "environment": results["environment"],
+        "candidates": list(candidates_.values()),
+        "failed": results["failed"],
+    }
 
 
 def text(results: dict, classes: tuple = CLASSES) -> str:
