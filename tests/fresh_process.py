@@ -11,7 +11,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 # What would change how the kernel is found or which path it takes.
 _STRIPPED = ("TRITON_INTERPRET", "LOCAL_KERNELS", "USE_HUB_KERNELS")
-_HUNG_SECONDS = 3600  # a process that takes so long will never end
+HUNG_SECONDS = 3600  # a process that takes so long will never end
 
 
 def python_output(script: str, *arguments: str, **environment: str) -> str:
@@ -32,7 +32,7 @@ def python_output(script: str, *arguments: str, **environment: str) -> str:
         env=variables,
         capture_output=True,
         text=True,
-        timeout=_HUNG_SECONDS,
+        timeout=HUNG_SECONDS,
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -266,9 +266,10 @@ def room(values: int) -> float:
     """How many times another's the error of one of two roundings of so many values may be.
 
     If their errors are independent and normal, the logarithm of the ratio of their RMS scatters by
-    n^-1/2 from draw to draw. Errors of gradients are not quite: by 0.7 to 2 n^-1/2, measured over
-    the leaves of test_aten.py's problems. This is five such deviations of the larger number. Fewer
-    than 16 values are as good as one: theirs is the same as that of 16.
+    n^-1/2 from draw to draw. Errors of gradients are not quite: those of the parameters of
+    test_aten.py's problems scatter by 0.7 to 2 n^-1/2, those of pairs of few channels, which share
+    the error of a norm, by 4, but there n is large. This is five times 2 n^-1/2. Of fewer than 16
+    values it would mean nothing; they have the room of 16.
     """
     return math.exp(10 * max(values, 16) ** -0.5)
 
