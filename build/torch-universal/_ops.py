@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_97a9072fc1"
+_NAMESPACE = "_esmfold2_trimul_kernel_9096f7b58e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

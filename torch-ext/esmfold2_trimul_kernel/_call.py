@@ -46,7 +46,12 @@ class Call(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """The fields in the order of the ops' schemas, the parameters one by one."""
-        return self[:_WEIGHTS] + self.weights + self[_WEIGHTS + 1 :]
+        # Field by field: torch.compile of torch 2.11 can't follow slices of a named tuple.
+        return (
+            self.x, self.direction, self.mask, self.residual, self.drop_mask, *self.weights,
+            self.eps_in, self.eps_out, self.precision, self.memory, self.recompute, self.inplace,
+            self.lengths,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> "Call":

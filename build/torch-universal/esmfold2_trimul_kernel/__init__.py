@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_97a9072fc1"
+_BUILD_ID = "_esmfold2_trimul_kernel_9096f7b58e"
 
 
 def _load_package() -> ModuleType:
