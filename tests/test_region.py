@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from fresh_process import HUNG_SECONDS
 from helpers import (
     leaves_of,
     make_problem,
@@ -34,7 +35,7 @@ def test_each_block_is_worked_on_once_and_by_several_threads(region, threads):
 
     def work(block):
         if block < threads:
-            together.wait(timeout=3600)  # as many are at work at once
+            together.wait(timeout=HUNG_SECONDS)  # as many are at work at once
         seen.append((block, threading.get_ident()))
 
     region.for_each(range(20), work, threads)
@@ -47,7 +48,7 @@ def test_results_are_collected_in_the_order_of_the_blocks(region, threads):
 
     def work(block):
         if block == 0:
-            assert first_is_last.wait(timeout=3600)
+            assert first_is_last.wait(timeout=HUNG_SECONDS)
         elif block == 1:
             first_is_last.set()
         return block

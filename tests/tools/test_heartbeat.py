@@ -3,6 +3,7 @@ import threading
 import pytest
 from esmfold2_trimul_tools.console import ProgressBar
 from esmfold2_trimul_tools.heartbeat import heartbeat
+from fresh_process import HUNG_SECONDS
 
 
 def test_says_how_long_until_it_is_over():
@@ -15,7 +16,7 @@ def test_says_how_long_until_it_is_over():
             enough.set()
 
     with heartbeat(say, seconds=0.001):
-        assert enough.wait(timeout=3600)
+        assert enough.wait(timeout=HUNG_SECONDS)
     count = len(said)
     assert set(said) == {"0 min"} and count >= 3
     assert threading.active_count() == before
