@@ -76,8 +76,12 @@ INTERPRETED = (
 
 
 def small(case: Case) -> Case:
-    """The case at widths and lengths for the interpreter."""
-    length = min(case.length, 5)
+    """The case at widths and lengths for the interpreter.
+
+    Of a shorter one a single row of few channels, whose norm magnifies what t was rounded by, can
+    be most of the error: one draw in fifteen at L = 5 is then above plain PyTorch's.
+    """
+    length = min(case.length, 9)
     lengths = case.lengths and tuple(min(real, length) for real in case.lengths)
     return dataclasses.replace(
         case, channels=16, hidden=8 if case.hidden < case.channels else 16, length=length,
