@@ -173,7 +173,7 @@ def one_thread():
 
 @pytest.fixture
 def submodule(kernel):
-    """submodule("aten"): a module of the package under test."""
+    """submodule("aten_path.blocks"): a module of the package under test."""
     return lambda name: _submodule(kernel, name)
 
 

@@ -58,7 +58,7 @@ FULL = [
 
 @pytest.fixture
 def aten(submodule):
-    return submodule("aten")
+    return submodule("aten_path.blocks")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def call(submodule):
 @pytest.fixture
 def backward(submodule, call):
     """backward(problem, grad_out, needs, saved): the gradients, by name."""
-    function = submodule("aten_backward").trimul_backward
+    function = submodule("aten_path.gradients").trimul_backward
 
     def backward(p, grad_out, needs=None, saved=None):
         needs = frozenset(leaves_of(p)) - {"residual"} if needs is None else frozenset(needs)

@@ -56,7 +56,7 @@ def test_launches_and_memory_are_those_of_the_call(
         name = launch.kernel.__name__.removeprefix("_").removesuffix("_fwd_kernel")
         launched.setdefault(name, (launch.programs, launch.constants, launch.options))
 
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", record)
+    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
     submodule("triton_path")._launches.clear()
     measured = peak_bytes(submodule, problem, **options)
     submodule("triton_path")._launches.clear()
@@ -90,7 +90,7 @@ def test_the_aten_path(kernel, monkeypatch, submodule, dtype, hidden, with_lengt
     others = {"lengths": torch.tensor([96, 96])} if with_lengths else {}
     found = explained(kernel, problem, **others)
     assert found.path == "aten" and not found.stages and found.memory is None
-    monkeypatch.setattr(submodule("aten"), "_BLOCK_POSITIONS", 96)
+    monkeypatch.setattr(submodule("aten_path.blocks"), "_BLOCK_POSITIONS", 96)
     measured = peak_bytes(submodule, problem, **others)
     assert found.peak_bytes <= measured <= found.peak_bytes + 0.4 * problem.x.nbytes
 

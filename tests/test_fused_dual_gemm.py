@@ -97,7 +97,7 @@ def test_widths(stage, channels, hidden):
 @pytest.mark.parametrize("block_k", [16, 32, 64])
 @pytest.mark.parametrize("channels", [48, 64])
 def test_channels_whole_or_in_blocks(stage, submodule, channels, block_k, descriptors):
-    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 32, block_k, 4, 2, descriptors)
     problem = make_problem(10, channels, 32, mask="soft", batch=2, direction="incoming")
     assert_planes(stage(problem, config), problem)
 
@@ -106,20 +106,21 @@ def test_channels_whole_or_in_blocks(stage, submodule, channels, block_k, descri
 @pytest.mark.parametrize("channels", [5, 48, 64, 128, 200])
 def test_held_rows(stage, submodule, channels, descriptors):
     block_k = 64 if channels <= 64 else 128 if channels <= 128 else 256
-    config = submodule("launch_config").LaunchConfig(32, 16, block_k, 4, 2, descriptors, True)
+    settings = submodule("triton_parts.settings")
+    config = settings.LaunchConfig(32, 16, block_k, 4, 2, descriptors, True)
     problem = make_problem(6, channels, 16, dtype=torch.float16, mask="soft", batch=2)
     assert_planes(stage(problem, config), problem)
 
 
 def test_held_rows_of_float32_are_refused(stage, submodule):
-    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, True, True)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, True, True)
     with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
         stage(make_problem(4, 32), config)
 
 
 @pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
 def test_groups_of_channels_are_the_whole(stage, submodule, on_triton, descriptors, held):
-    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, descriptors, held)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, descriptors, held)
     problem = make_problem(5, 32, 48, dtype=torch.bfloat16, mask="soft", biases=True)
     planes, _, moments = stage(problem, config)
     for first, size in ((0, 16), (16, 32)):
@@ -142,7 +143,7 @@ def test_positions_are_divided_without_division(submodule, on_triton, length):
     x[:] = torch.arange(x[..., 0].numel()).reshape(x[..., 0].shape)[..., None] * 1e-2
     x[..., 0] = 0
     p = problem.to(on_triton)
-    config = submodule("launch_config").LaunchConfig(128, 16, 16, 4, 2)
+    config = submodule("triton_parts.settings").LaunchConfig(128, 16, 16, 4, 2)
     *_, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
         p.x, "outgoing", None, weights_of(submodule, p), p.eps, "fp32", config
     )
@@ -151,7 +152,7 @@ def test_positions_are_divided_without_division(submodule, on_triton, length):
 
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_projections_in_either_order_in_memory(stage, submodule, descriptors, on_triton):
-    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, descriptors)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, descriptors)
     for gate_first in (False, True):
         problem = make_problem(9, 32)
         pair = torch.empty(2, 64, 32, device=on_triton)

@@ -14,7 +14,7 @@ def make_product(problem, submodule):
     batch, length = problem.x.shape[:2]
     hidden = problem.weights["p_out_weight"].shape[1]
     generator = seeded(1)
-    pitch = submodule("_tiles").padded_pitch(length)
+    pitch = submodule("triton_parts.tiles").padded_pitch(length)
     product = torch.full((batch, hidden, length, pitch), float("nan"), dtype=problem.x.dtype)
     values = torch.randn(batch, hidden, length, length, generator=generator) * 3 + 1
     product[..., :length] = values.to(problem.x.dtype)
@@ -82,7 +82,7 @@ def test_widths(submodule, on_triton, channels, hidden):
 @pytest.mark.parametrize("block_k", [16, 32, 64])
 @pytest.mark.parametrize("channels, hidden", [(48, 64), (64, 48)])
 def test_channels_in_blocks(submodule, on_triton, channels, hidden, block_k, descriptors):
-    config = submodule("launch_config").LaunchConfig(32, 32, block_k, 4, 2, descriptors)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 32, block_k, 4, 2, descriptors)
     problem = make_problem(9, channels, hidden, residual=True, batch=2)
     assert_out(submodule, on_triton, problem, config)
 
@@ -90,7 +90,7 @@ def test_channels_in_blocks(submodule, on_triton, channels, hidden, block_k, des
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("channels, hidden", [(5, 5), (48, 64), (64, 64), (64, 40), (128, 128)])
 def test_held_rows(submodule, on_triton, channels, hidden, descriptors):
-    config = submodule("launch_config").LaunchConfig(32, 128, 32, 4, 2, descriptors, True)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 128, 32, 4, 2, descriptors, True)
     problem = make_problem(
         7, channels, hidden, dtype=torch.float16, residual=True, drop_mask=True, biases=True
     )
@@ -98,14 +98,14 @@ def test_held_rows(submodule, on_triton, channels, hidden, descriptors):
 
 
 def test_held_rows_of_float32_are_refused(submodule, on_triton):
-    config = submodule("launch_config").LaunchConfig(32, 32, 32, 4, 2, True, True)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 32, 32, 4, 2, True, True)
     with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
         assert_out(submodule, on_triton, make_problem(4, 16), config)
 
 
 @pytest.mark.parametrize("descriptors, held", [(False, False), (True, False), (True, True)])
 def test_a_product_of_any_strides(submodule, on_triton, descriptors, held):
-    config = submodule("launch_config").LaunchConfig(32, 32, 16, 4, 2, descriptors, held)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 32, 16, 4, 2, descriptors, held)
     problem = make_problem(18, 32, dtype=torch.float16, batch=2)
     assert_out(submodule, on_triton, problem, config, by_rows=True)
 

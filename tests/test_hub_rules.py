@@ -21,17 +21,13 @@ VARIANT = ROOT / "build" / "torch-universal"
 MODULES = sorted(path.relative_to(VARIANT).as_posix() for path in VARIANT.rglob("*.py"))
 METADATA = json.loads((VARIANT / "metadata.json").read_text())
 BUILD_ID = METADATA["id"]
-TRITON_MODULES = {
-    "_launch.py",
-    "_tiles.py",
-    "fused_dual_gemm.py",
-    "fused_dual_gemm_backward.py",
-    "fused_ln_residual.py",
-    "fused_ln_residual_backward.py",
-    "row_products.py",
-    "trimul_einsum_triton.py",
-}
-NEEDS_TRITON = {*TRITON_MODULES, "triton_backward.py", "triton_path.py"}
+# What imports Triton, or a module that does: the three stages, and all that lies in two folders.
+STAGES = {"fused_dual_gemm.py", "fused_ln_residual.py", "trimul_einsum_triton.py"}
+WITHOUT_TRITON = {f"triton_parts/{name}.py" for name in ("__init__", "device", "settings")}
+NEEDS_TRITON = STAGES | {
+    module for module in MODULES
+    if module.startswith(("triton_path/", "triton_parts/")) and module not in WITHOUT_TRITON
+}  # fmt: skip
 LAYER_VARIABLES = {"can_torch_compile", "has_backward"}
 
 
@@ -62,15 +58,21 @@ def test_code_is_python_3_10_and_imports_only_what_the_hub_allows(module: str):
 def test_triton_is_imported_by_the_stages_alone(module: str):
     tree = parse(module)
     at_import = set().union(*(imported(node) for node in tree.body))
-    assert ("triton" in at_import) == (module in TRITON_MODULES)
+    assert module in NEEDS_TRITON or "triton" not in at_import
 
     # What needs Triton is imported by the others only inside a function.
-    stages = {name.removesuffix(".py") for name in NEEDS_TRITON}
-    froms = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
-    from_the_package = {node.module for node in froms} | {
-        alias.name for node in froms if node.module is None for alias in node.names
-    }
-    assert module in NEEDS_TRITON or not from_the_package & stages
+    needed = {name.removesuffix(".py").removesuffix("/__init__") for name in NEEDS_TRITON}
+    folder = Path(module).parent
+    from_the_package = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (folder if node.level == 1 else folder.parent) / (node.module or "").replace(
+                ".", "/"
+            )
+            from_the_package |= {base.as_posix(), *[
+                (base / alias.name).as_posix() for alias in node.names
+            ]}
+    assert module in NEEDS_TRITON or not from_the_package & needed
 
 
 def test_layers_are_pure():
@@ -160,9 +162,10 @@ def test_import_is_inert():
     opened = [Path(name) for event, name in events if event == "open"]
     assert any(path.name.startswith("layers.") for path in opened)
     assert [path for path in opened if path.suffix not in (".py", ".pyc")] == []
-    # The import system lists the package's own folder to find its modules.
+    # The import system lists the package's own folders to find its modules.
     others = [event for event in events if event[0] != "open"]
-    assert [event for event in others if event != ["os.listdir", str(VARIANT)]] == []
+    assert {event for event, _ in others} == {"os.listdir"}
+    assert all(Path(name).is_relative_to(VARIANT) for _, name in others)
 
 
 def test_the_kernel_computes_where_triton_is_absent():

@@ -25,7 +25,8 @@ def prepare(submodule, on_triton):
             "constants": {"BLOCK": 8, "N": 5},
             "options": {"num_warps": 1},
         }
-        return submodule("_launch").PreparedLaunch(_scale_kernel, 1, **(named | changes))
+        launch = submodule("triton_parts.launch")
+        return launch.PreparedLaunch(_scale_kernel, 1, **(named | changes))
 
     return prepare
 
@@ -73,5 +74,5 @@ def test_a_descriptor_keeps_its_type(submodule):
             self.base, self.shape = None, [4]
 
     x = torch.zeros(4)
-    based = submodule("_launch")._based(Descriptor(), x)
+    based = submodule("triton_parts.launch")._based(Descriptor(), x)
     assert type(based) is Descriptor and based.base is x and based.shape == [4]

@@ -8,7 +8,7 @@ import pytest
 from esmfold2_trimul_tools.documents import in_lines
 from fresh_process import ROOT
 
-CONFIGS = ROOT / "build" / "torch-universal" / "configs"
+CONFIGS = ROOT / "build" / "torch-universal" / "triton_parts" / "configs"
 FILES = {path.stem: json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))}
 STAGES = (
     "fused_dual_gemm", "trimul_einsum", "fused_ln_residual",
@@ -26,7 +26,7 @@ NO_DEVICE = "no such device"
 
 @pytest.fixture
 def subject(submodule):
-    return submodule("launch_config")
+    return submodule("triton_parts.settings")
 
 
 @pytest.fixture

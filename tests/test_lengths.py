@@ -92,7 +92,8 @@ def test_what_lies_behind_a_length_in_a_block_is_zero(
         import triton.language as tl
 
         blocks = 32
-        monkeypatch.setattr(submodule("_tiles"), "_PADDING_MULTIPLE", tl.constexpr(blocks))
+        tiles = submodule("triton_parts.tiles")
+        monkeypatch.setattr(tiles, "_PADDING_MULTIPLE", tl.constexpr(blocks))
     length = blocks + 1
     short = make_problem(length, 16, dtype=torch.bfloat16)
     longest = length + 11

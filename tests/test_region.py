@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def region(submodule):
-    return submodule("_region")
+    return submodule("aten_path.region")
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_another_runtime_gives_one_thread(region, monkeypatch):
 @pytest.fixture
 def several_threads(submodule, threads, monkeypatch):
     """Small blocks, each worked on by one of several threads."""
-    aten = submodule("aten")
+    aten = submodule("aten_path.blocks")
     monkeypatch.setattr(aten, "region_threads", lambda _: threads)
     monkeypatch.setattr(aten, "_BLOCK_POSITIONS", 64)
     monkeypatch.setattr(aten, "_LEAST_POSITIONS", 16)
@@ -143,7 +143,7 @@ def test_threads_do_not_show(kernel, submodule, several_threads, direction, hidd
     problem = make_problem(
         29, 32, hidden, batch=2, direction=direction, mask="soft", residual=True, drop_mask=True
     )
-    blocks = submodule("aten").blocks_of(problem.x)
+    blocks = submodule("aten_path.blocks").blocks_of(problem.x)
     assert blocks.threads > 1 and len(blocks.windows) > blocks.threads
     grad_out = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(1))
 
@@ -164,7 +164,7 @@ def test_threads_do_not_show(kernel, submodule, several_threads, direction, hidd
 
 
 def test_many_threads_have_blocks_of_their_own_only_where_those_are_large(submodule, monkeypatch):
-    aten = submodule("aten")
+    aten = submodule("aten_path.blocks")
 
     def cut(length: int, threads: int) -> tuple[int, int]:
         monkeypatch.setattr(aten, "region_threads", lambda _: threads)

@@ -11,7 +11,7 @@ HALVES = (torch.bfloat16, torch.float16)
 @pytest.fixture
 def product(submodule, on_triton):
     """product(left, right, programs): onto a total that is not zero."""
-    subject = submodule("row_products")
+    subject = submodule("triton_path.row_products")
 
     def compute(left, right, programs=None):
         left, right = left.to(on_triton), right.to(on_triton)

@@ -9,7 +9,7 @@ STAGE_BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-6
 
 def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
     generator = seeded(length)
-    pitch = submodule("_tiles").padded_pitch(length)
+    pitch = submodule("triton_parts.tiles").padded_pitch(length)
     planes = torch.full((batch, 2 * hidden, length, pitch), pads, dtype=dtype)
     planes[..., :length] = torch.randn(batch, 2 * hidden, length, length, generator=generator).to(
         dtype
@@ -41,7 +41,7 @@ def test_product(submodule, on_triton, dtype, length):
 
 @pytest.mark.parametrize("block_m, block_n, block_k", [(16, 64, 32), (64, 16, 16), (32, 32, 64)])
 def test_descriptors_never_read_the_pads(submodule, on_triton, block_m, block_n, block_k):
-    config = submodule("launch_config").LaunchConfig(block_m, block_n, block_k, 4, 2, True)
+    config = submodule("triton_parts.settings").LaunchConfig(block_m, block_n, block_k, 4, 2, True)
     for length in (9, 41):
         planes = make_planes(length, 2, 1, torch.float16, submodule, pads=float("nan"))
         assert_product(submodule, on_triton, planes, length, config)
@@ -50,7 +50,7 @@ def test_descriptors_never_read_the_pads(submodule, on_triton, block_m, block_n,
 @pytest.mark.parametrize("persistent", [1, 2])
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_persistent_programs_take_every_tile(submodule, on_triton, persistent, descriptors):
-    config = submodule("launch_config").LaunchConfig(
+    config = submodule("triton_parts.settings").LaunchConfig(
         16, 32, 32, 4, 2, descriptors, persistent=persistent
     )
     planes = make_planes(41, 3, 2, torch.float16, submodule)
@@ -60,7 +60,7 @@ def test_persistent_programs_take_every_tile(submodule, on_triton, persistent, d
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_a_product_that_is_given(submodule, on_triton, descriptors):
     """Rows of a product whose channels follow each other within a row; the rest is left alone."""
-    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2, descriptors)
+    config = submodule("triton_parts.settings").LaunchConfig(16, 32, 32, 4, 2, descriptors)
     planes = make_planes(21, 3, 1, torch.float16, submodule)
     buffer = torch.full((21, 5, 32), 7.0, dtype=torch.float16, device=on_triton)
     product = buffer[:, 1:4].unsqueeze(0).transpose(1, 2)
@@ -71,7 +71,7 @@ def test_a_product_that_is_given(submodule, on_triton, descriptors):
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_planes_that_lie_apart(submodule, on_triton, descriptors):
     """a among the channels of the rows of a longer memory, b by itself."""
-    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2, descriptors)
+    config = submodule("triton_parts.settings").LaunchConfig(16, 32, 32, 4, 2, descriptors)
     planes = make_planes(21, 3, 1, torch.float16, submodule)
     a, b = planes.to(on_triton).chunk(2, dim=1)
     buffer = torch.full((21, 5, 32), float("nan"), dtype=torch.float16, device=on_triton)
@@ -84,7 +84,7 @@ def test_planes_that_lie_apart(submodule, on_triton, descriptors):
 
 
 def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
-    config = submodule("launch_config").LaunchConfig(16, 32, 32, 4, 2)
+    config = submodule("triton_parts.settings").LaunchConfig(16, 32, 32, 4, 2)
     planes = make_planes(16 * 9 + 3, 1, 1, torch.float32, submodule)
     assert_product(submodule, on_triton, planes, 16 * 9 + 3, config)
 
@@ -93,7 +93,7 @@ def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
 @pytest.mark.parametrize("descriptors, persistent", [(False, 0), (False, 2), (True, 0), (True, 2)])
 def test_operands_that_lie_the_other_way(submodule, on_triton, turned, descriptors, persistent):
     """Planes [K, M] of a and [K, N] of b; with both turned no pad is ever summed over."""
-    config = submodule("launch_config").LaunchConfig(
+    config = submodule("triton_parts.settings").LaunchConfig(
         16, 32, 16, 4, 2, descriptors, persistent=persistent
     )
     for length in (1, 37):

@@ -262,7 +262,7 @@ def test_empty_batch_with_drop_mask(kernel, device):
 
 def test_lengths_past_32_bit_planes_are_refused(kernel, submodule):
     limit = submodule("validation").MAX_LENGTH
-    pitch = submodule("_tiles").padded_pitch
+    pitch = submodule("triton_parts.tiles").padded_pitch
     assert limit * pitch(limit) < 2**31 <= (limit + 1) * pitch(limit + 1)
     p = make_problem(2, 1)
     x = torch.empty(1, limit + 1, limit + 1, 1, device="meta")
@@ -271,7 +271,8 @@ def test_lengths_past_32_bit_planes_are_refused(kernel, submodule):
 
 
 def test_fp32_dots_that_a_target_lacks_are_done_by_its_exact_one(submodule):
-    target_of, precision = submodule("_device").target_of, submodule("_tiles").dot_precision
+    target_of = submodule("triton_parts.device").target_of
+    precision = submodule("triton_parts.launch").dot_precision
     wanted = {
         "sm_90": {"fp32": "tf32x3", "tf32": "tf32", "ieee": "ieee", "bf16": "bf16"},
         "gfx942": {"fp32": "ieee", "tf32": "tf32", "tf32x3": "ieee", "bf16": "bf16"},

@@ -47,7 +47,7 @@ def backward(submodule, call_of, on_triton):
         if not recompute:
             _, *saved = submodule("triton_path").run_triton(call)
         grad_out = grad_out_of(problem) if grad_out is None else grad_out
-        return submodule("triton_backward").run_triton_backward(
+        return submodule("triton_path.gradients").run_triton_backward(
             call, grad_out.to(on_triton), *saved, frozenset(needs or leaves_of(problem))
         )
 
@@ -166,7 +166,7 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
     backward, submodule, monkeypatch, direction, descriptors
 ):
     """Several chunks, groups and blocks of channels, of which none divides the width."""
-    config = submodule("launch_config").LaunchConfig
+    config = submodule("triton_parts.settings").LaunchConfig
     configs = {
         "fused_dual_gemm": config(64, 16, 64, 4, 2, descriptors),
         "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
@@ -178,10 +178,10 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
     }
     for name in (
         "fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual",
-        "fused_ln_residual_backward", "fused_dual_gemm_backward",
+        "triton_path.fused_ln_residual_backward", "triton_path.fused_dual_gemm_backward",
     ):  # fmt: skip
         monkeypatch.setattr(submodule(name), "pick_config", lambda stage, *_: configs[stage])
-    path, subject = submodule("triton_path"), submodule("triton_backward")
+    path, subject = submodule("triton_path"), submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
     monkeypatch.setattr(subject, "_CHUNKS", 4)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
@@ -198,8 +198,9 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
 @pytest.mark.parametrize("channels", [5, 48, 128])
 def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
     block_k = max(16, 1 << (channels - 1).bit_length())
-    config = submodule("launch_config").LaunchConfig(64, 16, block_k, 4, 2, descriptors, True)
-    stage = submodule("fused_dual_gemm_backward")
+    settings = submodule("triton_parts.settings")
+    config = settings.LaunchConfig(64, 16, block_k, 4, 2, descriptors, True)
+    stage = submodule("triton_path.fused_dual_gemm_backward")
     problem = make_problem(4, channels, 16, dtype=torch.float16, mask="soft")
     wanted = backward(problem)
     submodule("triton_path")._launches.clear()
@@ -213,8 +214,9 @@ def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
 
 
 def test_held_rows_of_float32_are_refused(backward, submodule, monkeypatch):
-    config = submodule("launch_config").LaunchConfig(32, 16, 32, 4, 2, True, True)
-    monkeypatch.setattr(submodule("fused_dual_gemm_backward"), "pick_config", lambda *_: config)
+    config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, True, True)
+    stage = submodule("triton_path.fused_dual_gemm_backward")
+    monkeypatch.setattr(stage, "pick_config", lambda *_: config)
     submodule("triton_path")._launches.clear()
     with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
         backward(make_problem(4, 32))
@@ -237,7 +239,7 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
     call, grad_out = call_of(problem), grad_out_of(problem).to(on_triton)
     _, *saved = submodule("triton_path").run_triton(call)
     for needs in NEEDS:
-        got = submodule("triton_backward").run_triton_backward(
+        got = submodule("triton_path.gradients").run_triton_backward(
             call, grad_out, *saved, frozenset(needs)
         )
         assert set(got) == set(needs)
@@ -263,13 +265,13 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
 def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
     """The backward's launches, and the vendor's GEMMs."""
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
-    launched, launch = [], submodule("_launch").PreparedLaunch.launch
+    launched, launch = [], submodule("triton_parts.launch").PreparedLaunch.launch
 
     def record(prepared, **tensors):
         launched.append(prepared.kernel.__name__)
         launch(prepared, **tensors)
 
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", record)
+    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
     with CountedProducts() as counted:
         backward(problem, needs)
     wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
@@ -316,7 +318,7 @@ def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
     _, product, moments = submodule("triton_path").run_triton(call)
     assert product.shape == (1, 16, 9, 16) and product.dtype == problem.x.dtype
     assert moments.shape == (1, 2, 9, 16) and moments.dtype == torch.float32
-    run = submodule("triton_backward").run_triton_backward
+    run = submodule("triton_path.gradients").run_triton_backward
     product[..., 9:] = float("nan")  # these columns have no meaning
     kept = product.clone(), moments.clone()
     first, second = (
@@ -357,7 +359,7 @@ def test_products_follow_the_precision_of_the_call(
     submodule, backward, monkeypatch, setting, precision, wanted
 ):
     """Whatever torch's own setting is, which is as it was afterwards."""
-    subject, seen = submodule("triton_backward"), []
+    subject, seen = submodule("triton_path.gradients"), []
     add = subject._Sequence._add_product
 
     def record(*arguments):
@@ -393,7 +395,7 @@ for setting, allowed in (("ieee", False), ("tf32", True)):
     matmul.fp32_precision = setting
     assert of("validation").torch_allows_tf32() is allowed
     for word, within in (("fp32", "ieee"), ("tf32", "tf32")):
-        with of("triton_backward")._vendor_precision(word, torch.float32):
+        with of("triton_path.gradients")._vendor_precision(word, torch.float32):
             assert matmul.fp32_precision == within, (setting, word)
         assert matmul.fp32_precision == setting
 print("fine")
@@ -415,10 +417,11 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
 
     A chunk's rows of [dp, dg, dq], x^ and dz are the largest buffers beside dx, da and db.
     """
-    subject = submodule("triton_backward")
+    subject = submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *_, **tensors: None)
+    launch = submodule("triton_parts.launch").PreparedLaunch
+    monkeypatch.setattr(launch, "launch", lambda *_, **tensors: None)
     problem = make_problem(1, width, dtype=torch.float16)
     problem.x = torch.zeros(1, length, length, width, dtype=torch.float16)
     call = call_of(problem)
@@ -431,7 +434,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
         subject.run_triton_backward(call, grad_out, *saved, needs)
     # The parameters' sums, the projections stacked and one chunk's products, of its parts and of
     # all: from some length on they are no larger.
-    programs = submodule("_device").device_target(call.x.device).multiprocessors
+    programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
     parts = max(1, min(programs // (5 * (width // 128) ** 2), length**2 // 8 // 256))
     sums = (4 * 6 + 2 * 5 + 4 * (parts + 1) * 5) * width**2
     assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1

@@ -104,7 +104,7 @@ def test_lean_takes_four_groups_at_the_widths_of_the_models(submodule):
 @pytest.mark.parametrize("descriptors, direction", [(False, "incoming"), (True, "outgoing")])
 def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors, direction):
     """Planes among the product, products in rows, in the ways that a GPU takes."""
-    config = submodule("launch_config").LaunchConfig
+    config = submodule("triton_parts.settings").LaunchConfig
     configs = {
         "fused_dual_gemm": config(32, 16, 32, 4, 2, descriptors, held=True),
         "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
@@ -235,7 +235,8 @@ def test_peak_memory(
     problem = dataclasses.replace(problem, x=x, direction="incoming", residual=residual)
     call = as_call(submodule("_call"), problem, inplace=inplace, memory=memory)
     # Nothing runs: the interpreter keeps what it has run on alive for a while.
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", lambda *_, **tensors: None)
+    launch = submodule("triton_parts.launch").PreparedLaunch
+    monkeypatch.setattr(launch, "launch", lambda *_, **tensors: None)
     with PeakBytes(x, residual) as bytes_:
         out = path.forward(call)
     assert out.shape == x.shape and out.is_contiguous()
@@ -289,7 +290,7 @@ def test_projections_whose_rows_lie_in_one_place(kernel, on_triton, names):
 
 
 def test_what_a_descriptor_may_describe(submodule, on_triton):
-    describes = submodule("_tiles").has_descriptor
+    describes = submodule("triton_parts.launch").has_descriptor
     whole = torch.zeros(16, 32, dtype=torch.float16)
     assert describes(whole) and describes(whole[:1])
     assert not describes(whole[:1].expand(16, 32))

@@ -10,7 +10,7 @@ def kernels_of(submodule, on_triton, monkeypatch):
     """kernels_of(function): what it would have compiled for sm_90; nothing is launched."""
     if on_triton == "cuda":
         pytest.skip("calls whose launches are left out can't be told from others by the GPU")
-    target = submodule("_device").target_of("sm_90", "any")
+    target = submodule("triton_parts.device").target_of("sm_90", "any")
     stages = ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual")
     for name in (*stages, "_warmup"):
         monkeypatch.setattr(submodule(name), "device_target", lambda _: target)
@@ -30,7 +30,7 @@ def kernels_of(submodule, on_triton, monkeypatch):
             )
         )
 
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", launch)
+    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", launch)
     submodule("triton_path")._launches.clear()
 
     def run(function) -> set:
@@ -93,13 +93,13 @@ def test_masks_of_every_dtype(kernel, kernels_of):
 
 def test_it_runs(kernel, on_triton, submodule, monkeypatch):
     launched = []
-    launch = submodule("_launch").PreparedLaunch.launch
+    launch = submodule("triton_parts.launch").PreparedLaunch.launch
 
     def counting(self, **tensors):
         launched.append(self.kernel.fn.__name__)
         launch(self, **tensors)
 
-    monkeypatch.setattr(submodule("_launch").PreparedLaunch, "launch", counting)
+    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", counting)
     kernel.warmup(16, device=on_triton, lengths=[5], mask_dtypes=[torch.bool])
     stages = ("dual_gemm_fwd", "trimul_einsum_fwd", "ln_residual_fwd")
     assert len(launched) == 3

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_9096f7b58e"
+_NAMESPACE = "_esmfold2_trimul_kernel_a6c132d567"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

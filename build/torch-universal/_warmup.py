@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 
 from ._call import Call, Weights
-from ._device import device_target
-from .launch_config import class_lengths
 from .paths import execution_path, path_module
+from .triton_parts.device import device_target
+from .triton_parts.settings import class_lengths
 from .validation import COMPUTE_DTYPES, check_memory, resolve_precision
 
 

@@ -15,31 +15,33 @@ import triton
 import triton.language as tl
 
 from ._call import Weights
-from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
-from ._tiles import (
+from .triton_parts.device import device_target
+from .triton_parts.launch import (
+    PreparedLaunch,
+    descriptor_of,
+    dot_precision,
+    has_descriptor,
+    is_aligned,
+    named_strides,
+    pointers,
+    shared_by,
+    strides,
+)
+from .triton_parts.layer_norm import load_first, mean_of, normalise, row_moments
+from .triton_parts.settings import LaunchConfig, pick_config, shape_of
+from .triton_parts.tiles import (
     add_bias,
     any_of,
     dot,
-    dot_precision,
-    has_descriptor,
     identity,
-    is_aligned,
-    load_first,
     load_tile,
     load_weight,
-    mean_of,
-    normalise,
     positions,
     quarters,
-    row_moments,
-    shared_by,
     sigmoid,
     store_tile,
-    strides,
     within_length,
 )
-from .launch_config import LaunchConfig, pick_config, shape_of
 
 
 @triton.jit(
@@ -78,7 +80,7 @@ def _fused_ln_residual_fwd_kernel(
     row; "pointers", any strides.
 
     HELD: 16-bit rows are loaded as left operands of a product with the identity matrix, which
-    brings them in fp32 into an accumulator's layout (see `_tiles.hold`), and one block of output
+    brings them in fp32 into an accumulator's layout (see `tiles.hold`), and one block of output
     channels a program. Where C = D the statistics of the product are then taken beside the gate.
     SPLIT programs share the output channels of a tile. The rows are those from `first_row` on of
     their sequence, which matters where it has a length.

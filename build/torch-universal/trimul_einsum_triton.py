@@ -19,10 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
-from ._tiles import PADDING_MULTIPLE, dot, dot_precision, halves, length_of
-from .launch_config import LaunchConfig, pick_config, shape_of
+from .triton_parts.device import device_target
+from .triton_parts.launch import (
+    PreparedLaunch,
+    descriptor_of,
+    dot_precision,
+    named_strides,
+    pointers,
+)
+from .triton_parts.settings import LaunchConfig, pick_config, shape_of
+from .triton_parts.tiles import PADDING_MULTIPLE, dot, halves, length_of
 
 _GROUP_M = tl.constexpr(8)
 

@@ -16,6 +16,7 @@ from kernels._rust import Backend, Digest, DigestAlgorithm, Metadata
 
 PACKAGE = "esmfold2_trimul_kernel"
 SOURCES = Path("torch-ext", PACKAGE)
+FOLDERS = {"aten_path", "configs", "models", "triton_parts", "triton_path", PACKAGE}
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_build_has_the_files_that_the_hub_wants(copy: Path):
         for path in (copy / SOURCES).rglob("*")
         if path.suffix in (".py", ".json")
     }
-    assert "configs/default.json" in sources and "layers.py" in sources
+    assert "triton_parts/configs/default.json" in sources and "layers.py" in sources
     assert set(result.files) == sources | {"_ops.py", "metadata.json", f"{PACKAGE}/__init__.py"}
     for name in sources:
         assert (result.variant / name).read_bytes() == (copy / SOURCES / name).read_bytes()
@@ -145,14 +146,14 @@ def test_check_reports_a_variant_that_was_never_built(copy: Path):
 def test_build_removes_what_does_not_belong(copy: Path):
     variant = copy / VARIANT
     stale = ["stale.py", "old/deep/stale.json"]
-    for stray in (*stale, "__pycache__/x.pyc", "configs/__pycache__/y.pyc"):
+    for stray in (*stale, "__pycache__/x.pyc", "models/__pycache__/y.pyc"):
         (variant / stray).parent.mkdir(parents=True, exist_ok=True)
         (variant / stray).write_text("")
 
     result = build_variant(copy)
     assert sorted(result.removed) == sorted(stale)
     assert contents(variant).keys() == set(result.files)
-    assert {path.name for path in variant.rglob("*") if path.is_dir()} == {"configs", PACKAGE}
+    assert {path.name for path in variant.rglob("*") if path.is_dir()} == FOLDERS
 
 
 @pytest.mark.parametrize(

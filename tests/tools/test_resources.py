@@ -25,7 +25,7 @@ QUICK = {
 }
 TARGETS = sorted(
     path.stem
-    for path in (ROOT / "torch-ext" / "esmfold2_trimul_kernel" / "configs").glob("*.json")
+    for path in ROOT.glob("torch-ext/*/triton_parts/configs/*.json")
     if "shared_bytes" in path.read_text()
 )
 OTHERS = {

@@ -12,7 +12,7 @@ from fresh_process import ROOT
 from typer.testing import CliRunner
 
 CLASSES = ((96, (64,)), (None, (128, 200)))
-PACKAGE_CONFIGS = ROOT / "torch-ext" / "esmfold2_trimul_kernel" / "configs"
+PACKAGE_CONFIGS = ROOT / "torch-ext" / "esmfold2_trimul_kernel" / "triton_parts" / "configs"
 
 
 def job(stage, width=32, **config):
@@ -81,7 +81,7 @@ def test_the_fastest_has_the_least_mean_over_all_lengths():
 
 def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     base = json.loads((PACKAGE_CONFIGS / "sm_90.json").read_text())
-    shipped = submodule("launch_config").settings_of("sm_90")
+    shipped = submodule("triton_parts.settings").settings_of("sm_90")
     some = []
     for stage in tune.STAGES:
         for width in (128, 256):
@@ -101,7 +101,7 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     assert entries[3:] == [e for e in base["trimul_einsum"]["2"] if "max_width" not in e]
     assert table["trimul_einsum"]["4"] == base["trimul_einsum"]["4"]
 
-    config = submodule("launch_config")
+    config = submodule("triton_parts.settings")
     monkeypatch.setattr(config, "_table", lambda name: table if name == "tuned" else None)
     shape = config.Shape
     config.pick_config.cache_clear()
@@ -188,9 +188,8 @@ def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
     monkeypatch.setattr(
         tune, "candidates", lambda stage, width, _: [job(stage, width, block_m=m) for m in (64, 32)]
     )
-    monkeypatch.setattr(
-        submodule("_device"), "device_target", lambda _: submodule("_device").target_of("sm_90", "")
-    )
+    device = submodule("triton_parts.device")
+    monkeypatch.setattr(device, "device_target", lambda _: device.target_of("sm_90", ""))
     out, everything = tmp_path / "new" / "table.json", tmp_path / "all.json"
     arguments = ["--out", str(out), "--results", str(everything), "--width", "128"]
     result = CliRunner().invoke(cli.app, ["tune", *arguments])

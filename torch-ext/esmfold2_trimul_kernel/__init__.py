@@ -14,7 +14,8 @@ and the functions `from_...` give one of its modules, or of Chai-1's, as argumen
 from . import layers
 from ._explain import explain
 from ._warmup import warmup
-from .adapters import (
+from .layers import ESMFold2TriangleMultiplication
+from .models.adapters import (
     from_boltz,
     from_chai,
     from_esmfold2,
@@ -22,8 +23,7 @@ from .adapters import (
     from_openfold3,
     from_protenix,
 )
-from .layers import ESMFold2TriangleMultiplication
-from .patching import patch
+from .models.patching import patch
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,

@@ -24,34 +24,41 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._call import Weights
-from ._device import device_target
-from ._launch import PreparedLaunch, descriptor_of, named_strides, pointers
-from ._tiles import (
-    add_bias,
-    any_of,
-    chunk_statistics,
-    dot,
+from .triton_parts.device import device_target
+from .triton_parts.launch import (
+    PreparedLaunch,
+    descriptor_of,
     dot_precision,
-    end_of_zeros,
-    halves,
     has_descriptor,
-    hold,
     is_aligned,
-    length_of,
-    load_chunks,
-    load_first,
-    load_tile,
-    load_weight_pair,
-    normalise,
-    padded_pitch,
-    positions,
-    row_moments,
-    row_statistics,
+    named_strides,
+    pointers,
     shared_by,
-    sigmoid,
     strides,
 )
-from .launch_config import LaunchConfig, pick_config, shape_of
+from .triton_parts.layer_norm import (
+    chunk_statistics,
+    hold,
+    load_chunks,
+    load_first,
+    normalise,
+    row_moments,
+    row_statistics,
+)
+from .triton_parts.settings import LaunchConfig, pick_config, shape_of
+from .triton_parts.tiles import (
+    add_bias,
+    any_of,
+    dot,
+    end_of_zeros,
+    halves,
+    length_of,
+    load_tile,
+    load_weight_pair,
+    padded_pitch,
+    positions,
+    sigmoid,
+)
 
 _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 

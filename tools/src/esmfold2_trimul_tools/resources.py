@@ -48,7 +48,8 @@ BACKWARD_KERNELS = (
     "norm_in_bwd",
 )
 STAGE_MODULES = (
-    *STAGE_KERNELS, "fused_ln_residual_backward", "fused_dual_gemm_backward", "row_products"
+    *STAGE_KERNELS, "triton_path.fused_ln_residual_backward",
+    "triton_path.fused_dual_gemm_backward", "triton_path.row_products",
 )  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
     """Within it the stages' launchers compile for `target`; yields the list of the results."""
     from triton.runtime import driver
 
-    device = importlib.import_module(f"{kernel.__name__}._device")
+    device = importlib.import_module(f"{kernel.__name__}.triton_parts.device")
     stand_in = device.target_of(target, "any")
     compiled: list = []
 
@@ -128,7 +129,7 @@ def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
         prefix = f"{kernel.__name__}."
         stages = [importlib.import_module(prefix + name) for name in STAGE_MODULES]
         replaced = [(module, "device_target", lambda _: stand_in) for module in stages]
-        launch = importlib.import_module(prefix + "_launch").PreparedLaunch
+        launch = importlib.import_module(prefix + "triton_parts.launch").PreparedLaunch
         replaced.append((launch, "launch", compile_only))
         for owner, name, value in replaced:
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -194,8 +195,8 @@ def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
     planes, _ = of.module("fused_dual_gemm").empty_planes(of.x, weights)
     float32 = torch.float32
     moments = of.tensor(2, case.length, case.length, dtype=float32)
-    stage_3 = of.module("fused_ln_residual_backward")
-    stage_1 = of.module("fused_dual_gemm_backward")
+    stage_3 = of.module("triton_path.fused_ln_residual_backward")
+    stage_1 = of.module("triton_path.fused_dual_gemm_backward")
     with _compiling_for(kernel, target) as compiled:
         rows = stage_3.Rows(planes[0], x, moments, x, None, of.lengths)
         prepared = stage_3.prepare_ln_residual_bwd(rows, weights, 1e-5, "fp32")
@@ -220,7 +221,7 @@ def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
         both = of.tensor(2 * width, *planes.shape[2:])
         arguments = x, of.mask[0], moments, both, weights
         prepared = stage_1.prepare_dual_gemm_bwd(
-            *arguments, "fp32", of.module("triton_backward").group_size(width, case.length),
+            *arguments, "fp32", of.module("triton_path.gradients").group_size(width, case.length),
             5 * width,
         )  # fmt: skip
         out = stage_1.Stage1Gradients(
@@ -229,7 +230,7 @@ def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
         )  # fmt: skip
         stage_1.fused_dual_gemm_bwd(*arguments, prepared, out, of.lengths)
         if case.dtype != float32:
-            products = of.module("row_products")
+            products = of.module("triton_path.row_products")
             total = of.tensor(5 * width, width, dtype=float32)
             prepared = products.prepare_row_products(out.grads, out.hat_x)
             products.add_row_products(total, out.grads, out.hat_x, prepared)
@@ -403,7 +404,7 @@ def collect(
     from .repository import find_root, load_kernel
 
     kernel = load_kernel(find_root()) if kernel is None else kernel
-    tables = importlib.import_module(f"{kernel.__name__}.launch_config")
+    tables = importlib.import_module(f"{kernel.__name__}.triton_parts.settings")
     for target in targets or ():
         if target not in tables.targets():
             known = ", ".join(tables.targets())

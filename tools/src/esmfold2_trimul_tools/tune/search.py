@@ -52,7 +52,7 @@ class Job:
     config: tuple[tuple[str, object], ...]
 
     def launch_config(self, kernel: ModuleType):
-        return submodule(kernel, "launch_config").LaunchConfig(**dict(self.config))
+        return submodule(kernel, "triton_parts.settings").LaunchConfig(**dict(self.config))
 
 
 def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
@@ -157,7 +157,7 @@ class StageInputs:
         """Each stage's result in float32 from the operands that the stage is given."""
         x, length = self.x, self.length
         width = x.shape[-1:]
-        pitch = submodule(self.kernel, "_tiles").padded_pitch(length)
+        pitch = submodule(self.kernel, "triton_parts.tiles").padded_pitch(length)
         rows = x.float()
         z = torch.nn.functional.layer_norm(rows, width, *norms[:2])
         value, gated = (z @ bundle.float().mT).chunk(2, dim=-1)
@@ -427,11 +427,11 @@ def _shortest(config: dict) -> dict:
 def write(root: Path, results: dict, out: Path | None, everything: Path | None) -> dict:
     """Writes the table of `results` over the package's own for this target; returns the table."""
     kernel = load_kernel(root)
-    target = submodule(kernel, "_device").device_target(torch.device("cuda", 0)).target
-    configs = root / "torch-ext" / "esmfold2_trimul_kernel" / "configs"
+    target = submodule(kernel, "triton_parts.device").device_target(torch.device("cuda", 0)).target
+    configs = root / "torch-ext" / "esmfold2_trimul_kernel" / "triton_parts" / "configs"
     path = configs / f"{target}.json"
     base = json.loads(path.read_text()) if path.is_file() else {"like": "default"}
-    settings = table(results, base, submodule(kernel, "launch_config").settings_of(target))
+    settings = table(results, base, submodule(kernel, "triton_parts.settings").settings_of(target))
     for path, document in ((out, settings), (everything, timings(results))):
         if path is not None:
             write_document(document, path)

@@ -1,0 +1,120 @@
+"""The ATen path: calls in plain PyTorch operations. See `paths` for what a path is.
+
+Inside it autocast is off: it would lower the precision of float32 operands, forward and backward.
+"""
+
+import torch
+from torch import Tensor
+
+from .._call import Call
+from .._plan import Plan, note_on_gradients
+from ..validation import pairs_within
+from .blocks import saved_shape, trimul_differentiable, trimul_inference, trimul_saving
+from .gradients import trimul_backward
+
+
+def forward(call: Call) -> Tensor:
+    """[B, L, L, C]. Lengths cut each sequence to its own, for which the host waits for them."""
+    with _no_autocast(call):
+        out = trimul_inference(call) if call.lengths is None else _by_sequence(call)
+    return call.residual.copy_(out) if call.inplace else out
+
+
+def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the product [B, D, L, L], and no moments. Lengths act as a mask."""
+    masked, within = _masked(call)
+    with _no_autocast(call):
+        out, product = trimul_saving(masked)
+    return _padding_left(call, out, within), product, call.x.new_empty(0, dtype=torch.float32)
+
+
+def saved_shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of product and moments."""
+    return saved_shape(call.x, call.weights), (0,)
+
+
+def backward(
+    call: Call,
+    grad_out: Tensor,
+    product: Tensor | None,
+    moments: Tensor | None,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients that `needs` names; the product is computed again where it is None."""
+    call, within = _masked(call)
+    if within is not None:
+        grad_out = grad_out.masked_fill(~within[..., None], 0)
+    with _no_autocast(call):
+        return trimul_backward(call, grad_out, product, needs)
+
+
+def formula(call: Call) -> Tensor:
+    """The call on any device in operations that torch.func and forward-mode AD can follow."""
+    masked, within = _masked(call)
+    with _no_autocast(call):
+        return _padding_left(call, trimul_differentiable(masked), within)
+
+
+def plan(call: Call) -> Plan:
+    """What `forward`, or `forward_saving` where a product is to be kept, allocates.
+
+    The buffers of a block, which stay within a CPU's caches, are not counted.
+    """
+    x, channels = call.x, call.x.shape[3]
+    batch, hidden, length, _ = saved_shape(x, call.weights)
+    one = hidden * length * length * x.element_size()
+    keeps = call.needs_grad and call.keeps_product
+    buffers = {"a, then the product": batch * one if keeps else one, "output": x.nbytes}
+    notes = ["Triton is not for this call, for the reason above"]
+    if hidden > channels:
+        buffers["b"] = one
+    else:
+        notes.append("b lies in the memory of the output until that is written")
+    notes.append(note_on_gradients(call))
+    if call.lengths is not None and not keeps:
+        buffers["output of one sequence, cut to its length"] = x.nbytes // batch
+        notes.append("each sequence is cut to its length, which the host reads")
+    elif call.lengths is not None:
+        buffers["x without what lies in the padding"] = x.nbytes
+        notes.append("lengths act as a mask, as the product is kept")
+    kept = batch * one if keeps else 0
+    return Plan(None, None, {}, buffers, sum(buffers.values()), kept, notes)
+
+
+def _no_autocast(call: Call) -> torch.autocast:
+    return torch.autocast(call.x.device.type, enabled=False)
+
+
+def _by_sequence(call: Call) -> Tensor:
+    """The output of sequences that are each cut to their length; the update of padding is zero."""
+    out = torch.zeros(call.x.shape, dtype=call.x.dtype, device=call.x.device)
+    if call.residual is not None:
+        out.copy_(call.residual)
+    for index, length in enumerate(call.lengths.clamp(0, call.x.shape[1]).tolist()):
+        if length == 0:
+            continue
+        one = call.of_entry(index)
+        cut = {
+            name: None if value is None else value[:, :length, :length]
+            for name, value in (("x", one.x), ("mask", one.mask), ("residual", one.residual))
+        }
+        drop_mask = None if one.drop_mask is None else one.drop_mask[:, :length]
+        out[index, :length, :length] = trimul_inference(one._replace(**cut, drop_mask=drop_mask))[0]
+    return out
+
+
+def _masked(call: Call) -> tuple[Call, Tensor | None]:
+    """The call with its lengths as a mask and nothing in its padding, and where there is none."""
+    if call.lengths is None:
+        return call, None
+    within = pairs_within(call.lengths, call.x.shape[1])
+    # Filled, not multiplied: the padding may hold NaN.
+    mask = within if call.mask is None else call.mask.masked_fill(~within, 0)
+    return call._replace(x=torch.where(within[..., None], call.x, 0), mask=mask), within
+
+
+def _padding_left(call: Call, out: Tensor, within: Tensor | None) -> Tensor:
+    """`out`, and in the padding the residual or 0."""
+    if within is None:
+        return out
+    return torch.where(within[..., None], out, 0 if call.residual is None else call.residual)

@@ -1,0 +1,330 @@
+"""The ATen path: triangle multiplication in plain PyTorch operations.
+
+    z      = LayerNorm(x; g1, b1)                                     [B, L, L, C]
+    a, b   = (z Wp^T + bp) * sigmoid(z Wg^T + bg) * mask              [B, L, L, D] each
+    t      = sum_k a[i, k] b[j, k] (outgoing) | a[k, i] b[k, j] (incoming)
+    delta  = (LayerNorm(t; g2, b2) We^T + be) * sigmoid(z Wo^T + bo)  [B, L, L, C]
+    out    = residual + drop_mask * delta
+
+Two forms of it. `trimul_inference` is what CPU tensors run: channel-major GEMMs over blocks of
+positions that stay in the CPU's caches, sums, norms and gates in fp32. It holds two pair-sized
+tensors: a, which t overwrites, and the output, in whose memory b lies until t is there (where D > C
+it doesn't fit, and is a third). Its GEMMs run in bf16 for bf16 inputs where the CPU multiplies bf16
+natively, and in fp32 otherwise: emulated 16-bit GEMMs are several times slower than fp32 ones.
+`trimul_saving` is the same and returns t too, for the backward, which is in `gradients`.
+`trimul_differentiable` is the formula as written, which forward-mode AD and the transforms of
+torch.func can follow on any device and to any order.
+"""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._call import Call, Weights
+from .region import for_each, region_threads
+
+# Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
+# EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
+_BLOCK_POSITIONS = 2048
+_LEAST_POSITIONS = 256  # where a pass is to go over more blocks than it has to
+# Threads take turns at calling operations, which must last the longer the more threads there are.
+# With fewer positions a block, PyTorch's own way was faster on 4 to 16 cores of a Xeon.
+_LEAST_POSITIONS_A_THREAD = 128
+
+
+class Parameters(NamedTuple):
+    """The parameters as `trimul_inference` uses them: in the GEMMs' dtype where not in fp32."""
+
+    norm_weight: Tensor | None  # [C], fp32 (this and all that follows: float64 for float64)
+    norm_bias: Tensor | None  # [C], fp32
+    in_weight: Tensor  # [4D, C]: values of a, values of b, gates of a, gates of b
+    in_bias: Tensor | None  # [4D]
+    gate_weight: Tensor  # [C, C]
+    gate_bias: Tensor | None  # [C]
+    out_weight: Tensor  # [C, D], fp32, times the second norm's weight
+    out_bias: Tensor | None  # [C], fp32, with the second norm's bias, projected, in it
+
+
+def trimul_inference(call: Call) -> Tensor:
+    """The output [B, L, L, C]; of a call without lengths, as all of these."""
+    product = empty_planes(call.x, call.weights).expand(call.x.shape[0], -1, -1, -1)
+    return _forward(call, product)
+
+
+def trimul_saving(call: Call) -> tuple[Tensor, Tensor]:
+    """The same, and t [B, D, L, L] in the dtype of x."""
+    product = call.x.new_empty(saved_shape(call.x, call.weights))
+    return _forward(call, product), product
+
+
+def saved_shape(x: Tensor, weights: Weights) -> tuple[int, int, int, int]:
+    """The shape [B, D, L, L] of what `trimul_saving` saves."""
+    return (x.shape[0], weights.p_out_weight.shape[1], *x.shape[1:3])
+
+
+def _forward(call: Call, product: Tensor) -> Tensor:
+    """The output; t goes to `product` [B, D, L, L], in which sequences may share memory."""
+    x = call.x
+    batch, length, _, channels = x.shape
+    hidden = product.shape[1]
+    dtype = gemm_dtype(x.dtype, x.device.type)
+    parameters = prepare(call.weights, dtype)
+    blocks = blocks_of(x)
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    b = empty_planes(x, call.weights)[0] if hidden > channels else None
+
+    def emit_rows(index: int, window: slice) -> None:
+        rows = x[index, window]
+        z = normalize_rows(rows, parameters, call.eps_in)
+        mixed, _ = normalize_columns(product[index][:, window], call.eps_out)
+        delta, gate = (each.view(rows.shape) for each in emit(mixed, z, parameters))
+        if call.drop_mask is not None:
+            gate.mul_(call.drop_mask[index])
+        if call.residual is None:
+            torch.mul(delta, gate, out=out[index, window])
+        else:
+            torch.addcmul(call.residual[index, window], delta, gate, out=out[index, window])
+
+    for index in range(batch):
+        a = product[index]
+        if hidden <= channels:  # b is done with before its place is wanted
+            b = out[index].view(-1)[: a.numel()].view(a.shape)
+        mask = None if call.mask is None else call.mask[index]
+        write_planes(a, b, x[index], mask, parameters, blocks, call.eps_in)
+        multiply_planes(a, b, call.direction, dtype, blocks)
+        for_each(blocks.windows, partial(emit_rows, index), blocks.threads)
+    return out
+
+
+def empty_planes(x: Tensor, weights: Weights) -> Tensor:
+    """[1, D, L, L] in the dtype of x, not yet written."""
+    return x.new_empty((1, *saved_shape(x, weights)[1:]))
+
+
+class Blocks(NamedTuple):
+    """How the work on a sequence x [L, L, C] is cut."""
+
+    positions: int  # about so many pairs make a block
+    windows: list[slice]  # its rows [rows, L, C], block by block
+    threads: int  # that work on blocks of their own
+
+
+def blocks_of(x: Tensor, parts: int = 1) -> Blocks:
+    """The blocks of a sequence of x [B, L, L, C].
+
+    Where buffers count, those of all threads together are `parts` of the sequence at least.
+    """
+    length, threads = x.shape[1], region_threads(x.device)
+    positions = _positions(x, parts, threads)
+    if positions < _LEAST_POSITIONS_A_THREAD * threads:
+        threads = 1
+        positions = _positions(x, parts, threads)
+    rows = max(1, positions // length)
+    windows = [slice(start, start + rows) for start in range(0, length, rows)]
+    return Blocks(positions, windows, threads)
+
+
+def _positions(x: Tensor, parts: int, threads: int) -> int:
+    """The positions of a block."""
+    pairs = x.shape[1] ** 2
+    positions = max(_LEAST_POSITIONS, pairs // (parts * threads))
+    if x.device.type == "cpu":
+        share = max(_BLOCK_POSITIONS, pairs // 8) // threads
+        positions = min(positions, _BLOCK_POSITIONS, max(_LEAST_POSITIONS, share))
+    return positions
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums, norms and gates: fp32; float64 for float64, which only torch's gradcheck brings."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def write_planes(
+    a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: Parameters, blocks: Blocks, eps: float
+) -> None:
+    """a and b [D, L, L] of one sequence x [L, L, C]."""
+    hidden, length, _ = a.shape
+    dtype = p.in_weight.dtype
+    # A product with a bool rounds nothing; any other mask multiplies before a and b are rounded.
+    exact = mask is None or mask.dtype == torch.bool
+    if mask is not None:
+        mask = mask.to(dtype if exact else sum_dtype(dtype))
+
+    def write(window: slice) -> None:
+        z = normalize_rows(x[window], p, eps)
+        projected = empty_columns(4 * hidden, z)
+        project(p.in_weight, p.in_bias, z, out=projected)
+        # value * sigmoid(gate)
+        gated = F.glu(projected if exact else projected.to(sum_dtype(dtype)), dim=0)
+        if mask is not None:
+            gated *= mask[window].reshape(1, -1)
+        a[:, window], b[:, window] = gated.view(2, hidden, -1, length)
+
+    for_each(blocks.windows, write, blocks.threads)
+
+
+def empty_columns(channels: int, z: Tensor) -> Tensor:
+    """[channels, positions] for z [positions, C], in its dtype, not yet written."""
+    # Rows that begin at multiples of 16 elements, whatever L: MKL is slow to write any others.
+    pitch = -(-z.shape[0] // 16) * 16
+    return z.new_empty(channels, pitch)[:, : z.shape[0]]
+
+
+def multiply_planes(
+    a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, blocks: Blocks
+) -> None:
+    """t [D, L, L] into the place of a, by GEMMs in `dtype`."""
+
+    def multiply(group: slice) -> None:
+        left, right = a[group].to(dtype), b[group].to(dtype)
+        if direction == "outgoing":
+            right = right.mT
+        else:
+            left = left.mT
+        a[group] = torch.bmm(left, right)
+
+    for_each(channel_groups(*a.shape[:2], blocks), multiply, blocks.threads)
+
+
+def channel_groups(hidden: int, length: int, blocks: Blocks) -> list[slice]:
+    """The channels of planes [D, L, L] whose products are one batch of GEMMs."""
+    # As many channels as hold a block's elements; without threads of our own, on many cores, a
+    # matrix for each of PyTorch's.
+    together = 1 if blocks.threads > 1 else min(torch.get_num_threads(), hidden // 16)
+    channels = max(1, together, blocks.positions * hidden // (length * length))
+    return [slice(start, start + channels) for start in range(0, hidden, channels)]
+
+
+def emit(mixed: Tensor, z: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
+    """The projection of the normalised t [D, positions] and the gate: [positions, C] in fp32."""
+    delta = F.linear(mixed.t(), p.out_weight, p.out_bias)
+    gate = F.linear(z, p.gate_weight, p.gate_bias).to(delta.dtype).sigmoid_()
+    return delta, gate
+
+
+def gemm_dtype(dtype: torch.dtype, device_type: str = "cpu") -> torch.dtype:
+    """The dtype of the GEMMs for inputs of `dtype`: an accelerator multiplies every one of them."""
+    if device_type != "cpu" or (dtype == torch.bfloat16 and _multiplies_bf16()):
+        return dtype
+    return sum_dtype(dtype)
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products: AVX512-BF16, AMX, or Arm's BF16."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def prepare(w: Weights, dtype: torch.dtype) -> Parameters:
+    """The parameters in the dtypes that they are used in: norms and the last projection in fp32.
+
+    The last projection is a small part of the time, and its rounding would come on top of the
+    output's own.
+    """
+    in_bias = None
+    if w.p_in_bias is not None or w.g_in_bias is not None:
+        zeros = w.p_in_weight.new_zeros(w.p_in_weight.shape[0])
+        halves = (zeros if half is None else half for half in (w.p_in_bias, w.g_in_bias))
+        in_bias = torch.cat([half.to(dtype) for half in halves])
+    wide = sum_dtype(dtype)
+    out_weight, out_bias = w.p_out_weight.to(wide), _cast(w.p_out_bias, wide)
+    if w.norm_out_bias is not None:
+        shift = out_weight @ w.norm_out_bias.to(wide)
+        out_bias = shift if out_bias is None else out_bias + shift
+    if w.norm_out_weight is not None:
+        out_weight = out_weight * w.norm_out_weight.to(wide)
+    return Parameters(
+        _cast(w.norm_in_weight, wide),
+        _cast(w.norm_in_bias, wide),
+        torch.cat([w.p_in_weight, w.g_in_weight]).to(dtype),
+        in_bias,
+        w.g_out_weight.to(dtype),
+        _cast(w.g_out_bias, dtype),
+        out_weight,
+        out_bias,
+    )
+
+
+def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(dtype)
+
+
+def _layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis in fp32, exact for rows of one constant value.
+
+    A row's own first channel is taken off beforehand: LayerNorm doesn't see a shift, and a constant
+    row becomes exact zeros, however large the constant.
+    """
+    shifted = shift_rows(rows)
+    return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
+
+
+def shift_rows(rows: Tensor) -> Tensor:
+    """`rows` in fp32 without each one's first channel."""
+    rows = rows.to(sum_dtype(rows.dtype))
+    return rows - rows[..., :1]
+
+
+def normalize_rows(x: Tensor, p: Parameters, eps: float) -> Tensor:
+    """z [positions, C] of a block [rows, L, C], in the dtype of the GEMMs."""
+    z = _layer_norm(x.flatten(0, 1), p.norm_weight, p.norm_bias, eps)
+    return z.to(p.in_weight.dtype)
+
+
+def normalize_columns(planes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm over the first axis in fp32, without weights: [D, rows, L] to [D, positions].
+
+    What `_layer_norm` does to rows, the shift by the first channel included, without turning the
+    planes around: a transposed copy takes longer than the passes here. Also returns the reciprocal
+    standard deviations [positions].
+    """
+    columns = torch.sub(planes, planes[:1].to(sum_dtype(planes.dtype))).flatten(1)
+    columns -= columns.mean(0)
+    rstd = columns.square().mean(0).add_(eps).rsqrt_()
+    columns *= rstd
+    return columns, rstd
+
+
+def project(weight: Tensor, bias: Tensor | None, z: Tensor, out: Tensor) -> None:
+    """out = z @ weight.T + bias, channel-major: [channels out, positions]."""
+    if bias is None:
+        torch.mm(weight, z.t(), out=out)
+    else:
+        torch.addmm(bias[:, None], weight, z.t(), out=out)
+
+
+def trimul_differentiable(call: Call) -> Tensor:
+    """The same function, out of place, so that autograd can follow it."""
+    w, dtype = call.weights, call.x.dtype
+
+    def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(value, weight, None if bias is None else bias.to(dtype))
+
+    z = _layer_norm_of(call.x, w.norm_in_weight, w.norm_in_bias, call.eps_in)
+    gated = linear(z, w.p_in_weight, w.p_in_bias)
+    gated = gated * torch.sigmoid(linear(z, w.g_in_weight, w.g_in_bias))
+    if call.mask is not None:
+        gated = gated * call.mask.unsqueeze(-1).to(dtype)
+    left, right = gated.movedim(-1, 1).chunk(2, dim=1)  # [B, D, L, L]
+    if call.direction == "outgoing":
+        product = left @ right.transpose(-1, -2)
+    else:
+        product = left.transpose(-1, -2) @ right
+    t = product.movedim(1, -1)
+    mixed = _layer_norm_of(t, w.norm_out_weight, w.norm_out_bias, call.eps_out)
+    delta = linear(mixed, w.p_out_weight, w.p_out_bias)
+    delta = delta * torch.sigmoid(linear(z, w.g_out_weight, w.g_out_bias))
+    if call.drop_mask is not None:
+        delta = delta * call.drop_mask.unsqueeze(1).to(dtype)
+    return (delta if call.residual is None else call.residual + delta).contiguous()
+
+
+def _layer_norm_of(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`_layer_norm` with fp32 parameters, in the dtype of `value`."""
+    wide = sum_dtype(value.dtype)
+    return _layer_norm(value, _cast(weight, wide), _cast(bias, wide), eps).to(value.dtype)

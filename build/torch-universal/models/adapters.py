@@ -1,0 +1,351 @@
+"""Other models' triangle multiplications as arguments of `triangle_multiplicative_update`.
+
+    update = triangle_multiplicative_update(pair, mask=mask, **from_boltz(module))
+
+Each function reads one module of a family by the names of its parameters and gives direction, eps
+and every weight and bias, None where the module has none. The tensors are the module's parameters
+themselves, or are put together from them anew in each call: gradients reach the parameters, and
+nothing goes stale when they change. A module whose parts are not those of its family (a layer that
+is quantised or wrapped by an adapter, a part more or less) is refused, because its weights alone
+would not say what it computes. With `dtype` the projections are cast to it, as a call under
+torch.autocast needs it; biases and norms stay as they are.
+
+`patch` of patching.py calls these for every module of a model.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..validation import DIRECTIONS
+
+# Classes that compute x @ weight.T + bias, and LayerNorms: by name, as nothing is imported.
+_LINEAR_CLASSES = ("Linear", "OpenfoldLinear", "EsmFoldLinear")
+_NORM_CLASSES = (
+    "LayerNorm",
+    "FusedLayerNorm",
+    "OpenFoldLayerNorm",
+    "EsmFoldLayerNorm",
+    "EsmFold2LayerNorm",
+)
+_TENSOR_CLASSES = (nn.Parameter, Tensor)
+_NAMES_SHOWN = 8  # in an error: a whole model has thousands
+
+
+class _Linear(NamedTuple):
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+
+
+class _Norm(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def from_openfold(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The arguments that say what a triangle multiplication of the OpenFold family computes.
+
+    That is OpenFold's, with `linear_a_p` and the like or fused into `linear_ab_p` and
+    `linear_ab_g`, and with the same names those of OpenFold 3, of Protenix, and of ESMFold in
+    transformers. `_outgoing` says the direction.
+
+    Args:
+        module: the triangle multiplication, not the block around it.
+        dtype: the projections' weights are cast to it; None leaves them as they are.
+
+    Returns:
+        Keyword arguments of `triangle_multiplicative_update`.
+
+    Raises:
+        TypeError: a module without the family's parts, or with a part that is not understood.
+        ValueError: shapes that don't fit each other, or two norms that differ in eps.
+    """
+    shared = ("layer_norm_in", "layer_norm_out", "linear_g", "linear_z")
+    if "linear_ab_p" in getattr(module, "_modules", ()):
+        _check_parts(module, (*shared, "linear_ab_p", "linear_ab_g"))
+        p_in, g_in = _linear(module, "linear_ab_p"), _linear(module, "linear_ab_g")
+    else:
+        halves = ("linear_a_p", "linear_b_p", "linear_a_g", "linear_b_g")
+        _check_parts(module, (*shared, *halves))
+        p_in, g_in = _stacked(module, *halves[:2]), _stacked(module, *halves[2:])
+    outgoing = getattr(module, "_outgoing", None)
+    if not isinstance(outgoing, bool):
+        raise TypeError(f"module._outgoing must be a bool; got {outgoing!r}")
+    return _arguments(
+        "outgoing" if outgoing else "incoming",
+        _norm(module, "layer_norm_in"),
+        p_in,
+        g_in,
+        _norm(module, "layer_norm_out"),
+        _linear(module, "linear_z"),
+        _linear(module, "linear_g"),
+        dtype,
+    )
+
+
+# The same parameters under the same names: these are there to be found.
+from_openfold3 = from_protenix = from_openfold
+
+
+def from_boltz(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """As `from_openfold`, of a `TriangleMultiplicationOutgoing` or `...Incoming` of Boltz 1 or 2.
+
+    The class says the direction. Both of Boltz's norms have an eps of 1e-5.
+    """
+    _check_parts(module, ("norm_in", "p_in", "g_in", "norm_out", "p_out", "g_out"))
+    endings = {"Outgoing": "outgoing", "Incoming": "incoming"}
+    direction = None
+    for kind in type(module).__mro__:
+        direction = direction or endings.get(kind.__name__[-len("Outgoing") :])
+    if direction is None:
+        raise TypeError(
+            "module must be of a class named ...Outgoing or ...Incoming, which is its direction; "
+            f"got {describe(module)}"
+        )
+    return _arguments(
+        direction,
+        _norm(module, "norm_in"),
+        _linear(module, "p_in"),
+        _linear(module, "g_in"),
+        _norm(module, "norm_out"),
+        _linear(module, "p_out"),
+        _linear(module, "g_out"),
+        dtype,
+    )
+
+
+def from_esmfold2(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """As `from_openfold`, of transformers' `EsmFold2TriangleMultiplicativeUpdate`."""
+    _check_parts(module, ("norm_start", "norm_mix", "proj_bundle", "proj_emit", "proj_gate"))
+    flow = getattr(module, "flow", None)
+    if flow not in DIRECTIONS:
+        raise TypeError(f"module.flow must be 'outgoing' or 'incoming'; got {flow!r}")
+    bundle = _linear(module, "proj_bundle")
+    half = bundle.weight.shape[0] // 2
+    no_bias = bundle.bias is None
+    return _arguments(
+        flow,
+        _norm(module, "norm_start"),
+        _Linear(bundle.weight[:half], None if no_bias else bundle.bias[:half]),
+        _Linear(bundle.weight[half:], None if no_bias else bundle.bias[half:]),
+        _norm(module, "norm_mix"),
+        _linear(module, "proj_emit"),
+        _linear(module, "proj_gate"),
+        dtype,
+    )
+
+
+def from_chai(
+    source: nn.Module | Mapping[str, Tensor],
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Chai-1's block, which is both directions in one, as the arguments of two calls.
+
+    Chai-1 computes gate * linear_z_out(LayerNorm(outgoing) + LayerNorm(incoming)). The projection
+    is linear and the gate is shared, so the block is the sum of two calls. It masks the factors of
+    the incoming product with the transposed mask:
+
+        outgoing, incoming = from_chai(block)
+        update = triangle_multiplicative_update(pair, mask=mask, **outgoing)
+        update += triangle_multiplicative_update(pair, mask=mask.transpose(-1, -2), **incoming)
+
+    Args:
+        source: the block, which may be of TorchScript, or tensors by name as in a state dict, with
+            layernorm_z_in.weight and .bias [C], merged_linear_p.weight [4D, C] (rows a and b of
+            the outgoing product, a and b of the incoming), merged_linear_g.weight [4D + C, C] (the
+            gates of these, then that of the output) and linear_z_out.weight [C, D].
+        prefix: what comes before these names in `source`, "blocks.0.triangle_multiplication." say.
+        dtype: as for `from_openfold`.
+
+    Returns:
+        The keyword arguments of the outgoing and of the incoming call. Chai-1's eps is 1e-5, and
+        its norms of the products have neither weights nor biases.
+
+    Raises:
+        TypeError: a name too many or too few below the prefix, or what is no tensor.
+        ValueError: shapes that don't fit each other.
+    """
+    if isinstance(source, nn.Module):
+        source = dict(source.named_parameters()) | dict(source.named_buffers())
+    elif not isinstance(source, Mapping):
+        raise TypeError(
+            f"source must be a torch.nn.Module or a mapping of tensors; got {type(source).__name__}"
+        )
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in source.items()
+        if name.startswith(prefix)
+    }
+    wanted = (
+        "layernorm_z_in.weight", "layernorm_z_in.bias", "merged_linear_p.weight",
+        "merged_linear_g.weight", "linear_z_out.weight",
+    )  # fmt: skip
+    if tensors.keys() != set(wanted):
+        got = [*tensors][:_NAMES_SHOWN]
+        if len(tensors) > len(got):
+            got.append(f"and {len(tensors) - len(got)} more")
+        raise TypeError(
+            f"source must have exactly {', '.join(wanted)} below the prefix {prefix!r}; "
+            f"got {', '.join(got) or 'nothing'}"
+        )
+    for name in wanted:
+        if not isinstance(tensors[name], Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensors[name]).__name__}")
+    norm_weight, norm_bias, values, gates, output = (tensors[name] for name in wanted)
+    if output.ndim != 2:
+        raise ValueError(f"linear_z_out.weight must be [C, D]; got {tuple(output.shape)}")
+    channels, hidden = output.shape
+    if values.shape != (4 * hidden, channels) or gates.shape != (4 * hidden + channels, channels):
+        raise ValueError(
+            f"merged_linear_p.weight and merged_linear_g.weight must be [4D, C] and [4D + C, C] "
+            f"with [C, D] = {[channels, hidden]}, the shape of linear_z_out.weight; "
+            f"got {tuple(values.shape)} and {tuple(gates.shape)}"
+        )
+    outgoing, incoming = (
+        _arguments(
+            direction,
+            _Norm(norm_weight, norm_bias, 1e-5),
+            _Linear(values[start : start + 2 * hidden], None),
+            _Linear(gates[start : start + 2 * hidden], None),
+            _Norm(None, None, 1e-5),
+            _Linear(output, None),
+            _Linear(gates[4 * hidden :], None),
+            dtype,
+        )
+        for direction, start in (("outgoing", 0), ("incoming", 2 * hidden))
+    )
+    return outgoing, incoming
+
+
+def _check_parts(module: nn.Module, wanted: tuple[str, ...]) -> None:
+    """The module has these parts and no other; a sigmoid, which has no parameters, is free."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
+    parts = module._modules
+    missing = [name for name in wanted if name not in parts]
+    if missing:
+        raise TypeError(
+            f"module must have {', '.join(wanted)}; got {describe(module)} "
+            f"without {', '.join(missing)}"
+        )
+    others = [name for name in parts if name not in wanted]
+    if others == ["sigmoid"] and type(parts["sigmoid"]) is nn.Sigmoid:
+        others = []
+    if others or module._parameters or module._buffers:
+        raise TypeError(
+            f"module must have no part but {', '.join(wanted)}; got {describe(module)} with "
+            f"{', '.join([*others, *module._parameters, *module._buffers])}"
+        )
+
+
+def _linear(module: nn.Module, name: str) -> _Linear:
+    layer = module._modules[name]
+    if isinstance(layer, nn.Linear) and type(layer).__name__ in _LINEAR_CLASSES:
+        weight, bias = layer.weight, layer.bias
+        if _is_all_of(layer, weight, bias):
+            if getattr(layer, "precision", None) is None:
+                return _Linear(weight, bias)
+            raise TypeError(f"{name}.precision must be None; got {layer.precision}")
+    raise TypeError(
+        f"{name} must be a linear layer of a floating-point weight, maybe a bias, and nothing "
+        f"besides; got {describe(layer)}"
+    )
+
+
+def _norm(module: nn.Module, name: str) -> _Norm:
+    layer = module._modules[name]
+    eps = getattr(layer, "eps", None)
+    if isinstance(eps, float) and type(layer).__name__ in _NORM_CLASSES:
+        weight, bias = layer.weight, layer.bias
+        if _is_all_of(layer, weight, bias):
+            return _Norm(weight, bias, eps)
+    raise TypeError(
+        f"{name} must be a LayerNorm of an eps, maybe a weight and a bias, and nothing besides; "
+        f"got {describe(layer)}"
+    )
+
+
+def _is_all_of(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the two are all of the layer's state, and plain floating-point tensors.
+
+    Quantised weights are of integers or of tensor classes that are not torch's; adapters add
+    parameters or wrap the layer.
+    """
+    if layer._modules or layer._buffers or not layer._parameters.keys() <= {"weight", "bias"}:
+        return False
+    for tensor in (weight, bias):
+        if tensor is not None and not (
+            tensor.is_floating_point()
+            # Of torch's own are fake and sharded tensors too; Dynamo knows the first two.
+            and (type(tensor) in _TENSOR_CLASSES or type(tensor).__module__.startswith("torch."))
+        ):
+            return False
+    return True
+
+
+def _stacked(module: nn.Module, name_a: str, name_b: str) -> _Linear:
+    """The layers that make a and b as one, of rows [0, D) and [D, 2D)."""
+    a, b = _linear(module, name_a), _linear(module, name_b)
+    if a.weight.shape != b.weight.shape or (a.bias is None) != (b.bias is None):
+        raise ValueError(
+            f"{name_a} and {name_b} must be alike; got weights {tuple(a.weight.shape)} and "
+            f"{tuple(b.weight.shape)}, biases {a.bias is not None} and {b.bias is not None}"
+        )
+    bias = None if a.bias is None else torch.cat([a.bias, b.bias])
+    return _Linear(torch.cat([a.weight, b.weight]), bias)
+
+
+def _arguments(
+    direction: str,
+    norm_in: _Norm,
+    p_in: _Linear,
+    g_in: _Linear,
+    norm_out: _Norm,
+    p_out: _Linear,
+    g_out: _Linear,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    if norm_in.eps != norm_out.eps:
+        raise ValueError(
+            "both norms must have the same eps, as triangle_multiplicative_update has one; "
+            f"got {norm_in.eps} and {norm_out.eps}"
+        )
+    channels, hidden = p_out.weight.shape
+    shapes = [tuple(layer.weight.shape) for layer in (p_in, g_in, g_out)]
+    if shapes != [(2 * hidden, channels)] * 2 + [(channels, channels)]:
+        raise ValueError(
+            "the weights of values, gates and output gate must be [2D, C], [2D, C] and [C, C] with "
+            f"[C, D] = {[channels, hidden]}, the shape of the output projection; got {shapes}"
+        )
+
+    def cast(weight: Tensor) -> Tensor:
+        return weight if dtype is None else weight.to(dtype)
+
+    return {
+        "direction": direction,
+        "norm_in_weight": norm_in.weight,
+        "norm_in_bias": norm_in.bias,
+        "p_in_weight": cast(p_in.weight),
+        "p_in_bias": p_in.bias,
+        "g_in_weight": cast(g_in.weight),
+        "g_in_bias": g_in.bias,
+        "norm_out_weight": norm_out.weight,
+        "norm_out_bias": norm_out.bias,
+        "p_out_weight": cast(p_out.weight),
+        "p_out_bias": p_out.bias,
+        "g_out_weight": cast(g_out.weight),
+        "g_out_bias": g_out.bias,
+        "eps": norm_in.eps,
+    }
+
+
+def describe(module: nn.Module) -> str:
+    """The module's class, and for one of TorchScript the class that it was made from."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    original = getattr(module, "original_name", None)
+    return name if original is None else f"{name} of {original}"

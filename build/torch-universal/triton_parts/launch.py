@@ -1,0 +1,171 @@
+"""A launch that is prepared once: the second call of its kind skips Triton's dispatch.
+
+Triton's own dispatch looks at each argument of each call to find the compiled kernel, which takes
+longer on the host than a small protein takes on the GPU. A `PreparedLaunch` holds all arguments of
+a launch but the tensors. It may be launched again only with tensors that are like the first ones in
+dtype, strides, and whether their addresses are multiples of 16.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class PreparedLaunch:
+    """A kernel, its grid, and its arguments by the names of the kernel's parameters.
+
+    Args:
+        kernel: a @triton.jit function.
+        programs: the size of the one-dimensional grid.
+        tensors: the parameters that `launch` gives a tensor or None, each with the descriptor by
+            which the kernel takes it, made by `descriptor_of`, or None for a pointer.
+        values: the other parameters at run time.
+        constants: the constexprs.
+        options: num_warps and the like, for Triton.
+
+    Raises:
+        TypeError: a name that the kernel lacks, or a parameter without a value.
+    """
+
+    def __init__(
+        self,
+        kernel: Callable,
+        programs: int,
+        *,
+        tensors: dict[str, TensorDescriptor | None],
+        values: dict[str, Any],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        self.kernel, self.programs, self.options = kernel, programs, options
+        given, names = {**tensors, **values, **constants}, kernel.arg_names
+        unknown = [name for name in given if name not in names]
+        missing = [name for name in names if name not in given]
+        if unknown or missing:
+            raise TypeError(
+                f"{kernel.fn.__name__} must get its own parameters; got without a value "
+                f"{', '.join(missing) or 'none'}, and unknown {', '.join(unknown) or 'none'}"
+            )
+        self.constants = {name: constants[name] for name in names if name in constants}
+        # In the kernel's order; None where a tensor comes.
+        self._arguments = {name: values.get(name) for name in names if name not in constants}
+        places = {name: place for place, name in enumerate(self._arguments)}
+        self._tensors = tuple(tensors)
+        self._descriptors = [
+            (places[name], descriptor)
+            for name, descriptor in tensors.items()
+            if descriptor is not None
+        ]
+        self._compiled: Any = None
+
+    def launch(self, **tensors: Tensor | None) -> None:
+        """Launches on the current device and stream; takes every tensor by its parameter's name.
+
+        Raises:
+            TypeError: another tensor than those of the kernel, or one too few.
+        """
+        arguments = self._with(tensors)
+        grid = (self.programs, 1, 1)
+        if self._compiled is None:
+            # None too in the interpreter: then every launch comes this way.
+            self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        else:
+            self._compiled[grid](*arguments, *self.constants.values())
+
+
+    def compile(self, **tensors: Tensor | None) -> Any:
+        """Compiles for tensors like these, which may be meta tensors, without a launch."""
+        return self.kernel.warmup(
+            *self._with(tensors), grid=(self.programs, 1, 1), **self.constants, **self.options
+        )
+
+    def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
+        """The arguments at run time, in the kernel's order."""
+        named = {**self._arguments, **tensors}  # an unknown name makes it longer
+        if len(tensors) != len(self._tensors) or len(named) != len(self._arguments):
+            wanted = ", ".join(self._tensors)
+            raise TypeError(f"tensors must be {wanted}; got {', '.join(tensors)}")
+        arguments = list(named.values())
+        for place, descriptor in self._descriptors:
+            arguments[place] = _based(descriptor, arguments[place])
+        return arguments
+
+
+def _based(descriptor: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:
+    """The same descriptor of another tensor; copy.copy takes five times as long."""
+    based = object.__new__(type(descriptor))
+    based.__dict__.update(descriptor.__dict__, base=tensor)
+    return based
+
+
+class Launches(dict[tuple, PreparedLaunch]):
+    """The launches of all calls of one kind, by what each of them is for."""
+
+    def of(
+        self, what: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
+    ) -> PreparedLaunch:
+        """The launch for `what`; the first time, `prepare(*arguments)`."""
+        found = self.get(what)
+        if found is None:
+            found = self[what] = prepare(*arguments)
+        return found
+
+
+def pointers(*names: str) -> dict[str, None]:
+    """Tensors of a launch that the kernel takes as pointers."""
+    return dict.fromkeys(names)
+
+
+def named_strides(tensor: str, axes: Iterable[str], strides: Iterable[int]) -> dict[str, int]:
+    """Strides by their parameters' names: stride_x_b, stride_x_i, ... for "x" and "bi..."."""
+    return {
+        f"stride_{tensor}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)
+    }
+
+
+def descriptor_of(
+    tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
+) -> TensorDescriptor:
+    """A descriptor of tensors like this one, to be based on one of them by each launch."""
+    descriptor = TensorDescriptor(tensor, list(shape), list(strides), block)
+    descriptor.base = None  # or it would keep the tensor alive
+    return descriptor
+
+
+def dot_precision(precision: str, fp32_dots: tuple[str, ...]) -> str:
+    """Triton's word for an fp32 dot on a target that has `fp32_dots`, its fp32-accurate one first.
+
+    "fp32" means that first one, which also stands in for a word that the target doesn't have.
+    """
+    return precision if precision in fp32_dots or precision == "bf16" else fp32_dots[0]
+
+
+def shared_by(programs: int, blocks: int) -> int:
+    """The most programs, at most `programs`, that can share `blocks` equally."""
+    return max(n for n in range(1, min(programs, blocks) + 1) if blocks % n == 0)
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """The strides, with 0 for axes of length 1, so that equal layouts give equal cache keys."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [0 if size == 1 else stride for size, stride in pairs]
+
+
+def has_descriptor(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor may describe it: aligned, and no two rows in one place.
+
+    What TMA does with a stride of 0, that of an expanded tensor, is nowhere promised.
+    """
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return is_aligned(tensor) and all([size == 1 or stride > 0 for size, stride in pairs])
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether 16-byte accesses along the last axis are in order wherever a row starts."""
+    *outer, inner = strides(tensor)
+    if inner != 1 or tensor.data_ptr() % 16:
+        return False
+    elements = 16 // tensor.element_size()
+    return not any([stride % elements for stride in outer])

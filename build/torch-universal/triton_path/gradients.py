@@ -1,0 +1,533 @@
+"""The backward on the Triton path: the stages' backward kernels, sequence by sequence.
+
+Between forward and backward lie x, the product t and the moments of x, or, if t isn't given, x
+alone: then stages 1 and 2 run again here.
+
+Of each sequence, first stage 3's backward, in chunks of rows: dt, and dq, the gradient of the gate
+before its sigmoid, which lies in the memory of dx. Then stage 2's, in groups of channels: a and b
+of a group are recomputed, and da and db follow from dt. Then stage 1's, in chunks again: dp and dg,
+which with dq make dz in one GEMM, and dx.
+
+Peak memory beyond the arguments (t among them), in tensors of one sequence's pair size, C = D a
+multiple of 64:
+
+    dx, in which dq lay                            1
+    da, db; dt lies at the end, where no group     2 1/4
+    has yet put its da and db
+    a and b of one group; or, when dt is gone,     1/2
+    a chunk's rows of [dp, dg, dq], x^ and dz      7/8
+
+3 7/8 in all, and t is one more if the caller saved it. A small sequence is one group and one chunk,
+for fewer launches. The parameters' gradients come from few products: with t^ and x^ the normalised
+rows without norm weights and [dp, dg, dq] the rows of one matrix,
+
+    S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
+    H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
+
+over the rows of all pairs; sums are in fp32. No atomics: what several programs sum is written apart
+and added in a fixed order, so equal calls give equal bits. In padded batches the kernels skip pairs
+beyond a length and write zeros; the weight-gradient products still run over all rows.
+
+S and H of 16-bit rows are `row_products`. The GEMM of dz, and S and H of float32, are the vendor's.
+In float32 they follow the call's precision, not torch's global setting, which is changed for their
+time where it differs: full float32 for every word but "tf32" and "bf16", for which TF32 is allowed.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._call import Call, Weights
+from ..triton_parts.launch import Launches
+from ..triton_parts.tiles import padded_pitch
+from ..validation import torch_allows_tf32
+from . import dual_gemm, einsum, launches_of, with_axes_of_x
+from .fused_dual_gemm_backward import (
+    Stage1Gradients,
+    fused_dual_gemm_bwd,
+    norm_in_bwd,
+    prepare_dual_gemm_bwd,
+    prepare_norm_in_bwd,
+)
+from .fused_ln_residual_backward import (
+    Rows,
+    Stage3Gradients,
+    fused_ln_residual_bwd,
+    norm_out_bwd,
+    prepare_ln_residual_bwd,
+    prepare_norm_out_bwd,
+)
+from .row_products import add_row_products, prepare_row_products
+
+# Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
+# small to fill a GPU: pairs of a chunk, elements of a group's planes.
+_CHUNKS = 8
+_CHUNK_PAIRS = 16_384
+_GROUPS = 4
+_GROUP_ELEMENTS = 1 << 20
+# A group holds whole blocks of the smallest dot.
+_GROUP_MULTIPLE = 16
+
+# Whose gradients come through the product t.
+_THROUGH_PRODUCT = (
+    "x", "mask", "norm_in_weight", "norm_in_bias",
+    "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias",
+)  # fmt: skip
+
+
+class _Wanted(NamedTuple):
+    """What the gradients that were asked for take."""
+
+    stage_1: bool  # dt, da, db, dp and dg
+    dz: bool  # and dq is kept for it
+    mask: bool
+    drop_mask: bool
+    emit_products: bool  # S
+    emit_sums: bool  # the sums of de
+    value_products: bool  # H, rows of dp
+    gate_products: bool  # H, rows of dg
+    out_gate_products: bool  # H, rows of dq
+    in_sums: bool  # the sums of dp and dg
+    out_gate_sums: bool  # the sums of dq
+
+    @property
+    def dp(self) -> bool:
+        """Whether dp and dg are written."""
+        return self.dz or self.value_products or self.gate_products
+
+    @property
+    def out_gate_first(self) -> bool:
+        """Whether H's rows of dq are made beside stage 3's backward, as dq isn't kept."""
+        return self.out_gate_products and not self.dz
+
+
+def _wanted(needs: frozenset[str], weights: Weights) -> _Wanted:
+    def any_of(*names: str) -> bool:
+        return not needs.isdisjoint(names)
+
+    shift_in, shift_out = weights.norm_in_bias is not None, weights.norm_out_bias is not None
+    return _Wanted(
+        stage_1=any_of(*_THROUGH_PRODUCT),
+        dz="x" in needs,
+        mask="mask" in needs,
+        drop_mask="drop_mask" in needs,
+        emit_products=any_of("p_out_weight", "norm_out_weight"),
+        emit_sums=any_of("p_out_bias", "norm_out_bias") or shift_out and "p_out_weight" in needs,
+        value_products=any_of("p_in_weight", "norm_in_weight"),
+        gate_products=any_of("g_in_weight", "norm_in_weight"),
+        out_gate_products=any_of("g_out_weight", "norm_in_weight"),
+        in_sums=any_of("p_in_bias", "g_in_bias", "norm_in_bias")
+        or shift_in and any_of("p_in_weight", "g_in_weight"),
+        out_gate_sums=any_of("g_out_bias", "norm_in_bias") or shift_in and "g_out_weight" in needs,
+    )
+
+
+class _Totals(NamedTuple):
+    """Sums over all pairs of the batch, in fp32."""
+
+    emit_products: Tensor  # S [C, D]
+    emit_sums: Tensor  # [C]
+    in_products: Tensor  # H [4D + C, C]
+    in_sums: Tensor  # [4D + C]
+
+
+@torch.no_grad()
+def run_triton_backward(
+    call: Call,
+    grad_out: Tensor,
+    product: Tensor | None,
+    moments: Tensor | None,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients that `needs` names, each in the dtype and shape of what it is the gradient of.
+
+    Args:
+        call: the forward's; x's device must be the current one. Residual and inplace don't matter.
+        grad_out: [B, L, L, C] in the dtype of x, any strides.
+        product, moments: what `run_triton` returned, or None for both.
+        needs: names of `DIFFERENTIABLE`, of tensors that the call has.
+    """
+    x, weights = call.x, call.weights
+    batch, length, _, channels = x.shape
+    hidden = weights.p_in_weight.shape[0] // 2
+    wanted = _wanted(needs, weights)
+    launches = launches_of(call, "backward", needs, product is None, _likeness(grad_out))
+    gradients = {}
+    for name in ("x", "mask", "drop_mask"):
+        if name in needs:
+            like = getattr(call, name)
+            # Contiguous, whatever the strides of the argument are.
+            gradients[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+    def zeros(is_wanted: bool, *shape: int) -> Tensor | None:
+        return torch.zeros(shape, dtype=torch.float32, device=x.device) if is_wanted else None
+
+    in_rows = 4 * hidden + channels
+    totals = _Totals(
+        zeros(wanted.emit_products, channels, hidden),
+        zeros(wanted.emit_sums, channels),
+        zeros(
+            wanted.value_products or wanted.gate_products or wanted.out_gate_products,
+            in_rows, channels,
+        ),
+        zeros(wanted.in_sums or wanted.out_gate_sums, in_rows),
+    )  # fmt: skip
+    stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
+    emit_means = _emit_means(weights, call.precision)
+    with _vendor_precision(call.precision, x.dtype):
+        for entry in range(batch if length else 0):
+            one = slice(entry, entry + 1)
+            _Sequence(
+                call.of_entry(entry),
+                launches,
+                wanted,
+                totals,
+                {name: gradient[entry] for name, gradient in gradients.items()},
+                stacked,
+                emit_means,
+            ).run(
+                grad_out[entry],
+                None if product is None else product[one],
+                None if moments is None else moments[one],
+            )
+    gradients |= _parameter_gradients(totals, weights, stacked, needs)
+    return gradients
+
+
+class _Sequence(NamedTuple):
+    """The backward of one sequence."""
+
+    call: Call  # x [1, L, L, C]
+    launches: Launches
+    wanted: _Wanted
+    totals: _Totals
+    gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
+    stacked: Tensor  # [Wp; Wg; Wo], [4D + C, C]
+    emit_means: tuple[Tensor, Tensor | None]
+
+    def run(self, grad_out: Tensor, product: Tensor | None, moments: Tensor | None) -> None:
+        """grad_out [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch]."""
+        x = self.call.x
+        length = x.shape[1]
+        hidden = self.call.weights.p_in_weight.shape[0] // 2
+        size = group_size(hidden, length)
+        planes = hidden
+        if self.wanted.stage_1:
+            planes = 2 * hidden + size
+        elif product is not None:
+            planes = 0
+        memory = torch.empty(planes, length, padded_pitch(length), dtype=x.dtype, device=x.device)
+        grad_t = memory[planes - hidden :] if planes else None
+        if product is None:
+            product = grad_t[None]
+            moments = self._product_again(product, size)
+        by_rows = with_axes_of_x(moments, self.call.direction)[0, :, :length, :length]
+        self._stage_3(product[0], by_rows, grad_out, grad_t)
+        if self.wanted.stage_1:
+            self._stage_2(memory, grad_t, moments, size)
+            self._stage_1(memory[: 2 * hidden], by_rows, size)
+
+    def _product_again(self, product: Tensor, size: int) -> Tensor:
+        """Fills the product, in groups of `size` channels; returns the moments."""
+        moments = None
+        for first in range(0, product.shape[1], size):
+            a, b, moments = self._group_planes(first, size, moments)
+            einsum(self.call, self.launches, a, b, product[:, first : first + size], first)
+            del a, b  # the next group's take their memory
+        return moments
+
+    def _group_planes(
+        self, first: int, size: int, moments: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """a and b [1, G, L, pitch] of G = `size` channels, and the moments."""
+        x = self.call.x
+        length = x.shape[1]
+        shape = (1, 2, size, length, padded_pitch(length))
+        a, b = torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
+        moments = dual_gemm(self.call, self.launches, (a, b), (first, size), moments)
+        return a, b, moments
+
+    def _chunks(self) -> Iterator[slice]:
+        """Cuts the rows i into chunks."""
+        length = self.call.x.shape[1]
+        pairs = max(_CHUNK_PAIRS, -(-length * length // _CHUNKS))
+        step = -(-pairs // length)
+        for start in range(0, length, step):
+            yield slice(start, min(start + step, length))
+
+    def _first_row(self, chunk: slice) -> int:
+        """The row that a launch begins with, where that matters: lengths are counted from row 0."""
+        return 0 if self.call.lengths is None else chunk.start
+
+    def _rows(self, count: int, width: int) -> Tensor:
+        """[count, width], not yet written, in the dtype of x."""
+        return torch.empty(count, width, dtype=self.call.x.dtype, device=self.call.x.device)
+
+    def _stage_3(
+        self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor | None
+    ) -> None:
+        """Fills grad_t [D, L, pitch], which may be the product, and dq in the memory of dx."""
+        call, wanted, weights = self.call, self.wanted, self.call.weights
+        hidden, length, _ = product.shape
+        channels = call.x.shape[3]
+        drop_mask = None if call.drop_mask is None else call.drop_mask[0]
+        grad_x = self.gradients.get("x")
+        grad_drop = None
+        for chunk in self._chunks():
+            rows = Rows(
+                product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk], drop_mask,
+                call.lengths,
+            )  # fmt: skip
+            first_row = self._first_row(chunk)
+            count = (chunk.stop - chunk.start) * length
+            into_x = None if grad_x is None else grad_x[chunk].view(count, channels)
+            prepared = self.launches.of(
+                ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, into_x)),
+                prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision, None,
+                first_row,
+            )  # fmt: skip
+            out = Stage3Gradients(
+                emit=self._rows(count, channels)
+                if wanted.stage_1 or wanted.emit_products else None,
+                gate=self._rows(count, channels) if wanted.out_gate_first else into_x,
+                hat_x=self._rows(count, channels) if wanted.out_gate_first else None,
+                rows=_float32(call.x, 5, count)
+                if wanted.stage_1 or wanted.emit_products else None,
+                drop_mask=self._rows(count, channels) if wanted.drop_mask else None,
+                sums=_float32(call.x, prepared.programs, 2, channels)
+                if wanted.emit_sums or wanted.out_gate_sums else None,
+            )  # fmt: skip
+            fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
+            if out.sums is not None:
+                emit_sums, gate_sums = out.sums.sum(0)
+                if wanted.emit_sums:
+                    self.totals.emit_sums.add_(emit_sums)
+                if wanted.out_gate_sums:
+                    self.totals.in_sums[4 * hidden :].add_(gate_sums)
+            if wanted.out_gate_first:
+                self._add_product(
+                    self.totals.in_products[4 * hidden :], out.gate, out.hat_x, "out_gate"
+                )
+            if wanted.drop_mask:
+                some = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
+                grad_drop = some if grad_drop is None else grad_drop.add_(some)
+            if out.rows is not None:
+                some_t = grad_t[:, chunk] if wanted.stage_1 else None
+                hat_t = self._rows(count, hidden) if wanted.emit_products else None
+                prepared = self.launches.of(
+                    ("norm_out_bwd", count, first_row),
+                    prepare_norm_out_bwd, rows.t, some_t, length, weights, call.precision, None,
+                    first_row,
+                )  # fmt: skip
+                norm_out_bwd(
+                    out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t, call.lengths
+                )
+                if hat_t is not None:
+                    self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
+                del hat_t
+            del out  # the next chunk's takes its memory
+        if grad_drop is not None:
+            self.gradients["drop_mask"].copy_(grad_drop)
+
+    def _stage_2(self, memory: Tensor, grad_t: Tensor, moments: Tensor, size: int) -> None:
+        """Fills memory [2D + G, L, pitch], of which grad_t is the end, with da and db by groups.
+
+        Group after group, da before db, with the axes of x: [D / G, 2, G, L, pitch].
+        """
+        for first in range(0, grad_t.shape[0], size):
+            grad_planes = memory[2 * first : 2 * (first + size)]
+            self._stage_2_of_group(grad_t[first : first + size], first, moments, grad_planes)
+
+    def _stage_2_of_group(
+        self, grad: Tensor, first: int, moments: Tensor, grad_planes: Tensor
+    ) -> None:
+        """From dt [G, L, pitch], channels from `first` on, da and db into grad_planes [2G, ...]."""
+        size = grad.shape[0]
+        a, b, _ = self._group_planes(first, size, moments)
+        grad, grad_a, grad_b = grad[None], grad_planes[None, :size], grad_planes[None, size:]
+        if self.call.direction == "outgoing":
+            # da[i, k] = sum_j dt[i, j] b[j, k], db[j, k] = sum_i dt[i, j] a[i, k]
+            products = ((grad, b, grad_a, (False, True)), (grad, a, grad_b, (True, True)))
+        else:  # their transposes
+            products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
+        for left, right, out, turned in products:
+            key = first, turned
+            einsum(self.call, self.launches, left, right, out, key, turned)
+
+    def _stage_1(self, planes: Tensor, moments: Tensor, size: int) -> None:
+        """From da and db, planes [2D, L, pitch] in groups of `size` channels, and dq to dx."""
+        call, wanted, weights = self.call, self.wanted, self.call.weights
+        length, channels = call.x.shape[2:]
+        hidden = planes.shape[0] // 2
+        width = 4 * hidden + (channels if wanted.dz else 0)
+        grad_x, grad_mask = self.gradients.get("x"), self.gradients.get("mask")
+        products = wanted.value_products or wanted.gate_products
+        products = products or wanted.out_gate_products and wanted.dz
+        for chunk in self._chunks():
+            x, some_planes, some = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
+            mask = None if call.mask is None else call.mask[0, chunk]
+            some_mask = None if grad_mask is None else grad_mask[chunk]
+            first_row = self._first_row(chunk)
+            count = (chunk.stop - chunk.start) * length
+            prepared = self.launches.of(
+                ("dual_gemm_bwd", count, first_row, *_alignments(x, some_mask)),
+                prepare_dual_gemm_bwd, x, mask, some, some_planes, weights, call.precision, size,
+                width, None, first_row,
+            )  # fmt: skip
+            out = Stage1Gradients(
+                grads=self._rows(count, width) if wanted.dp else None,
+                hat_x=self._rows(count, channels) if products else None,
+                mask=some_mask,
+                sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.in_sums else None,
+            )
+            fused_dual_gemm_bwd(x, mask, some, some_planes, weights, prepared, out, call.lengths)
+            if wanted.in_sums:
+                self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
+            if wanted.dz:
+                some_x = grad_x[chunk]
+                out.grads[:, 4 * hidden :].copy_(some_x.view(count, channels))
+            for columns in self._columns(hidden):
+                self._add_product(
+                    self.totals.in_products[columns], out.grads[:, columns], out.hat_x, columns
+                )
+            if wanted.dz:
+                grad_z = torch.mm(out.grads, self.stacked)
+                prepared = self.launches.of(
+                    ("norm_in_bwd", count, first_row, *_alignments(x, some_x)),
+                    prepare_norm_in_bwd, x, some, first_row,
+                )  # fmt: skip
+                norm_in_bwd(grad_z, x, some, weights, some_x, prepared, call.lengths)
+                del grad_z
+            del out  # the next chunk's takes its memory
+
+    def _add_product(
+        self, total: Tensor, left: Tensor, right: Tensor, which: str | slice
+    ) -> None:
+        """total [N, K] += left^T right of a chunk's rows [M, N] and [M, K]; total is fp32."""
+        if left.dtype == torch.float32:
+            total.addmm_(left.t(), right)
+            return
+        prepared = self.launches.of(
+            ("row_products", str(which), left.shape[0]), prepare_row_products, left, right
+        )
+        add_row_products(total, left, right, prepared)
+
+    def _columns(self, hidden: int) -> Iterator[slice]:
+        """The columns of [dp, dg, dq] whose products with x^ are wanted, neighbours together."""
+        wanted = self.wanted
+        ends = (0, 2 * hidden, 4 * hidden, 4 * hidden + self.call.x.shape[3])
+        blocks = (
+            wanted.value_products,
+            wanted.gate_products,
+            wanted.out_gate_products and wanted.dz,
+        )
+        start = None
+        for number, is_wanted in enumerate((*blocks, False)):
+            if is_wanted and start is None:
+                start = ends[number]
+            elif not is_wanted and start is not None:
+                yield slice(start, ends[number])
+                start = None
+
+
+def group_size(hidden: int, length: int) -> int:
+    """The channels of a group: all, or a part of them that is worth the launches."""
+    groups = _GROUPS
+    while groups > 1 and (
+        hidden % (groups * _GROUP_MULTIPLE) or hidden * length**2 < groups * _GROUP_ELEMENTS
+    ):
+        groups //= 2
+    return hidden // groups
+
+
+def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None]:
+    """We g2 / D and We b2, [C] in fp32, of We as it is multiplied: `fused_ln_residual_backward`."""
+    emit = weights.p_out_weight
+    if emit.dtype == torch.float32 and precision == "bf16":
+        emit = emit.to(torch.bfloat16)
+    emit = emit.float()
+    scaled = emit if weights.norm_out_weight is None else emit * weights.norm_out_weight
+    shift = weights.norm_out_bias
+    return scaled.mean(1), None if shift is None else (emit * shift).sum(1)
+
+
+def _parameter_gradients(
+    totals: _Totals, weights: Weights, stacked: Tensor, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The parameters' gradients of the sums over all pairs, in the parameters' dtypes."""
+    hidden = weights.p_in_weight.shape[0] // 2
+    middle, end = 2 * hidden, 4 * hidden
+    gradients = {}
+    for projection, products, sums, norm_weight, norm_bias, parts in (
+        (
+            weights.p_out_weight, totals.emit_products, totals.emit_sums,
+            "norm_out_weight", "norm_out_bias",
+            (("p_out_weight", "p_out_bias", slice(None)),),
+        ),
+        (
+            stacked, totals.in_products, totals.in_sums,
+            "norm_in_weight", "norm_in_bias",
+            (
+                ("p_in_weight", "p_in_bias", slice(0, middle)),
+                ("g_in_weight", "g_in_bias", slice(middle, end)),
+                ("g_out_weight", "g_out_bias", slice(end, None)),
+            ),
+        ),
+    ):  # fmt: skip
+        scale, shift = getattr(weights, norm_weight), getattr(weights, norm_bias)
+        for weight, bias, rows in parts:
+            if weight in needs:
+                gradient = products[rows] if scale is None else products[rows] * scale
+                if shift is not None:
+                    gradient = gradient.addcmul(sums[rows, None], shift.float())
+                gradients[weight] = gradient
+            if bias in needs:
+                gradients[bias] = sums[rows]
+        if norm_weight in needs:
+            gradients[norm_weight] = (products * projection).sum(0)
+        if norm_bias in needs:
+            gradients[norm_bias] = (sums[:, None] * projection).sum(0)
+    # Copies even of fp32, as some are views of the sums.
+    return {
+        name: gradient.to(getattr(weights, name).dtype, copy=True)
+        for name, gradient in gradients.items()
+    }
+
+
+@contextlib.contextmanager
+def _vendor_precision(precision: str, dtype: torch.dtype) -> Iterator[None]:
+    """Within it torch's float32 GEMMs have the arithmetic that the kernels' word asks for."""
+    wanted = precision in ("tf32", "bf16")
+    if dtype != torch.float32 or torch_allows_tf32() == wanted:
+        yield
+        return
+    words = ("highest", "high")
+    switch = torch.set_float32_matmul_precision
+    try:
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # where the setting of torch 2.9 was used, it alone may be used
+        words = ("ieee", "tf32")
+        switch = functools.partial(setattr, torch.backends.cuda.matmul, "fp32_precision")
+        previous = torch.backends.cuda.matmul.fp32_precision
+    switch(words[wanted])
+    try:
+        yield
+    finally:
+        switch(previous)
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _alignments(*tensors: Tensor | None) -> list[int]:
+    """Of each the address modulo 16: those of chunks differ where rows are no multiples of it."""
+    return [0 if tensor is None else tensor.data_ptr() % 16 for tensor in tensors]
+
+
+def _likeness(tensor: Tensor) -> tuple:
+    return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16

@@ -1,0 +1,1 @@
+"""The models whose triangle multiplications these kernels replace."""

@@ -1,0 +1,42 @@
+"""The properties of a device that launches depend on."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .settings import settings_of
+
+
+class DeviceTarget(NamedTuple):
+    """A device as launch settings see it."""
+
+    target: str  # "sm_90", "gfx942", "xpu", or "interpreter" for CPU tensors
+    name: str  # as the driver names it, the key of tuned settings
+    fast_reciprocal: bool  # rcp.approx exists
+    fp32_dots: tuple[str, ...]  # its input precisions of fp32 dots, the fp32-accurate one first
+    multiprocessors: int  # what a persistent launch fills; 1 where it can't be asked
+
+
+_NVIDIA_DOTS = ("tf32x3", "tf32", "ieee")
+
+
+def target_of(target: str, name: str, multiprocessors: int = 1) -> DeviceTarget:
+    """The facts of a target by its word."""
+    nvidia = target.startswith("sm_")
+    dots = settings_of(target, name).get("fp32_dots", _NVIDIA_DOTS if nvidia else ("ieee",))
+    return DeviceTarget(target, name, nvidia, tuple(dots), multiprocessors)
+
+
+@functools.cache
+def device_target(device: torch.device) -> DeviceTarget:
+    """The target of `device`; asks the driver once for each device."""
+    if device.type == "cpu":
+        return target_of("interpreter", "cpu")
+    if device.type == "xpu":
+        return target_of("xpu", torch.xpu.get_device_name(device))
+    properties = torch.cuda.get_device_properties(device)
+    target = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        target = properties.gcnArchName.split(":")[0]
+    return target_of(target, properties.name, properties.multi_processor_count)

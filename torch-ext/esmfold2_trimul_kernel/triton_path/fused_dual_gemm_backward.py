@@ -1,0 +1,418 @@
+"""Stage 1's backward, for some rows of one sequence: from the planes' gradients to that of x.
+
+    z = LayerNorm(x; g1, b1)                                       x [R, L, C], any strides
+    p = z Wp^T + bp, s = sigmoid(z Wg^T + bg)                      [R, L, 2D]
+    h = p s mask, whose gradient dh comes as planes                [2D, R, pitch]
+
+    dp = dh s mask                          the gradient of p
+    dg = dh p mask s (1 - s)                that of the gate before its sigmoid
+    dmask = sum of dh p s over the 2D channels
+
+    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)),   x^ = (x - mean) rstd
+
+Two kernels. The first recomputes p and s and writes dp and dg beside each other, rows [R*L, 4D] of
+a matrix that may be wider, so that dz is one GEMM with the projections. The second is the
+LayerNorm's backward. Planes have the axes of x here, whatever the direction.
+
+For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
+where planes and moments may be NaN; tiles of such pairs write their zeros and end.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .._call import Weights
+from ..fused_dual_gemm import lower_projection, projection_pair
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import (
+    PreparedLaunch,
+    dot_precision,
+    is_aligned,
+    named_strides,
+    pointers,
+    strides,
+)
+from ..triton_parts.layer_norm import hold, load_chunks, load_first, normalise
+from ..triton_parts.settings import LaunchConfig, pick_config, shape_of
+from ..triton_parts.tiles import (
+    add_bias,
+    any_of,
+    dot,
+    halves,
+    load_channels,
+    load_tile,
+    load_weight_pair,
+    positions,
+    sigmoid,
+    store_tile,
+    store_zeros,
+    within_length,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "R", "L", "first_row", "moments_ptr", "mask_ptr", "lengths_ptr",
+        "stride_x_i", "stride_x_j",
+        "stride_moments_n", "stride_moments_i", "stride_moments_j",
+        "stride_mask_i", "stride_mask_j",
+        # As in the forward: AMD's 32-bit offsets from a specialised pointer, and a gap of more.
+        "weight_pair", "weight_gap",
+    ]
+)  # fmt: skip
+def _fused_dual_gemm_bwd_kernel(
+    x_ptr, mask_ptr, lengths_ptr, moments_ptr, planes_ptr,
+    grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
+    norm_weight_ptr, norm_bias_ptr, weight_pair, value_bias_ptr, gate_bias_ptr,
+    weight_gap, R, L, pitch, first_row, stride_planes_d, stride_grads_m,
+    stride_x_i, stride_x_j, stride_x_c,
+    stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
+    stride_first, stride_second,
+    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """dp and dg of all 2D channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
+
+    M = R * pitch positions, N = 2D hidden channels in blocks, K = C channels. The planes come in
+    groups of G channels, those of a before those of b: [D / G, 2, G, R, pitch]. Every output is
+    optional: `grads` [R*L, 2, 2, D] (dp, dg; of a, of b), x^ [R*L, C], dmask [R*L], and `sums`
+    [programs, 2, 2, D] of dp and dg over the tile. The rows i are those from `first_row` on of
+    their sequence, which matters where it has a length.
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    i, j = positions(start_m, pitch, BLOCK_M)
+    valid_m = (i < R) & (j < L)
+    valid_plane = offs_m < R * pitch
+    dtype = x_ptr.dtype.element_ty
+    row = i.to(tl.int64) * L + j
+    EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    if lengths_ptr is not None:
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
+        beyond = valid_m & ~within
+        if grads_ptr is not None:
+            store_zeros(grads_ptr, row * stride_grads_m, beyond, 4 * D, BLOCK_N)
+        if hat_ptr is not None:
+            store_zeros(hat_ptr, row * C, beyond, C, BLOCK_N)
+        if grad_mask_ptr is not None:
+            zeros = tl.zeros([BLOCK_M], grad_mask_ptr.dtype.element_ty)
+            tl.store(grad_mask_ptr + row, zeros, mask=beyond)
+        valid_m = within
+        if not any_of(valid_m):
+            if sums_ptr is not None:
+                halves_of = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
+                store_zeros(sums_ptr, halves_of * (2 * D), halves_of >= 0, 2 * D, BLOCK_N)
+            return
+
+    offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
+    offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
+    mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
+    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    pair_mask = valid_m.to(tl.float32)
+    if mask_ptr is not None:
+        offs_mask = i.to(tl.int64) * stride_mask_i + j.to(tl.int64) * stride_mask_j
+        pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
+    first = None
+    if dtype == tl.float32:
+        first = load_first(x_ptr, offs_x, valid_m)
+    if HELD:
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
+        z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
+    elif BLOCK_K >= C:
+        offs_c = tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        z = normalise(
+            x, offs_c, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, EVEN_C
+        ).to(dtype)  # fmt: skip
+    if hat_ptr is not None:
+        for start_k in range(0, C, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+            hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
+            store_tile(hat_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
+
+    BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    EVEN_D: tl.constexpr = D % BLOCK_N == 0
+    grad_mask = tl.zeros([BLOCK_M], tl.float32)
+    for block in range(0, 2 * BLOCKS):
+        half = block // BLOCKS
+        start_n = (block - half * BLOCKS) * BLOCK_N
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        if BLOCK_K >= C:
+            weights = load_weight_pair(
+                weight_pair, half, start_n, 0, weight_gap,
+                stride_first, stride_second,
+                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+            )  # fmt: skip
+            acc = dot(z, weights.T, acc, PRECISION)
+        else:
+            for start_k in range(0, C, BLOCK_K):
+                offs_k = start_k + tl.arange(0, BLOCK_K)
+                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
+                z = normalise(
+                    x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
+                    C, EVEN_C,
+                ).to(dtype)  # fmt: skip
+                weights = load_weight_pair(
+                    weight_pair, half, start_n, start_k, weight_gap,
+                    stride_first, stride_second,
+                    D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+                )  # fmt: skip
+                acc = dot(z, weights.T, acc, PRECISION)
+        value, gate = halves(acc)
+        if GATE_FIRST:
+            value, gate = gate, value
+        value = add_bias(value, value_bias_ptr, half * D + offs_n, (half + 1) * D)
+        gate = add_bias(gate, gate_bias_ptr, half * D + offs_n, (half + 1) * D)
+        gate = sigmoid(gate, FAST_RECIPROCAL)
+
+        # A block lies within one group.
+        group = start_n // G
+        plane = (group * 2 + half) * G + (start_n - group * G) + tl.arange(0, BLOCK_N)
+        planes_ptrs = planes_ptr + (plane.to(tl.int64) * stride_planes_d)[:, None] + offs_m[None, :]
+        valid = valid_plane[None, :]
+        if not EVEN_D:
+            valid = valid & (offs_n < D)[:, None]
+        grad = tl.load(planes_ptrs, mask=valid, other=0.0).T.to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        # The padding columns of the planes are uninitialised and may be NaN.
+        grad = tl.where(valid_m[:, None], grad, 0.0)
+        grad_value = grad * gate
+        if grad_mask_ptr is not None:
+            grad_mask += tl.sum(grad_value * value, 1)
+        grad_value *= pair_mask[:, None]
+        grad_gate = grad_value * value * (1.0 - gate)
+        if sums_ptr is not None:
+            sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 4 * D + half * D + offs_n
+            tl.store(sums_ptrs, tl.sum(grad_value, 0), mask=offs_n < D)
+            tl.store(sums_ptrs + 2 * D, tl.sum(grad_gate, 0), mask=offs_n < D)
+        if grads_ptr is not None:
+            base = grads_ptr + half * D
+            offs_row = row * stride_grads_m
+            store_tile(base, offs_row, offs_n, grad_value.to(dtype), valid_m, D, EVEN_D)
+            store_tile(base + 2 * D, offs_row, offs_n, grad_gate.to(dtype), valid_m, D, EVEN_D)
+    if grad_mask_ptr is not None:
+        dtype_mask = grad_mask_ptr.dtype.element_ty
+        tl.store(grad_mask_ptr + row, grad_mask.to(dtype_mask), mask=valid_m)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "R", "L", "first_row", "moments_ptr", "lengths_ptr", "stride_x_i", "stride_x_j",
+        "stride_moments_n", "stride_moments_i", "stride_moments_j",
+    ]
+)  # fmt: skip
+def _norm_in_bwd_kernel(
+    grad_ptr, x_ptr, moments_ptr, lengths_ptr, norm_weight_ptr, grad_x_ptr, R, L, first_row,
+    stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, X_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)) of BLOCK_M rows m = i * L + j.
+
+    M = R * L rows, K = C channels in blocks: once for the means, once more for dx.
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    i, j = positions(start_m, L, BLOCK_M)
+    valid_m = i < R
+    row = i.to(tl.int64) * L + j
+    dtype = x_ptr.dtype.element_ty
+    EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    if lengths_ptr is not None:
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
+        store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
+        valid_m = within
+        if not any_of(valid_m):
+            return
+    offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
+    offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
+    mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
+    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    first = None
+    if dtype == tl.float32:
+        first = load_first(x_ptr, offs_x, valid_m)
+
+    mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
+    mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
+    for start_k in range(0, C, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
+        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
+        mean_grad += tl.sum(grad, 1, keep_dims=True) * (1.0 / C)
+        mean_grad_hat += tl.sum(grad * hat, 1, keep_dims=True) * (1.0 / C)
+    for start_k in range(0, C, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
+        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
+        grad = rstd * (grad - mean_grad - hat * mean_grad_hat)
+        store_tile(grad_x_ptr, row * C, offs_k, grad.to(dtype), valid_m, C, EVEN_C)
+
+
+class Stage1Gradients(NamedTuple):
+    """What `fused_dual_gemm_bwd` writes, or None where it isn't wanted."""
+
+    grads: torch.Tensor | None  # [R*L, at least 4D] in the dtype of x: dp, dg, what else there is
+    hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
+    mask: torch.Tensor | None  # dmask [R, L], contiguous, in the dtype of the mask
+    sums: torch.Tensor | None  # [programs, 4D] in fp32, partial sums of dp and dg
+
+
+def fused_dual_gemm_bwd(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    moments: torch.Tensor,
+    planes: torch.Tensor,
+    weights: Weights,
+    prepared: PreparedLaunch,
+    out: Stage1Gradients,
+    lengths: torch.Tensor | None = None,
+) -> None:
+    """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
+
+    `prepared` is what `prepare_dual_gemm_bwd` made of tensors like these. `lengths` [1] int32 is
+    that of a sequence with padding.
+    """
+    prepared.launch(
+        x_ptr=x,
+        mask_ptr=mask,
+        lengths_ptr=lengths,
+        moments_ptr=moments,
+        planes_ptr=planes,
+        grads_ptr=out.grads,
+        hat_ptr=out.hat_x,
+        grad_mask_ptr=out.mask,
+        sums_ptr=out.sums,
+        norm_weight_ptr=weights.norm_in_weight,
+        norm_bias_ptr=weights.norm_in_bias,
+        weight_pair=lower_projection(weights),
+        value_bias_ptr=weights.p_in_bias,
+        gate_bias_ptr=weights.g_in_bias,
+    )
+
+
+def prepare_dual_gemm_bwd(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    moments: torch.Tensor,
+    planes: torch.Tensor,
+    weights: Weights,
+    precision: str,
+    group: int,
+    grads_width: int,
+    config: LaunchConfig | None = None,
+    first_row: int = 0,
+) -> PreparedLaunch:
+    """The launch of `fused_dual_gemm_bwd`; `programs` of it is the first extent of its sums.
+
+    The planes, with stride pitch along their rows, come in groups of `group` channels. The rows
+    are those from `first_row` on of their sequence.
+    """
+    count, length, channels = x.shape
+    hidden, pitch = planes.shape[0] // 2, planes.shape[2]
+    device = device_target(x.device)
+    if config is None:
+        shape = shape_of(x.element_size(), max(channels, hidden), length)
+        config = pick_config(
+            "fused_dual_gemm_bwd", device.target, device.name, shape, triton.__version__
+        )
+    block_n = min(config.block_n, max(16, triton.next_power_of_2(group)))
+    if group % 16 == 0:  # whole blocks, if smaller ones
+        block_n = math.gcd(group, block_n)
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
+    held = config.held and block_k >= channels
+    if held and x.element_size() != 2:
+        raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
+    pair = projection_pair(weights, block_n, block_k, config.descriptors)
+    elements = 16 // x.element_size()
+    return PreparedLaunch(
+        _fused_dual_gemm_bwd_kernel,
+        triton.cdiv(count * pitch, config.block_m),
+        tensors=pointers(
+            "x_ptr", "mask_ptr", "lengths_ptr", "moments_ptr", "planes_ptr", "grads_ptr",
+            "hat_ptr", "grad_mask_ptr", "sums_ptr", "norm_weight_ptr", "norm_bias_ptr",
+            "value_bias_ptr", "gate_bias_ptr",
+        ) | {"weight_pair": pair.descriptor},
+        values=dict(
+            R=count, L=length, pitch=pitch, first_row=first_row, weight_gap=pair.gap,
+            stride_planes_d=planes.stride(0), stride_grads_m=grads_width,
+            stride_first=pair.strides[0], stride_second=pair.strides[1],
+            **named_strides("x", "ijc", strides(x)),
+            **named_strides("moments", "nij", moments.stride()),
+            **named_strides("mask", "ij", (0, 0) if mask is None else strides(mask)),
+        ),
+        constants=dict(
+            C=channels, D=hidden, G=group,
+            BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            X_ALIGNMENT=elements if is_aligned(x) else 1,
+            WEIGHT_ALIGNMENT=pair.alignment, GATE_FIRST=pair.gate_first,
+            DESCRIPTORS=pair.descriptor is not None,
+            PRECISION=dot_precision(precision, device.fp32_dots),
+            FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
+        ),
+        options=config.options(),
+    )  # fmt: skip
+
+
+def norm_in_bwd(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    moments: torch.Tensor,
+    weights: Weights,
+    grad_x: torch.Tensor,
+    prepared: PreparedLaunch,
+    lengths: torch.Tensor | None = None,
+) -> None:
+    """grad_x [R, L, C], contiguous, of dz [R*L, C], x [R, L, C] and moments [2, R, L].
+
+    `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
+    of a sequence with padding.
+    """
+    prepared.launch(
+        grad_ptr=grad,
+        x_ptr=x,
+        moments_ptr=moments,
+        lengths_ptr=lengths,
+        norm_weight_ptr=weights.norm_in_weight,
+        grad_x_ptr=grad_x,
+    )
+
+
+def prepare_norm_in_bwd(
+    x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
+) -> PreparedLaunch:
+    """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
+    count, length, channels = x.shape
+    device = device_target(x.device)
+    shape = shape_of(x.element_size(), channels, length)
+    config = pick_config("norm_in_bwd", device.target, device.name, shape, triton.__version__)
+    block_m = config.block_m
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
+    return PreparedLaunch(
+        _norm_in_bwd_kernel,
+        triton.cdiv(count * length, block_m),
+        tensors=pointers(
+            "grad_ptr", "x_ptr", "moments_ptr", "lengths_ptr", "norm_weight_ptr", "grad_x_ptr"
+        ),
+        values=dict(
+            R=count, L=length, first_row=first_row,
+            **named_strides("x", "ijc", strides(x)),
+            **named_strides("moments", "nij", moments.stride()),
+        ),
+        constants=dict(
+            C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
+            X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
+        ),
+        options=config.options(),
+    )  # fmt: skip

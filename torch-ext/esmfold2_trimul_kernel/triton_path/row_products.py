@@ -1,0 +1,102 @@
+"""Products of all rows of two 16-bit matrices, of which the parameters' gradients are made.
+
+    total [N, K] += left^T right        left [M, N], right [M, K]; total and all sums in fp32
+
+M is the number of pairs, thousands of times N and K, so it is cut into parts for as many programs
+as the device runs at once. Each part's product is written apart and they are added in a fixed
+order: equal calls give equal bits.
+
+Not the vendor's GEMM: that of cuBLAS 13.1 leaves the last rows out for some M (`docs/numerics.md`).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import PreparedLaunch, pointers
+from ..triton_parts.settings import Shape, pick_config
+from ..triton_parts.tiles import load_tile, store_tile
+
+_LEAST_ROWS = 256  # that are worth a program
+
+
+@triton.jit(do_not_specialize=["M", "part"])
+def _row_products_kernel(
+    left_ptr, right_ptr, parts_ptr, M, part, stride_left, stride_right,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
+
+    Programs of the same rows follow each other, so that these are read from memory once.
+    """
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N * BLOCKS_K
+    number = tl.program_id(0) // TILES
+    tile = tl.program_id(0) - number * TILES
+    offs_n = tile // BLOCKS_K * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tile % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    EVEN_N: tl.constexpr = N % BLOCK_N == 0
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    first = number * part
+    for start_m in range(first, tl.minimum(first + part, M), BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        row = offs_m.to(tl.int64)
+        left = load_tile(left_ptr, row * stride_left, offs_n, 1, offs_m < M, N, EVEN_N)
+        right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
+        acc = tl.dot(left.T, right, acc)
+    offs_out = number.to(tl.int64) * N * K + offs_n * K
+    store_tile(parts_ptr, offs_out, offs_k, acc, offs_n < N, K, EVEN_K)
+
+
+def add_row_products(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, prepared: PreparedLaunch
+) -> None:
+    """total [N, K] += left^T right; `prepared` is what `prepare_row_products` made of such rows."""
+    count = prepared.programs // _tiles_of(**prepared.constants)
+    parts = torch.empty(count, *total.shape, dtype=torch.float32, device=total.device)
+    prepared.launch(left_ptr=left, right_ptr=right, parts_ptr=parts)
+    total.add_(parts.sum(0))
+
+
+def prepare_row_products(
+    left: torch.Tensor, right: torch.Tensor, programs: int | None = None
+) -> PreparedLaunch:
+    """The launch of `add_row_products` for rows like these: left [M, N] and right [M, K].
+
+    Rows have unit stride. `programs` is about how many share the work, one for each multiprocessor
+    of the device if it is not given.
+    """
+    rows, width_n = left.shape
+    width_k = right.shape[1]
+    device = device_target(left.device)
+    shape = Shape(left.element_size(), max(width_n, width_k), math.isqrt(rows))
+    config = pick_config("row_products", device.target, device.name, shape, triton.__version__)
+    block_m = config.block_m
+    block_n = min(config.block_n, max(16, triton.next_power_of_2(width_n)))
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(width_k)))
+    constants = dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
+    tiles = _tiles_of(**constants)
+    if programs is None:
+        programs = device.multiprocessors
+    parts = max(1, min(programs // tiles, rows // _LEAST_ROWS))
+    part = triton.cdiv(triton.cdiv(rows, parts), block_m) * block_m
+    return PreparedLaunch(
+        _row_products_kernel,
+        tiles * triton.cdiv(rows, part),
+        tensors=pointers("left_ptr", "right_ptr", "parts_ptr"),
+        values=dict(
+            M=rows, part=part, stride_left=left.stride(0), stride_right=right.stride(0)
+        ),
+        constants=constants,
+        options=config.options(),
+    )
+
+
+def _tiles_of(N: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int) -> int:
+    """The programs that share a part: the tiles of the product."""
+    return triton.cdiv(N, BLOCK_N) * triton.cdiv(K, BLOCK_K)
