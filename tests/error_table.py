@@ -28,7 +28,7 @@ COLUMNS = (
 
 def outputs(kernel, problem: Problem, wanted: Tensor) -> Iterator[Tensor | None]:
     """The problem's answer as each column has it; None where there is none."""
-    paths, aten = (conftest._submodule(kernel, name) for name in ("paths", "aten"))
+    paths, aten = (conftest._submodule(kernel, name) for name in ("paths", "aten_path.blocks"))
     multiplies_bf16 = aten._multiplies_bf16
 
     def run_on(path: str, device: str = "cpu", bf16_gemms: bool = False) -> Tensor:

@@ -45,9 +45,9 @@ def backward(submodule, call_of, on_triton):
         call = call_of(problem, precision)
         saved = (None, None)
         if not recompute:
-            _, *saved = submodule("triton_path").run_triton(call)
+            _, *saved = submodule("triton_path").forward_saving(call)
         grad_out = grad_out_of(problem) if grad_out is None else grad_out
-        return submodule("triton_path.gradients").run_triton_backward(
+        return submodule("triton_path.gradients").run_backward(
             call, grad_out.to(on_triton), *saved, frozenset(needs or leaves_of(problem))
         )
 
@@ -176,22 +176,19 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "norm_in_bwd": config(16, 1, 16, 4, 1),
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
     }
-    for name in (
-        "fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual",
-        "triton_path.fused_ln_residual_backward", "triton_path.fused_dual_gemm_backward",
-    ):  # fmt: skip
-        monkeypatch.setattr(submodule(name), "pick_config", lambda stage, *_: configs[stage])
-    path, subject = submodule("triton_path"), submodule("triton_path.gradients")
+    launch = submodule("triton_parts.launch")
+    monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
+    stages, subject = submodule("triton_path.stages"), submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
     monkeypatch.setattr(subject, "_CHUNKS", 4)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
-    path._launches.clear()
+    stages._launches.clear()
     problem = make_problem(9, 40, 32, direction=direction, mask="soft", drop_mask=True)
     assert subject.group_size(32, 9) == 16
     try:
         assert_gradients(backward(problem, recompute=True), problem, FLOAT32_BUDGET)
     finally:
-        path._launches.clear()
+        stages._launches.clear()
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -200,24 +197,24 @@ def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
     block_k = max(16, 1 << (channels - 1).bit_length())
     settings = submodule("triton_parts.settings")
     config = settings.LaunchConfig(64, 16, block_k, 4, 2, descriptors, True)
-    stage = submodule("triton_path.fused_dual_gemm_backward")
+    launch = submodule("triton_parts.launch")
     problem = make_problem(4, channels, 16, dtype=torch.float16, mask="soft")
     wanted = backward(problem)
-    submodule("triton_path")._launches.clear()
-    monkeypatch.setattr(stage, "pick_config", lambda *_: config)
+    submodule("triton_path.stages")._launches.clear()
+    monkeypatch.setattr(launch, "pick_config", lambda *_: config)
     try:
         got = backward(problem)
     finally:
-        submodule("triton_path")._launches.clear()
+        submodule("triton_path.stages")._launches.clear()
     for name, gradient in got.items():
         assert relative_error(gradient, wanted[name].cpu().double()) <= 2e-3, name
 
 
 def test_held_rows_of_float32_are_refused(backward, submodule, monkeypatch):
     config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, True, True)
-    stage = submodule("triton_path.fused_dual_gemm_backward")
-    monkeypatch.setattr(stage, "pick_config", lambda *_: config)
-    submodule("triton_path")._launches.clear()
+    launch = submodule("triton_parts.launch")
+    monkeypatch.setattr(launch, "pick_config", lambda *_: config)
+    submodule("triton_path.stages")._launches.clear()
     with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
         backward(make_problem(4, 32))
 
@@ -237,9 +234,9 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     together = backward(problem)
     call, grad_out = call_of(problem), grad_out_of(problem).to(on_triton)
-    _, *saved = submodule("triton_path").run_triton(call)
+    _, *saved = submodule("triton_path").forward_saving(call)
     for needs in NEEDS:
-        got = submodule("triton_path.gradients").run_triton_backward(
+        got = submodule("triton_path.gradients").run_backward(
             call, grad_out, *saved, frozenset(needs)
         )
         assert set(got) == set(needs)
@@ -250,16 +247,11 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
 @pytest.mark.parametrize(
     "needs, kernels, products",
     [
-        (["p_out_bias"], "part of stage 3", 0),
         (["drop_mask"], "part of stage 3", 0),
-        (["p_out_weight"], "stage 3", 1),
-        (["g_out_weight"], "part of stage 3", 1),
         (["mask"], "all but the last", 0),
-        (["p_in_bias"], "all but the last", 0),
-        (["p_in_weight"], "all but the last", 1),
+        (["p_in_bias"], "all but the last", 2),
         (["x"], "all", 1),
-        (["x", "p_in_weight", "g_in_weight", "g_out_weight"], "all", 2),
-        (["x", "p_in_weight", "g_out_weight", "p_out_weight"], "all", 4),
+        (["x", "p_out_weight"], "all", 3),
     ],
 )
 def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
@@ -276,10 +268,8 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
         backward(problem, needs)
     wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
     wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
-    if kernels != "part of stage 3":
-        wanted += ["_norm_out_bwd_kernel"]
     if "all" in kernels:
-        wanted += ["_fused_dual_gemm_fwd_kernel"]
+        wanted += ["_norm_out_bwd_kernel", "_fused_dual_gemm_fwd_kernel"]
         wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel"]
     if kernels == "all":
         wanted += ["_norm_in_bwd_kernel"]
@@ -315,10 +305,10 @@ def test_parameters_of_the_output_alone_without_a_product(backward, name):
 def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
     problem = make_problem(9, 16)
     call, needs = call_of(problem), frozenset(leaves_of(problem))
-    _, product, moments = submodule("triton_path").run_triton(call)
+    _, product, moments = submodule("triton_path").forward_saving(call)
     assert product.shape == (1, 16, 9, 16) and product.dtype == problem.x.dtype
     assert moments.shape == (1, 2, 9, 16) and moments.dtype == torch.float32
-    run = submodule("triton_path.gradients").run_triton_backward
+    run = submodule("triton_path.gradients").run_backward
     product[..., 9:] = float("nan")  # these columns have no meaning
     kept = product.clone(), moments.clone()
     first, second = (
@@ -371,7 +361,7 @@ def test_products_follow_the_precision_of_the_call(
     torch.set_float32_matmul_precision(setting)
     try:
         backward(make_problem(3, 16), ["p_out_weight"], precision=precision)
-        assert seen == [wanted] and torch.get_float32_matmul_precision() == setting
+        assert seen == [wanted] * 2 and torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(previous)
 
@@ -431,7 +421,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     needs = frozenset(leaves_of(problem))
     grad_out = torch.zeros_like(call.x)
     with PeakBytes(call.x, grad_out, product, moments, *problem.weights.values()) as bytes_:
-        subject.run_triton_backward(call, grad_out, *saved, needs)
+        subject.run_backward(call, grad_out, *saved, needs)
     # The parameters' sums, the projections stacked and one chunk's products, of its parts and of
     # all: from some length on they are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
@@ -441,7 +431,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
 
 
 def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):
-    plans = submodule("triton_path")._launches
+    plans = submodule("triton_path.stages")._launches
     plans.clear()
     problem = make_problem(6, 16, dtype=torch.float16).to(on_triton)
     for _ in range(2):

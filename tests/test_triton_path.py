@@ -85,7 +85,7 @@ def test_inplace(kernel, on_triton, memory, direction, residual_is_pair, channel
 def test_groups_have_room(submodule, hidden, slots):
     slots = min(slots, 2 * hidden)
     end = 0
-    for first, count, apart in submodule("triton_path").groups_of(hidden, slots):
+    for first, count, apart in submodule("triton_path.lean").groups_of(hidden, slots):
         assert first == end and count > 0
         end = first + count
         if apart:  # a lies in channels of the product that are yet to come
@@ -96,7 +96,7 @@ def test_groups_have_room(submodule, hidden, slots):
 
 
 def test_lean_takes_four_groups_at_the_widths_of_the_models(submodule):
-    groups_of = submodule("triton_path").groups_of
+    groups_of = submodule("triton_path.lean").groups_of
     assert [count for _, count, _ in groups_of(256, 96)] == [96, 80, 48, 32]
     assert [count for _, count, _ in groups_of(128, 48)] == [48, 40, 24, 16]
 
@@ -110,9 +110,9 @@ def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors
         "trimul_einsum": config(16, 32, 16, 4, 2, descriptors, persistent=2),
         "fused_ln_residual": config(32, 32, 16, 4, 2, descriptors, held=True),
     }
-    for name in ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual"):
-        monkeypatch.setattr(submodule(name), "pick_config", lambda stage, *_: configs[stage])
-    submodule("triton_path")._launches.clear()
+    launch = submodule("triton_parts.launch")
+    monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
+    submodule("triton_path.stages")._launches.clear()
     problem = make_problem(
         17, 32, dtype=torch.float16, direction=direction, residual=True, mask="soft", batch=2
     )
@@ -120,7 +120,7 @@ def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors
         for memory in ("default", "lean"):
             assert_close(call(kernel, problem, on_triton, memory=memory), problem)
     finally:
-        submodule("triton_path")._launches.clear()
+        submodule("triton_path.stages")._launches.clear()
 
 
 def test_inplace_on_the_aten_path(kernel):
@@ -201,10 +201,10 @@ class TestOutOfMemory:
     def default_fails(self, submodule, on_triton, monkeypatch):
         path = submodule("triton_path")
 
-        def fail(call):
+        def fail(*_):
             raise torch.OutOfMemoryError("no room")
 
-        monkeypatch.setattr(path, "run_triton", fail)
+        monkeypatch.setattr(path, "run_default", fail)
         submodule("paths").say_once.cache_clear()
 
     def test_auto_is_lean_then_and_says_so_once(self, kernel, on_triton, default_fails, caplog):
@@ -247,7 +247,7 @@ def test_peak_memory(
 
 def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
     """The second call of a kind takes the first one's launches; another kind has its own."""
-    plans = submodule("triton_path")._launches
+    plans = submodule("triton_path.stages")._launches
     plans.clear()
     problem = make_problem(8, 16, mask="float", dtype=torch.float16).to(on_triton)
     for _ in range(2):
@@ -260,7 +260,7 @@ def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
 
 
 def test_launches_of_other_kinds_are_forgotten_at_last(kernel, submodule, on_triton, monkeypatch):
-    path = submodule("triton_path")
+    path = submodule("triton_path.stages")
     path._launches.clear()
     monkeypatch.setattr(path, "_MOST_KINDS", 2)
     for length in (3, 4, 5):

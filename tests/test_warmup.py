@@ -11,13 +11,11 @@ def kernels_of(submodule, on_triton, monkeypatch):
     if on_triton == "cuda":
         pytest.skip("calls whose launches are left out can't be told from others by the GPU")
     target = submodule("triton_parts.device").target_of("sm_90", "any")
-    stages = ("fused_dual_gemm", "trimul_einsum_triton", "fused_ln_residual")
-    for name in (*stages, "_warmup"):
-        monkeypatch.setattr(submodule(name), "device_target", lambda _: target)
+    monkeypatch.setattr(submodule("triton_parts.device"), "_target_of_real", lambda _: target)
     any_alignment = ("mask_ptr", "moments_ptr", "drop_ptr")  # do_not_specialize in the kernels
     seen = set()
 
-    def launch(self, **tensors):
+    def note(self, **tensors):
         seen.add(
             (
                 self.kernel.fn.__name__,
@@ -30,8 +28,9 @@ def kernels_of(submodule, on_triton, monkeypatch):
             )
         )
 
-    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", launch)
-    submodule("triton_path")._launches.clear()
+    for name in ("launch", "compile"):
+        monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, name, note)
+    submodule("triton_path.stages")._launches.clear()
 
     def run(function) -> set:
         seen.clear()
@@ -39,10 +38,12 @@ def kernels_of(submodule, on_triton, monkeypatch):
         return set(seen)
 
     yield run
-    submodule("triton_path")._launches.clear()
+    submodule("triton_path.stages")._launches.clear()
 
 
-def call_lengths(kernel, lengths, *, channels, hidden, mask, residual, memory, dtype):
+def call_lengths(
+    kernel, lengths, *, channels, hidden, mask, residual, memory, dtype, training=False
+):
     for direction in ("outgoing", "incoming"):
         for length in lengths:
             problem = make_problem(
@@ -53,10 +54,14 @@ def call_lengths(kernel, lengths, *, channels, hidden, mask, residual, memory, d
             problem.weights |= {
                 "p_in_weight": bundle[: 2 * hidden], "g_in_weight": bundle[2 * hidden :],
             }  # fmt: skip
-            kernel.triangle_multiplicative_update_with_residual(
+            for leaf in (problem.x, *problem.weights.values()):
+                leaf.requires_grad_(training)
+            out = kernel.triangle_multiplicative_update_with_residual(
                 problem.x, direction, problem.residual, None, mask=problem.mask,
                 **problem.weights, memory=memory,
             )  # fmt: skip
+            if training:
+                out.backward(torch.zeros_like(out))
 
 
 @pytest.mark.parametrize("memory", ["default", "lean"])
@@ -91,19 +96,35 @@ def test_masks_of_every_dtype(kernel, kernels_of):
     assert len(warmed(torch.bool, torch.float32, None)) == 5
 
 
-def test_it_runs(kernel, on_triton, submodule, monkeypatch):
-    launched = []
-    launch = submodule("triton_parts.launch").PreparedLaunch.launch
+@pytest.mark.parametrize("lengths", [[64, 321], None])
+def test_training(kernel, kernels_of, submodule, monkeypatch, lengths):
+    """Of lengths that are cut into chunks and groups as on a GPU."""
+    gradients = submodule("triton_path.gradients")
+    monkeypatch.setattr(gradients, "_CHUNK_PAIRS", 512)
+    monkeypatch.setattr(gradients, "_GROUP_ELEMENTS", 1 << 16)
+    kind = dict(channels=64, hidden=64, dtype=torch.bfloat16, residual=True, memory="default")
+    warmed = kernels_of(lambda: kernel.warmup(
+        **kind, mask_dtypes=[torch.bool], device="cpu", lengths=lengths, training=True
+    ))  # fmt: skip
+    lengths = lengths or [16, 64, 97, 321]
+    called = kernels_of(
+        lambda: call_lengths(kernel, lengths, **kind, mask="bool", training=True)
+    )
+    assert len(called) > 10 and called <= warmed
 
-    def counting(self, **tensors):
-        launched.append(self.kernel.fn.__name__)
-        launch(self, **tensors)
 
-    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", counting)
+def test_nothing_runs_and_nothing_is_allocated(kernel, on_triton, submodule, monkeypatch):
+    compiled = []
+
+    def compile_(self, **tensors):
+        assert all(t is None or t.is_meta for t in tensors.values())
+        compiled.append(self.stage)
+
+    launch = submodule("triton_parts.launch").PreparedLaunch
+    monkeypatch.setattr(launch, "compile", compile_)
+    monkeypatch.setattr(launch, "launch", None)
     kernel.warmup(16, device=on_triton, lengths=[5], mask_dtypes=[torch.bool])
-    stages = ("dual_gemm_fwd", "trimul_einsum_fwd", "ln_residual_fwd")
-    assert len(launched) == 3
-    assert all(stage in name for stage, name in zip(stages, launched, strict=True))
+    assert compiled == ["fused_dual_gemm", "trimul_einsum", "fused_ln_residual"]
 
 
 @pytest.mark.parametrize("changes, error, message", [

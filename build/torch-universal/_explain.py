@@ -123,7 +123,7 @@ def explain(
         precision=plan.precision,
         stages={
             name: StageLaunch(launch.programs, launch.constants, launch.options)
-            for name, launch in plan.launches.items()
+            for name, launch in plan.stages.items()
         },
         buffers={name: size / x.nbytes for name, size in plan.buffers.items()},
         peak=plan.peak / x.nbytes,

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_a6c132d567"
+_NAMESPACE = "_esmfold2_trimul_kernel_e42f2b9523"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ._call import Call
 
 
@@ -10,11 +12,19 @@ class Plan(NamedTuple):
 
     memory: str | None  # "default" or "lean", of the Triton path
     precision: str | None  # of the products of float32 operands, on the Triton path
-    launches: dict[str, Any]  # PreparedLaunch by stage; in lean mode the first of each stage
+    launches: list[tuple[Any, dict[str, Tensor | None]]]  # PreparedLaunch, and tensors like its own
     buffers: dict[str, int]  # bytes
     peak: int  # bytes of them at once, at most
     kept: int  # bytes of them that stay for a backward
     notes: list[str]  # why not another way, one sentence each
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """The first launch of each stage, in order."""
+        found = {}
+        for launch, _ in self.launches:
+            found.setdefault(launch.stage, launch)
+        return found
 
 
 def note_on_gradients(call: Call) -> str:

@@ -1,14 +1,18 @@
 """Compiling beforehand: what the first calls of a process would wait for."""
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 
 from ._call import Call, Weights
 from .paths import execution_path, path_module
-from .triton_parts.device import device_target
+from .triton_parts.device import DeviceTarget, device_target, standing_in
 from .triton_parts.settings import class_lengths
-from .validation import COMPUTE_DTYPES, check_memory, resolve_precision
+from .validation import COMPUTE_DTYPES, DIRECTIONS, check_memory, resolve_precision
+
+_LONGEST_OF_OTHER_GROUPS = 1024  # longer ones are cut into as many groups of channels as this one
 
 
 def warmup(
@@ -24,6 +28,7 @@ def warmup(
     lengths: Iterable[int] | None = None,
     precision: str | None = None,
     memory: str = "default",
+    training: bool = False,
 ) -> None:
     """Compiles the kernels that calls of one kind need, so that no such call waits for a compiler.
 
@@ -42,6 +47,7 @@ def warmup(
         lengths: L of the calls to come; None means any.
         precision: as for `triangle_multiplicative_update_with_residual`.
         memory: "default" or "lean": the kernels of that mode.
+        training: whether calls need gradients; then those of x and of all parameters.
 
     Raises:
         ValueError: a device that doesn't run the Triton kernels, or an argument that doesn't fit.
@@ -71,29 +77,33 @@ def warmup(
     if path.name != "triton":
         raise ValueError(f"device must run the Triton kernels: {path.reason}; got {device}")
 
-    lengths = _classes_of(lengths, device)
-    run = path_module(path.name).forward
+    target = device_target(device)
+    module = path_module(path.name)
 
-    def zeros(*shape: int, dtype: torch.dtype | None = dtype) -> torch.Tensor | None:
-        return None if dtype is None else torch.zeros(shape, dtype=dtype, device=device)
+    def tensor(*shape: int, dtype: torch.dtype | None = dtype) -> torch.Tensor | None:
+        return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
 
-    bundle = zeros(4 * hidden, channels)  # one tensor, as in ESMFold2
+    bundle = tensor(4 * hidden, channels)  # one tensor, as in ESMFold2
     weights = Weights(
-        zeros(channels, dtype=norm_dtype), zeros(channels, dtype=norm_dtype),
+        tensor(channels, dtype=norm_dtype), tensor(channels, dtype=norm_dtype),
         bundle[: 2 * hidden], None, bundle[2 * hidden :], None,
-        zeros(hidden, dtype=norm_dtype), zeros(hidden, dtype=norm_dtype),
-        zeros(channels, hidden), None, zeros(channels, channels), None,
+        tensor(hidden, dtype=norm_dtype), tensor(hidden, dtype=norm_dtype),
+        tensor(channels, hidden), None, tensor(channels, channels), None,
     )  # fmt: skip
-    for length in lengths:
-        x = zeros(1, length, length, channels)
-        for mask_dtype in mask_dtypes:
-            run(
-                Call(
+    needs = frozenset(
+        ["x", *[name for name, value in weights._asdict().items() if value is not None]]
+    )
+    sizes = functools.partial(module.group_size, hidden) if training else None
+    with standing_in(target), _current(device):
+        for length in _lengths_of_each_kind(lengths, target, sizes):
+            x = tensor(1, length, length, channels)
+            for mask_dtype in mask_dtypes:
+                call = Call(
                     x=x,
                     direction="outgoing",
-                    mask=zeros(1, length, length, dtype=mask_dtype),
+                    mask=tensor(1, length, length, dtype=mask_dtype),
                     residual=x if residual else None,
-                    drop_mask=zeros(1, length, channels, dtype=drop_mask_dtype),
+                    drop_mask=tensor(1, length, channels, dtype=drop_mask_dtype),
                     weights=weights,
                     eps_in=1e-5,
                     eps_out=1e-5,
@@ -103,22 +113,47 @@ def warmup(
                     inplace=False,
                     lengths=None,
                 )
-            )
+                launches = module.plan(call).launches
+                if training:
+                    for direction in DIRECTIONS:
+                        turned = call._replace(direction=direction)
+                        launches += module.plan_backward(turned, needs)
+                for launch, tensors in launches:
+                    launch.compile(**tensors)
 
 
-def _classes_of(lengths: Iterable[int] | None, device: torch.device) -> list[int]:
-    """A short length of each class that settings tell apart, of all classes or those of `lengths`.
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it `device` is the current one, which Triton compiles for."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, device.type).device(device)
 
-    Not below 16: axes of one element would be another kernel's.
+
+def _lengths_of_each_kind(
+    lengths: Iterable[int] | None, target: DeviceTarget, group_size: Callable[[int], int] | None
+) -> list[int]:
+    """One of `lengths`, or of all, for each set of kernels that lengths tell apart.
+
+    `group_size` is the backward's group of channels by length, where there is a backward. Lengths
+    below 16 count as 16: axes of one element would be another kernel's.
     """
-    target = device_target(device)
     classes = class_lengths(target.target, target.name)
-    if lengths is not None:
+    if lengths is None:
+        lengths = list(classes)
+        if group_size is not None:
+            # The last length of each size.
+            some = range(16, _LONGEST_OF_OTHER_GROUPS)
+            lengths += [n for n in some if group_size(n) != group_size(n + 1)]
+            lengths.append(_LONGEST_OF_OTHER_GROUPS)
+    else:
         lengths = _listed("lengths", lengths)
         if not all([isinstance(length, int) and length > 0 for length in lengths]):
             raise ValueError(f"lengths must be positive integers; got {lengths}")
-        classes = [min([c for c in classes if c >= n], default=classes[-1]) for n in lengths]
-    return sorted({max(16, length) for length in classes})
+    kinds = {}
+    for length in [max(16, length) for length in lengths]:
+        class_ = min([c for c in classes if c >= length], default=None)
+        kinds.setdefault((class_, group_size and group_size(length)), length)
+    return list(kinds.values())
 
 
 def _check_mask_dtype(name: str, dtype: torch.dtype | None) -> None:

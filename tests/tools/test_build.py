@@ -115,12 +115,12 @@ def test_check_reports_a_changed_source(copy: Path):
 
 def test_check_reports_missing_and_extra_files_and_the_digest(copy: Path):
     variant = copy / VARIANT
-    (variant / "aten.py").unlink()
+    (variant / "_call.py").unlink()
     (variant / "stale.py").write_text("")
     assert check_variant(copy) == [
-        f"{VARIANT.as_posix()}/aten.py is missing",
+        f"{VARIANT.as_posix()}/_call.py is missing",
         f"{VARIANT.as_posix()}/stale.py is extra: the sources don't give it",
-        "digest: Missing file: aten.py",
+        "digest: Missing file: _call.py",
         "digest: Unknown file: stale.py",
     ]
 
@@ -213,7 +213,7 @@ def test_kernels_info_describes_the_repository():
 
 
 def test_two_builds_live_in_one_process(copy: Path):
-    with (copy / SOURCES / "aten.py").open("a") as source:
+    with (copy / SOURCES / "_call.py").open("a") as source:
         source.write("# another build\n")
     other = build_variant(copy)
     own = Metadata.read_from_file(ROOT / VARIANT / "metadata.json").id

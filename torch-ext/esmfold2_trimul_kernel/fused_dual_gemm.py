@@ -27,12 +27,14 @@ from ._call import Weights
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
     PreparedLaunch,
+    block_of,
     descriptor_of,
     dot_precision,
     has_descriptor,
     is_aligned,
     named_strides,
     pointers,
+    setting_of,
     shared_by,
     strides,
 )
@@ -45,7 +47,7 @@ from .triton_parts.layer_norm import (
     row_moments,
     row_statistics,
 )
-from .triton_parts.settings import LaunchConfig, pick_config, shape_of
+from .triton_parts.settings import LaunchConfig
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -147,6 +149,7 @@ def _fused_dual_gemm_fwd_kernel(
         tl.store(mean_ptrs, tl.sum(mean, 1), mask=valid_plane)
         tl.store(mean_ptrs + plane_size, tl.sum(rstd, 1), mask=valid_plane)
 
+    z = None
     if HELD:
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
     elif BLOCK_K >= C:
@@ -160,38 +163,15 @@ def _fused_dual_gemm_fwd_kernel(
         block = part * PER_PROGRAM + step
         half = block // BLOCKS
         start_n = (block - half * BLOCKS) * BLOCK_N
-        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        if BLOCK_K >= C:
-            weights = load_weight_pair(
-                weight_pair, half, first_channel + start_n, 0, weight_gap,
-                stride_first, stride_second,
-                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
-            )  # fmt: skip
-            acc = dot(z, weights.T, acc, PRECISION)
-        else:
-            for start_k in range(0, C, BLOCK_K):
-                offs_k = start_k + tl.arange(0, BLOCK_K)
-                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, C % BLOCK_K == 0)
-                z = normalise(
-                    x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
-                    C, C % BLOCK_K == 0,
-                ).to(dtype)  # fmt: skip
-                weights = load_weight_pair(
-                    weight_pair, half, first_channel + start_n, start_k, weight_gap,
-                    stride_first, stride_second,
-                    D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
-                )  # fmt: skip
-                acc = dot(z, weights.T, acc, PRECISION)
-        # Each thread holds both halves of what it gates: this moves no data.
-        value, gate = halves(acc)
-        if GATE_FIRST:
-            value, gate = gate, value
+        value, gate = project_pair(
+            z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
+            norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+            weight_pair, weight_gap, stride_first, stride_second,
+            half, first_channel + start_n, half * D + first_channel + G,
+            C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
 
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        offs_bias = half * D + first_channel + offs_n
-        limit = half * D + first_channel + G
-        value = add_bias(value, value_bias_ptr, offs_bias, limit)
-        gate = add_bias(gate, gate_bias_ptr, offs_bias, limit)
         gated = value * sigmoid(gate, FAST_RECIPROCAL) * pair_mask[:, None]
         gated = gated.to(dtype).T  # [BLOCK_N, BLOCK_M]
         if FLAT_PLANES:
@@ -209,6 +189,47 @@ def _fused_dual_gemm_fwd_kernel(
             if G % BLOCK_N != 0:
                 valid = valid & (offs_n < G)[:, None]
             tl.store(ptr + offs_plane[:, None] + offs_pair[None, :], gated, mask=valid)
+
+
+@triton.jit
+def project_pair(
+    z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
+    norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+    weight_pair, weight_gap, stride_first, stride_second, half, start_d, end_bias,
+    C: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z Wp^T + bp and z Wg^T + bg, [BLOCK_M, BLOCK_N] each in fp32, of channels from start_d on.
+
+    `half` says whether the channels are those of a or of b. With BLOCK_K >= C the normalised rows z
+    are given; otherwise they are made here block by block. Biases end at `end_bias`.
+    """
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for start_k in range(0, C, BLOCK_K):
+        if BLOCK_K >= C:
+            rows = z
+        else:
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, C % BLOCK_K == 0)
+            rows = normalise(
+                x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
+                C, C % BLOCK_K == 0,
+            ).to(x_ptr.dtype.element_ty)  # fmt: skip
+        weights = load_weight_pair(
+            weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
+            D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+        )  # fmt: skip
+        acc = dot(rows, weights.T, acc, PRECISION)
+    # Each thread holds both halves of what it gates: this moves no data.
+    value, gate = halves(acc)
+    if GATE_FIRST:
+        value, gate = gate, value
+    offs_bias = half * D + start_d + tl.arange(0, BLOCK_N)
+    value = add_bias(value, value_bias_ptr, offs_bias, end_bias)
+    gate = add_bias(gate, gate_bias_ptr, offs_bias, end_bias)
+    return value, gate
 
 
 def fused_dual_gemm_fwd(
@@ -342,14 +363,11 @@ def prepare_dual_gemm(
     device = device_target(x.device)
     if config is None:
         width = max(channels, hidden)
-        shape = shape_of(x.element_size(), width, length, batch)
-        config = pick_config(
-            "fused_dual_gemm", device.target, device.name, shape, triton.__version__
-        )
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(size)))
+        config = setting_of("fused_dual_gemm", x, width, length, batch)
+    block_n = block_of(config.block_n, size)
     if size % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(size, block_n)
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
+    block_k = block_of(config.block_k, channels)
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")

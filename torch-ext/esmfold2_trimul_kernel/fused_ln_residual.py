@@ -18,17 +18,19 @@ from ._call import Weights
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
     PreparedLaunch,
+    block_of,
     descriptor_of,
     dot_precision,
     has_descriptor,
     is_aligned,
     named_strides,
     pointers,
+    setting_of,
     shared_by,
     strides,
 )
 from .triton_parts.layer_norm import load_first, mean_of, normalise, row_moments
-from .triton_parts.settings import LaunchConfig, pick_config, shape_of
+from .triton_parts.settings import LaunchConfig
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -364,13 +366,10 @@ def prepare_ln_residual(
     device = device_target(x.device)
     if config is None:
         width = max(channels, hidden)
-        shape = shape_of(x.element_size(), width, length, batch)
-        config = pick_config(
-            "fused_ln_residual", device.target, device.name, shape, triton.__version__
-        )
+        config = setting_of("fused_ln_residual", x, width, length, batch)
     block_m = config.block_m
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
+    block_n = block_of(config.block_n, channels)
+    block_k = block_of(config.block_k, max(channels, hidden))
     blocks = triton.cdiv(channels, block_n)
     split = shared_by(config.split, blocks)
     held = config.held and split == blocks

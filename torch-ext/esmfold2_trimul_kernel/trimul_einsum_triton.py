@@ -26,8 +26,9 @@ from .triton_parts.launch import (
     dot_precision,
     named_strides,
     pointers,
+    setting_of,
 )
-from .triton_parts.settings import LaunchConfig, pick_config, shape_of
+from .triton_parts.settings import LaunchConfig
 from .triton_parts.tiles import PADDING_MULTIPLE, dot, halves, length_of
 
 _GROUP_M = tl.constexpr(8)
@@ -196,19 +197,12 @@ def prepare_einsum(
     config: LaunchConfig | None = None,
     turned: tuple[bool, bool] = (False, False),
     with_lengths: bool = False,
-    device: torch.device | None = None,
 ) -> PreparedLaunch:
-    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1.
-
-    They may be without memory, on the meta device, in the place of ones on `device`.
-    """
+    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
     batch, hidden, length, pitch = a.shape
-    device = device_target(a.device if device is None else device)
+    device = device_target(a.device)
     if config is None:
-        shape = shape_of(a.element_size(), hidden, length)
-        config = pick_config(
-            "trimul_einsum", device.target, device.name, shape, triton.__version__
-        )
+        config = setting_of("trimul_einsum", a, hidden, length)
     block_m, block_n = config.block_m, config.block_n
     block_k = min(config.block_k, PADDING_MULTIPLE)
     descriptors = pointers("a", "b", "product")

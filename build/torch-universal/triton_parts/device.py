@@ -1,6 +1,9 @@
 """The properties of a device that launches depend on."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -28,9 +31,26 @@ def target_of(target: str, name: str, multiprocessors: int = 1) -> DeviceTarget:
     return DeviceTarget(target, name, nvidia, tuple(dots), multiprocessors)
 
 
-@functools.cache
+_stand_in: ContextVar[DeviceTarget] = ContextVar("the device that meta tensors stand for")
+
+
+@contextlib.contextmanager
+def standing_in(target: DeviceTarget) -> Iterator[None]:
+    """Within it tensors on the meta device stand for ones of a device of this target."""
+    token = _stand_in.set(target)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
 def device_target(device: torch.device) -> DeviceTarget:
     """The target of `device`; asks the driver once for each device."""
+    return _stand_in.get() if device.type == "meta" else _target_of_real(device)
+
+
+@functools.cache
+def _target_of_real(device: torch.device) -> DeviceTarget:
     if device.type == "cpu":
         return target_of("interpreter", "cpu")
     if device.type == "xpu":

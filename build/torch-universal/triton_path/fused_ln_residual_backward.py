@@ -8,10 +8,9 @@
     dq = dy e o (1 - o)              [R*L, C]      that of the gate before its sigmoid
     dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),  dn = de We
 
-Two kernels: the first recomputes e and o and writes de and dq, the second is the GEMM dn = de We
-with the LayerNorm's backward behind it, and writes t^. Both means over the D channels of a row are
-sums over its C channels of de, which the first kernel has at hand, so that no program needs a whole
-row of dn:
+This kernel recomputes e and o and writes de and dq; dt is `norm_backward`'s. Both means over the D
+channels of a row are sums over its C channels of de, which are at hand here, so that no program
+there needs a whole row of dn:
 
     mean(g2 dn)    = sum_c de_c u_c,                u = We g2 / D
     mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D,             which is e but for what is added
@@ -20,7 +19,7 @@ So b2 takes no part in the GEMM: where it is much larger than g2 t^, the roundin
 be large beside g2 t^ too.
 
 The gradients of the parameters need no more than de^T t^ and the sums of de over the rows, dq^T x^
-and the sums of dq (see `gradients`), so it is t^ and x^ that are written, in the dtype of x.
+and the sums of dq (see `gradients`).
 
 For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
 where t and the moments may be NaN; tiles of such pairs write their zeros and end.
@@ -36,16 +35,18 @@ from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
+    block_of,
     descriptor_of,
     dot_precision,
     has_descriptor,
     is_aligned,
     named_strides,
     pointers,
+    setting_of,
     strides,
 )
 from ..triton_parts.layer_norm import load_first, normalise, row_moments
-from ..triton_parts.settings import LaunchConfig, pick_config, shape_of
+from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import (
     add_bias,
     any_of,
@@ -73,7 +74,7 @@ from ..triton_parts.tiles import (
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
     t_ptr, t_planes, x_ptr, moments_ptr, grad_ptr, drop_ptr, lengths_ptr,
-    grad_emit_ptr, grad_gate_ptr, hat_x_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
+    grad_emit_ptr, grad_gate_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
     R, L, pitch, first_row, eps_out,
@@ -91,8 +92,8 @@ def _fused_ln_residual_bwd_kernel(
     """de and dq of all C channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
 
     M = R * pitch positions, N = C channels in blocks, K = C channels of x and D of t. Every output
-    is optional: x^ [R*L, C], `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row, and
-    both means of the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the
+    is optional: `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row, and both means of
+    the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the
     gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. DESCRIPTORS: of
     the projections, and `t_planes` of t as [D, R * pitch]. The rows i are those from `first_row` on
     of their sequence, which matters where it has a length.
@@ -113,8 +114,6 @@ def _fused_ln_residual_bwd_kernel(
             store_zeros(grad_emit_ptr, offs_beyond, beyond, C, BLOCK_N)
         if grad_gate_ptr is not None:
             store_zeros(grad_gate_ptr, offs_beyond, beyond, C, BLOCK_N)
-        if hat_x_ptr is not None:
-            store_zeros(hat_x_ptr, offs_beyond, beyond, C, BLOCK_N)
         if grad_drop_ptr is not None:
             store_zeros(grad_drop_ptr, offs_beyond, beyond, C, BLOCK_N)
         valid_m = within
@@ -142,12 +141,6 @@ def _fused_ln_residual_bwd_kernel(
         first_t = load_first(t_ptr, offs_t, valid_t)
     mean_t, rstd_t = row_moments(t_ptr, offs_t, stride_t_d, first_t, valid_t, eps_out, D, BLOCK_K)
 
-    if hat_x_ptr is not None:
-        for start_k in range(0, C, BLOCK_K):
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
-            hat = normalise(x, offs_k, first_x, mean_x, rstd_x, None, None, C, EVEN_C)
-            store_tile(hat_x_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
     mean_grad = tl.zeros([BLOCK_M], tl.float32)
     mean_grad_hat = tl.zeros([BLOCK_M], tl.float32)
     for start_n in range(0, C, BLOCK_N):
@@ -235,90 +228,6 @@ def _fused_ln_residual_bwd_kernel(
         tl.store(rows_ptr + 4 * count + row, mean_grad_hat * (1.0 / D), mask=valid_m)
 
 
-@triton.jit(do_not_specialize=["R", "L", "first_row", "lengths_ptr"])
-def _norm_out_bwd_kernel(
-    grad_emit_ptr, t_ptr, rows_ptr, lengths_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
-    R, L, pitch, first_row, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i, stride_emit,
-    C: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)) of one [BLOCK_M, BLOCK_N] tile, and t^.
-
-    M = R * pitch positions, N = D channels of t, K = C channels of dn = de We. Either output is
-    optional. dt may be written over t: a program reads and writes the same elements. Columns
-    [L, pitch) of dt become zeros.
-    """
-    BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) // BLOCKS
-    start_n = (tl.program_id(0) - tile * BLOCKS) * BLOCK_N
-    start_m = tile * BLOCK_M
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    i, j = positions(start_m, pitch, BLOCK_M)
-    valid_t = start_m + tl.arange(0, BLOCK_M) < R * pitch
-    valid_m = (i < R) & (j < L)
-    dtype = t_ptr.dtype.element_ty
-    row = i.to(tl.int64) * L + j
-    EVEN_D: tl.constexpr = D % BLOCK_N == 0
-    offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
-    if lengths_ptr is not None:
-        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
-        if hat_ptr is not None:
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-            store_tile(hat_ptr, row * D, offs_n, zeros, valid_m & ~within, D, EVEN_D)
-        valid_m = within
-        if not any_of(valid_m):
-            if grad_t_ptr is not None:
-                planes = tl.zeros([BLOCK_N, BLOCK_M], dtype)
-                _store_planes(
-                    grad_t_ptr, offs_n, offs_grad, stride_grad_d, planes, valid_t, D, EVEN_D
-                )
-            return
-
-    if grad_t_ptr is not None:
-        grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start_k in range(0, C, BLOCK_K):
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
-            emit_tile = load_weight(
-                emit_weight, start_k, start_n, stride_emit,
-                C, D, BLOCK_K, BLOCK_N, False,
-            )  # fmt: skip
-            grad = dot(grad_emit, emit_tile, grad, PRECISION)
-
-    count = R.to(tl.int64) * L
-    mean_t = tl.load(rows_ptr + count + row, mask=valid_m, other=0.0)[:, None]
-    rstd_t = tl.load(rows_ptr + 2 * count + row, mask=valid_m, other=0.0)[:, None]
-    offs_t = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_t_i + j, 16), 16)
-    t = load_tile(t_ptr, offs_t, offs_n, stride_t_d, valid_t, D, EVEN_D).to(tl.float32)
-    first_t = None
-    if dtype == tl.float32:
-        first_t = tl.load(rows_ptr + row, mask=valid_m, other=0.0)[:, None]
-    hat = normalise(t, offs_n, first_t, mean_t, rstd_t, None, None, D, EVEN_D)
-    if hat_ptr is not None:
-        store_tile(hat_ptr, row * D, offs_n, hat.to(dtype), valid_m, D, EVEN_D)
-    if grad_t_ptr is not None:
-        mean_grad = tl.load(rows_ptr + 3 * count + row, mask=valid_m, other=0.0)[:, None]
-        mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
-        grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
-        grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
-        # The padding columns of t are uninitialised and may be NaN.
-        grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
-        _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
-
-
-@triton.jit
-def _store_planes(
-    ptr, offs_n, offs_m, stride_d, tile, valid_t, D: tl.constexpr, EVEN_D: tl.constexpr
-):
-    """Stores tile [N, M]: channels offs_n of planes at offsets offs_m within one."""
-    ptrs = ptr + (offs_n.to(tl.int64) * stride_d)[:, None] + offs_m[None, :]
-    valid = valid_t[None, :]
-    if not EVEN_D:
-        valid = valid & (offs_n < D)[:, None]
-    tl.store(ptrs, tile, mask=valid)
-
-
 class Rows(NamedTuple):
     """Some rows of one sequence: what stage 3 read, and the gradient of what it wrote."""
 
@@ -335,7 +244,6 @@ class Stage3Gradients(NamedTuple):
 
     emit: torch.Tensor | None  # de [R*L, C] in the dtype of x
     gate: torch.Tensor | None  # dq [R*L, C] in the dtype of x
-    hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
     rows: torch.Tensor | None  # [5, R*L] in fp32, for `norm_out_bwd`
     drop_mask: torch.Tensor | None  # [R*L, C] in the dtype of x
     sums: torch.Tensor | None  # [programs, 2, C] in fp32, partial sums of de and dq
@@ -364,7 +272,6 @@ def fused_ln_residual_bwd(
         lengths_ptr=rows.lengths,
         grad_emit_ptr=out.emit,
         grad_gate_ptr=out.gate,
-        hat_x_ptr=out.hat_x,
         rows_ptr=out.rows,
         grad_drop_ptr=out.drop_mask,
         sums_ptr=out.sums,
@@ -397,13 +304,11 @@ def prepare_ln_residual_bwd(
     length, channels = x.shape[1:]
     device = device_target(x.device)
     if config is None:
-        shape = shape_of(x.element_size(), max(channels, hidden), length)
-        config = pick_config(
-            "fused_ln_residual_bwd", device.target, device.name, shape, triton.__version__
-        )
+        width = max(channels, hidden)
+        config = setting_of("fused_ln_residual_bwd", x, width, length)
     block_m = config.block_m
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(channels)))
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(max(channels, hidden))))
+    block_n = block_of(config.block_n, channels)
+    block_k = block_of(config.block_k, max(channels, hidden))
     drop_strides = (0, 1) if drop_mask is None else strides(drop_mask)
     elements = 16 // x.element_size()
     emit, gate = weights.p_out_weight, weights.g_out_weight
@@ -420,8 +325,8 @@ def prepare_ln_residual_bwd(
         triton.cdiv(count * pitch, block_m),
         tensors=pointers(
             "t_ptr", "x_ptr", "moments_ptr", "grad_ptr", "drop_ptr", "lengths_ptr",
-            "grad_emit_ptr", "grad_gate_ptr", "hat_x_ptr", "rows_ptr", "grad_drop_ptr",
-            "sums_ptr", "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
+            "grad_emit_ptr", "grad_gate_ptr", "rows_ptr", "grad_drop_ptr", "sums_ptr",
+            "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
             "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr",
         ) | {"t_planes": t_planes, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
@@ -439,78 +344,6 @@ def prepare_ln_residual_bwd(
             GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1, DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal,
-        ),
-        options=config.options(),
-    )  # fmt: skip
-
-
-def norm_out_bwd(
-    grad_emit: torch.Tensor,
-    t: torch.Tensor,
-    rows: torch.Tensor,
-    weights: Weights,
-    prepared: PreparedLaunch,
-    grad_t: torch.Tensor | None,
-    hat_t: torch.Tensor | None,
-    lengths: torch.Tensor | None = None,
-) -> None:
-    """grad_t [D, R, pitch] and t^ [R*L, D], where given, of what `fused_ln_residual_bwd` wrote.
-
-    That is grad_emit [R*L, C] and `rows` [5, R*L], of t [D, R, pitch]. Both outputs have the dtype
-    of t, and grad_t may be t. `prepared` is what `prepare_norm_out_bwd` made of tensors like these.
-    `lengths` [1] int32 is that of a sequence with padding.
-    """
-    prepared.launch(
-        grad_emit_ptr=grad_emit,
-        t_ptr=t,
-        rows_ptr=rows,
-        lengths_ptr=lengths,
-        grad_t_ptr=grad_t,
-        hat_ptr=hat_t,
-        emit_weight=weights.p_out_weight,
-        norm_weight_ptr=weights.norm_out_weight,
-    )
-
-
-def prepare_norm_out_bwd(
-    t: torch.Tensor,
-    grad_t: torch.Tensor | None,
-    length: int,
-    weights: Weights,
-    precision: str,
-    config: LaunchConfig | None = None,
-    first_row: int = 0,
-) -> PreparedLaunch:
-    """The launch of `norm_out_bwd` for tensors like these, of L = `length`.
-
-    The rows are those from `first_row` on of their sequence.
-    """
-    hidden, count, pitch = t.shape
-    channels = weights.p_out_weight.shape[0]
-    device = device_target(t.device)
-    if config is None:
-        shape = shape_of(t.element_size(), max(channels, hidden), length)
-        config = pick_config(
-            "norm_out_bwd", device.target, device.name, shape, triton.__version__
-        )
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(hidden)))
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
-    return PreparedLaunch(
-        _norm_out_bwd_kernel,
-        triton.cdiv(count * pitch, config.block_m) * triton.cdiv(hidden, block_n),
-        tensors=pointers(
-            "grad_emit_ptr", "t_ptr", "rows_ptr", "lengths_ptr", "grad_t_ptr", "hat_ptr",
-            "emit_weight", "norm_weight_ptr",
-        ),
-        values=dict(
-            R=count, L=length, pitch=pitch, first_row=first_row,
-            stride_emit=weights.p_out_weight.stride(0),
-            **named_strides("t", "di", t.stride()[:2]),
-            **named_strides("grad", "di", (0, 0) if grad_t is None else grad_t.stride()[:2]),
-        ),
-        constants=dict(
-            C=channels, D=hidden, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            PRECISION=dot_precision(precision, device.fp32_dots),
         ),
         options=config.options(),
     )  # fmt: skip

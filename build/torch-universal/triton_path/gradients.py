@@ -45,23 +45,20 @@ from .._call import Call, Weights
 from ..triton_parts.launch import Launches
 from ..triton_parts.tiles import padded_pitch
 from ..validation import torch_allows_tf32
-from . import dual_gemm, einsum, launches_of, with_axes_of_x
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
     fused_dual_gemm_bwd,
-    norm_in_bwd,
     prepare_dual_gemm_bwd,
-    prepare_norm_in_bwd,
 )
 from .fused_ln_residual_backward import (
     Rows,
     Stage3Gradients,
     fused_ln_residual_bwd,
-    norm_out_bwd,
     prepare_ln_residual_bwd,
-    prepare_norm_out_bwd,
 )
+from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
 from .row_products import add_row_products, prepare_row_products
+from .stages import dual_gemm, einsum, launches_of, with_axes_of_x
 
 # Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
 # small to fill a GPU: pairs of a chunk, elements of a group's planes.
@@ -72,58 +69,24 @@ _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
 _GROUP_MULTIPLE = 16
 
-# Whose gradients come through the product t.
-_THROUGH_PRODUCT = (
-    "x", "mask", "norm_in_weight", "norm_in_bias",
-    "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias",
-)  # fmt: skip
-
 
 class _Wanted(NamedTuple):
-    """What the gradients that were asked for take."""
+    """Which gradients are asked for; those of parameters are computed all or none."""
 
-    stage_1: bool  # dt, da, db, dp and dg
-    dz: bool  # and dq is kept for it
+    x: bool
     mask: bool
     drop_mask: bool
-    emit_products: bool  # S
-    emit_sums: bool  # the sums of de
-    value_products: bool  # H, rows of dp
-    gate_products: bool  # H, rows of dg
-    out_gate_products: bool  # H, rows of dq
-    in_sums: bool  # the sums of dp and dg
-    out_gate_sums: bool  # the sums of dq
+    parameters: bool
 
     @property
-    def dp(self) -> bool:
-        """Whether dp and dg are written."""
-        return self.dz or self.value_products or self.gate_products
+    def through_product(self) -> bool:
+        """Whether one of them comes through the product t."""
+        return self.x or self.mask or self.parameters
 
     @property
-    def out_gate_first(self) -> bool:
-        """Whether H's rows of dq are made beside stage 3's backward, as dq isn't kept."""
-        return self.out_gate_products and not self.dz
-
-
-def _wanted(needs: frozenset[str], weights: Weights) -> _Wanted:
-    def any_of(*names: str) -> bool:
-        return not needs.isdisjoint(names)
-
-    shift_in, shift_out = weights.norm_in_bias is not None, weights.norm_out_bias is not None
-    return _Wanted(
-        stage_1=any_of(*_THROUGH_PRODUCT),
-        dz="x" in needs,
-        mask="mask" in needs,
-        drop_mask="drop_mask" in needs,
-        emit_products=any_of("p_out_weight", "norm_out_weight"),
-        emit_sums=any_of("p_out_bias", "norm_out_bias") or shift_out and "p_out_weight" in needs,
-        value_products=any_of("p_in_weight", "norm_in_weight"),
-        gate_products=any_of("g_in_weight", "norm_in_weight"),
-        out_gate_products=any_of("g_out_weight", "norm_in_weight"),
-        in_sums=any_of("p_in_bias", "g_in_bias", "norm_in_bias")
-        or shift_in and any_of("p_in_weight", "g_in_weight"),
-        out_gate_sums=any_of("g_out_bias", "norm_in_bias") or shift_in and "g_out_weight" in needs,
-    )
+    def projections(self) -> bool:
+        """Whether dp, dg and dq are wanted: for dz, or for the parameters."""
+        return self.x or self.parameters
 
 
 class _Totals(NamedTuple):
@@ -136,46 +99,47 @@ class _Totals(NamedTuple):
 
 
 @torch.no_grad()
-def run_triton_backward(
+def run_backward(
     call: Call,
     grad_out: Tensor,
     product: Tensor | None,
     moments: Tensor | None,
     needs: frozenset[str],
+    launches: Launches | None = None,
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, each in the dtype and shape of what it is the gradient of.
 
     Args:
         call: the forward's; x's device must be the current one. Residual and inplace don't matter.
         grad_out: [B, L, L, C] in the dtype of x, any strides.
-        product, moments: what `run_triton` returned, or None for both.
+        product, moments: what `run_default` returned, or None for both.
         needs: names of `DIFFERENTIABLE`, of tensors that the call has.
+        launches: by default those of calls of this kind.
     """
     x, weights = call.x, call.weights
     batch, length, _, channels = x.shape
-    hidden = weights.p_in_weight.shape[0] // 2
-    wanted = _wanted(needs, weights)
-    launches = launches_of(call, "backward", needs, product is None, _likeness(grad_out))
+    hidden = call.hidden
+    wanted = _Wanted(
+        "x" in needs, "mask" in needs, "drop_mask" in needs,
+        not needs.isdisjoint(Weights._fields),
+    )  # fmt: skip
+    if launches is None:
+        launches = launches_of(call, "backward", wanted, product is None, _likeness(grad_out))
     gradients = {}
     for name in ("x", "mask", "drop_mask"):
         if name in needs:
             like = getattr(call, name)
             # Contiguous, whatever the strides of the argument are.
             gradients[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-    def zeros(is_wanted: bool, *shape: int) -> Tensor | None:
-        return torch.zeros(shape, dtype=torch.float32, device=x.device) if is_wanted else None
-
-    in_rows = 4 * hidden + channels
-    totals = _Totals(
-        zeros(wanted.emit_products, channels, hidden),
-        zeros(wanted.emit_sums, channels),
-        zeros(
-            wanted.value_products or wanted.gate_products or wanted.out_gate_products,
-            in_rows, channels,
-        ),
-        zeros(wanted.in_sums or wanted.out_gate_sums, in_rows),
-    )  # fmt: skip
+    totals, grad_q = None, gradients.get("x")
+    if wanted.parameters:
+        rows = 4 * hidden + channels
+        shapes = (channels, hidden), (channels,), (rows, channels), (rows,)
+        totals = _Totals(*[
+            torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes
+        ])
+        if grad_q is None:
+            grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
     stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
     emit_means = _emit_means(weights, call.precision)
     with _vendor_precision(call.precision, x.dtype):
@@ -187,6 +151,7 @@ def run_triton_backward(
                 wanted,
                 totals,
                 {name: gradient[entry] for name, gradient in gradients.items()},
+                None if grad_q is None else grad_q[entry],
                 stacked,
                 emit_means,
             ).run(
@@ -194,7 +159,8 @@ def run_triton_backward(
                 None if product is None else product[one],
                 None if moments is None else moments[one],
             )
-    gradients |= _parameter_gradients(totals, weights, stacked, needs)
+    if wanted.parameters:
+        gradients |= _parameter_gradients(totals, weights, stacked, needs)
     return gradients
 
 
@@ -204,8 +170,9 @@ class _Sequence(NamedTuple):
     call: Call  # x [1, L, L, C]
     launches: Launches
     wanted: _Wanted
-    totals: _Totals
+    totals: _Totals | None  # of the parameters, if they are wanted
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
+    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if it is wanted
     stacked: Tensor  # [Wp; Wg; Wo], [4D + C, C]
     emit_means: tuple[Tensor, Tensor | None]
 
@@ -213,10 +180,10 @@ class _Sequence(NamedTuple):
         """grad_out [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch]."""
         x = self.call.x
         length = x.shape[1]
-        hidden = self.call.weights.p_in_weight.shape[0] // 2
+        hidden = self.call.hidden
         size = group_size(hidden, length)
         planes = hidden
-        if self.wanted.stage_1:
+        if self.wanted.through_product:
             planes = 2 * hidden + size
         elif product is not None:
             planes = 0
@@ -227,7 +194,7 @@ class _Sequence(NamedTuple):
             moments = self._product_again(product, size)
         by_rows = with_axes_of_x(moments, self.call.direction)[0, :, :length, :length]
         self._stage_3(product[0], by_rows, grad_out, grad_t)
-        if self.wanted.stage_1:
+        if self.wanted.through_product:
             self._stage_2(memory, grad_t, moments, size)
             self._stage_1(memory[: 2 * hidden], by_rows, size)
 
@@ -270,12 +237,11 @@ class _Sequence(NamedTuple):
     def _stage_3(
         self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor | None
     ) -> None:
-        """Fills grad_t [D, L, pitch], which may be the product, and dq in the memory of dx."""
+        """Fills grad_t [D, L, pitch], which may be the product, and dq."""
         call, wanted, weights = self.call, self.wanted, self.call.weights
         hidden, length, _ = product.shape
         channels = call.x.shape[3]
         drop_mask = None if call.drop_mask is None else call.drop_mask[0]
-        grad_x = self.gradients.get("x")
         grad_drop = None
         for chunk in self._chunks():
             rows = Rows(
@@ -284,50 +250,40 @@ class _Sequence(NamedTuple):
             )  # fmt: skip
             first_row = self._first_row(chunk)
             count = (chunk.stop - chunk.start) * length
-            into_x = None if grad_x is None else grad_x[chunk].view(count, channels)
+            grad_q = self.grad_q[chunk].view(count, channels) if wanted.projections else None
             prepared = self.launches.of(
-                ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, into_x)),
+                ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, grad_q)),
                 prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision, None,
                 first_row,
             )  # fmt: skip
             out = Stage3Gradients(
-                emit=self._rows(count, channels)
-                if wanted.stage_1 or wanted.emit_products else None,
-                gate=self._rows(count, channels) if wanted.out_gate_first else into_x,
-                hat_x=self._rows(count, channels) if wanted.out_gate_first else None,
-                rows=_float32(call.x, 5, count)
-                if wanted.stage_1 or wanted.emit_products else None,
+                emit=self._rows(count, channels) if wanted.through_product else None,
+                gate=grad_q,
+                rows=_float32(call.x, 5, count) if wanted.through_product else None,
                 drop_mask=self._rows(count, channels) if wanted.drop_mask else None,
                 sums=_float32(call.x, prepared.programs, 2, channels)
-                if wanted.emit_sums or wanted.out_gate_sums else None,
+                if wanted.parameters else None,
             )  # fmt: skip
             fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
-            if out.sums is not None:
-                emit_sums, gate_sums = out.sums.sum(0)
-                if wanted.emit_sums:
-                    self.totals.emit_sums.add_(emit_sums)
-                if wanted.out_gate_sums:
-                    self.totals.in_sums[4 * hidden :].add_(gate_sums)
-            if wanted.out_gate_first:
-                self._add_product(
-                    self.totals.in_products[4 * hidden :], out.gate, out.hat_x, "out_gate"
-                )
             if wanted.drop_mask:
                 some = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = some if grad_drop is None else grad_drop.add_(some)
-            if out.rows is not None:
-                some_t = grad_t[:, chunk] if wanted.stage_1 else None
-                hat_t = self._rows(count, hidden) if wanted.emit_products else None
+            if wanted.through_product:
+                hat_t = self._rows(count, hidden) if wanted.parameters else None
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
-                    prepare_norm_out_bwd, rows.t, some_t, length, weights, call.precision, None,
-                    first_row,
+                    prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
+                    call.precision, None, first_row,
                 )  # fmt: skip
                 norm_out_bwd(
-                    out.emit, rows.t, out.rows, weights, prepared, some_t, hat_t, call.lengths
-                )
-                if hat_t is not None:
-                    self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
+                    out.emit, rows.t, out.rows, weights, prepared, grad_t[:, chunk], hat_t,
+                    call.lengths,
+                )  # fmt: skip
+            if wanted.parameters:
+                emit_sums, gate_sums = out.sums.sum(0)
+                self.totals.emit_sums.add_(emit_sums)
+                self.totals.in_sums[4 * hidden :].add_(gate_sums)
+                self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
                 del hat_t
             del out  # the next chunk's takes its memory
         if grad_drop is not None:
@@ -363,10 +319,8 @@ class _Sequence(NamedTuple):
         call, wanted, weights = self.call, self.wanted, self.call.weights
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
-        width = 4 * hidden + (channels if wanted.dz else 0)
-        grad_x, grad_mask = self.gradients.get("x"), self.gradients.get("mask")
-        products = wanted.value_products or wanted.gate_products
-        products = products or wanted.out_gate_products and wanted.dz
+        width = 4 * hidden + channels
+        grad_mask = self.gradients.get("mask")
         for chunk in self._chunks():
             x, some_planes, some = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
@@ -379,59 +333,38 @@ class _Sequence(NamedTuple):
                 width, None, first_row,
             )  # fmt: skip
             out = Stage1Gradients(
-                grads=self._rows(count, width) if wanted.dp else None,
-                hat_x=self._rows(count, channels) if products else None,
+                grads=self._rows(count, width) if wanted.projections else None,
+                hat_x=self._rows(count, channels) if wanted.parameters else None,
                 mask=some_mask,
-                sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.in_sums else None,
+                sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.parameters else None,
             )
             fused_dual_gemm_bwd(x, mask, some, some_planes, weights, prepared, out, call.lengths)
-            if wanted.in_sums:
+            if wanted.projections:
+                out.grads[:, 4 * hidden :].copy_(self.grad_q[chunk].view(count, channels))
+            if wanted.parameters:
                 self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
-            if wanted.dz:
-                some_x = grad_x[chunk]
-                out.grads[:, 4 * hidden :].copy_(some_x.view(count, channels))
-            for columns in self._columns(hidden):
-                self._add_product(
-                    self.totals.in_products[columns], out.grads[:, columns], out.hat_x, columns
-                )
-            if wanted.dz:
-                grad_z = torch.mm(out.grads, self.stacked)
+                self._add_product(self.totals.in_products, out.grads, out.hat_x, "in")
+            if wanted.x:
+                grad_z, grad_x = torch.mm(out.grads, self.stacked), self.gradients["x"][chunk]
                 prepared = self.launches.of(
-                    ("norm_in_bwd", count, first_row, *_alignments(x, some_x)),
+                    ("norm_in_bwd", count, first_row, *_alignments(x, grad_x)),
                     prepare_norm_in_bwd, x, some, first_row,
                 )  # fmt: skip
-                norm_in_bwd(grad_z, x, some, weights, some_x, prepared, call.lengths)
+                norm_in_bwd(grad_z, x, some, weights, grad_x, prepared, call.lengths)
                 del grad_z
             del out  # the next chunk's takes its memory
 
     def _add_product(
-        self, total: Tensor, left: Tensor, right: Tensor, which: str | slice
+        self, total: Tensor, left: Tensor, right: Tensor, which: str
     ) -> None:
         """total [N, K] += left^T right of a chunk's rows [M, N] and [M, K]; total is fp32."""
         if left.dtype == torch.float32:
             total.addmm_(left.t(), right)
             return
         prepared = self.launches.of(
-            ("row_products", str(which), left.shape[0]), prepare_row_products, left, right
+            ("row_products", which, left.shape[0]), prepare_row_products, left, right
         )
         add_row_products(total, left, right, prepared)
-
-    def _columns(self, hidden: int) -> Iterator[slice]:
-        """The columns of [dp, dg, dq] whose products with x^ are wanted, neighbours together."""
-        wanted = self.wanted
-        ends = (0, 2 * hidden, 4 * hidden, 4 * hidden + self.call.x.shape[3])
-        blocks = (
-            wanted.value_products,
-            wanted.gate_products,
-            wanted.out_gate_products and wanted.dz,
-        )
-        start = None
-        for number, is_wanted in enumerate((*blocks, False)):
-            if is_wanted and start is None:
-                start = ends[number]
-            elif not is_wanted and start is not None:
-                yield slice(start, ends[number])
-                start = None
 
 
 def group_size(hidden: int, length: int) -> int:
@@ -459,7 +392,7 @@ def _parameter_gradients(
     totals: _Totals, weights: Weights, stacked: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The parameters' gradients of the sums over all pairs, in the parameters' dtypes."""
-    hidden = weights.p_in_weight.shape[0] // 2
+    hidden = weights.p_out_weight.shape[1]
     middle, end = 2 * hidden, 4 * hidden
     gradients = {}
     for projection, products, sums, norm_weight, norm_bias, parts in (

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import PreparedLaunch, pointers
-from ..triton_parts.settings import Shape, pick_config
+from ..triton_parts.launch import PreparedLaunch, block_of, pointers, setting_of
 from ..triton_parts.tiles import load_tile, store_tile
 
 _LEAST_ROWS = 256  # that are worth a program
@@ -74,11 +73,10 @@ def prepare_row_products(
     rows, width_n = left.shape
     width_k = right.shape[1]
     device = device_target(left.device)
-    shape = Shape(left.element_size(), max(width_n, width_k), math.isqrt(rows))
-    config = pick_config("row_products", device.target, device.name, shape, triton.__version__)
+    config = setting_of("row_products", left, max(width_n, width_k), math.isqrt(rows))
     block_m = config.block_m
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(width_n)))
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(width_k)))
+    block_n = block_of(config.block_n, width_n)
+    block_k = block_of(config.block_k, width_k)
     constants = dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
     tiles = _tiles_of(**constants)
     if programs is None:

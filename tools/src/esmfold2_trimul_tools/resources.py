@@ -3,15 +3,14 @@
 Each setting is compiled for the calls that it was made for: widths that keep rows aligned, fp32 at
 "highest" precision, a mask, a residual.
 
-The package's own launchers run on meta tensors, with a stand-in driver that names the target, and
-each launch becomes a compilation with the very specialisation, options and descriptors that a call
-on that target would have. Registers, stack and shared memory are read from the machine code.
+The package plans each call, forward and backward, on meta tensors that stand for ones of the
+target, and every launch of the plan is compiled with the specialisation, options and descriptors
+that it would have there. Registers, stack and shared memory are read from the machine code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 import struct
 import subprocess
@@ -20,8 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+
+from .repository import find_root, load_kernel, submodule
 
 # Outside a loop, for which another block on a multiprocessor made up (stage 1 on an H200).
 MAX_SPILL_BYTES = 256
@@ -30,27 +32,6 @@ MAX_SPILL_BYTES = 256
 # (sequences without padding, H200).
 MAX_LOOP_SPILL_BYTES = 16
 _INSTRUCTION_BYTES = 16  # of NVIDIA's machine code
-STAGE_KERNELS = {
-    "fused_dual_gemm": "_fused_dual_gemm_fwd_kernel",
-    "trimul_einsum_triton": "_trimul_einsum_fwd_kernel",
-    "fused_ln_residual": "_fused_ln_residual_fwd_kernel",
-}
-# Of the backward, in the order of a call. Stage 2 runs its forward's kernel with one operand, the
-# other, or both turned.
-BACKWARD_KERNELS = (
-    "fused_ln_residual_bwd",
-    "norm_out_bwd",
-    "trimul_einsum_bwd_a",
-    "trimul_einsum_bwd_b",
-    "trimul_einsum_bwd_ab",
-    "fused_dual_gemm_bwd",
-    "row_products",
-    "norm_in_bwd",
-)
-STAGE_MODULES = (
-    *STAGE_KERNELS, "triton_path.fused_ln_residual_backward",
-    "triton_path.fused_dual_gemm_backward", "triton_path.row_products",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,143 +84,80 @@ def _gpu_target(target: str):
 
 
 @contextlib.contextmanager
-def _compiling_for(kernel: ModuleType, target: str) -> Iterator[list]:
-    """Within it the stages' launchers compile for `target`; yields the list of the results."""
+def _compiling_for(target: str) -> Iterator[None]:
+    """Within it Triton compiles for `target`."""
     from triton.runtime import driver
 
-    device = importlib.import_module(f"{kernel.__name__}.triton_parts.device")
-    stand_in = device.target_of(target, "any")
-    compiled: list = []
-
-    def compile_only(prepared, **tensors) -> None:
-        setting = {
-            name: value
-            for name, value in prepared.constants.items()
-            if name.startswith("BLOCK_") or name in ("DESCRIPTORS", "HELD")
-        }
-        compiled.append((prepared.compile(**tensors), {**setting, **prepared.options}))
-
-    with contextlib.ExitStack() as stack:
-        try:
-            previous = driver.active
-        except RuntimeError:  # no GPU, no driver
-            previous = None
-        driver.set_active(_StandInDriver(_gpu_target(target)))
-        stack.callback(driver.set_active, previous)
-        prefix = f"{kernel.__name__}."
-        stages = [importlib.import_module(prefix + name) for name in STAGE_MODULES]
-        replaced = [(module, "device_target", lambda _: stand_in) for module in stages]
-        launch = importlib.import_module(prefix + "triton_parts.launch").PreparedLaunch
-        replaced.append((launch, "launch", compile_only))
-        for owner, name, value in replaced:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
-        yield compiled
+    try:
+        previous = driver.active
+    except RuntimeError:  # no GPU, no driver
+        previous = None
+    driver.set_active(_StandInDriver(_gpu_target(target)))
+    try:
+        yield
+    finally:
+        driver.set_active(previous)
 
 
-class _Arguments:
-    """The meta tensors of one call of `case`, and the package's modules by name."""
+def compile_case(kernel: ModuleType, target: str, case: Case) -> list[tuple[str, Any, dict]]:
+    """(kernel, binary, config) of each kernel of a call and, of `BACKWARD_CASES`, of its backward.
 
-    def __init__(self, kernel: ModuleType, case: Case) -> None:
-        self._kernel, self._dtype = kernel, case.dtype
-        c, length = case.width, case.length
-        norms = [self.tensor(c, dtype=torch.float32) for _ in range(4)]
-        self.weights = self.module("_call").Weights(
-            *norms[:2], self.tensor(2 * c, c), None, self.tensor(2 * c, c), None,
-            *norms[2:], self.tensor(c, c), None, self.tensor(c, c), None,
-        )  # fmt: skip
-        self.x = self.tensor(1, length, length, c)
-        self.mask = self.tensor(1, length, length, dtype=torch.float32)
-        self.lengths = self.tensor(1, dtype=torch.int32) if case.padded else None
-
-    def module(self, name: str) -> ModuleType:
-        return importlib.import_module(f"{self._kernel.__name__}.{name}")
-
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self._dtype, device="meta")
-
-
-def compile_case(kernel: ModuleType, target: str, case: Case) -> list:
-    """(stage, binary, config) of the three stages of one call."""
-    of = _Arguments(kernel, case)
-    with _compiling_for(kernel, target) as compiled:
-        a, b, moments = of.module("fused_dual_gemm").fused_dual_gemm_fwd(
-            of.x, "outgoing", of.mask, of.weights, 1e-5, "fp32", lengths=of.lengths
-        )
-        product = of.module("trimul_einsum_triton").trimul_einsum_fwd(
-            a, b, "fp32", lengths=of.lengths
-        )
-        of.module("fused_ln_residual").fused_ln_residual_fwd(
-            product, of.x, moments, of.x, None, of.weights, 1e-5, "fp32", lengths=of.lengths
-        )
-    return [
-        (stage, binary, config)
-        for stage, (binary, config) in zip(STAGE_KERNELS, compiled, strict=True)
-    ]
-
-
-def backward_kernels(case: Case) -> list[str]:
-    """The names of `BACKWARD_KERNELS` that a call launches."""
-    vendor = {"row_products"} if case.dtype == torch.float32 else set()
-    return [name for name in BACKWARD_KERNELS if name not in vendor]
-
-
-def compile_backward_case(kernel: ModuleType, target: str, case: Case) -> list:
-    """(name, binary, config) of the kernels of one call's backward, for all that ESMFold2 trains.
-
-    The rows of a sequence are one chunk.
+    The call has a mask, a residual and norms in float32, and its backward gives the gradients of x
+    and of all parameters.
     """
-    of = _Arguments(kernel, case)
-    x, weights, width = of.x[0], of.weights, case.width
-    pairs = case.length**2
-    planes, _ = of.module("fused_dual_gemm").empty_planes(of.x, weights)
-    float32 = torch.float32
-    moments = of.tensor(2, case.length, case.length, dtype=float32)
-    stage_3 = of.module("triton_path.fused_ln_residual_backward")
-    stage_1 = of.module("triton_path.fused_dual_gemm_backward")
-    with _compiling_for(kernel, target) as compiled:
-        rows = stage_3.Rows(planes[0], x, moments, x, None, of.lengths)
-        prepared = stage_3.prepare_ln_residual_bwd(rows, weights, 1e-5, "fp32")
-        out = stage_3.Stage3Gradients(
-            of.tensor(pairs, width), of.tensor(pairs, width), None,
-            of.tensor(5, pairs, dtype=float32), None,
-            of.tensor(prepared.programs, 2, width, dtype=float32),
-        )  # fmt: skip
-        means = of.tensor(width, dtype=float32), of.tensor(width, dtype=float32)
-        stage_3.fused_ln_residual_bwd(rows, weights, means, prepared, out)
-        prepared = stage_3.prepare_norm_out_bwd(rows.t, rows.t, case.length, weights, "fp32")
-        stage_3.norm_out_bwd(
-            out.emit, rows.t, out.rows, weights, prepared, rows.t, of.tensor(pairs, width),
-            of.lengths,
-        )  # fmt: skip
+    path = submodule(kernel, "triton_path")
+    device = submodule(kernel, "triton_parts.device")
+    call = _call_of(kernel, case)
+    names = [name for name, value in call.weights._asdict().items() if value is not None]
+    compiled = {}
+    with _compiling_for(target), device.standing_in(device.target_of(target, "any")):
+        launches = path.plan(call).launches
+        if case in BACKWARD_CASES:
+            for direction in ("outgoing", "incoming"):
+                turned = call._replace(direction=direction)
+                launches += path.plan_backward(turned, frozenset(["x", *names]))
+        for launch, tensors in launches:
+            name = _name_of(launch)
+            if name not in compiled:
+                config = {
+                    constant: value
+                    for constant, value in launch.constants.items()
+                    if constant.startswith("BLOCK_") or constant in ("DESCRIPTORS", "HELD")
+                }
+                compiled[name] = launch.compile(**tensors), {**config, **launch.options}
+    return [(name, *found) for name, found in compiled.items()]
 
-        for turned in ((True, False), (False, True), (True, True)):
-            of.module("trimul_einsum_triton").trimul_einsum_fwd(
-                planes, planes, "fp32", turned=turned, lengths=of.lengths
-            )
 
-        both = of.tensor(2 * width, *planes.shape[2:])
-        arguments = x, of.mask[0], moments, both, weights
-        prepared = stage_1.prepare_dual_gemm_bwd(
-            *arguments, "fp32", of.module("triton_path.gradients").group_size(width, case.length),
-            5 * width,
-        )  # fmt: skip
-        out = stage_1.Stage1Gradients(
-            of.tensor(pairs, 5 * width), of.tensor(pairs, width), None,
-            of.tensor(prepared.programs, 4 * width, dtype=float32),
-        )  # fmt: skip
-        stage_1.fused_dual_gemm_bwd(*arguments, prepared, out, of.lengths)
-        if case.dtype != float32:
-            products = of.module("triton_path.row_products")
-            total = of.tensor(5 * width, width, dtype=float32)
-            prepared = products.prepare_row_products(out.grads, out.hat_x)
-            products.add_row_products(total, out.grads, out.hat_x, prepared)
-        prepared = stage_1.prepare_norm_in_bwd(x, moments)
-        stage_1.norm_in_bwd(out.hat_x, x, moments, weights, x, prepared, of.lengths)
-    names = backward_kernels(case)
-    return [
-        (name, binary, config) for name, (binary, config) in zip(names, compiled, strict=True)
-    ]
+def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
+    """A call of `case`, on the meta device."""
+    module, width, length = submodule(kernel, "_call"), case.width, case.length
+
+    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    norms = [tensor(width, dtype=torch.float32) for _ in range(4)]
+    weights = module.Weights(
+        *norms[:2], tensor(2 * width, width), None, tensor(2 * width, width), None,
+        *norms[2:], tensor(width, width), None, tensor(width, width), None,
+    )  # fmt: skip
+    x = tensor(1, length, length, width)
+    return module.Call(
+        x=x, direction="outgoing", mask=tensor(1, length, length, dtype=torch.float32), residual=x,
+        drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision="fp32",
+        memory="default", recompute="product", inplace=False,
+        lengths=tensor(1, dtype=torch.int32) if case.padded else None,
+    )  # fmt: skip
+
+
+def _name_of(launch: Any) -> str:
+    """The stage; of kernels that serve twice also which use of them it is."""
+    constants = launch.constants
+    if launch.stage == "row_products":
+        return "row_products_in" if constants["N"] > constants["K"] else "row_products_out"
+    if constants.get("READ_MOMENTS"):
+        return f"{launch.stage}_again"
+    turned = [letter for letter in "ab" if constants.get(f"TURNED_{letter.upper()}")]
+    return f"{launch.stage}_bwd_{''.join(turned)}" if turned else launch.stage
 
 
 @dataclass(frozen=True)
@@ -401,10 +319,8 @@ def collect(
     """
     from triton import knobs
 
-    from .repository import find_root, load_kernel
-
     kernel = load_kernel(find_root()) if kernel is None else kernel
-    tables = importlib.import_module(f"{kernel.__name__}.triton_parts.settings")
+    tables = submodule(kernel, "triton_parts.settings")
     for target in targets or ():
         if target not in tables.targets():
             known = ", ".join(tables.targets())
@@ -422,8 +338,6 @@ def collect(
             where = {"target": target, "case": str(case)}
             try:
                 found = compile_case(kernel, target, case)
-                if case in BACKWARD_CASES:
-                    found += compile_backward_case(kernel, target, case)
             except Exception as error:  # whatever a compiler may raise is a finding, not a crash
                 rows.append({"kernel": "all kernels", **where, "config": {}, "error": repr(error)})
                 continue

@@ -78,7 +78,7 @@ def plan(call: Call) -> Plan:
         buffers["x without what lies in the padding"] = x.nbytes
         notes.append("lengths act as a mask, as the product is kept")
     kept = batch * one if keeps else 0
-    return Plan(None, None, {}, buffers, sum(buffers.values()), kept, notes)
+    return Plan(None, None, [], buffers, sum(buffers.values()), kept, notes)
 
 
 def _no_autocast(call: Call) -> torch.autocast:

@@ -9,8 +9,13 @@ dtype, strides, and whether their addresses are multiples of 16.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .device import device_target
+from .settings import LaunchConfig, pick_config, shape_of
 
 
 class PreparedLaunch:
@@ -74,9 +79,19 @@ class PreparedLaunch:
         else:
             self._compiled[grid](*arguments, *self.constants.values())
 
+    @property
+    def stage(self) -> str:
+        """The stage by the kernel's name: "trimul_einsum", "norm_in_bwd"."""
+        return self.kernel.__name__.strip("_").removesuffix("_kernel").removesuffix("_fwd")
 
     def compile(self, **tensors: Tensor | None) -> Any:
-        """Compiles for tensors like these, which may be meta tensors, without a launch."""
+        """Compiles for tensors like these, which may be meta tensors, without a launch.
+
+        Returns:
+            What Triton makes of the kernel; None in the interpreter, which compiles nothing.
+        """
+        if not hasattr(self.kernel, "warmup"):
+            return None
         return self.kernel.warmup(
             *self._with(tensors), grid=(self.programs, 1, 1), **self.constants, **self.options
         )
@@ -101,7 +116,7 @@ def _based(descriptor: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:
 
 
 class Launches(dict[tuple, PreparedLaunch]):
-    """The launches of all calls of one kind, by what each of them is for."""
+    """The launches of all calls of one kind, by what each of them is for; and a call's memory."""
 
     def of(
         self, what: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
@@ -111,6 +126,26 @@ class Launches(dict[tuple, PreparedLaunch]):
         if found is None:
             found = self[what] = prepare(*arguments)
         return found
+
+    def empty(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Uninitialised memory for the buffer `name`."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def setting_of(
+    stage: str, tensor: Tensor, width: int, length: int, batch: int = 1
+) -> LaunchConfig:
+    """The setting of a stage for a call on tensors like this one: see `settings.Shape`."""
+    device = device_target(tensor.device)
+    shape = shape_of(tensor.element_size(), width, length, batch)
+    return pick_config(stage, device.target, device.name, shape, triton.__version__)
+
+
+def block_of(block: int, size: int) -> int:
+    """A setting's block, but no larger than an axis of `size`, nor below 16, a dot's least."""
+    return min(block, max(16, triton.next_power_of_2(size)))
 
 
 def pointers(*names: str) -> dict[str, None]:

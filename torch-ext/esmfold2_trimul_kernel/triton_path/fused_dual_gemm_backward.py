@@ -8,11 +8,9 @@
     dg = dh p mask s (1 - s)                that of the gate before its sigmoid
     dmask = sum of dh p s over the 2D channels
 
-    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)),   x^ = (x - mean) rstd
-
-Two kernels. The first recomputes p and s and writes dp and dg beside each other, rows [R*L, 4D] of
-a matrix that may be wider, so that dz is one GEMM with the projections. The second is the
-LayerNorm's backward. Planes have the axes of x here, whatever the direction.
+The kernel recomputes p and s and writes dp and dg beside each other, rows [R*L, 4D] of a matrix
+that may be wider, so that dz is one GEMM with the projections; and x^ = (x - mean) rstd. Planes
+have the axes of x here, whatever the direction.
 
 For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
 where planes and moments may be NaN; tiles of such pairs write their zeros and end.
@@ -26,26 +24,23 @@ import triton
 import triton.language as tl
 
 from .._call import Weights
-from ..fused_dual_gemm import lower_projection, projection_pair
+from ..fused_dual_gemm import lower_projection, project_pair, projection_pair
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
+    block_of,
     dot_precision,
     is_aligned,
     named_strides,
     pointers,
+    setting_of,
     strides,
 )
 from ..triton_parts.layer_norm import hold, load_chunks, load_first, normalise
-from ..triton_parts.settings import LaunchConfig, pick_config, shape_of
+from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import (
-    add_bias,
     any_of,
-    dot,
-    halves,
-    load_channels,
     load_tile,
-    load_weight_pair,
     positions,
     sigmoid,
     store_tile,
@@ -123,6 +118,7 @@ def _fused_dual_gemm_bwd_kernel(
     first = None
     if dtype == tl.float32:
         first = load_first(x_ptr, offs_x, valid_m)
+    z = None
     if HELD:
         chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
@@ -146,33 +142,13 @@ def _fused_dual_gemm_bwd_kernel(
         half = block // BLOCKS
         start_n = (block - half * BLOCKS) * BLOCK_N
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        if BLOCK_K >= C:
-            weights = load_weight_pair(
-                weight_pair, half, start_n, 0, weight_gap,
-                stride_first, stride_second,
-                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
-            )  # fmt: skip
-            acc = dot(z, weights.T, acc, PRECISION)
-        else:
-            for start_k in range(0, C, BLOCK_K):
-                offs_k = start_k + tl.arange(0, BLOCK_K)
-                x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C)
-                z = normalise(
-                    x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
-                    C, EVEN_C,
-                ).to(dtype)  # fmt: skip
-                weights = load_weight_pair(
-                    weight_pair, half, start_n, start_k, weight_gap,
-                    stride_first, stride_second,
-                    D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
-                )  # fmt: skip
-                acc = dot(z, weights.T, acc, PRECISION)
-        value, gate = halves(acc)
-        if GATE_FIRST:
-            value, gate = gate, value
-        value = add_bias(value, value_bias_ptr, half * D + offs_n, (half + 1) * D)
-        gate = add_bias(gate, gate_bias_ptr, half * D + offs_n, (half + 1) * D)
+        value, gate = project_pair(
+            z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
+            norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+            weight_pair, weight_gap, stride_first, stride_second,
+            half, start_n, (half + 1) * D,
+            C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
         gate = sigmoid(gate, FAST_RECIPROCAL)
 
         # A block lies within one group.
@@ -202,62 +178,6 @@ def _fused_dual_gemm_bwd_kernel(
     if grad_mask_ptr is not None:
         dtype_mask = grad_mask_ptr.dtype.element_ty
         tl.store(grad_mask_ptr + row, grad_mask.to(dtype_mask), mask=valid_m)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "R", "L", "first_row", "moments_ptr", "lengths_ptr", "stride_x_i", "stride_x_j",
-        "stride_moments_n", "stride_moments_i", "stride_moments_j",
-    ]
-)  # fmt: skip
-def _norm_in_bwd_kernel(
-    grad_ptr, x_ptr, moments_ptr, lengths_ptr, norm_weight_ptr, grad_x_ptr, R, L, first_row,
-    stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, X_ALIGNMENT: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)) of BLOCK_M rows m = i * L + j.
-
-    M = R * L rows, K = C channels in blocks: once for the means, once more for dx.
-    """
-    start_m = tl.program_id(0) * BLOCK_M
-    i, j = positions(start_m, L, BLOCK_M)
-    valid_m = i < R
-    row = i.to(tl.int64) * L + j
-    dtype = x_ptr.dtype.element_ty
-    EVEN_C: tl.constexpr = C % BLOCK_K == 0
-    if lengths_ptr is not None:
-        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
-        store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
-        valid_m = within
-        if not any_of(valid_m):
-            return
-    offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
-    offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
-    mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
-    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
-    first = None
-    if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, valid_m)
-
-    mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
-    mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
-    for start_k in range(0, C, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
-        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
-        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
-        mean_grad += tl.sum(grad, 1, keep_dims=True) * (1.0 / C)
-        mean_grad_hat += tl.sum(grad * hat, 1, keep_dims=True) * (1.0 / C)
-    for start_k in range(0, C, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
-        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
-        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
-        grad = rstd * (grad - mean_grad - hat * mean_grad_hat)
-        store_tile(grad_x_ptr, row * C, offs_k, grad.to(dtype), valid_m, C, EVEN_C)
 
 
 class Stage1Gradients(NamedTuple):
@@ -323,14 +243,12 @@ def prepare_dual_gemm_bwd(
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
     device = device_target(x.device)
     if config is None:
-        shape = shape_of(x.element_size(), max(channels, hidden), length)
-        config = pick_config(
-            "fused_dual_gemm_bwd", device.target, device.name, shape, triton.__version__
-        )
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(group)))
+        width = max(channels, hidden)
+        config = setting_of("fused_dual_gemm_bwd", x, width, length)
+    block_n = block_of(config.block_n, group)
     if group % 16 == 0:  # whole blocks, if smaller ones
         block_n = math.gcd(group, block_n)
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
+    block_k = block_of(config.block_k, channels)
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
@@ -360,59 +278,6 @@ def prepare_dual_gemm_bwd(
             DESCRIPTORS=pair.descriptor is not None,
             PRECISION=dot_precision(precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
-        ),
-        options=config.options(),
-    )  # fmt: skip
-
-
-def norm_in_bwd(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    moments: torch.Tensor,
-    weights: Weights,
-    grad_x: torch.Tensor,
-    prepared: PreparedLaunch,
-    lengths: torch.Tensor | None = None,
-) -> None:
-    """grad_x [R, L, C], contiguous, of dz [R*L, C], x [R, L, C] and moments [2, R, L].
-
-    `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
-    of a sequence with padding.
-    """
-    prepared.launch(
-        grad_ptr=grad,
-        x_ptr=x,
-        moments_ptr=moments,
-        lengths_ptr=lengths,
-        norm_weight_ptr=weights.norm_in_weight,
-        grad_x_ptr=grad_x,
-    )
-
-
-def prepare_norm_in_bwd(
-    x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
-) -> PreparedLaunch:
-    """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
-    count, length, channels = x.shape
-    device = device_target(x.device)
-    shape = shape_of(x.element_size(), channels, length)
-    config = pick_config("norm_in_bwd", device.target, device.name, shape, triton.__version__)
-    block_m = config.block_m
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(channels)))
-    return PreparedLaunch(
-        _norm_in_bwd_kernel,
-        triton.cdiv(count * length, block_m),
-        tensors=pointers(
-            "grad_ptr", "x_ptr", "moments_ptr", "lengths_ptr", "norm_weight_ptr", "grad_x_ptr"
-        ),
-        values=dict(
-            R=count, L=length, first_row=first_row,
-            **named_strides("x", "ijc", strides(x)),
-            **named_strides("moments", "nij", moments.stride()),
-        ),
-        constants=dict(
-            C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
-            X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
         ),
         options=config.options(),
     )  # fmt: skip

@@ -1,0 +1,294 @@
+"""The backward of both LayerNorms, for some rows of one sequence.
+
+    dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),   dn = de We      t [D, R, pitch], planes
+    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^))                    x [R, L, C], any strides
+
+with t^ = (t - mean) rstd, and x^ likewise. The first is a GEMM with the norm behind it, and its
+means come from stage 3's backward.
+
+For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
+where t and the moments may be NaN; tiles of such pairs write their zeros and end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._call import Weights
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import (
+    PreparedLaunch,
+    block_of,
+    dot_precision,
+    is_aligned,
+    named_strides,
+    pointers,
+    setting_of,
+    strides,
+)
+from ..triton_parts.layer_norm import load_first, normalise
+from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.tiles import (
+    any_of,
+    dot,
+    load_channels,
+    load_tile,
+    load_weight,
+    positions,
+    store_tile,
+    store_zeros,
+    within_length,
+)
+
+
+@triton.jit(do_not_specialize=["R", "L", "first_row", "lengths_ptr"])
+def _norm_out_bwd_kernel(
+    grad_emit_ptr, t_ptr, rows_ptr, lengths_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
+    R, L, pitch, first_row, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i, stride_emit,
+    C: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)) of one [BLOCK_M, BLOCK_N] tile, and t^.
+
+    M = R * pitch positions, N = D channels of t, K = C channels of dn = de We. t^ is optional.
+    dt may be written over t: a program reads and writes the same elements. Columns
+    [L, pitch) of dt become zeros.
+    """
+    BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // BLOCKS
+    start_n = (tl.program_id(0) - tile * BLOCKS) * BLOCK_N
+    start_m = tile * BLOCK_M
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    i, j = positions(start_m, pitch, BLOCK_M)
+    valid_t = start_m + tl.arange(0, BLOCK_M) < R * pitch
+    valid_m = (i < R) & (j < L)
+    dtype = t_ptr.dtype.element_ty
+    row = i.to(tl.int64) * L + j
+    EVEN_D: tl.constexpr = D % BLOCK_N == 0
+    offs_grad = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_grad_i + j, 16), 16)
+    if lengths_ptr is not None:
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
+        if hat_ptr is not None:
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
+            store_tile(hat_ptr, row * D, offs_n, zeros, valid_m & ~within, D, EVEN_D)
+        valid_m = within
+        if not any_of(valid_m):
+            planes = tl.zeros([BLOCK_N, BLOCK_M], dtype)
+            _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, planes, valid_t, D, EVEN_D)
+            return
+
+    grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_k in range(0, C, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
+        emit_tile = load_weight(
+            emit_weight, start_k, start_n, stride_emit,
+            C, D, BLOCK_K, BLOCK_N, False,
+        )  # fmt: skip
+        grad = dot(grad_emit, emit_tile, grad, PRECISION)
+
+    count = R.to(tl.int64) * L
+    mean_t = tl.load(rows_ptr + count + row, mask=valid_m, other=0.0)[:, None]
+    rstd_t = tl.load(rows_ptr + 2 * count + row, mask=valid_m, other=0.0)[:, None]
+    offs_t = tl.max_contiguous(tl.multiple_of(i.to(tl.int64) * stride_t_i + j, 16), 16)
+    t = load_tile(t_ptr, offs_t, offs_n, stride_t_d, valid_t, D, EVEN_D).to(tl.float32)
+    first_t = None
+    if dtype == tl.float32:
+        first_t = tl.load(rows_ptr + row, mask=valid_m, other=0.0)[:, None]
+    hat = normalise(t, offs_n, first_t, mean_t, rstd_t, None, None, D, EVEN_D)
+    if hat_ptr is not None:
+        store_tile(hat_ptr, row * D, offs_n, hat.to(dtype), valid_m, D, EVEN_D)
+    mean_grad = tl.load(rows_ptr + 3 * count + row, mask=valid_m, other=0.0)[:, None]
+    mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
+    grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
+    grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
+    # The padding columns of t are uninitialised and may be NaN.
+    grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
+    _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
+
+
+@triton.jit
+def _store_planes(
+    ptr, offs_n, offs_m, stride_d, tile, valid_t, D: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """Stores tile [N, M]: channels offs_n of planes at offsets offs_m within one."""
+    ptrs = ptr + (offs_n.to(tl.int64) * stride_d)[:, None] + offs_m[None, :]
+    valid = valid_t[None, :]
+    if not EVEN_D:
+        valid = valid & (offs_n < D)[:, None]
+    tl.store(ptrs, tile, mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "R", "L", "first_row", "moments_ptr", "lengths_ptr", "stride_x_i", "stride_x_j",
+        "stride_moments_n", "stride_moments_i", "stride_moments_j",
+    ]
+)  # fmt: skip
+def _norm_in_bwd_kernel(
+    grad_ptr, x_ptr, moments_ptr, lengths_ptr, norm_weight_ptr, grad_x_ptr, R, L, first_row,
+    stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, X_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)) of BLOCK_M rows m = i * L + j.
+
+    M = R * L rows, K = C channels in blocks: once for the means, once more for dx.
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    i, j = positions(start_m, L, BLOCK_M)
+    valid_m = i < R
+    row = i.to(tl.int64) * L + j
+    dtype = x_ptr.dtype.element_ty
+    EVEN_C: tl.constexpr = C % BLOCK_K == 0
+    if lengths_ptr is not None:
+        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
+        store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
+        valid_m = within
+        if not any_of(valid_m):
+            return
+    offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
+    offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
+    mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
+    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
+    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    first = None
+    if dtype == tl.float32:
+        first = load_first(x_ptr, offs_x, valid_m)
+
+    mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
+    mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
+    for start_k in range(0, C, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
+        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
+        mean_grad += tl.sum(grad, 1, keep_dims=True) * (1.0 / C)
+        mean_grad_hat += tl.sum(grad * hat, 1, keep_dims=True) * (1.0 / C)
+    for start_k in range(0, C, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
+        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
+        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
+        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
+        grad = rstd * (grad - mean_grad - hat * mean_grad_hat)
+        store_tile(grad_x_ptr, row * C, offs_k, grad.to(dtype), valid_m, C, EVEN_C)
+
+
+def norm_out_bwd(
+    grad_emit: torch.Tensor,
+    t: torch.Tensor,
+    rows: torch.Tensor,
+    weights: Weights,
+    prepared: PreparedLaunch,
+    grad_t: torch.Tensor,
+    hat_t: torch.Tensor | None,
+    lengths: torch.Tensor | None = None,
+) -> None:
+    """grad_t [D, R, pitch], and t^ [R*L, D] where given, of what `fused_ln_residual_bwd` wrote.
+
+    That is grad_emit [R*L, C] and `rows` [5, R*L], of t [D, R, pitch]. Both outputs have the dtype
+    of t, and grad_t may be t. `prepared` is what `prepare_norm_out_bwd` made of tensors like these.
+    `lengths` [1] int32 is that of a sequence with padding.
+    """
+    prepared.launch(
+        grad_emit_ptr=grad_emit,
+        t_ptr=t,
+        rows_ptr=rows,
+        lengths_ptr=lengths,
+        grad_t_ptr=grad_t,
+        hat_ptr=hat_t,
+        emit_weight=weights.p_out_weight,
+        norm_weight_ptr=weights.norm_out_weight,
+    )
+
+
+def prepare_norm_out_bwd(
+    t: torch.Tensor,
+    grad_t: torch.Tensor,
+    length: int,
+    weights: Weights,
+    precision: str,
+    config: LaunchConfig | None = None,
+    first_row: int = 0,
+) -> PreparedLaunch:
+    """The launch of `norm_out_bwd` for tensors like these, of L = `length`.
+
+    The rows are those from `first_row` on of their sequence.
+    """
+    hidden, count, pitch = t.shape
+    channels = weights.p_out_weight.shape[0]
+    device = device_target(t.device)
+    if config is None:
+        config = setting_of("norm_out_bwd", t, max(channels, hidden), length)
+    block_n = block_of(config.block_n, hidden)
+    block_k = block_of(config.block_k, channels)
+    return PreparedLaunch(
+        _norm_out_bwd_kernel,
+        triton.cdiv(count * pitch, config.block_m) * triton.cdiv(hidden, block_n),
+        tensors=pointers(
+            "grad_emit_ptr", "t_ptr", "rows_ptr", "lengths_ptr", "grad_t_ptr", "hat_ptr",
+            "emit_weight", "norm_weight_ptr",
+        ),
+        values=dict(
+            R=count, L=length, pitch=pitch, first_row=first_row,
+            stride_emit=weights.p_out_weight.stride(0),
+            **named_strides("t", "di", t.stride()[:2]),
+            **named_strides("grad", "di", grad_t.stride()[:2]),
+        ),
+        constants=dict(
+            C=channels, D=hidden, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            PRECISION=dot_precision(precision, device.fp32_dots),
+        ),
+        options=config.options(),
+    )  # fmt: skip
+def norm_in_bwd(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    moments: torch.Tensor,
+    weights: Weights,
+    grad_x: torch.Tensor,
+    prepared: PreparedLaunch,
+    lengths: torch.Tensor | None = None,
+) -> None:
+    """grad_x [R, L, C], contiguous, of dz [R*L, C], x [R, L, C] and moments [2, R, L].
+
+    `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
+    of a sequence with padding.
+    """
+    prepared.launch(
+        grad_ptr=grad,
+        x_ptr=x,
+        moments_ptr=moments,
+        lengths_ptr=lengths,
+        norm_weight_ptr=weights.norm_in_weight,
+        grad_x_ptr=grad_x,
+    )
+
+
+def prepare_norm_in_bwd(
+    x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
+) -> PreparedLaunch:
+    """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
+    count, length, channels = x.shape
+    config = setting_of("norm_in_bwd", x, channels, length)
+    block_m = config.block_m
+    block_k = block_of(config.block_k, channels)
+    return PreparedLaunch(
+        _norm_in_bwd_kernel,
+        triton.cdiv(count * length, block_m),
+        tensors=pointers(
+            "grad_ptr", "x_ptr", "moments_ptr", "lengths_ptr", "norm_weight_ptr", "grad_x_ptr"
+        ),
+        values=dict(
+            R=count, L=length, first_row=first_row,
+            **named_strides("x", "ijc", strides(x)),
+            **named_strides("moments", "nij", moments.stride()),
+        ),
+        constants=dict(
+            C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
+            X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
+        ),
+        options=config.options(),
+    )  # fmt: skip

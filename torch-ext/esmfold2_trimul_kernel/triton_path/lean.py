@@ -1,0 +1,98 @@
+"""The lean mode: a and b by groups of channels, and the output in the memory of the product.
+
+The product is [B, L, D, pitch] here, a row's channels together, so that the rows that have been
+read make room for those of the output.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .._call import Call
+from ..triton_parts.launch import Launches
+from ..triton_parts.tiles import padded_pitch
+from .stages import by_steps, dual_gemm, einsum, step_of, with_axes_of_x
+
+_PLANES = 0.375  # scratch memory for planes, in tensors of the pair's size
+_GROUP_MULTIPLE = 8  # of channels: half a block of the smallest dot
+
+
+def run_lean(call: Call, launches: Launches) -> Tensor:
+    """The output [B, L, L, C], sequence after sequence."""
+    x = call.x
+    batch, length = x.shape[:2]
+    sizes = _sizes_of(call)
+    size = sizes.ahead + sizes.products
+    memory = launches.empty("product and output", (size,), x.dtype, x.device)
+    products = memory[sizes.ahead :].view(batch, length, -1, padded_pitch(length))
+    out = call.residual if call.inplace else memory[: x.numel()].view(x.shape)
+    for entry in range(batch):
+        one = slice(entry, entry + 1)
+        of_entry = call.of_entry(entry)
+        product = products[one].transpose(1, 2)  # [1, D, L, pitch]
+        moments = _product_by_groups(of_entry, launches, product, sizes.slots)
+        by_steps(of_entry, launches, product, moments, out[one])
+        del moments  # the next sequence's take their memory
+    return out
+
+
+class _Sizes(NamedTuple):
+    """How a call is cut."""
+
+    ahead: int  # elements of the output's room ahead of the products
+    products: int  # elements of the products of the batch
+    slots: int  # planes of a and b that have memory of their own
+
+
+def _sizes_of(call: Call) -> _Sizes:
+    batch, length, _, channels = call.x.shape
+    hidden = call.hidden
+    rows, step = batch * length, step_of(length)
+    row_out, row_product = length * channels, hidden * padded_pitch(length)
+    ahead = 0
+    if not call.inplace:
+        # The last row that a step writes must end before the first that it reads, at the first step
+        # or, where a row of the output is the longer, at the last.
+        ahead = max(step * row_out, rows * row_out - (rows - step) * row_product)
+        ahead = -(-ahead // 16) * 16  # the product is as aligned as memory of its own would be
+    slots = min(max(2 * _GROUP_MULTIPLE, int(_PLANES * batch * channels)), 2 * hidden)
+    return _Sizes(ahead, rows * row_product, slots)
+
+
+def _product_by_groups(call: Call, launches: Launches, product: Tensor, slots: int) -> Tensor:
+    """Fills the product of one sequence; returns the moments [1, 2, L, L] of x.
+
+    `slots` planes have memory of their own.
+    """
+    _, hidden, length, pitch = product.shape
+    plane = length * pitch
+    own = launches.empty("a and b of a group", (slots * plane,), product.dtype, product.device)
+    moments = None
+    for first, count, apart in groups_of(hidden, slots):
+        end = first + count
+        if apart:
+            a = product[:, end : end + count]
+            b = own[: count * plane].view(1, count, length, pitch)
+        else:
+            a, b = own[: 2 * count * plane].view(1, 2, count, length, pitch).unbind(1)
+        moments = dual_gemm(call, launches, (a, b), (first, count), moments)
+        einsum(call, launches, a, b, product[:, first:end], first)
+    return with_axes_of_x(moments, call.direction)
+
+
+def groups_of(hidden: int, slots: int) -> Iterator[tuple[int, int, bool]]:
+    """Cuts `hidden` channels into few groups: (first channel, channels, whether a and b are apart).
+
+    `slots` planes of scratch memory are available. They hold a and b of a small group. For a larger
+    group they hold only b, and a is written into the part of the product that later groups will
+    fill: a and b are apart.
+    """
+    first = 0
+    while first < hidden:
+        left = hidden - first
+        count = max(min(left, slots // 2), min(slots, left // 2))
+        if count < left:
+            count = count // _GROUP_MULTIPLE * _GROUP_MULTIPLE
+        yield first, count, count > slots // 2
+        first += count
