@@ -20,7 +20,7 @@ BOTH = [
     "conformance", "test_fuzz.py", "test_gradients.py", "test_layers.py", "test_lengths.py",
     "test_trimul_with_residual.py",
 ]  # fmt: skip
-ATEN = ["aten_path", "test_adapters.py", "test_budgets.py"]
+ATEN = ["aten_path", "models", "test_budgets.py"]
 INTERPRETED = [
     "test_fused_dual_gemm.py", "test_fused_ln_residual.py", "test_row_products.py",
     "test_trimul_einsum_triton.py", "test_triton_backward.py", "test_triton_path.py",
