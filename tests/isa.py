@@ -18,7 +18,7 @@ SEEDS = 5
 # Tests of both paths, and what is of one alone.
 BOTH = [
     "test_fuzz.py", "test_gradients.py", "test_layers.py", "test_lengths.py", "test_operators.py",
-    "test_trimul_with_residual.py", "tools/conformance",
+    "test_training_layers.py", "test_trimul_with_residual.py", "tools/conformance",
 ]  # fmt: skip
 ATEN = ["aten_path", "models", "test_budgets.py"]
 INTERPRETED = [
