@@ -10,6 +10,8 @@ from helpers import SEED
 
 CPU = torch.device("cpu")
 SHORT = Record("short", "MQIFVKTLTGKX")
+# What lets the command fold at once.
+QUICK = ["--random-weights", "--device", "cpu", "--steps", "2"]
 TINY_SITES = 10  # of tiny_config: two in each of its five layers
 
 # Layers of a stand-in kernel, by what they compute. `type(self)` is the adopting module's class.

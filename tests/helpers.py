@@ -267,9 +267,9 @@ def room(values: int) -> float:
 
     If their errors are independent and normal, the logarithm of the ratio of their RMS scatters by
     n^-1/2 from draw to draw. Errors of gradients are not quite: those of the parameters of
-    test_aten.py's problems scatter by 0.7 to 2 n^-1/2, those of pairs of few channels, which share
-    the error of a norm, by 4, but there n is large. This is five times 2 n^-1/2. Of fewer than 16
-    values it would mean nothing; they have the room of 16.
+    the problems of tests/aten_path scatter by 0.7 to 2 n^-1/2, those of pairs of few channels,
+    which share the error of a norm, by 4, but there n is large. This is five times 2 n^-1/2. Of
+    fewer than 16 values it would mean nothing; they have the room of 16.
     """
     return math.exp(10 * max(values, 16) ** -0.5)
 

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 5
 # Tests of both paths, and what is of one alone.
 BOTH = [
-    "conformance", "test_fuzz.py", "test_gradients.py", "test_layers.py", "test_lengths.py",
-    "test_trimul_with_residual.py",
+    "test_fuzz.py", "test_gradients.py", "test_layers.py", "test_lengths.py", "test_operators.py",
+    "test_training_layers.py", "test_trimul_with_residual.py", "tools/conformance",
 ]  # fmt: skip
-ATEN = ["test_adapters.py", "test_aten.py", "test_budgets.py", "test_region.py"]
+ATEN = ["aten_path", "models", "test_budgets.py"]
 INTERPRETED = [
     "test_fused_dual_gemm.py", "test_fused_ln_residual.py", "test_row_products.py",
     "test_trimul_einsum_triton.py", "test_triton_backward.py", "test_triton_path.py",

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import Problem, make_problem, relative_error, run
-from test_gradients import fresh_leaves, grad_of_output, with_leaves
+from gradients_of_calls import fresh_leaves, grad_of_output
+from helpers import Problem, make_problem, relative_error, run, with_leaves
 
 PATHS = ("aten", "triton")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from cuequivariance_enums import Mxfp8
 from fuzzing import BIASES, NORMS, PROJECTIONS, UPDATE, WITH_RESIDUAL
 from helpers import DTYPES
 from hypothesis import strategies as st
-from test_validation import Mxfp8
 from torch import Tensor
 
 B, L, C, D = 2, 3, 4, 5

@@ -1,3 +1,5 @@
+"""The command-line tool as a whole, and its commands that neither fold nor measure."""
+
 import json
 import os
 import signal
@@ -7,18 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_runner import refusal, run
 from esmfold2_trimul_tools import build, cli, commands, doctor, resources
-from esmfold2_trimul_tools.bench import run as bench
 from esmfold2_trimul_tools.folding import fold, model, validate
-from esmfold2_trimul_tools.folding.sequences import Record
-from folding import SHORT, TINY_SITES, ZERO_LAYER, tiny_config, write_kernel_repository
+from folding import QUICK, tiny_config
 from fresh_process import HUNG_SECONDS, ROOT, python_output
-from matplotlib.image import imread
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-QUICK = ["--random-weights", "--device", "cpu", "--steps", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +27,6 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
 def tiny(monkeypatch):
     """--random-weights makes the tests' tiny model."""
     monkeypatch.setattr(model, "random_config", tiny_config)
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def refusal(*arguments):
-    """The one line that bad input gets; it leaves stdout alone."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    return result.stderr[len("error: ") : -1]
 
 
 def test_help_explains_every_command():
@@ -81,93 +65,6 @@ def test_the_parser_answers_without_torch(arguments):
     """
     printed = python_output(script, *arguments, PYTHONPATH=str(ROOT / "tools" / "src"))
     assert printed.splitlines()[-1] == f"{0 if arguments == ['--version'] else 2} False"
-
-
-def test_fold_takes_a_file_for_a_sequence(tiny):
-    Path("my.fasta").write_text(">one\nMQIF\n>two\nTLTG\n")
-    result = run("fold", "my.fasta", *QUICK, "--dtype", "fp32", "--json")
-    assert result.exit_code == 0, result.output
-    document = json.loads(result.stdout)
-    assert [Path(one["pdb"]).stem for one in document["folds"]] == ["one", "two"]
-    assert document["dtype"] == "float32"
-
-
-def test_fold_writes_its_files_and_says_what_it_did(tiny):
-    result = run("fold", SHORT.sequence.lower(), *QUICK)
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    assert f"Sites swapped: {TINY_SITES} of {TINY_SITES} (ours, aten path" in result.stdout
-    assert "as biology this fold is meaningless" in result.stdout
-    for word in ("Seconds", "Peak memory", "Mean pLDDT", "pTM", "out/sequence.pdb"):
-        assert word in result.stdout
-    assert "stock" not in result.stdout
-    pdb = Path("out/sequence.pdb").read_text()
-    assert "REMARK   1 RANDOM WEIGHTS: MEANINGLESS AS BIOLOGY" in pdb
-    assert sum(line[12:16] == " CA " for line in pdb.splitlines()) == len(SHORT.sequence)
-    assert imread("out/sequence.png").size > 0
-
-
-def test_fold_compares_with_the_stock_path(tiny):
-    result = run("fold", SHORT.sequence, *QUICK, "--compare")
-    assert result.exit_code == 0, result.output
-    for word in ("ours", "stock", "difference", "x as fast", "Distogram, largest", "RMSD"):
-        assert word in result.stdout
-
-
-def test_fold_json_is_all_there_is_on_stdout(tiny, tmp_path):
-    fasta = tmp_path / "two.fasta"
-    fasta.write_text(">a/b first\nMQIFVK\n>A_B\nTLTGX\n")
-    result = run("fold", "--fasta", fasta, *QUICK, "--compare", "--json", "--out", "new/folder")
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    document = json.loads(result.stdout)
-    settings = {name: document[name] for name in ("loops", "samples", "steps", "seed")}
-    assert settings == {"loops": 1, "samples": 1, "steps": 2, "seed": 0}
-    assert (document["device"], document["dtype"]) == ("cpu", "float32")
-    assert (document["kernel"], document["path"]) == ("ours", "aten")
-    assert document["random_weights"] is True
-    one, other = document["folds"]
-    assert (one["name"], one["residues"], other["residues"]) == ("a/b", 6, 5)
-    assert one["sites"] == {"swapped": TINY_SITES, "total": TINY_SITES}
-    assert one["differences"]["plddt_max"] < 1e-4
-    assert one["peak_memory_bytes"] > one["added_memory_bytes"] >= 0
-    assert one["seconds"] > 0 and one["stock"]["seconds"] > 0
-    files = [Path(record[kind]) for record in (one, other) for kind in ("pdb", "png")]
-    assert [file.name for file in files] == ["a_b.pdb", "a_b.png", "A_B-2.pdb", "A_B-2.png"]
-    assert all(file.is_file() for file in files)
-
-
-def test_files_that_cant_be_written_are_named(tiny):
-    Path("out/sequence.pdb").mkdir(parents=True)
-    assert refusal("fold", "MQIF", *QUICK) == "--out out: can't be written to (Is a directory)"
-
-
-def test_names_are_printed_as_they_are(tiny, tmp_path):
-    fasta = tmp_path / "brackets.fasta"
-    fasta.write_text(">chain[bold]1\nMQIF\n")
-    result = run("fold", "--fasta", fasta, *QUICK)
-    assert "chain[bold]1, 4 residues" in result.stdout
-    assert Path("out/chain_bold_1.pdb").is_file()
-
-
-def test_fold_on_the_stock_path(tiny):
-    result = run("fold", SHORT.sequence, *QUICK, "--kernel", "off", "--json")
-    assert result.exit_code == 0, result.output
-    document = json.loads(result.stdout)
-    assert (document["kernel"], document["path"]) == ("off", None)
-    (record,) = document["folds"]
-    assert record["sites"] == {"swapped": 0, "total": TINY_SITES}
-    assert record["stock"] is record["differences"] is None
-
-
-def test_fold_follows_the_seed_and_the_dtype(tiny):
-    def mean_plddt(*options):
-        result = run("fold", SHORT.sequence, *QUICK, "--json", *options)
-        (record,) = json.loads(result.stdout)["folds"]
-        return record["mean_plddt"]
-
-    assert mean_plddt("--seed", 3) == mean_plddt("--seed", 3) != mean_plddt("--seed", 4)
-    assert mean_plddt("--dtype", "bfloat16") != mean_plddt("--dtype", "float32")
 
 
 @pytest.mark.parametrize(
@@ -216,24 +113,6 @@ def test_bad_input_gets_one_line_and_exit_status_2(tiny, arguments, message):
     assert refusal(*arguments).startswith(message)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "sees no such device here" in refusal("fold", "MQ", "--device", "cuda")
-
-
-def test_a_hub_model_that_cant_be_had_is_refused(monkeypatch):
-    monkeypatch.setattr(model, "_hub_answers", lambda: False)
-    message = refusal("fold", "MQ", "--model", "biohub/no-such-model", "--device", "cpu")
-    assert message.startswith("model biohub/no-such-model: not in the local cache, and the Hub")
-
-
-def test_a_fold_that_breaks_is_a_failed_check_not_bad_input(tiny, tmp_path):
-    root = write_kernel_repository(tmp_path / "kernel", "return pair_grid * float('nan')")
-    result = run("fold", "MQIFVK", *QUICK, "--kernel-root", root)
-    assert result.exit_code == 1
-    assert result.stderr == "error: sequence: the fold gave numbers that are not finite\n"
-
-
 def test_a_fault_of_our_own_is_not_swallowed(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("a bug")
@@ -252,45 +131,6 @@ def test_an_interrupt_exits_130_without_a_word(tiny, monkeypatch, command):
     result = run(*command)
     assert result.exit_code == 130
     assert result.output == ""
-
-
-@pytest.fixture
-def short_proteins(tiny, monkeypatch):
-    """validate folds two short peptides instead of ubiquitin and GB1."""
-    records = [SHORT, Record("other", "GGMQWYPKDE")]
-    monkeypatch.setattr(validate, "shipped_proteins", lambda: records)
-
-
-def test_validate_passes_our_kernel(short_proteins):
-    result = run("validate", *QUICK)
-    assert result.exit_code == 0, result.output
-    assert f"Sites swapped: {TINY_SITES} of {TINY_SITES} (ours" in result.stdout
-    assert "short, 12 residues" in result.stdout and "other, 10 residues" in result.stdout
-    assert "Passed" in result.stdout and "NO" not in result.stdout
-
-
-def test_validate_json_has_every_number(short_proteins):
-    result = run("validate", *QUICK, "--json", "--seed", 4)
-    assert result.exit_code == 0, result.output
-    document = json.loads(result.stdout)
-    assert document["passed"] is True
-    assert document["sites"] == {"swapped": TINY_SITES, "total": TINY_SITES}
-    assert (document["seed"], document["kernel"]) == (4, "ours")
-    assert [protein["name"] for protein in document["proteins"]] == ["short", "other"]
-    for protein in document["proteins"]:
-        assert protein["passed"] is True
-        assert len(protein["differences"]) == len(protein["stock"]) == 2
-        assert protein["spread"]["plddt_mean"] > protein["differences"][0]["plddt_mean"]
-
-
-def test_validate_fails_a_wrong_kernel(short_proteins, tmp_path):
-    root = write_kernel_repository(tmp_path / "kernel", ZERO_LAYER)
-    result = run("validate", *QUICK, "--kernel-root", root)
-    assert result.exit_code == 1
-    assert "FAILED" in result.stdout and "NO" in result.stdout
-    result = run("validate", *QUICK, "--kernel-root", root, "--json")
-    assert result.exit_code == 1
-    assert json.loads(result.stdout)["passed"] is False
 
 
 def test_doctor_exit_status_follows_its_findings(monkeypatch):
@@ -361,51 +201,6 @@ def test_resources_prints_rows_and_problems(monkeypatch):
     assert result.exit_code == 1
     assert json.loads(result.stdout) == [ROW]
     assert result.stderr == "stage spills in a loop\n"
-
-
-TINY_BENCH = ["bench", "--device", "cpu", "--widths", 16, "--lengths", 8, "--budget", 0.001]
-
-
-@pytest.fixture
-def quick_ceilings(monkeypatch):
-    ceilings = {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12, "copy": "c", "matrix": "m"}
-    monkeypatch.setattr(bench, "measure_ceilings", lambda clock: ceilings)
-
-
-def test_bench_measures_prints_and_keeps(quick_ceilings):
-    result = run(*TINY_BENCH, "--masks", "bool,none", "--out", "new/results.json", "--plot", "new")
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    for text in ("float32, outgoing, bool mask", "float32, outgoing, no mask", "in-tree, chunk 64",
-                 "in-tree, unchunked", "p10 to p90", "vs in-tree", "x GEMMs"):  # fmt: skip
-        assert text in result.stdout
-    kept = json.loads(Path("new/results.json").read_text())
-    assert [row["rival"] for row in kept["rows"]] == 2 * [
-        "ours", "in-tree, chunk 64", "in-tree, unchunked"
-    ]  # fmt: skip
-    assert {row["status"] for row in kept["rows"]} == {"measured"}
-    assert imread("new/time_2.png").size > 0
-
-    shown = run("bench", "--results", "new/results.json", "--json")
-    assert json.loads(shown.stdout) == kept
-    tables = run("bench", "--results", "new/results.json", "--markdown").stdout
-    assert tables.count("| 16 | 8 |") == 4
-
-
-def test_bench_json_is_all_there_is_on_stdout(quick_ceilings):
-    result = run(*TINY_BENCH, "--json", "--directions", "incoming", "--commit", "abc")
-    assert (result.exit_code, result.stderr) == (0, "")
-    document = json.loads(result.stdout)
-    assert document.keys() == {"environment", "ceilings", "rows"}
-    assert document["environment"]["commit"] == "abc"
-    assert {row["direction"] for row in document["rows"]} == {"incoming"}
-
-
-def test_bench_fails_if_our_own_kernel_is_wrong(quick_ceilings, monkeypatch):
-    monkeypatch.setitem(bench._WILD_ERROR, "float32", 0.0)
-    result = run(*TINY_BENCH)
-    assert result.exit_code == 1
-    assert "ours, wrong at every shape: relative error" in result.stdout
 
 
 def test_build_and_its_check(monkeypatch, tmp_path):

@@ -1,0 +1,17 @@
+"""Runs the command-line tool in this process."""
+
+from esmfold2_trimul_tools import cli
+from typer.testing import CliRunner
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def refusal(*arguments):
+    """The one line that bad input gets; it leaves stdout alone."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr[len("error: ") : -1]

@@ -1,0 +1,138 @@
+"""What a call must give, and how far from that it may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from helpers import ERROR_BUDGET
+from torch import Tensor
+
+from .case import NORMS, Case, pairs_within
+from .rounding import FLOAT32_UNIT, Exact, Rounding, formula
+
+# Relative L2 errors that are let pass without a look at the numbers, by docs/numerics.md: those of
+# whole calls, twenty-five per cent more on a CPU whose bf16 GEMMs round before each gate.
+NARROW_BUDGET = {"tf32": 2e-3, "bf16": 1e-2}
+CPU_BF16 = 1.25
+# Of gradients: four times those of the output, which in float32 is test_gradients.py's limit.
+GRADIENTS = 4.0
+# Random errors are drawn so many times. The error may be so much larger than the largest of them,
+# and where chance decides it, as in a result of few numbers, by so much of their spread.
+DRAWS = 5
+FACTOR = 1.2
+SPREAD_FACTOR = 3.0
+# A pair of residues whose product differs from channel to channel by less than ten times its
+# rounding has a norm without a digit that could be compared.
+ILL_CONDITIONED = 0.1
+
+
+@dataclass
+class Oracle:
+    """What a case must give, and how far off the formula with random errors is."""
+
+    out: Tensor
+    drawn: list[Tensor]  # the same with random errors
+    well: Tensor  # [..., L, L, 1]: the pairs whose norm of the product has digits to compare
+    padding: Tensor | None  # [..., L, L, 1]: the pairs with a residue beyond a length
+    budget: float  # a relative L2 error that is good enough
+    as_rounded: dict[str, Tensor]  # results of norms' parameters rounded to the pair's dtype
+    roundings: list[Rounding]
+    graphs: list[tuple[Tensor, list[Tensor]]]  # results and leaves: exact, and with random errors
+
+    @property
+    def overflows(self) -> bool:
+        return any(rounding.overflows for rounding in self.roundings)
+
+
+def oracle(case: Case, values: dict[str, Tensor], on_triton: bool, on_gpu: bool) -> Oracle:
+    arithmetic = case.arithmetic if on_triton else "fp32"
+    if arithmetic == "tf32" and not on_gpu:
+        arithmetic = "fp32"
+    budget = NARROW_BUDGET.get(arithmetic, ERROR_BUDGET[case.dtype])
+    if case.dtype == torch.bfloat16 and not on_triton:
+        budget *= CPU_BF16
+    own = FLOAT32_UNIT if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2
+    narrow = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}[arithmetic]
+    roundings = [Rounding(case.dtype, max(own, narrow), case.seed + n) for n in range(DRAWS)]
+
+    def evaluate(rounding: Rounding | Exact, **others: Tensor) -> tuple[Tensor, Tensor, list]:
+        given = {name: value.clone() for name, value in (values | others).items()}
+        leaves = [given[name].requires_grad_() for name in case.needs_grad]
+        weights = Rounding(case.dtype, narrow, case.seed)
+        narrowed = narrow and isinstance(rounding, Rounding)
+        with torch.set_grad_enabled(bool(leaves)):
+            out, t = formula(case, given, rounding, weights if narrowed else Exact())
+        return out, t.detach(), leaves
+
+    out, t, leaves = evaluate(Exact())
+    graphs = [(out, leaves)]
+    eps_out = case.eps if case.eps_out is None else case.eps_out
+    spread = ((t - t.mean(-1, keepdim=True)).square().mean(-1) + eps_out).sqrt()
+    apart = roundings[0].unit * t.square().mean(-1).sqrt()  # where equal channels are not alike
+    well = apart <= ILL_CONDITIONED * spread
+    for rounding in roundings:
+        some_out, some_t, some_leaves = evaluate(rounding)
+        off = some_t - t
+        off = (off - off.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+        well &= off <= ILL_CONDITIONED * spread
+        graphs.append((some_out, some_leaves))
+    as_rounded = {}
+    for name in NORMS if _has_errors_that_differ(case) else ():
+        rounded = values[name].to(case.dtype).double() if name in values else None
+        if rounded is not None and not torch.equal(rounded, values[name]):
+            as_rounded[name] = evaluate(Exact(), **{name: rounded})[0].detach()
+    padding = None
+    if case.lengths is not None:
+        lengths = values["lengths"].expand(case.result_leading)
+        padding = ~pairs_within(lengths, case.length).unsqueeze(-1)
+    drawn = [some_out.detach() for some_out, _ in graphs[1:]]
+    return Oracle(
+        out.detach(), drawn, well.unsqueeze(-1), padding, budget, as_rounded, roundings, graphs
+    )
+
+
+def _has_errors_that_differ(case: Case) -> bool:
+    """Whether the errors of all pairs are different ones, so that their average says something."""
+    shared = "x" in case.layouts and case.layouts["x"].shared is not None
+    ordinary = case.rows in ("plain", "large means") and not case.scales
+    ordinary = ordinary and case.eps < 1 and case.channels >= 8
+    return case.dtype != torch.float32 and ordinary and not shared
+
+
+def gradients(
+    case: Case, found: Oracle, grad_out: Tensor, dtypes: list[torch.dtype]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Those of the leaves that need one, exact and with random errors; `dtypes` are theirs."""
+    wanted, *drawn = (
+        torch.autograd.grad(out, leaves, grad_out, allow_unused=True, materialize_grads=True)
+        for out, leaves in found.graphs
+    )
+    drawn = [
+        [rounding.to(dtype)(grad) for dtype, grad in zip(dtypes, grads, strict=True)]
+        for rounding, grads in zip(found.roundings, drawn, strict=True)
+    ]
+    return list(wanted), drawn
+
+
+def ratio(got: Tensor, wanted: Tensor, drawn: list[Tensor], budget: float) -> float:
+    """The L2 error in units of what is allowed; not finite if `got` is not."""
+    error = float((got.detach().cpu().double() - wanted).norm())
+    sizes = [float((some - wanted).norm()) for some in drawn]
+    by_rounding = FACTOR * max(sizes) + SPREAD_FACTOR * (max(sizes) - min(sizes))
+    allowed = max(budget * float(wanted.norm()), by_rounding)
+    return 0.0 if error == 0 else error / allowed if allowed else math.inf
+
+
+def share_of_rounding(got: Tensor, found: Oracle, name: str) -> float:
+    """How much of the step from `out` to `as_rounded` is in `got`: 0 none, 1 all of it.
+
+    0 as well where random errors alone could look like a good part of it.
+    """
+    step = torch.where(found.well, found.as_rounded[name] - found.out, 0.0)
+    length = float(step.square().sum())
+    by_chance = max(abs(float(((some - found.out) * step).sum())) for some in found.drawn)
+    if 2 * by_chance >= 0.4 * length:
+        return 0.0
+    return float(((got - found.out) * step).sum()) / length
