@@ -1,9 +1,9 @@
-"""Uses the kernel in a model of the AlphaFold family that knows nothing of ESMFold2.
+"""Uses the kernel in a model of the AlphaFold family other than ESMFold2.
 
     python examples/any_model.py
 
-A model that calls cuequivariance_torch's triangle_multiplicative_update (Boltz and others do) has
-one import to change, because ours takes the same arguments in the same order:
+A model that calls cuequivariance_torch's triangle_multiplicative_update (Boltz and others do)
+changes one import, because our function takes the same arguments in the same order:
 
     # before
     from cuequivariance_torch import triangle_multiplicative_update
@@ -26,8 +26,8 @@ triangle_multiplicative_update = get_local_kernel(ROOT).triangle_multiplicative_
 class TriangleMultiplication(nn.Module):
     """AlphaFold 2, Algorithm 11 ("outgoing") or 12 ("incoming"); hidden may differ from channels.
 
-    The linear layers have no biases here; p_in_bias, g_in_bias, p_out_bias and g_out_bias take
-    those of a model that has them.
+    The linear layers have no biases here. The function takes those of a model that has them as
+    p_in_bias, g_in_bias, p_out_bias and g_out_bias.
     """
 
     def __init__(self, channels: int, hidden: int, direction: str) -> None:
@@ -57,7 +57,7 @@ class TriangleMultiplication(nn.Module):
         )
 
     def in_plain_pytorch(self, pair: Tensor, mask: Tensor) -> Tensor:
-        """The same, as one would write it without a kernel."""
+        """The same update without the kernel."""
         z = self.norm_in(pair)
         left, right = (self.p_in(z) * self.g_in(z).sigmoid() * mask[..., None]).chunk(2, dim=-1)
         equation = "bikd,bjkd->bijd" if self.direction == "outgoing" else "bkid,bkjd->bijd"
@@ -97,7 +97,7 @@ def main() -> None:
             difference = (layer(pair, mask) - wanted).norm() / wanted.norm()
             print(f"{layer.direction}: relative difference from plain PyTorch {difference:.1e}")
 
-    # Training works; without a backward kernel it runs in plain PyTorch.
+    # Training works: every parameter gets a gradient.
     block(pair, mask).square().mean().backward()
     missing = sum(parameter.grad is None for parameter in block.parameters())
     print("parameters without a gradient:", missing)

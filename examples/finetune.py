@@ -1,10 +1,10 @@
-"""Trains the trunk of an ESMFold2 with the kernel's layer at every site, and without, side by side.
+"""Trains the trunk of an ESMFold2 with the kernel's layer at every site, and without it.
 
     python examples/finetune.py --device cuda --length 256 --width 256 --steps 20
 
-Both start from the same weights and draw the same random numbers, so their losses must agree. The
-model is small and random and its target a made-up chain, so the code is the real one and what it
-learns means nothing. For a real one load EsmFold2Model.from_pretrained("biohub/ESMFold2").
+Both trainings start from the same weights and draw the same random numbers, so their losses must
+agree. The model is small, its weights are random and its target is a made-up chain, so what it
+learns has no meaning. For a real model load EsmFold2Model.from_pretrained("biohub/ESMFold2").
 """
 
 import argparse
@@ -28,7 +28,7 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
 
 class Training(NamedTuple):
-    """What a training gave: the loss of each step, steps a second, bytes at the peak."""
+    """The results of a training: the loss of each step, steps a second, bytes at the peak."""
 
     losses: list[float]
     speed: float
@@ -52,7 +52,7 @@ def swap_in(model: torch.nn.Module, device: torch.device) -> int:
 def featurize(sequence: str, device: torch.device) -> dict:
     """The arguments of the model's forward, as `fold` makes them."""
     features = prepare_protein_features(sequence, device=device)
-    del features["distogram_atom_idx"]  # the confidence head's, which isn't trained here
+    del features["distogram_atom_idx"]  # for the confidence head, which isn't trained
     names = [field.name for field in dataclasses.fields(EsmFold2AtomInputs)]
     atoms = {name: features.pop(name) for name in names}
     return features | {"atom_inputs": EsmFold2AtomInputs(**atoms)}
@@ -89,12 +89,12 @@ def train(model: torch.nn.Module, features: dict, steps: int, rate: float) -> Tr
             optimizer.step()
             losses.append(loss.item())  # waits for the device
             seconds.append(time.perf_counter() - started)
-    # Of the first step compilation is a part.
+    # The first step includes compilation.
     return Training(losses, len(seconds[1:]) / sum(seconds[1:]), peak.added_bytes)
 
 
 def draw(trainings: dict[str, Training], path: Path) -> None:
-    """The loss curves, into a file."""
+    """Draws the loss curves into a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for (name, training), style in zip(trainings.items(), ("-", ":"), strict=True):

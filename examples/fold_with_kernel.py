@@ -2,8 +2,8 @@
 
     python examples/fold_with_kernel.py
 
-Runs on a CPU in seconds: the model is tiny and its weights are random, so the code is the real one
-and the structure means nothing. For a real fold set DEVICE = "cuda" and load the model with
+Runs on a CPU in seconds. The model is tiny and its weights are random, so the structure has no
+meaning. For a real fold set DEVICE = "cuda" and load the model with
 EsmFold2Model.from_pretrained("biohub/ESMFold2", dtype=torch.bfloat16, device_map=DEVICE).
 """
 
@@ -24,7 +24,7 @@ def sites_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def swap_in(model: torch.nn.Module) -> int:
-    """Put the layer at every site; returns how many have it. Count: a miss raises no error."""
+    """Put the layer at every site; returns how many have it, because a miss raises no error."""
     layer = LocalLayerRepository(repo_path=ROOT, layer_name="ESMFold2TriangleMultiplication")
     with use_kernel_mapping({SITE_NAME: {DEVICE: {Mode.INFERENCE: layer}}}, inherit_mapping=False):
         for site in sites_of(model):

@@ -2,8 +2,8 @@
 
     python examples/in_boltz.py
 
-Boltz's own modules are taken where boltz is installed; otherwise small ones with the same
-parameters stand in for them.
+The example uses Boltz's own modules where boltz is installed, and otherwise small stand-ins with
+the same parameters.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ except ImportError:
     class TriangleMultiplicationIncoming(TriangleMultiplicationOutgoing):
         equation = "bkid,bkjd->bijd"
 
-        # A class is known by the forward that it defines, as Boltz's two do.
+        # `patch` recognises a class by the forward that it defines; both of Boltz's define one.
         def forward(self, x: Tensor, mask: Tensor, use_kernels: bool = False) -> Tensor:
             return super().forward(x, mask, use_kernels)
 

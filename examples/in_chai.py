@@ -2,8 +2,8 @@
 
     python examples/in_chai.py
 
-Chai-1 is shipped as TorchScript, whose modules can't be patched: `from_chai` reads its blocks, or
-the same parameters in a port of it. Here a small block with these parameters stands in for one.
+Chai-1 is shipped as TorchScript, whose modules can't be patched. `from_chai` reads one of its
+blocks, or the same parameters in a port of it. Here a small block with these parameters stands in.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Uses the kernel in OpenFold, OpenFold 3 and ESMFold, training included: `patch(model)`.
+"""Uses the kernel in OpenFold, OpenFold 3 and ESMFold with `patch(model)`, training included.
 
     python examples/in_openfold.py
 
-The modules are OpenFold 3's or OpenFold's where they are installed, otherwise those of ESMFold in
-transformers, which have OpenFold's parameters under the same names.
+The example uses the modules of OpenFold 3 or OpenFold where one is installed. Otherwise it uses
+those of ESMFold in transformers, which have OpenFold's parameters under the same names.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Uses the kernel in Protenix: one line for the whole model, sums in place included.
+"""Uses the kernel in Protenix: one line for the whole model, in-place sums included.
 
     python examples/in_protenix.py
 
-Protenix's own modules are taken where it is installed, otherwise small ones with the same
-parameters stand in for them. Its pair tensor has no batch dimension, and in inference its triangle
+The example uses Protenix's own modules where it is installed, and otherwise small stand-ins with
+the same parameters. Protenix's pair tensor has no batch dimension, and in inference its triangle
 multiplications add to it in place.
 """
 

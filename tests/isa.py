@@ -22,8 +22,8 @@ BOTH = [
 ]  # fmt: skip
 ATEN = ["aten_path", "models", "test_budgets.py"]
 INTERPRETED = [
-    "test_fused_dual_gemm.py", "test_fused_ln_residual.py", "test_row_products.py",
-    "test_trimul_einsum_triton.py", "test_triton_backward.py", "test_triton_path.py",
+    "test_fused_dual_gemm.py", "test_fused_ln_residual.py", "test_trimul_einsum_triton.py",
+    "triton_path",
 ]  # fmt: skip
 # Tests whose names have one of these words compute nothing that could differ.
 OTHERS = "not (ops_are or TestCompiled or Refusals or wrong or planted_errors or command)"

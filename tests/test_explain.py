@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import make_problem
-from test_aten import PeakBytes
+from peak_bytes import PeakBytes
 
 MODES = [
     ("default", False, None), ("default", True, None), ("lean", False, None),

@@ -14,7 +14,7 @@ from helpers import (
     relative_error,
     run,
 )
-from test_aten import PeakBytes
+from peak_bytes import PeakBytes
 
 
 def call(kernel, problem, device, **options):

@@ -12,7 +12,7 @@ from helpers import (
     relative_error,
     seeded,
 )
-from test_aten import PeakBytes
+from peak_bytes import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PARAMETERS = (
