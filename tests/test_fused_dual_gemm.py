@@ -135,6 +135,42 @@ def test_groups_of_channels_are_the_whole(stage, submodule, on_triton, descripto
             assert pads.count_nonzero() == 0 and torch.equal(kept, moments)
 
 
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("real", [None, 18])
+@pytest.mark.parametrize("descriptors, held", [(False, False), (True, True)])
+def test_some_rows_are_those_of_the_whole(
+    submodule, on_triton, descriptors, held, direction, real
+):
+    """Rows of x are rows of the planes, and for "incoming" their columns; the bits are the same."""
+    subject = submodule("fused_dual_gemm")
+    config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, descriptors, held)
+    p = make_problem(21, 32, dtype=torch.bfloat16, mask="soft", direction=direction, batch=2)
+    p = p.to(on_triton)
+    lengths = None
+    if real is not None:
+        lengths = torch.tensor([real, 21], dtype=torch.int32, device=on_triton)
+
+    def planes_of(rows):
+        stage = (p.x[:, rows], direction, p.mask[:, rows], weights_of(submodule, p), p.eps, "fp32")
+        empty = subject.empty_planes(p.x[:, rows], direction, weights_of(submodule, p))
+        prepared = subject.prepare_dual_gemm(*stage, empty, config, first_row=rows.start)
+        a, b, moments = subject.fused_dual_gemm_fwd(
+            *stage, planes=empty, prepared=prepared, lengths=lengths
+        )
+        count = rows.stop - rows.start
+        parts = (a, b, moments) if direction == "outgoing" else [
+            part[..., :count].transpose(-1, -2) for part in (a, b, moments)
+        ]  # fmt: skip
+        if direction == "incoming":
+            assert a[..., count:].count_nonzero() == b[..., count:].count_nonzero() == 0
+        return [part[..., :21].cpu() for part in parts]
+
+    whole = planes_of(slice(0, 21))
+    for rows in (slice(0, 2), slice(2, 19), slice(19, 21)):
+        for part, all_rows in zip(planes_of(rows), whole, strict=True):
+            assert torch.equal(part, all_rows[:, :, rows])
+
+
 @pytest.mark.parametrize("length", [3, 16, 37])
 def test_positions_are_divided_without_division(submodule, on_triton, length):
     """Each position's row and column, also where a tile spans many rows."""

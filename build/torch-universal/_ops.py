@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e42f2b9523"
+_NAMESPACE = "_esmfold2_trimul_kernel_d634e4bc71"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,17 +1,18 @@
 """Stage 1: LayerNorm of the pair tensor, both halves of the gated dual GEMM, mask, as planes.
 
-    z = LayerNorm(x; g1, b1)                                       x [B, L, L, C], any strides
-    h = (z Wp^T + bp) * sigmoid(z Wg^T + bg) * mask                [B, L, L, 2D]
-    a[b, d, q, p] = h[b, q, p, d], b[b, d, q, p] = h[b, q, p, D + d]   "outgoing"
-                  = h[b, p, q, d]                = h[b, p, q, D + d]   "incoming"
+    z = LayerNorm(x; g1, b1)                                       x [B, R, L, C], any strides
+    h = (z Wp^T + bp) * sigmoid(z Wg^T + bg) * mask                [B, R, L, 2D]
+    a[b, d, q, p] = h[b, q, p, d], b[b, d, q, p] = h[b, q, p, D + d]   "outgoing", Q = R, P = L
+                  = h[b, p, q, d]                = h[b, p, q, D + d]   "incoming", Q = L, P = R
 
-a and b are planes [B, D, L, pitch] in the dtype of x, and the axis that stage 2 sums over (k of
-a[i, k], or of a[k, i]) is the contiguous one in both directions. "incoming" is nothing but x and
-mask with their two residue strides exchanged. Columns [L, pitch) are zeros. A call may make a group
-of G of the D channels alone: a and b [B, G, L, pitch]. Where sequences have lengths, the planes are
-written as far as stage 2 reads them: zeros behind the last residue, up to a multiple of 128.
+R rows of the L, usually all of them. a and b are planes [B, D, Q, pitch] in the dtype of x, and the
+axis that stage 2 sums over (k of a[i, k], or of a[k, i]) is the contiguous one in both directions.
+"incoming" is nothing but x and mask with their two residue strides exchanged. Columns [P, pitch)
+are zeros. A call may make a group of G of the D channels alone: a and b [B, G, Q, pitch]. Where
+sequences have lengths, the planes are written as far as stage 2 reads them: zeros behind the last
+residue, up to a multiple of 128.
 
-Beside them come the moments [B, 2, L, pitch] in fp32, at the same (q, p): the mean of each row of x
+Beside them come the moments [B, 2, Q, pitch] in fp32, at the same (q, p): the mean of each row of x
 (of an fp32 row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
 """
 
@@ -54,7 +55,6 @@ from .triton_parts.tiles import (
     dot,
     end_of_zeros,
     halves,
-    length_of,
     load_tile,
     load_weight_pair,
     padded_pitch,
@@ -67,7 +67,8 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 
 @triton.jit(
     do_not_specialize=[
-        "L", "eps", "first_channel", "stride_x_b", "stride_x_q", "stride_x_p",
+        "Q", "P", "first_q", "first_p", "eps", "first_channel",
+        "stride_x_b", "stride_x_q", "stride_x_p",
         "stride_mask_b", "stride_mask_q", "stride_mask_p", "mask_ptr", "lengths_ptr",
         # A specialised pointer into a small tensor gets 32-bit offsets on AMD; the gap may be more.
         "weight_pair", "weight_gap",
@@ -76,7 +77,7 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 def _fused_dual_gemm_fwd_kernel(
     x_ptr, mask_ptr, lengths_ptr, norm_weight_ptr, norm_bias_ptr,
     weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, a, b, moments_ptr,
-    L, pitch, eps, first_channel,
+    Q, P, pitch, first_q, first_p, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
     stride_mask_b, stride_mask_q, stride_mask_p,
     stride_first, stride_second,
@@ -90,13 +91,14 @@ def _fused_dual_gemm_fwd_kernel(
 ):  # fmt: skip
     """Channels first_channel + [0, G) of a and b at BLOCK_M positions of one sequence.
 
-    M = L * pitch positions m = q * pitch + p, N = the 2G output channels in blocks, K = C input
+    M = Q * pitch positions m = q * pitch + p, N = the 2G output channels in blocks, K = C input
     channels. With BLOCK_K >= C the normalised rows stay on the chip while the weights stream past;
     otherwise the rows are read and normalised again for each block of channels. SPLIT programs
     share the output channels of a tile. FLAT_PLANES: `a` describes the planes of a and b
-    as [B * 2 * G, L * pitch].
+    as [B * 2 * G, Q * pitch]. The residues q and p are those from first_q and first_p on of their
+    sequence, which matters where it has a length.
     """
-    plane_size = L * pitch
+    plane_size = Q * pitch
     tiles = tl.cdiv(plane_size, BLOCK_M)
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
@@ -104,11 +106,12 @@ def _fused_dual_gemm_fwd_kernel(
     start_m = (pid - pid_b * tiles) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q, p = positions(start_m, pitch, BLOCK_M)
-    length = length_of(lengths_ptr, pid_b, L)
-    valid_m = (q < length) & (p < length)
+    valid_m = (q < Q) & (p < P)
     if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + pid_b)
+        valid_m = valid_m & (first_q + q < length) & (first_p + p < length)
         end = end_of_zeros(length)
-        if not any_of((q < end) & (p < end)):
+        if not any_of((first_q + q < end) & (first_p + p < end)):
             return
     batch = pid_b.to(tl.int64)
 
@@ -132,7 +135,7 @@ def _fused_dual_gemm_fwd_kernel(
         )
         pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
 
-    # As q < L, but of this one the compiler sees that 16 positions share it.
+    # As q < Q, but of this one the compiler sees that 16 positions share it.
     valid_plane = offs_m < plane_size
     mean_ptrs = moments_ptr + batch * 2 * plane_size + offs_m
     if READ_MOMENTS:
@@ -246,7 +249,7 @@ def fused_dual_gemm_fwd(
     prepared: PreparedLaunch | None = None,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a and b [B, G, L, pitch], and moments [B, 2, L, pitch], of x [B, L, L, C], mask [B, L, L].
+    """a and b [B, G, Q, pitch], and moments [B, 2, Q, pitch], of x [B, R, L, C], mask [B, R, L].
 
     `precision` is about float32 inputs: "fp32", "ieee", "tf32x3", "tf32" or "bf16". `group` is
     (first channel, G), by default all D channels. `moments` are those of an earlier call with the
@@ -255,14 +258,14 @@ def fused_dual_gemm_fwd(
     `prepared` is what `prepare_dual_gemm` made of the other arguments. `lengths` [B] int32 are
     those of sequences with padding.
     """
-    a, b = empty_planes(x, weights, group) if planes is None else planes
+    a, b = empty_planes(x, direction, weights, group) if planes is None else planes
     if prepared is None:
         prepared = prepare_dual_gemm(
             x, direction, mask, weights, eps, precision, (a, b), config, group, moments is not None
         )
-    batch, _, length, pitch = a.shape
     if moments is None:
-        moments = torch.empty(batch, 2, length, pitch, dtype=torch.float32, device=x.device)
+        shape = (a.shape[0], 2, *a.shape[2:])
+        moments = torch.empty(shape, dtype=torch.float32, device=x.device)
     prepared.launch(
         x_ptr=x,
         mask_ptr=mask,
@@ -280,12 +283,12 @@ def fused_dual_gemm_fwd(
 
 
 def empty_planes(
-    x: torch.Tensor, weights: Weights, group: tuple[int, int] | None = None
+    x: torch.Tensor, direction: str, weights: Weights, group: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b [B, G, L, pitch], not yet written, of one piece of memory [B, 2, G, L, pitch]."""
-    batch, length = x.shape[:2]
+    """a and b [B, G, Q, pitch], not yet written, of one piece of memory [B, 2, G, Q, pitch]."""
+    rows, columns = x.shape[1:3] if direction == "outgoing" else x.shape[2:0:-1]
     size = weights.p_in_weight.shape[0] // 2 if group is None else group[1]
-    shape = (batch, 2, size, length, padded_pitch(length))
+    shape = (x.shape[0], 2, size, rows, padded_pitch(columns))
     return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
 
 
@@ -352,12 +355,15 @@ def prepare_dual_gemm(
     config: LaunchConfig | None = None,
     group: tuple[int, int] | None = None,
     read_moments: bool = False,
+    first_row: int = 0,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_fwd` for tensors like these.
+
+    Where sequences have lengths, their rows are those from `first_row` on.
     """
-    channels = x.shape[3]
+    length, channels = x.shape[2:]
     a, b = planes
-    batch, size, length, pitch = a.shape
+    batch, size, rows, pitch = a.shape
     hidden = weights.p_in_weight.shape[0] // 2
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
@@ -374,7 +380,7 @@ def prepare_dual_gemm(
     pair = projection_pair(weights, block_n, block_k, config.descriptors)
     split = shared_by(config.split, 2 * triton.cdiv(size, block_n))
     descriptors = pair.descriptor is not None
-    plane_size = length * pitch
+    plane_size = rows * pitch
     flat_planes = (
         descriptors
         and size % block_n == 0
@@ -389,7 +395,9 @@ def prepare_dual_gemm(
         )
 
     # "incoming" reads the pairs' axes in the other order.
-    x_axes, mask_axes = ("bqpc", "bqp") if direction == "outgoing" else ("bpqc", "bpq")
+    x_axes, mask_axes, columns, first = ("bqpc", "bqp", length, (first_row, 0))
+    if direction == "incoming":
+        x_axes, mask_axes, columns, first = ("bpqc", "bpq", x.shape[1], (0, first_row))
     return PreparedLaunch(
         _fused_dual_gemm_fwd_kernel,
         batch * triton.cdiv(plane_size, config.block_m) * split,
@@ -398,7 +406,8 @@ def prepare_dual_gemm(
             "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr",
         ) | {"weight_pair": pair.descriptor, "a": flat},
         values=dict(
-            L=length, pitch=pitch, eps=eps, first_channel=first_channel, weight_gap=pair.gap,
+            Q=rows, P=columns, pitch=pitch, first_q=first[0], first_p=first[1], eps=eps,
+            first_channel=first_channel, weight_gap=pair.gap,
             stride_first=pair.strides[0], stride_second=pair.strides[1],
             **named_strides("x", x_axes, strides(x)),
             **named_strides("mask", mask_axes, (0, 0, 0) if mask is None else strides(mask)),
