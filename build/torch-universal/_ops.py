@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d634e4bc71"
+_NAMESPACE = "_esmfold2_trimul_kernel_dbb15dd9c2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

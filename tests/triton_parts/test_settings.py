@@ -200,6 +200,19 @@ def test_a_newer_triton_has_settings_of_its_own(subject, tables):
         assert (block_m(newest), block_m(newest, width=256)) == (16, 32)
 
 
+def test_a_variant_is_taken_where_it_takes_the_call(subject, tables):
+    tables(sm_90=table_of(setting(128, kernel="other", max_width=256), setting(32)))
+
+    def picked(width, *variants):
+        shape = subject.Shape(2, width, 64)
+        names = frozenset(variants)
+        return subject.pick_config("trimul_einsum", "sm_90", NO_DEVICE, shape, "3.6.0", names)
+
+    assert (picked(256, "other").block_m, picked(256, "other").kernel) == (128, "other")
+    assert (picked(256).block_m, picked(512, "other").block_m) == (32, 32)
+    assert picked(256, "another").kernel == ""
+
+
 def test_a_stage_and_an_element_size_have_settings_of_their_own(subject, tables):
     table = table_of()
     blocks = iter([2**power for power in range(4, 24)])

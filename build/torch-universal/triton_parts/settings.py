@@ -3,7 +3,8 @@
 A table is for a target, or for a device by its name. It holds, for each stage and each element
 size, a list of settings, one a line, tried in order: the first whose max_width and max_length cover
 the call is used. "triton" is the first version that an entry is for, where a newer compiler needs
-another setting. What a table leaves out is as in the table that it is "like". Nothing is timed at
+another setting; "kernel" names a variant of the stage, and its entry is used where that takes the
+call. What a table leaves out is as in the table that it is "like". Nothing is timed at
 run time, and a length chooses between a few classes only, so the kernels compiled for one protein
 serve all.
 """
@@ -38,6 +39,7 @@ class LaunchConfig:
     maxnreg: int | None = None  # NVIDIA only
     persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
     split: int = 1  # stages 1 and 3, forward: programs that share the output channels of a tile
+    kernel: str = ""  # the variant of the stage: "hopper" is a file beside it, "" the stage's own
 
     def options(self) -> dict[str, int]:
         """The part that Triton's launcher takes."""
@@ -63,11 +65,18 @@ def shape_of(element_bytes: int, width: int, length: int, batch: int = 1) -> Sha
 
 @functools.cache
 def pick_config(
-    stage: str, target: str, device_name: str, shape: Shape, triton: str
+    stage: str,
+    target: str,
+    device_name: str,
+    shape: Shape,
+    triton: str,
+    variants: frozenset[str] = frozenset(),
 ) -> LaunchConfig:
     """The setting of `stage` on a device: the one tuned for it by name, else its target's.
 
-    `triton` is Triton's version.
+    Args:
+        triton: Triton's version.
+        variants: the variants of the stage that take the call; entries of others are left out.
 
     Raises:
         ValueError: an unknown stage.
@@ -79,6 +88,7 @@ def pick_config(
             shape.width <= entry.get("max_width", math.inf)
             and shape.length <= entry.get("max_length", math.inf)
             and _release(triton) >= _release(entry.get("triton", ""))
+            and entry.get("kernel", "") in variants | {""}
         ):
             setting = {name: value for name, value in entry.items() if name not in _BOUNDS}
             return LaunchConfig(**setting)

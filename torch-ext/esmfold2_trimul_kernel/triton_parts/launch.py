@@ -135,12 +135,20 @@ class Launches(dict[tuple, PreparedLaunch]):
 
 
 def setting_of(
-    stage: str, tensor: Tensor, width: int, length: int, batch: int = 1
+    stage: str,
+    tensor: Tensor,
+    width: int,
+    length: int,
+    batch: int = 1,
+    variants: frozenset[str] = frozenset(),
 ) -> LaunchConfig:
-    """The setting of a stage for a call on tensors like this one: see `settings.Shape`."""
+    """The setting of a stage for a call on tensors like this one: see `settings.Shape`.
+
+    `variants` are those of the stage that take the call.
+    """
     device = device_target(tensor.device)
     shape = shape_of(tensor.element_size(), width, length, batch)
-    return pick_config(stage, device.target, device.name, shape, triton.__version__)
+    return pick_config(stage, device.target, device.name, shape, triton.__version__, variants)
 
 
 def block_of(block: int, size: int) -> int:
