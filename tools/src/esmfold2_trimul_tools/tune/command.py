@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from ..console import ProgressBar, print_json
+from ..errors import UserError
 from ..options import AsJson, Commit, KernelRoot
+from ..repository import find_root
+from .candidates import STAGES, WIDTHS
 
 
 def tune(
@@ -37,14 +40,25 @@ def tune(
     Every candidate is checked before it is timed. The shipped table of this
     GPU's architecture is where the new one starts from; it is not changed.
     """
-    from . import search as module
+    for stage in stages or ():
+        if stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    for width in widths or ():
+        if not 16 <= width <= 512:
+            raise UserError(f"width must be from 16 to 512; got {width}")
+    root = find_root(kernel_root)
+
+    from .search import search
+    from .table import text, write
 
     command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
     with ProgressBar() as report:
-        measured = module.run(
-            out, results, stages, widths, kernel_root, commit, command, progress=report
-        )
+        measured = search(
+            root, tuple(stages or STAGES), tuple(widths or WIDTHS),
+            progress=report, command=command, commit=commit,
+        )  # fmt: skip
+        write(root, measured, out, results)
     if as_json:
         print_json(measured)
     else:
-        print(module.text(measured))
+        print(text(measured))
