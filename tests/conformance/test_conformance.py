@@ -16,17 +16,9 @@ from conftest import HAS_GPU, ROOT
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.bench import rivals as bench_rivals
 from esmfold2_trimul_tools.bench.rivals import Absent, Sources
+from esmfold2_trimul_tools.conformance import implementations
 from esmfold2_trimul_tools.conformance import run as conformance
-from esmfold2_trimul_tools.conformance.cases import (
-    BIASES,
-    CASES,
-    DTYPES,
-    INPUTS,
-    LAYOUTS,
-    MASKS,
-    Case,
-    make_problem,
-)
+from esmfold2_trimul_tools.conformance.cases import BIASES, CASES, DTYPES, Case
 from esmfold2_trimul_tools.conformance.criterion import (
     BUDGETS,
     Answer,
@@ -36,8 +28,10 @@ from esmfold2_trimul_tools.conformance.criterion import (
     reference,
 )
 from esmfold2_trimul_tools.conformance.implementations import IMPLEMENTATIONS, Implementation
+from esmfold2_trimul_tools.conformance.problem import INPUTS, LAYOUTS, MASKS, make_problem
 from esmfold2_trimul_tools.conformance.report import markdown, read_results
-from esmfold2_trimul_tools.conformance.run import check, pose, read_settings
+from esmfold2_trimul_tools.conformance.run import check, pose
+from esmfold2_trimul_tools.conformance.settings import read_settings
 from esmfold2_trimul_tools.errors import UserError
 from helpers import ERROR_BUDGET, SEED, Problem, relative_error
 from helpers import reference as oracle
@@ -429,8 +423,8 @@ def test_what_is_lacking_is_neither_passed_nor_failed():
 def only(monkeypatch):
     """only(IMPLEMENTATION, ...): those are all that there are."""
 
-    def replace(*implementations):
-        monkeypatch.setattr(conformance, "IMPLEMENTATIONS", implementations)
+    def replace(*some):
+        monkeypatch.setattr(implementations, "IMPLEMENTATIONS", some)
 
     return replace
 

@@ -17,15 +17,14 @@ from esmfold2_trimul_tools.bench import plots as bench_plots
 from esmfold2_trimul_tools.bench import report as bench_report
 from esmfold2_trimul_tools.bench import rivals as bench_rivals
 from esmfold2_trimul_tools.bench import run as bench
+from esmfold2_trimul_tools.bench.case import Case, stage_floors
 from esmfold2_trimul_tools.bench.first_call import first_call_seconds
 from esmfold2_trimul_tools.bench.problem import (
-    Case,
     make_problem,
     reference,
     reference_gradient,
     relative_error,
     sample,
-    stage_floors,
 )
 from esmfold2_trimul_tools.bench.results import (
     ROW,

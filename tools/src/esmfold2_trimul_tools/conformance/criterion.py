@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Case, Problem
+from .cases import Case
+from .problem import Problem
 
 # Those of tests/helpers.py, and the bounds of docs/numerics.md for the other words of `precision`.
 BUDGETS = {"bfloat16": 4.8e-3, "float16": 7e-4, "float32": 5e-6}

@@ -9,14 +9,33 @@ import typer
 
 from ..console import ProgressBar, print_json
 from ..errors import UserError
-from ..options import AsJson, Commit, KernelRoot
+from ..options import AsJson, Commit, KernelRoot, checked, writable_file
 from ..repository import find_root
 from .candidates import STAGES, WIDTHS
 
 
+def _stages(option: str, chosen: list[str]) -> list[str]:
+    for stage in chosen:
+        if stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    return chosen
+
+
+def _widths(option: str, chosen: list[int]) -> list[int]:
+    for width in chosen:
+        if not 16 <= width <= 512:
+            raise UserError(f"width must be from 16 to 512; got {width}")
+    return chosen
+
+
+@checked
 def tune(
-    out: Annotated[Path, typer.Option(help="Write the settings table to this file.")],
-    results: Annotated[Path | None, typer.Option(help="Write every timing to this file.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Write the settings table to this file."), writable_file
+    ],
+    results: Annotated[
+        Path | None, typer.Option(help="Write every timing to this file."), writable_file
+    ] = None,
     stages: Annotated[
         list[str] | None,
         typer.Option(
@@ -24,12 +43,14 @@ def tune(
             help="Tune this stage alone: fused_dual_gemm, trimul_einsum, fused_ln_residual; "
             "may be repeated.",
         ),
+        _stages,
     ] = None,
     widths: Annotated[
         list[int] | None,
         typer.Option(
             "--width", help="Tune this C = D alone; may be repeated. Default: 128 and 256."
         ),
+        _widths,
     ] = None,
     kernel_root: KernelRoot = None,
     commit: Commit = None,
@@ -40,12 +61,6 @@ def tune(
     Every candidate is checked before it is timed. The shipped table of this
     GPU's architecture is where the new one starts from; it is not changed.
     """
-    for stage in stages or ():
-        if stage not in STAGES:
-            raise UserError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
-    for width in widths or ():
-        if not 16 <= width <= 512:
-            raise UserError(f"width must be from 16 to 512; got {width}")
     root = find_root(kernel_root)
 
     from .search import search
