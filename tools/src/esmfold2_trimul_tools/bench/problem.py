@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import oracle
 from .case import EPS, Case
 
 _HIDDEN_RESIDUES = 3
@@ -75,39 +75,36 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def reference(problem: Problem) -> Tensor:
-    """The update [B, L, L, C] in float64, on the problem's device.
+    """The update [B, L, L, C] in float64, on the problem's device, in the steps of the oracle.
 
     Never holds more than two float64 tensors of the pair's size: a and b come and go a few channels
     at a time, and the answer takes the place of their product, a few rows at a time.
     """
-    case, mask = problem.case, problem.mask
-    w = {name: value.double() for name, value in problem.weights.items()}
+    case, w = problem.case, problem.weights
     z = problem.x.double()
     for rows in z.split(_ROWS_AT_ONCE, dim=1):
-        rows.copy_(_norm_in(rows, w))
+        rows.copy_(oracle.norm(rows, w, "norm_in", EPS))
     t = z.new_empty(*z.shape[:-1], case.hidden)
     for group in torch.arange(case.hidden).split(_CHANNELS_AT_ONCE):
-        a = _plane(z, mask, w, group)
-        b = _plane(z, mask, w, case.hidden + group)
-        product = a @ b.mT if case.direction == "outgoing" else a.mT @ b
-        t[..., group] = product.movedim(1, -1)
-        del a, b, product
+        both = torch.cat([group, case.hidden + group])
+        some = w | {name: w[name][both] for name in ("p_in_weight", "g_in_weight")}
+        a, b = oracle.operands(z, some, problem.mask)
+        t[..., group] = oracle.product(a, b, case.direction)
+        del a, b
 
     # D = C, so the answer fits where the product was.
     for t_rows, z_rows in zip(t.split(_ROWS_AT_ONCE, 1), z.split(_ROWS_AT_ONCE, 1), strict=True):
-        t_rows.copy_(_emit(t_rows, z_rows, w))
+        t_rows.copy_(oracle.update(t_rows, z_rows, w, EPS))
     return t
 
 
 def reference_gradient(problem: Problem) -> Tensor:
-    """The gradient of x [B, L, L, C] in float64, by autograd of the formula as it is written."""
-    w = {name: value.double() for name, value in problem.weights.items()}
+    """The gradient of x [B, L, L, C] in float64, by autograd of the oracle."""
     x = problem.x.double().requires_grad_()
     with torch.enable_grad():
-        z = _norm_in(x, w)
-        a, b = _plane(z, problem.mask, w, slice(None)).chunk(2, dim=1)
-        t = a @ b.mT if problem.case.direction == "outgoing" else a.mT @ b
-        out = _emit(t.movedim(1, -1), z, w)
+        out = oracle.triangle_multiplication(
+            x, problem.case.direction, problem.weights, mask=problem.mask, eps=EPS
+        )
     return torch.autograd.grad(out, x, problem.grad_out.double())[0]
 
 
@@ -136,41 +133,20 @@ def sample(problem: Problem) -> Sample:
         ends = torch.tensor([0, case.length - 1])
         return torch.cat([ends, inner]).unique().to(problem.x.device)
 
-    w = {name: value.double() for name, value in problem.weights.items()}
-    sides = []
+    w, sides = problem.weights, []
     i, j = residues(), residues()
-    for some, offset in ((i, 0), (j, case.hidden)):
+    for number, some in enumerate((i, j)):
         # All pairs of a residue: its row where outgoing, its column where incoming.
         side = 1 if case.direction == "outgoing" else 2
         rows = problem.x.index_select(side, some)
         mask = None if problem.mask is None else problem.mask.index_select(side, some)
         if case.direction == "incoming":
             rows, mask = rows.transpose(1, 2), None if mask is None else mask.mT
-        z = _norm_in(rows.double(), w)
-        sides.append(_plane(z, mask, w, offset + torch.arange(case.hidden)))  # [B, D, R, L]
-    t = (sides[0] @ sides[1].mT).movedim(1, -1)
-    z = _norm_in(problem.x[:, i[:, None], j].double(), w)
-    return Sample(i, j, _emit(t, z, w))
-
-
-def _norm_in(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], EPS)
-
-
-def _plane(
-    z: Tensor, mask: Tensor | None, w: dict[str, Tensor], channels: Tensor | slice
-) -> Tensor:
-    """Some channels of a and b, [B, channels, i, k], of z [B, i, k, C]."""
-    gate = F.linear(z, w["g_in_weight"][channels]).sigmoid()
-    gated = gate * F.linear(z, w["p_in_weight"][channels])
-    if mask is not None:
-        gated = gated * mask.unsqueeze(-1)
-    return gated.movedim(-1, 1)
-
-
-def _emit(t: Tensor, z: Tensor, w: dict[str, Tensor]) -> Tensor:
-    mixed = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], EPS)
-    return F.linear(mixed, w["p_out_weight"]) * F.linear(z, w["g_out_weight"]).sigmoid()
+        z = oracle.norm(rows.double(), w, "norm_in", EPS)
+        sides.append(oracle.operands(z, w, mask)[number])  # [B, R, L, D]
+    t = oracle.product(*sides, "outgoing")
+    z = oracle.norm(problem.x[:, i[:, None], j].double(), w, "norm_in", EPS)
+    return Sample(i, j, oracle.update(t, z, w, EPS))
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

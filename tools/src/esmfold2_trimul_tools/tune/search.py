@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 
+from .. import oracle
 from ..environment import checkout_commit, driver_version
 from ..errors import UserError
 from ..repository import load_kernel, submodule
@@ -50,31 +51,27 @@ class StageInputs:
             *norms[:2], bundle[: 2 * width], None, bundle[2 * width :], None,
             *norms[2:], emit, None, gate, None,
         )  # fmt: skip
-        self._make_references(bundle, emit, gate, norms)
+        self._make_references()
 
-    def _make_references(self, bundle, emit, gate, norms) -> None:
+    def _make_references(self) -> None:
         """Each stage's result in float32 from the operands that the stage is given."""
-        x, length = self.x, self.length
-        width = x.shape[-1:]
+        x, length, parameters = self.x, self.length, self.weights._asdict()
         pitch = submodule(self.kernel, "triton_parts.tiles").padded_pitch(length)
         rows = x.float()
-        z = torch.nn.functional.layer_norm(rows, width, *norms[:2])
-        value, gated = (z @ bundle.float().mT).chunk(2, dim=-1)
-        planes = (value * gated.sigmoid() * self.mask.unsqueeze(-1)).movedim(-1, 1)
-        del value, gated
+        z = oracle.norm(rows, parameters, "norm_in", 1e-5)
+        planes = torch.cat(oracle.operands(z, parameters, self.mask), dim=-1).movedim(-1, 1)
         planes = planes.bfloat16().contiguous()
         self.planes = torch.nn.functional.pad(planes, (0, pitch - length))
-        left, right = self.planes[..., :length].chunk(2, dim=1)
-        product = left @ right.mT
-        self.product = torch.nn.functional.pad(product, (0, pitch - length))
+        a, b = planes.movedim(1, -1).chunk(2, dim=-1)
+        product = oracle.product(a, b, "outgoing")
+        planes = product.movedim(-1, 1).contiguous()
+        self.product = torch.nn.functional.pad(planes, (0, pitch - length))
         moments = [rows.mean(-1), (rows.var(-1, unbiased=False) + 1e-5).rsqrt()]
         self.moments = torch.nn.functional.pad(torch.stack(moments, dim=1), (0, pitch - length))
-        t = torch.nn.functional.layer_norm(product.float().movedim(1, -1), width, *norms[2:])
-        out = (t @ emit.float().mT) * (z @ gate.float().mT).sigmoid()
         self.wanted = {
             "fused_dual_gemm": self.planes,
             "trimul_einsum": self.product,
-            "fused_ln_residual": out.bfloat16(),
+            "fused_ln_residual": oracle.update(product.float(), z, parameters, 1e-5).bfloat16(),
         }
 
     def run(self, job: Job) -> torch.Tensor:
