@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from esmfold2_trimul_tools.bench.case import PASSES, Case
 from esmfold2_trimul_tools.bench.clock import make_clock
-from esmfold2_trimul_tools.bench.problem import PASSES, Case, make_problem, relative_error
+from esmfold2_trimul_tools.bench.problem import make_problem, relative_error
 from esmfold2_trimul_tools.bench.report import origin
 from esmfold2_trimul_tools.bench.rivals import Call, Sources, trained
 from esmfold2_trimul_tools.documents import write_document

@@ -17,14 +17,14 @@ HUNG_SECONDS = 3600  # a process that takes so long will never end
 def python_output(script: str, *arguments: str, **environment: str) -> str:
     """What `script` prints when run with `arguments`; a script that fails fails the test.
 
-    The process is offline, takes the paths that a user's would, and can import the test helpers.
-    `environment` adds to its environment variables.
+    The process is offline, takes the paths that a user's would, and can import the test helpers and
+    the tools. `environment` adds to its environment variables.
     """
     variables = {name: value for name, value in os.environ.items() if name not in _STRIPPED}
     variables |= {
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools" / "src")]),
         **environment,
     }
     done = subprocess.run(

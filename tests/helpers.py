@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from esmfold2_trimul_tools.oracle import triangle_multiplication
 from torch import Tensor
 
 # Another number makes all random tensors of the tests others.
@@ -135,7 +135,7 @@ def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) ->
 
 
 def reference(problem: Problem) -> Tensor:
-    """AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, in float64, line by line."""
+    """The result in float64: see `esmfold2_trimul_tools.oracle`."""
     return formula(problem).detach()
 
 
@@ -172,36 +172,12 @@ def with_leaves(problem: Problem, leaves: dict[str, Tensor]) -> Problem:
 
 
 def formula(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every operation's result in `dtype`, but norms in float32 at least."""
-
-    def cast(value: Tensor | None, to: torch.dtype = dtype) -> Tensor | None:
-        return None if value is None else value.cpu().to(to)
-
-    def norm(value: Tensor, name: str) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        parts = (cast(problem.weights.get(f"{name}_{part}"), wide) for part in ("weight", "bias"))
-        return F.layer_norm(value.to(wide), value.shape[-1:], *parts, problem.eps).to(dtype)
-
-    w = {name: cast(value) for name, value in problem.weights.items()}
-    bias = {name: cast(value) for name, value in problem.biases.items()}
-    x = cast(problem.x)
-    z = norm(x, "norm_in")
-    value = F.linear(z, w["p_in_weight"], bias.get("p_in_bias"))
-    gate = torch.sigmoid(F.linear(z, w["g_in_weight"], bias.get("g_in_bias")))
-    ab = value * gate
-    if problem.mask is not None:
-        ab = ab * cast(problem.mask).unsqueeze(-1)
-    a, b = ab.chunk(2, dim=-1)
-    if problem.direction == "outgoing":
-        t = torch.einsum("bikd,bjkd->bijd", a, b)
-    else:
-        t = torch.einsum("bkid,bkjd->bijd", a, b)
-    delta = F.linear(norm(t, "norm_out"), w["p_out_weight"], bias.get("p_out_bias"))
-    delta = delta * torch.sigmoid(F.linear(z, w["g_out_weight"], bias.get("g_out_bias")))
-    if problem.drop_mask is not None:
-        drop = cast(problem.drop_mask)
-        delta = delta * drop.reshape(x.shape[0], 1, x.shape[1], x.shape[3])
-    return delta if problem.residual is None else cast(problem.residual) + delta
+    """The oracle's result on the CPU: every operation's in `dtype`, norms in float32 at least."""
+    p = problem.to("cpu")
+    return triangle_multiplication(
+        p.x, p.direction, p.weights | p.biases, mask=p.mask, residual=p.residual,
+        drop_mask=p.drop_mask, eps=p.eps, dtype=dtype,
+    )  # fmt: skip
 
 
 def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:

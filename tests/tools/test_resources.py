@@ -139,7 +139,8 @@ def test_problems_name_what_is_over_a_limit():
 def test_lengths_of_a_class_compile_once():
     """And 2,047 different proteins at most four kernels of each stage."""
     all_classes = [*range(1, 2048, 97), 96, 97, 160, 161, 320, 321]
-    lengths = [(1, 2, 64, 77, 96), (321, 383, 512, 1000, 2047), all_classes]
+    # None is of BACKWARD_CASES, whose launches are more.
+    lengths = [(1, 2, 64, 77, 96), (321, 383, 511, 1000, 2047), all_classes]
     short, long, counts = json.loads(run_fresh(COUNT, json.dumps(lengths)))
     assert short == long == [1, 1, 1]
     assert all(1 <= count <= 4 for count in counts)

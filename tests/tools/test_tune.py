@@ -7,7 +7,9 @@ import pytest
 import torch
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.errors import UserError
-from esmfold2_trimul_tools.tune import search as tune
+from esmfold2_trimul_tools.tune import search
+from esmfold2_trimul_tools.tune.candidates import STAGES, WIDTHS, Job, candidates
+from esmfold2_trimul_tools.tune.table import fastest, table
 from fresh_process import ROOT
 from typer.testing import CliRunner
 
@@ -17,7 +19,7 @@ PACKAGE_CONFIGS = ROOT / "torch-ext" / "esmfold2_trimul_kernel" / "triton_parts"
 
 def job(stage, width=32, **config):
     base = dict(block_m=32, block_n=16, block_k=32, num_warps=4, num_stages=2)
-    return tune.Job(stage, width, tuple(sorted((base | config).items())))
+    return Job(stage, width, tuple(sorted((base | config).items())))
 
 
 def row(milliseconds, length=64, width=128, stage="trimul_einsum", **config):
@@ -35,11 +37,11 @@ def results(*rows, failed=()):
     return {"environment": environment, "rows": list(rows), "failed": list(failed)}
 
 
-@pytest.mark.parametrize("stage", tune.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_candidates(kernel, stage, descriptors):
-    for width in tune.WIDTHS:
-        found = tune.candidates(stage, width, descriptors)
+    for width in WIDTHS:
+        found = candidates(stage, width, descriptors)
         assert len(found) == len(set(found)) >= 8
         configs = [one.launch_config(kernel) for one in found]
         assert any(config.descriptors for config in configs) == descriptors
@@ -53,18 +55,18 @@ def test_candidates(kernel, stage, descriptors):
     job("fused_ln_residual", block_n=32, descriptors=True, held=True),
 ], ids=str)  # fmt: skip
 def test_a_candidate_is_held_to_the_reference(kernel, on_triton, monkeypatch, one):
-    inputs = tune.StageInputs(kernel, one.width, 21, on_triton)
-    assert 0 <= inputs.error(one) <= tune.LARGEST_ERROR
+    inputs = search.StageInputs(kernel, one.width, 21, on_triton)
+    assert 0 <= inputs.error(one) <= search.LARGEST_ERROR
     right = inputs.run(one)
     monkeypatch.setattr(inputs, "run", lambda _: right * 1.01)
-    assert inputs.error(one) > tune.LARGEST_ERROR
+    assert inputs.error(one) > search.LARGEST_ERROR
 
 
 def test_an_element_that_is_not_written_is_an_error(kernel, on_triton, monkeypatch):
     one = job("fused_ln_residual")
-    inputs = tune.StageInputs(kernel, one.width, 21, on_triton)
+    inputs = search.StageInputs(kernel, one.width, 21, on_triton)
     monkeypatch.setattr(inputs, "run", lambda _: torch.empty_like(inputs.wanted[one.stage]))
-    assert not inputs.error(one) <= tune.LARGEST_ERROR
+    assert not inputs.error(one) <= search.LARGEST_ERROR
 
 
 def test_the_fastest_has_the_least_mean_over_all_lengths():
@@ -74,39 +76,39 @@ def test_the_fastest_has_the_least_mean_over_all_lengths():
         row(0.1, 128, block_m=16),  # not measured at 200
         row(0.1, 128, stage="fused_dual_gemm"), row(0.1, 200, width=256),
     ]  # fmt: skip
-    config, mean = tune.fastest(rows, "trimul_einsum", 128, (128, 200))
+    config, mean = fastest(rows, "trimul_einsum", 128, (128, 200))
     assert config["block_m"] == 32 and mean == pytest.approx(3**0.5)
-    assert tune.fastest(rows, "trimul_einsum", 64, (128, 200)) is None
+    assert fastest(rows, "trimul_einsum", 64, (128, 200)) is None
 
 
 def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     base = json.loads((PACKAGE_CONFIGS / "sm_90.json").read_text())
     shipped = submodule("triton_parts.settings").settings_of("sm_90")
     some = []
-    for stage in tune.STAGES:
+    for stage in STAGES:
         for width in (128, 256):
             for length in (64, 128, 200):
                 same = 32 if width == 128 else 32 + 32 * (length > 64)
                 some += [row(1.0, length, width, stage, block_m=same, maxnreg=None)]
                 some += [row(2.0, length, width, stage, block_m=16)]
-    table = tune.table(results(*some), base, shipped, CLASSES)
+    tuned = table(results(*some), base, shipped, CLASSES)
     for words in ("NVIDIA Test", "torch 2.0", "Triton 3.0", "2020-01-01"):
-        assert words in table["note"]
-    entries = table["trimul_einsum"]["2"]
+        assert words in tuned["note"]
+    entries = tuned["trimul_einsum"]["2"]
     # 128: both classes have one setting, so one entry; 256: two.
     assert [(e["max_width"], e.get("max_length")) for e in entries[:3]] == [
         (128, None), (256, 96), (256, None),
     ]  # fmt: skip
     assert "maxnreg" not in entries[0] and "split" not in entries[0]
     assert entries[3:] == [e for e in base["trimul_einsum"]["2"] if "max_width" not in e]
-    assert table["trimul_einsum"]["4"] == base["trimul_einsum"]["4"]
+    assert tuned["trimul_einsum"]["4"] == base["trimul_einsum"]["4"]
 
     config = submodule("triton_parts.settings")
-    monkeypatch.setattr(config, "_table", lambda name: table if name == "tuned" else None)
+    monkeypatch.setattr(config, "_table", lambda name: tuned if name == "tuned" else None)
     shape = config.Shape
     config.pick_config.cache_clear()
     try:
-        for stage in tune.STAGES:
+        for stage in STAGES:
             for width, length, block_m in ((128, 64, 32), (256, 64, 32), (256, 97, 64)):
                 picked = config.pick_config(
                     stage, "tuned", "any", shape(2, width, length), "3.6.0"
@@ -158,15 +160,15 @@ def fake_gpu(monkeypatch):
         torch, "empty", lambda *size, device=None, **others: empty(*size, **others)
     )
     monkeypatch.setattr(
-        tune.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=FakePool)
+        search.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=FakePool)
     )
-    monkeypatch.setattr(tune, "StageInputs", FakeInputs)
+    monkeypatch.setattr(search, "StageInputs", FakeInputs)
 
 
 def test_candidates_that_fail_are_named_and_never_chosen(fake_gpu):
     jobs = [job("trimul_einsum", 128, block_m=m) for m in (48, 64, 128, 256)]
     said = []
-    found = tune.tune(
+    found = search.search(
         ROOT, ("trimul_einsum",), (128,), CLASSES, jobs=jobs, command="tune", commit="abc",
         progress=lambda *what: said.append(what),
     )  # fmt: skip
@@ -175,7 +177,7 @@ def test_candidates_that_fail_are_named_and_never_chosen(fake_gpu):
     assert [(f["config"]["block_m"], f["why"]) for f in found["failed"]] == [
         (256, "too much shared memory"), (48, "error 5.0e-01 at L = 200"),
     ]  # fmt: skip
-    config, mean = tune.fastest(found["rows"], "trimul_einsum", 128, (128, 200))
+    config, mean = fastest(found["rows"], "trimul_einsum", 128, (128, 200))
     assert (config["block_m"], mean) == (64, pytest.approx(64))
     where = found["environment"]
     assert (where["device"], where["command"], where["commit"]) == ("NVIDIA Test", "tune", "abc")
@@ -185,9 +187,10 @@ def test_candidates_that_fail_are_named_and_never_chosen(fake_gpu):
 
 
 def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        tune, "candidates", lambda stage, width, _: [job(stage, width, block_m=m) for m in (64, 32)]
-    )
+    def two(stage, width, descriptors):
+        return [job(stage, width, block_m=m) for m in (64, 32)]
+
+    monkeypatch.setattr(search, "candidates", two)
     device = submodule("triton_parts.device")
     monkeypatch.setattr(device, "device_target", lambda _: device.target_of("sm_90", ""))
     out, everything = tmp_path / "new" / "table.json", tmp_path / "all.json"
@@ -195,8 +198,8 @@ def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
     result = CliRunner().invoke(cli.app, ["tune", *arguments])
     assert result.exit_code == 0, result.output
     assert "trimul_einsum C = 128, L = 64, 76: 32.0000  block_k=32 block_m=32" in result.stdout
-    table = json.loads(out.read_text())
-    assert table["fused_dual_gemm"]["2"][0]["block_m"] == 32
+    tuned = json.loads(out.read_text())
+    assert tuned["fused_dual_gemm"]["2"][0]["block_m"] == 32
     written = json.loads(everything.read_text())["candidates"]
     assert len(written) == 3 * 2 and all(len(one["milliseconds"]) == 10 for one in written)
     result = CliRunner().invoke(

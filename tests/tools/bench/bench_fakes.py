@@ -3,7 +3,8 @@
 import torch
 from esmfold2_trimul_tools.bench import clock as bench_clock
 from esmfold2_trimul_tools.bench import run as bench
-from esmfold2_trimul_tools.bench.problem import Case, reference
+from esmfold2_trimul_tools.bench.case import Case
+from esmfold2_trimul_tools.bench.problem import reference
 from esmfold2_trimul_tools.bench.results import ROW, compare, derive
 from esmfold2_trimul_tools.bench.rivals import Absent, Call, Rival
 

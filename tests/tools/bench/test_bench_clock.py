@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_fakes import CPU
 from esmfold2_trimul_tools.bench import clock as bench_clock
-from esmfold2_trimul_tools.bench.problem import Case, stage_floors
+from esmfold2_trimul_tools.bench.case import Case, stage_floors
 
 
 def test_percentiles_lie_between_neighbours():

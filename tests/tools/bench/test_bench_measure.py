@@ -6,13 +6,8 @@ import pytest
 import torch
 from bench_fakes import CASE, CEILINGS, CPU, CountingClock, absent, answer, raises_when_made
 from esmfold2_trimul_tools.bench import run as bench
-from esmfold2_trimul_tools.bench.problem import (
-    Case,
-    make_problem,
-    reference,
-    reference_gradient,
-    sample,
-)
+from esmfold2_trimul_tools.bench.case import Case
+from esmfold2_trimul_tools.bench.problem import make_problem, reference, reference_gradient, sample
 from esmfold2_trimul_tools.bench.results import ROW, derive
 from esmfold2_trimul_tools.bench.rivals import RIVALS, Call, Rival, Sources
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from bench_fakes import CPU
+from esmfold2_trimul_tools.bench.case import Case, stage_floors
 from esmfold2_trimul_tools.bench.problem import (
-    Case,
     make_problem,
     reference,
     reference_gradient,
     relative_error,
     sample,
-    stage_floors,
 )
 from helpers import Problem
 from helpers import reference as oracle

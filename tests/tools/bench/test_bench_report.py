@@ -6,7 +6,7 @@ import pytest
 from bench_fakes import CASE, CEILINGS, TINY, example_results, row_of
 from esmfold2_trimul_tools.bench import plots as bench_plots
 from esmfold2_trimul_tools.bench import report as bench_report
-from esmfold2_trimul_tools.bench.problem import Case, stage_floors
+from esmfold2_trimul_tools.bench.case import Case, stage_floors
 from esmfold2_trimul_tools.bench.rivals import Sources
 from esmfold2_trimul_tools.bench.settings import read_settings
 from esmfold2_trimul_tools.environment import describe_environment

@@ -2,7 +2,7 @@
 
 import pytest
 from bench_fakes import CASE, row_of
-from esmfold2_trimul_tools.bench.problem import stage_floors
+from esmfold2_trimul_tools.bench.case import stage_floors
 from esmfold2_trimul_tools.bench.results import compare, read_results, row_case
 from esmfold2_trimul_tools.documents import write_document
 from esmfold2_trimul_tools.errors import UserError

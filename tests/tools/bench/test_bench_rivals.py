@@ -10,7 +10,8 @@ import pytest
 import torch
 from bench_fakes import CASE, CPU, answer
 from esmfold2_trimul_tools.bench import rivals as bench_rivals
-from esmfold2_trimul_tools.bench.problem import Case, make_problem, reference, relative_error
+from esmfold2_trimul_tools.bench.case import Case
+from esmfold2_trimul_tools.bench.problem import make_problem, reference, relative_error
 from esmfold2_trimul_tools.bench.rivals import RIVALS, Absent, Call, Sources
 from fresh_process import ROOT, python_output
 

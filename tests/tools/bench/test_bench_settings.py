@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from bench_fakes import TINY
-from esmfold2_trimul_tools.bench.problem import Case
+from esmfold2_trimul_tools.bench.case import Case
 from esmfold2_trimul_tools.bench.rivals import RIVALS
 from esmfold2_trimul_tools.bench.settings import read_settings
 from esmfold2_trimul_tools.errors import UserError

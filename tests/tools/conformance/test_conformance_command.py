@@ -9,10 +9,11 @@ from cli_runner import run
 from conformance_cases import BY_NAME, CPU, implementation, outcome, rounded, turned, unmasked
 from conftest import ROOT
 from esmfold2_trimul_tools.bench.rivals import Sources
+from esmfold2_trimul_tools.conformance import implementations
 from esmfold2_trimul_tools.conformance import run as conformance
 from esmfold2_trimul_tools.conformance.implementations import Implementation
 from esmfold2_trimul_tools.conformance.report import markdown, read_results
-from esmfold2_trimul_tools.conformance.run import read_settings
+from esmfold2_trimul_tools.conformance.settings import read_settings
 from esmfold2_trimul_tools.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,8 +28,8 @@ def sources(kernel) -> Sources:
 def only(monkeypatch):
     """only(IMPLEMENTATION, ...): those are all that there are."""
 
-    def replace(*implementations):
-        monkeypatch.setattr(conformance, "IMPLEMENTATIONS", implementations)
+    def replace(*some):
+        monkeypatch.setattr(implementations, "IMPLEMENTATIONS", some)
 
     return replace
 

@@ -1,5 +1,6 @@
 """The commands about the machine and the repository: doctor, resources, build."""
 
+import json
 import sys
 from typing import Annotated, Any
 
@@ -8,10 +9,23 @@ from rich.table import Column, Table
 
 from .console import ProgressBar, print_json, stdout
 from .errors import UserError
-from .options import AsJson, KernelRoot
-from .repository import find_root
+from .options import AsJson, KernelRoot, checked
+from .repository import VARIANT, built, find_root
 
 
+def _targets(option: str, chosen: list[str]) -> list[str]:
+    """Refuses one without a table of its own in the build, as `triton_parts.settings` has them."""
+    root = find_root()
+    built(root)
+    tables = (root / VARIANT / "triton_parts" / "configs").glob("*.json")
+    known = sorted(path.stem for path in tables if "shared_bytes" in json.loads(path.read_text()))
+    for target in chosen:
+        if target not in known:
+            raise UserError(f"target must be one of {', '.join(known)}; got {target!r}")
+    return chosen
+
+
+@checked
 def doctor(kernel_root: KernelRoot = None, as_json: AsJson = False) -> None:
     """Say what this machine would do with the kernel, and what stands in its way.
 
@@ -38,10 +52,12 @@ def doctor(kernel_root: KernelRoot = None, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
+@checked
 def resources(
     target: Annotated[
         list[str] | None,
         typer.Option("--target", help="Compile for this architecture only; may be repeated."),
+        _targets,
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,6 +86,7 @@ def resources(
         raise typer.Exit(1)
 
 
+@checked
 def build(
     check: Annotated[
         bool,

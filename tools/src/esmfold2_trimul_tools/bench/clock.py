@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .problem import Case
+from .case import Case
 
 Call = Callable[[], Any]
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from ..repository import load_kernel
+from .case import Case
 from .clock import make_clock
-from .problem import Case, make_problem
+from .problem import make_problem
 from .rivals import RIVALS, Sources
 
 _MODULE = "esmfold2_trimul_tools.bench.first_call"

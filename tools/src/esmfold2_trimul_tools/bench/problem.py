@@ -1,71 +1,21 @@
-"""What the benchmark computes: one shape, its random inputs, its float64 answer and its floor."""
+"""What the benchmark computes: the random inputs of one shape, and its float64 answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-DIRECTIONS = ("outgoing", "incoming")
-MASKS = ("bool", "float", "none")
-# A forward call; or one and the gradients of all that it takes but the mask.
-PASSES = ("forward", "training")
-EPS = 1e-5
-_COLUMNS = ("batch", "dtype", "direction", "mask", "passes")
+from .. import oracle
+from .case import EPS, Case
+
 _HIDDEN_RESIDUES = 3
 _CHANNELS_AT_ONCE = 16  # of float64 planes: 0.5 GB each at L = 2048
 _ROWS_AT_ONCE = 64
 _SAMPLED = 16
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape: a pair tensor [B, L, L, C], hidden width D, and how it is called."""
-
-    channels: int
-    length: int
-    dtype: str
-    direction: str = "outgoing"
-    mask: str = "bool"
-    batch: int = 1
-    passes: str = "forward"
-
-    @property
-    def hidden(self) -> int:
-        """D, which is C in ESMFold2."""
-        return self.channels
-
-    @property
-    def pairs(self) -> int:
-        """n = B * L * L."""
-        return self.batch * self.length**2
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def pair_bytes(self) -> int:
-        """Bytes of one tensor of the pair's size."""
-        return self.pairs * self.channels * self.torch_dtype.itemsize
-
-    def columns(self) -> dict[str, Any]:
-        """What a row of the results says of its shape."""
-        return {
-            "C": self.channels,
-            "D": self.hidden,
-            "L": self.length,
-            **{name: value for name, value in asdict(self).items() if name in _COLUMNS},
-        }
-
-    def __str__(self) -> str:
-        name = f"C={self.channels} L={self.length} {self.dtype} {self.direction} mask={self.mask}"
-        return name if self.passes == "forward" else f"{name} {self.passes}"
 
 
 class Problem(NamedTuple):
@@ -125,39 +75,36 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def reference(problem: Problem) -> Tensor:
-    """The update [B, L, L, C] in float64, on the problem's device.
+    """The update [B, L, L, C] in float64, on the problem's device, in the steps of the oracle.
 
     Never holds more than two float64 tensors of the pair's size: a and b come and go a few channels
     at a time, and the answer takes the place of their product, a few rows at a time.
     """
-    case, mask = problem.case, problem.mask
-    w = {name: value.double() for name, value in problem.weights.items()}
+    case, w = problem.case, problem.weights
     z = problem.x.double()
     for rows in z.split(_ROWS_AT_ONCE, dim=1):
-        rows.copy_(_norm_in(rows, w))
+        rows.copy_(oracle.norm(rows, w, "norm_in", EPS))
     t = z.new_empty(*z.shape[:-1], case.hidden)
     for group in torch.arange(case.hidden).split(_CHANNELS_AT_ONCE):
-        a = _plane(z, mask, w, group)
-        b = _plane(z, mask, w, case.hidden + group)
-        product = a @ b.mT if case.direction == "outgoing" else a.mT @ b
-        t[..., group] = product.movedim(1, -1)
-        del a, b, product
+        both = torch.cat([group, case.hidden + group])
+        some = w | {name: w[name][both] for name in ("p_in_weight", "g_in_weight")}
+        a, b = oracle.operands(z, some, problem.mask)
+        t[..., group] = oracle.product(a, b, case.direction)
+        del a, b
 
     # D = C, so the answer fits where the product was.
     for t_rows, z_rows in zip(t.split(_ROWS_AT_ONCE, 1), z.split(_ROWS_AT_ONCE, 1), strict=True):
-        t_rows.copy_(_emit(t_rows, z_rows, w))
+        t_rows.copy_(oracle.update(t_rows, z_rows, w, EPS))
     return t
 
 
 def reference_gradient(problem: Problem) -> Tensor:
-    """The gradient of x [B, L, L, C] in float64, by autograd of the formula as it is written."""
-    w = {name: value.double() for name, value in problem.weights.items()}
+    """The gradient of x [B, L, L, C] in float64, by autograd of the oracle."""
     x = problem.x.double().requires_grad_()
     with torch.enable_grad():
-        z = _norm_in(x, w)
-        a, b = _plane(z, problem.mask, w, slice(None)).chunk(2, dim=1)
-        t = a @ b.mT if problem.case.direction == "outgoing" else a.mT @ b
-        out = _emit(t.movedim(1, -1), z, w)
+        out = oracle.triangle_multiplication(
+            x, problem.case.direction, problem.weights, mask=problem.mask, eps=EPS
+        )
     return torch.autograd.grad(out, x, problem.grad_out.double())[0]
 
 
@@ -186,41 +133,20 @@ def sample(problem: Problem) -> Sample:
         ends = torch.tensor([0, case.length - 1])
         return torch.cat([ends, inner]).unique().to(problem.x.device)
 
-    w = {name: value.double() for name, value in problem.weights.items()}
-    sides = []
+    w, sides = problem.weights, []
     i, j = residues(), residues()
-    for some, offset in ((i, 0), (j, case.hidden)):
+    for number, some in enumerate((i, j)):
         # All pairs of a residue: its row where outgoing, its column where incoming.
         side = 1 if case.direction == "outgoing" else 2
         rows = problem.x.index_select(side, some)
         mask = None if problem.mask is None else problem.mask.index_select(side, some)
         if case.direction == "incoming":
             rows, mask = rows.transpose(1, 2), None if mask is None else mask.mT
-        z = _norm_in(rows.double(), w)
-        sides.append(_plane(z, mask, w, offset + torch.arange(case.hidden)))  # [B, D, R, L]
-    t = (sides[0] @ sides[1].mT).movedim(1, -1)
-    z = _norm_in(problem.x[:, i[:, None], j].double(), w)
-    return Sample(i, j, _emit(t, z, w))
-
-
-def _norm_in(x: Tensor, w: dict[str, Tensor]) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], w["norm_in_weight"], w["norm_in_bias"], EPS)
-
-
-def _plane(
-    z: Tensor, mask: Tensor | None, w: dict[str, Tensor], channels: Tensor | slice
-) -> Tensor:
-    """Some channels of a and b, [B, channels, i, k], of z [B, i, k, C]."""
-    gate = F.linear(z, w["g_in_weight"][channels]).sigmoid()
-    gated = gate * F.linear(z, w["p_in_weight"][channels])
-    if mask is not None:
-        gated = gated * mask.unsqueeze(-1)
-    return gated.movedim(-1, 1)
-
-
-def _emit(t: Tensor, z: Tensor, w: dict[str, Tensor]) -> Tensor:
-    mixed = F.layer_norm(t, t.shape[-1:], w["norm_out_weight"], w["norm_out_bias"], EPS)
-    return F.linear(mixed, w["p_out_weight"]) * F.linear(z, w["g_out_weight"]).sigmoid()
+        z = oracle.norm(rows.double(), w, "norm_in", EPS)
+        sides.append(oracle.operands(z, w, mask)[number])  # [B, R, L, D]
+    t = oracle.product(*sides, "outgoing")
+    z = oracle.norm(problem.x[:, i[:, None], j].double(), w, "norm_in", EPS)
+    return Sample(i, j, oracle.update(t, z, w, EPS))
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -232,23 +158,3 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
         off += (got_rows.double() - wanted_rows).square().sum()
         size += wanted_rows.square().sum()
     return float((off / size).sqrt())
-
-
-def stage_floors(case: Case, copy_rate: float, matrix_rate: float) -> tuple[float, float, float]:
-    """Seconds below which no stage can come: the larger of its traffic's and its FLOPs' time.
-
-    Each stage reads its inputs once and writes its outputs once; weights are left out.
-
-    Args:
-        copy_rate: bytes read and written a second.
-        matrix_rate: FLOPs a second of a matrix product.
-    """
-    n, c, d, e = case.pairs, case.channels, case.hidden, case.torch_dtype.itemsize
-    mask_bytes = {"bool": 1, "float": 4, "none": 0}[case.mask]
-    traffic = (n * (c + 2 * d) * e + n * mask_bytes, n * 3 * d * e, n * (c + d + c) * e)
-    flops = (2 * n * c * 4 * d, 2 * case.batch * d * case.length**3, 2 * n * (d * c + c * c))
-    first, second, third = (
-        max(moved / copy_rate, done / matrix_rate)
-        for moved, done in zip(traffic, flops, strict=True)
-    )
-    return first, second, third

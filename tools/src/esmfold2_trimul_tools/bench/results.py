@@ -13,7 +13,7 @@ from typing import Any
 
 from ..documents import read_document
 from ..errors import UserError
-from .problem import Case, stage_floors
+from .case import Case, stage_floors
 from .rivals import BASELINES, OURS
 
 Results = dict[str, Any]

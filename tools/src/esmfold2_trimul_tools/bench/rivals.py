@@ -2,7 +2,8 @@
 
 A rival is a line in RIVALS and a function that makes its call of a problem; `compiled` and
 `captured` make further ones of those. What only prepares the call (parameters in the dtype that the
-rival wants, compilation, capture) is done when it is made, and never timed.
+rival wants, compilation, capture) is done when it is made, and never timed. Not before is torch
+imported: the options are checked against the table without it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from .case import PASSES
 
-from .problem import PASSES, Problem
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .problem import Problem
 
 _PUBLISHED = "esmfold2_trimul"
 _HUB_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the published layer
@@ -119,6 +123,8 @@ def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -
         )
     except ImportError as error:
         raise Absent(f"no transformers with ESMFold2 ({first_line(error)})") from None
+    import torch
+
     w = problem.weights
     config = EsmFold2Config(pairwise_hidden_size=problem.case.channels, chunk_size=chunk_size)
     outgoing = problem.case.direction == "outgoing"
@@ -144,6 +150,8 @@ def published(problem: Problem, sources: Sources) -> Call:
     The layer also casts the norms' parameters in every call; here that is done beforehand. A
     problem that has a residual is given that one.
     """
+    import torch
+
     if problem.case.dtype != "bfloat16":
         raise Absent("computes in bfloat16 alone")
     module = sources.published_module()
@@ -168,6 +176,8 @@ def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
         from cuequivariance_torch import triangle_multiplicative_update
     except ImportError as error:
         raise Absent(first_line(error)) from None
+    import torch
+
     w, x, biases = problem.weights, problem.x, problem.biases
     norms = {
         name: None if value is None else value.to(getattr(torch, norm_dtype))
@@ -188,13 +198,15 @@ def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
     )  # fmt: skip
 
 
-Maker = Callable[[Problem, Sources], Call]
+Maker = Callable[["Problem", Sources], Call]
 
 
 def compiled(make: Maker, **options: Any) -> Maker:
     """What `make` makes, under torch.compile with `options`, for this one shape."""
 
     def made(problem: Problem, sources: Sources) -> Call:
+        import torch
+
         call = make(problem, sources)
         # Dynamo counts compilations of one function and, past a limit, runs it as it is.
         torch.compiler.reset()
@@ -208,6 +220,8 @@ def captured(make: Maker) -> Maker:
     """The replay of a CUDA graph of what `make` makes."""
 
     def made(problem: Problem, sources: Sources) -> Call:
+        import torch
+
         call = make(problem, sources)
         # Warmed up on a stream of its own, as torch's documentation of CUDA graphs asks for.
         stream = torch.cuda.Stream()
@@ -227,6 +241,9 @@ def captured(make: Maker) -> Maker:
 
 def trained(call: Call, grad_out: Tensor) -> Call:
     """The call and the gradients of x and of every parameter that it takes; returns that of x."""
+    import torch
+    from torch import Tensor
+
     tensors = [*call.args, *call.kwargs.values()]
     # A mask is [B, L, L].
     leaves = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.ndim != 3]

@@ -3,8 +3,8 @@
     esmfold2-trimul bench --device cuda --out results.json --plot plots --markdown
 
 Forward calls on random inputs, each rival held to float64 before it is timed. How times are taken
-is said in `clock`, how each rival is called in `rivals`, what the floor is in
-`problem.stage_floors`, what the results hold in `results`.
+is said in `clock`, how each rival is called in `rivals`, what the floor is in `case.stage_floors`,
+what the results hold in `results`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..environment import describe_environment
 from ..errors import UserError
 from ..folding.memory import measure_peak_memory
 from ..repository import load_kernel
+from .case import Case
 from .clock import (
     CpuClock,
     GpuClock,
@@ -32,7 +33,6 @@ from .clock import (
 )
 from .first_call import first_call_seconds
 from .problem import (
-    Case,
     Problem,
     Sample,
     make_problem,
@@ -287,8 +287,6 @@ def bench(
     Raises:
         UserError: `out` can't be read or written, or holds what can't be added to.
     """
-    if resumed and out is None:
-        raise UserError("--resume needs --out, the file to add to")
     if resumed and out.exists():
         results = resume(settings, out, command, commit)
     else:

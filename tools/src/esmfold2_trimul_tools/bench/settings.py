@@ -1,47 +1,233 @@
-"""The benchmark's options: what they mean, their defaults, and how their text is read."""
-
-from __future__ import annotations
+"""The benchmark's options: how they are checked, and what they come to on this machine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import typer
 
 from ..errors import UserError
-from ..folding.model import DTYPES, SHORT_DTYPES, resolve_device, resolve_dtype
+from ..options import (
+    DTYPES,
+    SHORT_DTYPES,
+    AsJson,
+    Check,
+    Commit,
+    KernelRoot,
+    Published,
+    at_least,
+    device_name,
+    read,
+    writable_file,
+    writable_folder,
+)
 from ..repository import find_root
-from .problem import DIRECTIONS, MASKS, PASSES, Case
+from .case import DIRECTIONS, MASKS, PASSES, Case
 from .rivals import OURS, RIVALS, Rival
 
-_GPU_LENGTHS = (64, 76, 128, 256, 286, 383, 384, 511, 512, 768, 769, 1024, 1111, 1536, 2048)
-_CPU_LENGTHS = (64, 128, 256)
+_LENGTHS = {
+    "cuda": (64, 76, 128, 256, 286, 383, 384, 511, 512, 768, 769, 1024, 1111, 1536, 2048),
+    "cpu": (64, 128, 256),
+}
 _QUICK_LENGTHS = {"cuda": (76, 256, 512, 1024), "cpu": (64,)}
 _CHECK_UP_TO = {"cuda": 1024, "cpu": 512}
 
 
+def _device_name(option: str, name: str) -> str:
+    if device_name(option, name).startswith("xpu"):
+        raise UserError(f"{option} must be cpu or cuda here; got {name!r}")
+    return name
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Of a list separated by commas."""
+    try:
+        numbers = tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{option} must be whole numbers above 0, as in 128,256; got {text!r}")
+    return numbers
+
+
+def _words(known: tuple[str, ...], short: Mapping[str, str] = MappingProxyType({})) -> Check:
+    def check(option: str, text: str) -> tuple[str, ...]:
+        words = [word.strip() for word in text.split(",")]
+        words = tuple(dict.fromkeys(short.get(word, word) for word in words))
+        for word in words:
+            if word not in known:
+                raise UserError(f"{option} must be of {', '.join(known)}; got {word!r}")
+        return words
+
+    return check
+
+
+def _rivals(option: str, names: list[str]) -> tuple[Rival, ...] | None:
+    """Those, and ours; None without names."""
+    known = [rival.name for rival in RIVALS]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--rival must be one of {'; '.join(known)}; got {name!r}")
+    return tuple(rival for rival in RIVALS if rival.name in (OURS, *names)) if names else None
+
+
+def _seconds(option: str, seconds: float) -> float:
+    if not seconds > 0:
+        raise UserError(f"{option} must be above 0 seconds; got {seconds}")
+    return seconds
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What is to be measured, with which rivals, for how long."""
+    """What is to be measured, with which rivals, for how long, and what becomes of the results.
 
-    device: torch.device
-    root: Path
-    widths: tuple[int, ...]
-    lengths: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    directions: tuple[str, ...]
-    masks: tuple[str, ...]
-    passes: tuple[str, ...]
-    rivals: tuple[Rival, ...]
-    compile_lengths: tuple[int, ...] | None
-    published: Path | None
-    budget: float  # seconds of timing a row
-    check_up_to: int  # the longest L that is held to float64
-    first_call: bool
-    seed: int
-    busy: int = 0  # processes that compute beside it
+    The annotations are those of the options' text; checks make more of it, of lists tuples. What
+    depends on the device is None until it is `on_this_machine`.
+    """
+
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one."),
+        _device_name,
+    ] = None
+    widths: Annotated[
+        str, typer.Option(help="Channels C of the pair tensor."), _numbers
+    ] = "128,256"
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Residues L. Default: 15 lengths from 64 to 2048 on a GPU, 3 up to 256 on a CPU."
+        ),
+        _numbers,
+    ] = None
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths.")] = False
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of float32, bfloat16 and float16, or fp32, bf16 and fp16. "
+            "Default: bfloat16 on a GPU, float32 on a CPU."
+        ),
+        _words(DTYPES, SHORT_DTYPES),
+    ] = None
+    directions: Annotated[
+        str, typer.Option(help="Of outgoing and incoming."), _words(DIRECTIONS)
+    ] = "outgoing"
+    masks: Annotated[str, typer.Option(help="Of bool, float and none."), _words(MASKS)] = "bool"
+    passes: Annotated[
+        str,
+        typer.Option(help="Of forward and training, which is forward and backward."),
+        _words(PASSES),
+    ] = "forward"
+    rivals: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rival", help="Measure this rival, and ours, instead of all; may be repeated."
+        ),
+        _rivals,
+    ] = None
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also transformers' module under torch.compile.")
+    ] = False
+    max_autotune: Annotated[
+        bool,
+        typer.Option(
+            "--max-autotune",
+            help="Also transformers' module under torch.compile with max-autotune. Slow.",
+        ),
+    ] = False
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="Also CUDA graphs of the rivals, which show device time without host time.",
+        ),
+    ] = False
+    compile_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="The lengths at which anything is compiled by torch.compile. Default: all."
+        ),
+        _numbers,
+    ] = None
+    published: Published = None
+    budget: Annotated[float, typer.Option(help="Seconds of timing for each row."), _seconds] = 0.5
+    check_up_to: Annotated[
+        int | None,
+        typer.Option(
+            help="The longest L that is held to float64 at all pairs; longer at some. "
+            "Default: 1024 on a GPU, 512 on a CPU."
+        ),
+    ] = None
+    first_call: Annotated[
+        bool,
+        typer.Option(
+            "--first-call",
+            help="Also time first calls, in fresh processes with an empty Triton cache.",
+        ),
+    ] = False
+    seed: Annotated[int, typer.Option(help="Of the random inputs."), at_least(0)] = 0
+    busy: Annotated[
+        int,
+        typer.Option(
+            help="So many processes compute beside the benchmark, "
+            "as on a machine that people share."
+        ),
+        at_least(0),
+    ] = 0
+    kernel_root: KernelRoot = None
+    commit: Commit = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the results to this file, after every shape."),
+        writable_file,
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Add to the results in --out what they don't hold yet.")
+    ] = False
+    results: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show the results in this file.")
+    ] = None
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw plots into this folder, as PNG."), writable_folder
+    ] = None
+    as_json: AsJson = False
+
+    @property
+    def root(self) -> Path:
+        return find_root(self.kernel_root)
+
+    def on_this_machine(self) -> "Settings":
+        """The settings with torch's device, and its defaults where the options leave them open."""
+        find_root(self.kernel_root)  # before torch is imported
+        from ..folding.model import resolve_device, resolve_dtype
+
+        device = resolve_device(self.device)
+        if device.type not in _LENGTHS:
+            raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
+        lengths = _QUICK_LENGTHS if self.quick else _LENGTHS
+        dtype = str(resolve_dtype(None, device)).removeprefix("torch.")
+        check_up_to = _CHECK_UP_TO[device.type] if self.check_up_to is None else self.check_up_to
+        return replace(
+            self,
+            device=device,
+            lengths=self.lengths or lengths[device.type],
+            dtypes=self.dtypes or (dtype,),
+            rivals=self.rivals or self._rivals_on(device.type),
+            check_up_to=check_up_to,
+        )
+
+    def _rivals_on(self, device: str) -> tuple[Rival, ...]:
+        """Those that the options include, on such a device."""
+        return tuple(
+            rival
+            for rival in RIVALS
+            if (rival.option is None or getattr(self, rival.option))
+            and (rival.on_cpu or device != "cpu")
+            and not set(self.passes).isdisjoint(rival.passes)
+        )
 
     def cases(self) -> list[Case]:
         """The shapes, in the order in which they are measured."""
@@ -66,112 +252,10 @@ class Settings:
         ]
 
 
-def read_settings(
-    *,
-    device: str | None = None,
-    widths: str = "128,256",
-    lengths: str | None = None,
-    quick: bool = False,
-    dtypes: str | None = None,
-    directions: str = "outgoing",
-    masks: str = "bool",
-    passes: str = "forward",
-    rivals: list[str] | None = None,
-    compile: bool = False,
-    max_autotune: bool = False,
-    graphs: bool = False,
-    compile_lengths: str | None = None,
-    published: Path | None = None,
-    budget: float = 0.5,
-    check_up_to: int | None = None,
-    first_call: bool = False,
-    seed: int = 0,
-    busy: int = 0,
-    kernel_root: Path | None = None,
-) -> Settings:
+def read_settings(**given: Any) -> Settings:
     """The settings that the options' text stands for; lists are separated by commas.
 
     Raises:
         UserError: text that can't be read, or what is not to be had here.
     """
-    found = resolve_device(device)
-    if found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda here; got {device or str(found)!r}")
-    if published is not None and not (published / "esmfold2_trimul" / "__init__.py").is_file():
-        raise UserError(f"--published {published}: holds no package esmfold2_trimul")
-    if not budget > 0:
-        raise UserError(f"--budget must be above 0 seconds; got {budget}")
-    if seed < 0:
-        raise UserError(f"--seed must be at least 0; got {seed}")
-    if busy < 0:
-        raise UserError(f"--busy must be at least 0; got {busy}")
-    if lengths is not None:
-        all_lengths = _numbers("--lengths", lengths)
-    elif quick:
-        all_lengths = _QUICK_LENGTHS[found.type]
-    else:
-        all_lengths = _CPU_LENGTHS if found.type == "cpu" else _GPU_LENGTHS
-    default_dtype = str(resolve_dtype(None, found)).removeprefix("torch.")
-    options = {"compile": compile, "max_autotune": max_autotune, "graphs": graphs}
-    all_passes = _words("--passes", passes, PASSES)
-    return Settings(
-        device=found,
-        root=find_root(kernel_root),
-        widths=_numbers("--widths", widths),
-        lengths=all_lengths,
-        dtypes=_words("--dtypes", dtypes or default_dtype, DTYPES, SHORT_DTYPES),
-        directions=_words("--directions", directions, DIRECTIONS),
-        masks=_words("--masks", masks, MASKS),
-        passes=all_passes,
-        rivals=_choose(rivals, options, found, all_passes),
-        compile_lengths=compile_lengths and _numbers("--compile-lengths", compile_lengths),
-        published=published,
-        budget=budget,
-        check_up_to=_CHECK_UP_TO[found.type] if check_up_to is None else check_up_to,
-        first_call=first_call,
-        seed=seed,
-        busy=busy,
-    )
-
-
-def _choose(
-    names: list[str] | None,
-    options: dict[str, bool],
-    device: torch.device,
-    passes: tuple[str, ...],
-) -> tuple[Rival, ...]:
-    """The rivals called `names`, and ours; without names those that the options include here."""
-    if not names:
-        return tuple(
-            rival
-            for rival in RIVALS
-            if (rival.option is None or options[rival.option])
-            and (rival.on_cpu or device.type != "cpu")
-            and not set(passes).isdisjoint(rival.passes)
-        )
-    known = [rival.name for rival in RIVALS]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--rival must be one of {'; '.join(known)}; got {name!r}")
-    return tuple(rival for rival in RIVALS if rival.name in (OURS, *names))
-
-
-def _words(
-    option: str, text: str, known: Any, short: Mapping[str, str] = MappingProxyType({})
-) -> tuple[str, ...]:
-    words = [word.strip() for word in text.split(",")]
-    words = tuple(dict.fromkeys(short.get(word, word) for word in words))
-    for word in words:
-        if word not in known:
-            raise UserError(f"{option} must be of {', '.join(known)}; got {word!r}")
-    return words
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(dict.fromkeys(int(word) for word in text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"{option} must be whole numbers above 0, as in 128,256; got {text!r}")
-    return numbers
+    return read(Settings, **given).on_this_machine()

@@ -20,10 +20,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Case, Problem
+from ..oracle import triangle_multiplication
+from .cases import Case
+from .problem import Problem
 
 # Those of tests/helpers.py, and the bounds of docs/numerics.md for the other words of `precision`.
 BUDGETS = {"bfloat16": 4.8e-3, "float16": 7e-4, "float32": 5e-6}
@@ -32,7 +33,6 @@ PRECISION_BUDGETS = {"IEEE": 5e-6, "TF32x3": 5e-6, "TF32": 2e-3, "bfloat16": 1e-
 _LARGEST_OVER_BUDGET = 16
 _OVER_PLAIN = 1.1
 _LARGEST_OVER_PLAIN = 2
-_NORM_PARTS = ("weight", "bias")
 
 
 class Errors(NamedTuple):
@@ -79,51 +79,12 @@ def reference(problem: Problem) -> Tensor:
 
 
 def formula(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, every operation rounded to `dtype`.
-
-    Norms are computed in float32 at least. The residual and the drop mask come on top.
-    """
-    case = problem.case
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def cast(tensor: Tensor | None, to: torch.dtype = dtype) -> Tensor | None:
-        return None if tensor is None else tensor.to(to)
-
-    def norm(value: Tensor, name: str) -> Tensor:
-        weight, bias = (cast(problem.weights[f"{name}_{part}"], wide) for part in _NORM_PARTS)
-        return F.layer_norm(value.to(wide), value.shape[-1:], weight, bias, case.eps).to(dtype)
-
-    def linear(value: Tensor, name: str) -> Tensor:
-        bias = cast(problem.biases.get(f"{name}_bias"))
-        return F.linear(value, cast(problem.weights[f"{name}_weight"]), bias)
-
-    z = norm(cast(problem.x), "norm_in")
-    ab = linear(z, "p_in") * linear(z, "g_in").sigmoid()
-    if problem.mask is not None:
-        ab = ab * cast(problem.mask).unsqueeze(-1)
-    real = _real_pairs(problem)
-    if real is not None:
-        ab = ab * cast(real)
-    a, b = ab.chunk(2, dim=-1)
-    if case.direction == "outgoing":
-        t = torch.einsum("...ikd,...jkd->...ijd", a, b)
-    else:
-        t = torch.einsum("...kid,...kjd->...ijd", a, b)
-    out = linear(norm(t, "norm_out"), "p_out") * linear(z, "g_out").sigmoid()
-    if real is not None:
-        out = out * cast(real)
-    if problem.drop_mask is not None:
-        batch, length, _, channels = problem.x.shape
-        out = out * cast(problem.drop_mask).view(batch, 1, length, channels)
-    return out if problem.residual is None else cast(problem.residual) + out
-
-
-def _real_pairs(problem: Problem) -> Tensor | None:
-    """[..., L, L, 1] bool: pairs of residues that both come before their sequence's length."""
-    if problem.lengths is None:
-        return None
-    real = torch.arange(problem.case.length) < problem.lengths.unsqueeze(-1)
-    return (real.unsqueeze(-1) & real.unsqueeze(-2)).unsqueeze(-1)
+    """The oracle's output, every operation's result in `dtype`, but norms in float32 at least."""
+    p = problem
+    return triangle_multiplication(
+        p.x, p.case.direction, p.weights | p.biases, mask=p.mask, residual=p.residual,
+        drop_mask=p.drop_mask, lengths=p.lengths, eps=p.case.eps, dtype=dtype,
+    )  # fmt: skip
 
 
 def errors(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Errors:

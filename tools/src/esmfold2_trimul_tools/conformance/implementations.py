@@ -1,6 +1,7 @@
 """Who takes the conformance suite: ours by every door, and the others as `bench.rivals` calls them.
 
-An implementation is a line in IMPLEMENTATIONS. Ours lack nothing that the table asks for.
+An implementation is a line in IMPLEMENTATIONS. Ours lack nothing that the table asks for. torch is
+imported by what runs one: options are checked against the table without it.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..bench import problem as bench_problem
+from ..bench import case as bench_case
 from ..bench import rivals as bench_rivals
 from ..bench.rivals import Absent, Sources, first_line
-from .cases import Problem
 
-_CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..bench import problem as bench_problem
+    from .problem import Problem
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Implementation:
 
     def device(self, asked_for: torch.device) -> torch.device:
         """The device of the tensors that it is given."""
-        return _CPU if self.on_cpu else asked_for
+        import torch
+
+        return torch.device("cpu") if self.on_cpu else asked_for
 
 
 def _ours(problem: Problem, sources: Sources) -> Tensor:
@@ -86,8 +91,10 @@ def _cuequivariance(norm_dtype: str, problem: Problem, sources: Sources) -> Tens
 
 def _for_benchmark(problem: Problem) -> bench_problem.Problem:
     """The problem as the benchmark's makers of calls take it."""
+    from ..bench import problem as bench_problem
+
     case = problem.case
-    shape = bench_problem.Case(case.channels, case.length, case.dtype, case.direction)
+    shape = bench_case.Case(case.channels, case.length, case.dtype, case.direction)
     return bench_problem.Problem(
         shape, problem.x, problem.weights, problem.mask, None, case.eps, problem.biases,
         problem.residual, problem.drop_mask, case.precision,
@@ -96,6 +103,8 @@ def _for_benchmark(problem: Problem) -> bench_problem.Problem:
 
 def _not_on_path(path: str, device: torch.device, sources: Sources) -> str | None:
     """Why our calls for tensors of a device don't take a path."""
+    import torch
+
     found = sources.kernel.paths.execution_path(device, torch.bfloat16)
     return None if found.name == path else found.reason
 

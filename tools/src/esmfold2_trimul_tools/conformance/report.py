@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..bench.report import origin
 from ..documents import read_document
 from ..errors import UserError
+from . import implementations
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -61,6 +62,13 @@ def read_results(path: Path) -> Results:
     if not isinstance(results, dict) or results.keys() != {"environment", "absent", "rows"}:
         raise UserError(f"{path}: holds no results of the conformance suite")
     return results
+
+
+def ours_conforms(results: Results) -> bool:
+    """Whether no case of ours failed."""
+    ours = {one.name for one in implementations.IMPLEMENTATIONS if one.ours}
+    failed = {row["implementation"] for row in results["rows"] if row["status"] == "failed"}
+    return ours.isdisjoint(failed)
 
 
 def summaries(results: Results) -> list[Summary]:

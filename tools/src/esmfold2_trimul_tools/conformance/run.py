@@ -2,16 +2,14 @@
 
     esmfold2-trimul conformance --out results.json
 
-The cases are data in `cases`, what they are held to is in `criterion`, who
-takes part in `implementations`, and what the results hold in `report`.
+The options are in `settings`, the cases are data in `cases`, what they are held to is in
+`criterion`, who takes part in `implementations`, and what the results hold in `report`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,66 +18,15 @@ from torch import Tensor
 from ..bench.rivals import Absent, Sources, first_line
 from ..documents import write_document
 from ..environment import describe_environment
-from ..errors import UserError
-from ..folding.model import resolve_device
-from ..repository import find_root, load_kernel
-from .cases import CASES, DTYPES, Case, Problem, make_problem
+from ..repository import load_kernel
+from .cases import Case
 from .criterion import Answer, answer, errors, fault
-from .implementations import IMPLEMENTATIONS, Implementation
+from .implementations import Implementation
+from .problem import Problem, make_problem
 from .report import ROW, Results, Row
+from .settings import Settings
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Which cases, for which implementations, on which device."""
-
-    device: torch.device
-    root: Path
-    implementations: tuple[Implementation, ...]
-    cases: tuple[Case, ...]
-    published: Path | None
-    seed: int
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        return DTYPES
-
-
-def read_settings(
-    *,
-    device: str | None = None,
-    implementations: list[str] | None = None,
-    cases: list[str] | None = None,
-    published: Path | None = None,
-    seed: int = 0,
-    kernel_root: Path | None = None,
-) -> Settings:
-    """The settings that the options stand for.
-
-    Raises:
-        UserError: an option that names what isn't there.
-    """
-    names = [implementation.name for implementation in IMPLEMENTATIONS]
-    for name in implementations or ():
-        if name not in names:
-            raise UserError(f"--implementation must be one of {'; '.join(names)}; got {name!r}")
-    for part in cases or ():
-        if not any(part in case.name for case in CASES):
-            raise UserError(f"--case must be a part of a case's name; got {part!r}, in none")
-    if published is not None and not (published / "esmfold2_trimul" / "__init__.py").is_file():
-        raise UserError(f"--published {published}: holds no package esmfold2_trimul")
-    if seed < 0:
-        raise UserError(f"--seed must be at least 0; got {seed}")
-    return Settings(
-        resolve_device(device),
-        find_root(kernel_root),
-        tuple(one for one in IMPLEMENTATIONS if not implementations or one.name in implementations),
-        tuple(case for case in CASES if not cases or any(part in case.name for part in cases)),
-        published,
-        seed,
-    )
 
 
 class Posed(NamedTuple):
@@ -193,37 +140,24 @@ def _loss(device: torch.device) -> str | None:
     return None
 
 
-def conformance(
-    settings: Settings,
-    command: str,
-    commit: str | None = None,
-    out: Path | None = None,
-    progress: Progress | None = None,
-) -> Results:
-    """The whole of it; the results are written to the file `out`, if any.
+def conformance(settings: Settings, command: str, progress: Progress | None = None) -> Results:
+    """The whole of it; the results are written to the settings' file, if any.
 
     Args:
-        command, commit: as for `environment.describe_environment`.
+        command: the command line.
 
     Raises:
-        UserError: `out` can't be written to.
+        UserError: the file can't be written to.
     """
     sources = Sources(load_kernel(settings.root), settings.published)
     results = {
-        "environment": describe_environment(settings, sources, command, commit),
+        "environment": describe_environment(settings, sources, command, settings.commit),
         "absent": {},
         "rows": [],
     }
-    if out is not None:
-        write_document(results, out)  # rather now than after all the work
+    if settings.out is not None:
+        write_document(results, settings.out)  # rather now than after all the work
     run(settings, results, progress)
-    if out is not None:
-        write_document(results, out)
+    if settings.out is not None:
+        write_document(results, settings.out)
     return results
-
-
-def ours_conforms(results: Results) -> bool:
-    """Whether no case of ours failed."""
-    ours = {one.name for one in IMPLEMENTATIONS if one.ours}
-    failed = {row["implementation"] for row in results["rows"] if row["status"] == "failed"}
-    return ours.isdisjoint(failed)

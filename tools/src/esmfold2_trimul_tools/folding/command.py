@@ -11,57 +11,34 @@ from rich.table import Table
 
 from ..console import ProgressBar, print_json, stdout
 from ..errors import UserError
-from ..options import AsJson, KernelRoot
+from ..options import AsJson, KernelRoot, checked, writable_folder
 from ..repository import find_root
+from .options import (
+    DeviceName,
+    DtypeName,
+    KernelName,
+    Loops,
+    ModelName,
+    RandomWeights,
+    Samples,
+    Seed,
+    Settings,
+    Steps,
+)
 from .sequences import file_stems, parse_sequence, read_fasta
 
 if TYPE_CHECKING:
-    from .fold import Outcome, Settings
+    from .fold import Outcome
     from .memory import PeakMemory
     from .validate import Validation
 
-# torch and transformers take seconds to import: each command imports what it needs.
+# torch and transformers take seconds to import: each command imports what it needs, once it has
+# checked what it can without.
 
 RANDOM_NOTE = "random weights: meaningless as biology"
 
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="A Hub id or a local folder. Default: biohub/ESMFold2."),
-]
-RandomWeights = Annotated[
-    bool,
-    typer.Option(
-        "--random-weights",
-        help="Fold with a small random model made on the spot: no download, and no biology either.",
-    ),
-]
-KernelName = Annotated[
-    str,
-    typer.Option(
-        "--kernel",
-        help="ours: the build of this repository. hub: what transformers itself would fetch. "
-        "off: transformers' stock path.",
-    ),
-]
-DeviceName = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:N or xpu. Default: the best here.")
-]
-DtypeName = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="float32, bfloat16 or float16, or fp32, bf16, fp16. "
-        "Default: bfloat16 on an accelerator, else float32.",
-    ),
-]
-Loops = Annotated[
-    int | None, typer.Option("--loops", help="Refinements after the first pass through the trunk.")
-]
-Samples = Annotated[int | None, typer.Option("--samples", help="Structures drawn per protein.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Length of the noise schedule.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random draw, random weights included.")]
 
-
+@checked
 def fold(
     sequence: Annotated[
         str | None,
@@ -87,9 +64,11 @@ def fold(
     samples: Samples = None,
     steps: Steps = None,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the PDB and PNG files.")] = Path(
-        "out"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the PDB and PNG files."),
+        writable_folder,
+    ] = Path("out"),
     kernel_root: KernelRoot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -107,12 +86,12 @@ def fold(
         fasta = Path(sequence)
     records = [parse_sequence(sequence)] if fasta is None else read_fasta(fasta)
 
-    from .fold import Settings, fold_records, write_pdb
-    from .plots import plot_fold
-
     settings = Settings(loops, samples, steps, seed)
     settings.check()
     setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root)
+    from .fold import fold_records, write_pdb
+    from .plots import plot_fold
+
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
     loaded = setup.load()
@@ -136,6 +115,7 @@ def fold(
         print_json({**setup.summary(settings.resolved(loaded.config)), "folds": folded})
 
 
+@checked
 def validate(
     model: ModelName = None,
     random_weights: RandomWeights = False,
@@ -155,14 +135,13 @@ def validate(
     and stock path differ by more (with one seed) than the stock path does
     between two seeds.
     """
-    from .fold import Settings
-    from .validate import validate as run
-
     if kernel == "off":
         raise UserError("validate needs a kernel beside the stock path: --kernel ours or hub")
     settings = Settings(loops, samples, steps, seed)
     settings.check()
     setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root)
+    from .validate import validate as run
+
     loaded = setup.load()
     with ProgressBar() as report:
         result = run(loaded, setup.kernel, setup.root, settings, progress=report)
@@ -194,6 +173,9 @@ class Setup:
         seed: int,
         kernel_root: Path | None,
     ) -> None:
+        if random_weights and model is not None:
+            raise UserError("give either --model or --random-weights")
+        self.root = find_root(kernel_root) if kernel == "ours" else None
         from .model import (
             HUB_MODEL,
             check_kernel,
@@ -202,12 +184,9 @@ class Setup:
             resolve_dtype,
         )
 
-        if random_weights and model is not None:
-            raise UserError("give either --model or --random-weights")
         self.device = resolve_device(device)
         self.kernel = check_kernel(kernel, self.device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.root = find_root(kernel_root) if self.kernel == "ours" else None
         self.name = "random weights" if random_weights else model or HUB_MODEL
         self.random_weights = random_weights
         self.seed = seed
@@ -234,7 +213,7 @@ class Setup:
             return "ours, {} path: {}".format(*self.path())
         return {"hub": "the Hub's", "off": "stock path"}[self.kernel]
 
-    def summary(self, settings: "Settings") -> dict[str, Any]:
+    def summary(self, settings: Settings) -> dict[str, Any]:
         """What the JSON output says of a run."""
         name, reason = self.path() if self.kernel == "ours" else (None, None)
         return {

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import BrokenFoldError, UserError
 from .memory import PeakMemory, measure_peak_memory
-from .model import Kernel, Swap, swap_in, triangle_modules
+from .model import Swap, swap_in, triangle_modules
+from .options import Kernel, Settings
 from .sequences import Record
 
 if TYPE_CHECKING:
@@ -25,41 +26,6 @@ Progress = Callable[[int, int], None]
 LabelledProgress = Callable[[str, int, int], None]
 
 _LOOPED_PARTS = ("folding_trunk.", "lm_encoder.", "msa_encoder.")  # run once a loop; others once
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to fold. None means the model's own number.
-
-    loops: refinements of the pair tensor after the first pass. samples: structures drawn.
-    steps: length of the diffusion noise schedule. seed: of every random draw in the fold.
-    """
-
-    loops: int | None = None
-    samples: int | None = None
-    steps: int | None = None
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises UserError for a number that no fold can use."""
-        for name, value, least in (
-            ("--loops", self.loops, 0),
-            ("--samples", self.samples, 1),
-            ("--steps", self.steps, 1),
-            ("--seed", self.seed, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}; got {value}")
-
-    def resolved(self, config: "EsmFold2Config") -> "Settings":
-        """These settings with the model's own numbers in place of None."""
-        head = config.structure_head
-        return Settings(
-            loops=config.num_loops if self.loops is None else self.loops,
-            samples=head.num_diffusion_samples if self.samples is None else self.samples,
-            steps=head.inference_num_steps if self.steps is None else self.steps,
-            seed=self.seed,
-        )
 
 
 @dataclass

@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import UserError
+from ..options import device_name, dtype_name
+from .options import Kernel, kernel_name, model_name
 
 if TYPE_CHECKING:
     from transformers import EsmFold2Config, EsmFold2Model
@@ -26,11 +28,6 @@ HUB_MODEL = "biohub/ESMFold2"
 HUB_KERNEL = "biohub/esmfold2-trimul"  # what transformers fetches for use_kernels=True
 SITE_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the layer
 LAYER_NAME = "ESMFold2TriangleMultiplication"  # the layer in a kernel repository
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-Kernel = Literal["ours", "hub", "off"]
-
 _BACKENDS = ("cpu", "cuda", "rocm", "xpu")  # the kernels library's names
 _CONNECT_TIMEOUT = 5  # seconds
 
@@ -51,22 +48,17 @@ def resolve_device(name: str | None) -> torch.device:
     if name is None:
         present = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
         name = present[0] if present else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "xpu"):
-        raise UserError(f"--device must be cpu, cuda, cuda:N or xpu; got {name!r}")
-    if device.type == "cpu":
+    kind, _, number = device_name("--device", name).partition(":")
+    if kind == "cpu":
         return torch.device("cpu")
 
-    backend = getattr(torch, device.type)
+    backend = getattr(torch, kind)
     if not backend.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here")
-    count = backend.device_count()
-    if device.index is not None and device.index >= count:
-        raise UserError(f"--device {name}: this machine has {count} {device.type} device(s)")
-    return torch.device(device.type, device.index or 0)
+    index, count = int(number or 0), backend.device_count()
+    if number and index >= count:
+        raise UserError(f"--device {name}: this machine has {count} {kind} device(s)")
+    return torch.device(kind, index)
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -77,10 +69,7 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    name = SHORT_DTYPES.get(name, name)
-    if name not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
-    return DTYPES[name]
+    return getattr(torch, dtype_name("--dtype", name))
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype) -> "EsmFold2Model":
@@ -91,17 +80,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> "EsmFold2
     """
     model_class = _esmfold2_model_class()
     _silence_transformers(but_for_bars=sys.stderr.isatty())
-    folder = Path(name).expanduser()
-    offline = False
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model folder {name}: no config.json in it")
-        source = str(folder)
-    elif _looks_like_a_path(name):
-        raise UserError(f"model folder {name}: no such folder")
-    else:
-        source = name
-        offline = _must_use_cache(name)
+    folder = Path(model_name("--model", name)).expanduser()
+    source, offline = str(folder), False
+    if not folder.is_dir():
+        source, offline = name, _must_use_cache(name)
 
     from transformers import AutoConfig
 
@@ -239,9 +221,7 @@ def check_kernel(name: str, device: torch.device) -> Kernel:
     Raises:
         UserError: it is none of them, or there is none of that name for the device.
     """
-    if name not in get_args(Kernel):
-        raise UserError(f"--kernel must be one of {', '.join(get_args(Kernel))}; got {name!r}")
-    if name == "hub" and device.type != "cuda":
+    if kernel_name("--kernel", name) == "hub" and device.type != "cuda":
         raise UserError(
             f"--kernel hub: transformers has {HUB_KERNEL} for CUDA only, and this fold runs on "
             f"{device.type}; use --kernel ours or --kernel off"
@@ -387,24 +367,17 @@ def _silence_transformers(but_for_bars: bool = False) -> None:
         logging.disable_progress_bar()
 
 
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isabs(name)
-
-
 def _must_use_cache(hub_id: str) -> bool:
     """Whether the Hub can't be asked for this model but the cache has it; the Hub is tried once.
 
     transformers itself would retry for half a minute before it said so.
 
     Raises:
-        UserError: neither the Hub nor the cache has it, or the name can't be a Hub id.
+        UserError: neither the Hub nor the cache has it.
     """
-    from huggingface_hub import constants, errors, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    try:
-        cached = isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
-    except errors.HFValidationError as error:
-        raise UserError(f"model {hub_id!r}: neither a folder nor a Hub id") from error
+    cached = isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
     if not constants.HF_HUB_OFFLINE and _hub_answers():
         return False
     if not cached:

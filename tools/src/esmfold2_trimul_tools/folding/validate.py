@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .fold import Differences, Fold, LabelledProgress, Settings, compare, fold
-from .model import Kernel, Swap, restore_stock, swap_in
+from .fold import Differences, Fold, LabelledProgress, compare, fold
+from .model import Swap, restore_stock, swap_in
+from .options import Kernel, Settings
 from .sequences import Record, read_fasta
 
 if TYPE_CHECKING:

@@ -8,12 +8,34 @@ from typing import Annotated
 import typer
 
 from ..console import ProgressBar, print_json
-from ..options import AsJson, Commit, KernelRoot
+from ..errors import UserError
+from ..options import AsJson, Commit, KernelRoot, checked, writable_file
+from ..repository import find_root
+from .candidates import STAGES, WIDTHS
 
 
+def _stages(option: str, chosen: list[str]) -> list[str]:
+    for stage in chosen:
+        if stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    return chosen
+
+
+def _widths(option: str, chosen: list[int]) -> list[int]:
+    for width in chosen:
+        if not 16 <= width <= 512:
+            raise UserError(f"width must be from 16 to 512; got {width}")
+    return chosen
+
+
+@checked
 def tune(
-    out: Annotated[Path, typer.Option(help="Write the settings table to this file.")],
-    results: Annotated[Path | None, typer.Option(help="Write every timing to this file.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Write the settings table to this file."), writable_file
+    ],
+    results: Annotated[
+        Path | None, typer.Option(help="Write every timing to this file."), writable_file
+    ] = None,
     stages: Annotated[
         list[str] | None,
         typer.Option(
@@ -21,12 +43,14 @@ def tune(
             help="Tune this stage alone: fused_dual_gemm, trimul_einsum, fused_ln_residual; "
             "may be repeated.",
         ),
+        _stages,
     ] = None,
     widths: Annotated[
         list[int] | None,
         typer.Option(
             "--width", help="Tune this C = D alone; may be repeated. Default: 128 and 256."
         ),
+        _widths,
     ] = None,
     kernel_root: KernelRoot = None,
     commit: Commit = None,
@@ -37,14 +61,19 @@ def tune(
     Every candidate is checked before it is timed. The shipped table of this
     GPU's architecture is where the new one starts from; it is not changed.
     """
-    from . import search as module
+    root = find_root(kernel_root)
+
+    from .search import search
+    from .table import text, write
 
     command = shlex.join(["esmfold2-trimul", *sys.argv[1:]])
     with ProgressBar() as report:
-        measured = module.run(
-            out, results, stages, widths, kernel_root, commit, command, progress=report
-        )
+        measured = search(
+            root, tuple(stages or STAGES), tuple(widths or WIDTHS),
+            progress=report, command=command, commit=commit,
+        )  # fmt: skip
+        write(root, measured, out, results)
     if as_json:
         print_json(measured)
     else:
-        print(module.text(measured))
+        print(text(measured))

@@ -1,0 +1,107 @@
+"""The conformance suite's options: how they are checked, and what they come to on this machine."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from ..options import (
+    AsJson,
+    Commit,
+    KernelRoot,
+    Published,
+    at_least,
+    device_name,
+    read,
+    writable_file,
+)
+from ..repository import find_root
+from . import implementations
+from .cases import CASES, DTYPES, Case
+from .implementations import Implementation
+
+
+def _implementations(option: str, chosen: list[str]) -> tuple[Implementation, ...]:
+    """Those of the names, or without names all of them."""
+    every = implementations.IMPLEMENTATIONS
+    names = [one.name for one in every]
+    for name in chosen:
+        if name not in names:
+            raise UserError(f"--implementation must be one of {'; '.join(names)}; got {name!r}")
+    return tuple(one for one in every if not chosen or one.name in chosen)
+
+
+def _cases(option: str, parts: list[str]) -> tuple[Case, ...]:
+    """Those whose name has one of the parts in it, or without parts all of them."""
+    for part in parts:
+        if not any(part in case.name for case in CASES):
+            raise UserError(f"--case must be a part of a case's name; got {part!r}, in none")
+    return tuple(case for case in CASES if not parts or any(part in case.name for part in parts))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which cases, for which implementations, on which device, and what becomes of the results.
+
+    The annotations are those of the options' text; checks make more of it.
+    """
+
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:N or xpu. Default: a GPU if there is one."),
+        device_name,
+    ] = None
+    implementations: Annotated[
+        list[str],
+        typer.Option(
+            "--implementation", help="Hold this one to the cases instead of all; may be repeated."
+        ),
+        _implementations,
+    ] = ()
+    cases: Annotated[
+        list[str],
+        typer.Option(
+            "--case", help="Cases whose name has this in it, instead of all; may be repeated."
+        ),
+        _cases,
+    ] = ()
+    published: Published = None
+    seed: Annotated[int, typer.Option(help="Of the random inputs."), at_least(0)] = 0
+    kernel_root: KernelRoot = None
+    commit: Commit = None
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results to this file."), writable_file
+    ] = None
+    results: Annotated[
+        Path | None, typer.Option(help="Run nothing: show the results in this file.")
+    ] = None
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the report of docs/conformance.md.")
+    ] = False
+    as_json: AsJson = False
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return DTYPES
+
+    @property
+    def root(self) -> Path:
+        return find_root(self.kernel_root)
+
+    def on_this_machine(self) -> "Settings":
+        """The settings with torch's device."""
+        find_root(self.kernel_root)  # before torch is imported
+        from ..folding.model import resolve_device
+
+        return replace(self, device=resolve_device(self.device))
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings that the options stand for.
+
+    Raises:
+        UserError: an option that names what isn't there.
+    """
+    return read(Settings, **given).on_this_machine()

@@ -1,0 +1,102 @@
+"""The candidates: which settings of a stage are tried, and at which widths and lengths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+from ..repository import submodule
+
+STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
+WIDTHS = (128, 256)
+# Upper bound of a class of lengths, and the lengths that stand for it; ragged ones among them.
+CLASSES = ((96, (64, 76)), (160, (128,)), (320, (256, 286)), (None, (384, 511, 512, 769, 1024)))
+_SHARED_OF_TWO_BLOCKS = 113 * 1024  # bytes of shared memory if a multiprocessor is to hold two
+
+
+@dataclass(frozen=True)
+class Job:
+    """One setting of one stage for one width; `config` is a LaunchConfig's fields, sorted."""
+
+    stage: str
+    width: int
+    config: tuple[tuple[str, object], ...]
+
+    def launch_config(self, kernel: ModuleType):
+        return submodule(kernel, "triton_parts.settings").LaunchConfig(**dict(self.config))
+
+
+def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
+    """The settings to try for 16-bit tensors of C = D = width.
+
+    Pruned by what was found on sm_90 (docs/performance.md): operands held in registers, at least
+    two blocks a multiprocessor in stages 1 and 3, no more registers than that allows. Without
+    `descriptors`, for GPUs that have none in hardware, the same shapes through pointers.
+    """
+    grid = {
+        "fused_dual_gemm": _dual_gemm_settings,
+        "trimul_einsum": _einsum_settings,
+        "fused_ln_residual": _ln_residual_settings,
+    }[stage]
+    settings = list(grid(width))
+    if not descriptors:
+        settings = [config | {"descriptors": False} for config in settings]
+    jobs = [Job(stage, width, tuple(sorted(config.items()))) for config in settings]
+    return list(dict.fromkeys(jobs))
+
+
+def _dual_gemm_settings(width: int) -> Iterator[dict]:
+    block_k = 1 << (width - 1).bit_length()
+    for (block_m, warps), block_n, stages, maxnreg, split, descriptors in itertools.product(
+        ((64, 4), (128, 8)), (16, 32, 64), (3, 4), (None, 128, 168), (1, 2, 4, 8), (True, False)
+    ):
+        shared = 2 * block_n * block_k * 2 * stages + block_n * block_m * 2
+        # Splitting and pointers are for short sequences.
+        if (
+            shared > _SHARED_OF_TWO_BLOCKS
+            or (maxnreg == 168 and warps == 8)
+            or (split > 1 and maxnreg)
+            or (not descriptors and (split == 1 or stages > 3 or warps == 8))
+            or (block_m == 128 and maxnreg is None)
+        ):
+            continue
+        yield {
+            "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps,
+            "num_stages": stages, "descriptors": descriptors, "held": True, "maxnreg": maxnreg,
+            "split": split,
+        }  # fmt: skip
+
+
+def _einsum_settings(width: int) -> Iterator[dict]:
+    for block_m, block_n, block_k, warps, stages, descriptors, persistent in (
+        (128, 256, 64, 8, 4, True, 1), (128, 256, 64, 8, 3, True, 1), (256, 128, 64, 8, 4, True, 1),
+        (128, 128, 64, 8, 4, True, 1), (128, 128, 64, 4, 3, True, 2), (128, 128, 64, 4, 3, True, 0),
+        (128, 64, 64, 4, 4, True, 2), (64, 128, 64, 4, 4, True, 2), (64, 64, 64, 4, 4, True, 3),
+        (64, 64, 64, 4, 3, True, 0), (64, 64, 64, 4, 3, False, 0), (64, 64, 32, 4, 4, False, 0),
+        (64, 128, 64, 4, 3, False, 0), (128, 128, 64, 8, 3, False, 0),
+        (64, 256, 64, 4, 3, True, 1), (64, 256, 64, 4, 2, True, 2), (128, 128, 128, 8, 2, True, 1),
+        (128, 256, 128, 8, 2, True, 1), (128, 128, 64, 4, 2, True, 2),
+    ):  # fmt: skip
+        yield {
+            "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps,
+            "num_stages": stages, "descriptors": descriptors, "persistent": persistent,
+        }  # fmt: skip
+
+
+def _ln_residual_settings(width: int) -> Iterator[dict]:
+    for split, block_k, stages, maxnreg, descriptors in itertools.product(
+        (1, 2, 4), (32, 64), (3, 4), (None, 128, 168), (True, False)
+    ):
+        block_n = max(16, (1 << (width - 1).bit_length()) // split)
+        registers = block_n // 2 + block_n // 4  # the accumulators and the packed gate
+        if (maxnreg is not None and registers > maxnreg - 32) or (
+            not descriptors and (stages > 3 or maxnreg)
+        ):
+            continue
+        yield {
+            "block_m": 64, "block_n": block_n, "block_k": block_k, "num_warps": 4,
+            "num_stages": stages, "descriptors": descriptors, "held": True, "maxnreg": maxnreg,
+            "split": split,
+        }  # fmt: skip

@@ -1,0 +1,132 @@
+"""The table: the fastest setting of each class of lengths, as the kernel package reads them.
+
+A table written to torch-ext/esmfold2_trimul_kernel/triton_parts/configs is taken by devices of that
+target, or, where it is named after one device (NVIDIA_H200.json), by that device alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+from ..documents import write_document
+from ..repository import load_kernel, submodule
+from .candidates import CLASSES, STAGES
+
+
+def fastest(
+    rows: list[dict], stage: str, width: int, lengths: tuple[int, ...]
+) -> tuple[dict, float] | None:
+    """The setting with the least geometric mean of its times at `lengths`, and that mean in ms."""
+    times: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["stage"] == stage and row["width"] == width and row["length"] in lengths:
+            key = json.dumps(row["config"], sort_keys=True)
+            times.setdefault(key, {})[row["length"]] = row["milliseconds"]
+    means = {
+        key: math.exp(statistics.fmean(map(math.log, some.values())))
+        for key, some in times.items()
+        if len(some) == len(lengths)
+    }
+    if not means:
+        return None
+    key = min(means, key=means.__getitem__)
+    return json.loads(key), means[key]
+
+
+def table(
+    results: dict,
+    base: dict,
+    shipped: dict,
+    classes: tuple[tuple[int | None, tuple[int, ...]], ...] = CLASSES,
+) -> dict:
+    """A settings table: `base` with the 16-bit settings that were fastest in `results`.
+
+    Of two neighbouring classes of one width that have the same setting only the longer is written;
+    the `shipped` settings for widths beyond those tuned stay, and so do those of the backward.
+    """
+    environment_ = results["environment"]
+    tuned = {
+        "note": (
+            f"16-bit settings of the forward measured on one {environment_['device']} (torch "
+            f"{environment_['torch']}, Triton {environment_['triton']}, {environment_['date']}) "
+            "by `esmfold2-trimul tune`; see docs/performance.md."
+        )
+    }
+    for stage in STAGES:
+        widths = sorted({row["width"] for row in results["rows"] if row["stage"] == stage})
+        entries = []
+        for width in widths:
+            of_width: list[tuple[int | None, dict]] = []
+            for longest, lengths in classes:
+                best = fastest(results["rows"], stage, width, lengths)
+                if best is None:
+                    continue
+                setting = _shortest(best[0])
+                if of_width and of_width[-1][1] == setting:
+                    of_width.pop()
+                of_width.append((longest, setting))
+            for longest, setting in of_width:
+                length = {} if longest is None else {"max_length": longest}
+                entries.append({"max_width": width, **length, **setting})
+        widest = max(widths, default=0)
+        kept = [e for e in shipped[stage]["2"] if e.get("max_width", math.inf) > widest]
+        tuned[stage] = {**base.get(stage, {}), "2": entries + kept}
+    return base | tuned
+
+
+def _shortest(config: dict) -> dict:
+    """The fields that differ from a LaunchConfig's defaults."""
+    defaults = {
+        "descriptors": False, "held": False, "maxnreg": None,
+        "persistent": 0, "split": 1,
+    }  # fmt: skip
+    return {k: v for k, v in config.items() if k not in defaults or v != defaults[k]}
+
+
+def write(root: Path, results: dict, out: Path | None, everything: Path | None) -> dict:
+    """Writes the table of `results` over the package's own for this target; returns the table."""
+    kernel = load_kernel(root)
+    target = submodule(kernel, "triton_parts.device").device_target(torch.device("cuda", 0)).target
+    configs = root / "torch-ext" / "esmfold2_trimul_kernel" / "triton_parts" / "configs"
+    path = configs / f"{target}.json"
+    base = json.loads(path.read_text()) if path.is_file() else {"like": "default"}
+    settings = table(results, base, submodule(kernel, "triton_parts.settings").settings_of(target))
+    for path, document in ((out, settings), (everything, timings(results))):
+        if path is not None:
+            write_document(document, path)
+    return settings
+
+
+def timings(results: dict) -> dict:
+    """The results with a row for each candidate, its times and errors by length."""
+    candidates_: dict[str, dict] = {}
+    for row in results["rows"]:
+        named = {name: row[name] for name in ("stage", "width", "config")}
+        key = json.dumps(named, sort_keys=True)
+        entry = candidates_.setdefault(key, {**named, "milliseconds": {}, "error": {}})
+        for name, digits in (("milliseconds", 5), ("error", 3)):
+            entry[name][str(row["length"])] = float(f"{row[name]:.{digits}g}")
+    return {
+        "environment": results["environment"],
+        "candidates": list(candidates_.values()),
+        "failed": results["failed"],
+    }
+
+
+def text(results: dict, classes: tuple = CLASSES) -> str:
+    """The fastest setting of each stage, width and class, a line each."""
+    lines = [f"{results['environment']['device']}: milliseconds, geometric mean of the lengths"]
+    for stage, width in sorted({(row["stage"], row["width"]) for row in results["rows"]}):
+        for _, lengths in classes:
+            best = fastest(results["rows"], stage, width, lengths)
+            if best is not None:
+                some = ", ".join(map(str, lengths))
+                setting = " ".join(f"{k}={v}" for k, v in _shortest(best[0]).items())
+                lines.append(f"{stage} C = {width}, L = {some}: {best[1]:.4f}  {setting}")
+    lines.append(f"{len(results['failed'])} candidates failed")
+    return "\n".join(lines)
