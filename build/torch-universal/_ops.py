@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_dbb15dd9c2"
+_NAMESPACE = "_esmfold2_trimul_kernel_98e69a9f28"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -337,13 +337,13 @@ def check_eps(name: str, eps: float) -> None:
 def resolve_precision(
     precision: str | int | enum.Enum | None, pair_name: str, pair: Tensor
 ) -> str:
-    """The kernels' word for `precision`; "default" follows torch's setting.
+    """The kernels' word for `precision`; "default", of float32 inputs, follows torch's setting.
 
     Products of 16-bit operands are exact in the float32 accumulators, so for 16-bit inputs every
     word that applies to them means the same arithmetic.
     """
     if precision is None:
-        return "default"
+        return "default" if pair.dtype == torch.float32 else "fp32"
     word = precision.name if isinstance(precision, enum.Enum) else precision
     if isinstance(word, int) and not isinstance(word, bool):
         word = _PRECISION_VALUES.get(word)

@@ -129,14 +129,16 @@ def _twin_of(call: Call) -> Call:
 def _for_kernels(call: Call) -> Call:
     """The call as the kernels take it: a precision of theirs, and rows of unit stride."""
     weights, precision = call.weights, call.precision
+    if precision == "default":
+        precision = "tf32" if torch_allows_tf32() else "fp32"
     # The kernels index a parameter's last axis by the channel. A stride there would cost more than
     # a copy, and from tiles that lie the other way ptxas 12.8 (Triton 3.6 to 3.7.1) made sm_90
     # code that read shared memory at the wrong addresses: see docs/fuzzing.md.
     if not all([v is None or v.is_contiguous() for v in weights]):
         values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
         weights = Weights(*values)
-    if precision == "default":
-        precision = "tf32" if torch_allows_tf32() else "fp32"
+    elif precision == call.precision:
+        return call
     return call._replace(weights=weights, precision=precision)
 
 

@@ -105,19 +105,17 @@ def ln_residual(
     `out` may be the memory of the residual. Where that is x too, and a program reads rows of x
     again after they have been written, few rows at a time are written apart and copied.
     """
-    x, residual, first_row = call.x, call.residual, 0
+    x, residual, first_row, key = call.x, call.residual, 0, ("ln_residual",)
     if rows is not None:
         product, moments = product[:, :, rows], moments[:, :, rows]
         x, out = x[:, rows], out[:, rows]
         residual = None if residual is None else residual[:, rows]
         first_row = 0 if call.lengths is None else rows.start
+        alignments = [t.data_ptr() % 16 for t in (x, out, residual) if t is not None]
+        key = ("ln_residual", x.shape[1], first_row, *alignments)
     stage = (product, x, moments, residual, call.drop_mask)
     stage += (call.weights, call.eps_out, call.precision)
-    alignments = [t.data_ptr() % 16 for t in (x, out, residual) if t is not None]
-    prepared = launches.of(
-        ("ln_residual", x.shape[1], first_row, *alignments),
-        prepare_ln_residual, *stage, None, first_row,
-    )  # fmt: skip
+    prepared = launches.of(key, prepare_ln_residual, *stage, None, first_row)
     made = out
     if call.inplace and not _may_overwrite(call, prepared):
         if rows is None:
