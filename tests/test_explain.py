@@ -57,9 +57,9 @@ def test_launches_and_memory_are_those_of_the_call(
         launched.setdefault(name, (launch.programs, launch.constants, launch.options))
 
     monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
     measured = peak_bytes(submodule, problem, **options)
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
     assert launched == {
         name: (stage.programs, stage.constants, stage.options)
         for name, stage in found.stages.items()

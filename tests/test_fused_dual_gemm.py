@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, make_problem, relative_error
+from helpers import DTYPES, as_call, make_problem, relative_error
 
 # One rounding of the planes and one of the normalised operand, in relative L2.
 STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6}
@@ -31,21 +31,25 @@ def moments_in_float64(x, eps):
     return torch.stack([rows.mean(-1), (variance + eps).rsqrt()], dim=1)
 
 
-def weights_of(submodule, problem):
-    values = {**problem.weights, **problem.biases}
-    names = submodule("validation").Weights._fields
-    return submodule("validation").Weights(**{name: values.get(name) for name in names})
+def planes_like(submodule, x, direction, size):
+    """a and b [B, G, Q, pitch] of one piece of memory, not yet written."""
+    rows, columns = x.shape[1:3] if direction == "outgoing" else x.shape[2:0:-1]
+    shape = (x.shape[0], 2, size, rows, submodule("triton_parts.tiles").padded_pitch(columns))
+    return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
 
 
 @pytest.fixture
 def stage(submodule, on_triton):
     """stage(problem, config=None, ...): planes, columns [0, L) and the pads apart, and moments."""
 
-    def run(problem, config=None, **others):
+    def run(problem, config=None, group=None, **others):
         p = problem.to(on_triton)
-        *planes, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
-            p.x, p.direction, p.mask, weights_of(submodule, p), p.eps, "fp32", config, **others
-        )
+        call = as_call(submodule("_call"), p)
+        planes = planes_like(submodule, p.x, p.direction, call.hidden if not group else group[1])
+        moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
+            call, submodule("triton_parts.launch").Launches(), planes, group, config=config,
+            **others,
+        )  # fmt: skip
         planes = torch.cat(planes, dim=1)
         length = p.x.shape[1]
         return planes[..., :length].cpu(), planes[..., length:].cpu(), moments[..., :length].cpu()
@@ -142,7 +146,6 @@ def test_some_rows_are_those_of_the_whole(
     submodule, on_triton, descriptors, held, direction, real
 ):
     """Rows of x are rows of the planes, and for "incoming" their columns; the bits are the same."""
-    subject = submodule("fused_dual_gemm")
     config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, descriptors, held)
     p = make_problem(21, 32, dtype=torch.bfloat16, mask="soft", direction=direction, batch=2)
     p = p.to(on_triton)
@@ -151,12 +154,13 @@ def test_some_rows_are_those_of_the_whole(
         lengths = torch.tensor([real, 21], dtype=torch.int32, device=on_triton)
 
     def planes_of(rows):
-        stage = (p.x[:, rows], direction, p.mask[:, rows], weights_of(submodule, p), p.eps, "fp32")
-        empty = subject.empty_planes(p.x[:, rows], direction, weights_of(submodule, p))
-        prepared = subject.prepare_dual_gemm(*stage, empty, config, first_row=rows.start)
-        a, b, moments = subject.fused_dual_gemm_fwd(
-            *stage, planes=empty, prepared=prepared, lengths=lengths
-        )
+        call = as_call(submodule("_call"), p, lengths=lengths)
+        call = call._replace(x=p.x[:, rows], mask=p.mask[:, rows])
+        a, b = planes_like(submodule, call.x, direction, 32)
+        moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
+            call, submodule("triton_parts.launch").Launches(), (a, b), config=config,
+            first_row=rows.start,
+        )  # fmt: skip
         count = rows.stop - rows.start
         parts = (a, b, moments) if direction == "outgoing" else [
             part[..., :count].transpose(-1, -2) for part in (a, b, moments)
@@ -172,18 +176,15 @@ def test_some_rows_are_those_of_the_whole(
 
 
 @pytest.mark.parametrize("length", [3, 16, 37])
-def test_positions_are_divided_without_division(submodule, on_triton, length):
+def test_positions_are_divided_without_division(stage, submodule, length):
     """Each position's row and column, also where a tile spans many rows."""
     problem = make_problem(length, 16, batch=2)
     x = problem.x
     x[:] = torch.arange(x[..., 0].numel()).reshape(x[..., 0].shape)[..., None] * 1e-2
     x[..., 0] = 0
-    p = problem.to(on_triton)
     config = submodule("triton_parts.settings").LaunchConfig(128, 16, 16, 4, 2)
-    *_, moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(
-        p.x, "outgoing", None, weights_of(submodule, p), p.eps, "fp32", config
-    )
-    assert torch.allclose(moments[:, 0, :, :length].cpu(), x.mean(-1), rtol=1e-5, atol=1e-7)
+    _, _, moments = stage(problem, config)
+    assert torch.allclose(moments[:, 0], x.mean(-1), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("descriptors", [False, True])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, make_problem, relative_error, seeded
-from test_fused_dual_gemm import moments_in_float64, weights_of
+from helpers import DTYPES, as_call, make_problem, relative_error, seeded
+from test_fused_dual_gemm import moments_in_float64
 
 STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
@@ -42,18 +42,11 @@ def assert_out(submodule, device, problem, config=None, by_rows=False):
     given = product.to(device)
     if by_rows:
         given = given.transpose(1, 2).contiguous().transpose(1, 2)
-    out = submodule("fused_ln_residual").fused_ln_residual_fwd(
-        given,
-        p.x,
-        moments_in_float64(p.x, p.eps).float(),
-        p.residual,
-        None if p.drop_mask is None else p.drop_mask.squeeze(1),
-        weights_of(submodule, p),
-        p.eps,
-        "fp32",
-        config,
-    )
-    assert out.shape == problem.x.shape and out.dtype == problem.x.dtype
+    out = torch.empty(p.x.shape, dtype=p.x.dtype, device=device)
+    submodule("fused_ln_residual").fused_ln_residual_fwd(
+        as_call(submodule("_call"), p), submodule("triton_parts.launch").Launches(), given,
+        moments_in_float64(p.x, p.eps).float(), out, config=config,
+    )  # fmt: skip
     error = relative_error(out, out_in_float64(problem, product))
     assert error <= STAGE_BUDGET[problem.x.dtype], f"relative error {error:.2e}"
 
@@ -117,23 +110,18 @@ def test_some_rows_alone_and_in_the_memory_of_the_residual(submodule, on_triton)
     p = problem.to(on_triton)
     moments = moments_in_float64(p.x, p.eps).float()
 
-    def run(rows, out=None):
-        return submodule("fused_ln_residual").fused_ln_residual_fwd(
-            product[:, :, rows],
-            p.x[:, rows],
-            moments[:, :, rows],
-            p.residual[:, rows],
-            None,
-            weights_of(submodule, p),
-            p.eps,
-            "fp32",
-            out=out,
+    def run(rows=None, **others):
+        call = as_call(submodule("_call"), p, **others)
+        out = p.residual if call.inplace else torch.full_like(p.x, 7.0)
+        submodule("fused_ln_residual").fused_ln_residual_fwd(
+            call, submodule("triton_parts.launch").Launches(), product, moments, out, rows
         )
+        return out
 
-    whole = run(slice(0, 18))
-    assert relative_error(run(slice(5, 11)), whole[:, 5:11].double().cpu()) <= 1e-6
-    kept = run(slice(0, 18), out=p.residual)
-    assert kept is p.residual and torch.equal(kept, whole)
+    whole, some = run(), run(slice(5, 11))
+    assert relative_error(some[:, 5:11], whole[:, 5:11].double().cpu()) <= 1e-6
+    assert bool((some[:, :5] == 7).all()) and bool((some[:, 11:] == 7).all())
+    assert torch.equal(run(inplace=True), whole)
 
 
 def test_strided_residual_and_expanded_drop_mask(submodule, on_triton):

@@ -1,5 +1,7 @@
 """Stage 2 against float64, alone: ragged lengths, pads that are no numbers, groups of tiles."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import DTYPES, relative_error, room, seeded
@@ -17,15 +19,22 @@ def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
     return planes
 
 
+def multiply(submodule, a, b, config=None, product=None, **others):
+    """The product of a and b, into `product` if it is given."""
+    product = torch.empty_like(a) if product is None else product
+    call = SimpleNamespace(precision="fp32", lengths=None)
+    launches = submodule("triton_parts.launch").Launches()
+    submodule("trimul_einsum_triton").trimul_einsum_fwd(
+        call, launches, a, b, product, config=config, **others
+    )
+    return product
+
+
 def assert_product(submodule, device, planes, length, config=None, product=None):
     """The product of the planes [B, 2D, L, pitch] of a and b."""
     a, b = planes[..., :length].double().chunk(2, dim=1)
     wanted = torch.einsum("bdik,bdjk->bdij", a, b)
-    product = submodule("trimul_einsum_triton").trimul_einsum_fwd(
-        *planes.to(device).chunk(2, dim=1), "fp32", config, product
-    )
-    assert product.shape == (a.shape[0], a.shape[1], length, planes.shape[-1])
-    assert product.dtype == planes.dtype
+    product = multiply(submodule, *planes.to(device).chunk(2, dim=1), config, product)
     error = relative_error(product[..., :length], wanted)
     limit = STAGE_BUDGET[planes.dtype] * room(wanted.numel())
     assert error <= limit, f"relative error {error:.2e}"
@@ -77,10 +86,10 @@ def test_planes_that_lie_apart(submodule, on_triton, descriptors):
     buffer = torch.full((21, 5, 32), float("nan"), dtype=torch.float16, device=on_triton)
     apart = buffer[:, 1:4].unsqueeze(0).transpose(1, 2)
     apart.copy_(a)
-    stage = submodule("trimul_einsum_triton").trimul_einsum_fwd
-    assert torch.equal(
-        stage(apart, b.clone(), "fp32", config)[..., :21], stage(a, b, "fp32", config)[..., :21]
+    got, wanted = (
+        multiply(submodule, *pair, config)[..., :21] for pair in ((apart, b.clone()), (a, b))
     )
+    assert torch.equal(got, wanted)
 
 
 def test_more_rows_of_tiles_than_a_group_holds(submodule, on_triton):
@@ -100,9 +109,7 @@ def test_operands_that_lie_the_other_way(submodule, on_triton, turned, descripto
         pads = float("nan") if descriptors or all(turned) else 0.0
         planes = make_planes(length, 2, 1, torch.float16, submodule, pads)
         a, b = planes.to(on_triton).chunk(2, dim=1)
-        product = submodule("trimul_einsum_triton").trimul_einsum_fwd(
-            a, b, "fp32", config, turned=turned
-        )
+        product = multiply(submodule, a, b, config, turned=turned)
         left, right = (
             plane[..., :length].transpose(-1, -2) if turn else plane[..., :length]
             for plane, turn in zip(planes.chunk(2, dim=1), turned, strict=True)

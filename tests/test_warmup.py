@@ -30,7 +30,7 @@ def kernels_of(submodule, on_triton, monkeypatch):
 
     for name in ("launch", "compile"):
         monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, name, note)
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
 
     def run(function) -> set:
         seen.clear()
@@ -38,7 +38,7 @@ def kernels_of(submodule, on_triton, monkeypatch):
         return set(seen)
 
     yield run
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
 
 
 def call_lengths(

@@ -15,12 +15,14 @@ Of a sequence with a length n below L, i, j and k go to n: tiles beyond are not 
 have zeros behind n up to the end of the block of k that n lies in.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ._call import Call
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     descriptor_of,
     dot_precision,
@@ -161,44 +163,40 @@ def _load_operand(plane, offs, offs_k, L, pitch, stride_row, TURNED: tl.constexp
 
 
 def trimul_einsum_fwd(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    precision: str,
-    config: LaunchConfig | None = None,
-    product: torch.Tensor | None = None,
-    prepared: PreparedLaunch | None = None,
+    call: Call,
+    launches: Launches,
+    a: Tensor,
+    b: Tensor,
+    product: Tensor,
+    key: object = 0,
     turned: tuple[bool, bool] = (False, False),
-    lengths: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """product [B, D, L, pitch] of a and b [B, D, L, pitch]; columns [L, pitch) have no meaning.
+    config: LaunchConfig | None = None,
+) -> None:
+    """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) mean nothing.
 
-    `turned` says of a and of b whether the product is that of the transposed planes; those of the
-    other operand must then have zeros in columns [L, pitch).
-    `product`, if given, is written and returned. All three have unit stride along the last axis,
-    and other strides that are multiples of 16. `prepared` is what `prepare_einsum` made of the
-    other arguments. `lengths` [B] int32 are those of sequences with padding; planes that are turned
-    then have zeros in the rows behind a length too.
+    Args:
+        a, b, product: unit stride along the last axis, other strides multiples of 16.
+        key: which of a call's launches of this stage it is.
+        turned: of a and of b, whether the product is that of the transposed planes; those of the
+            other operand must then have zeros in columns [L, pitch), and where sequences have
+            lengths the turned ones zeros in the rows behind.
+        config: a setting in place of the shipped one.
     """
-    if product is None:
-        product = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    if prepared is None:
-        prepared = prepare_einsum(
-            a, b, precision, product, config, turned, lengths is not None
-        )
-    prepared.launch(a=a, b=b, product=product, lengths_ptr=lengths)
-    return product
+    prepared = launches.of(
+        ("trimul_einsum", key), prepare_einsum, call, a, b, product, turned, config
+    )
+    prepared.launch(a=a, b=b, product=product, lengths_ptr=call.lengths)
 
 
 def prepare_einsum(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    precision: str,
-    product: torch.Tensor,
-    config: LaunchConfig | None = None,
-    turned: tuple[bool, bool] = (False, False),
-    with_lengths: bool = False,
+    call: Call,
+    a: Tensor,
+    b: Tensor,
+    product: Tensor,
+    turned: tuple[bool, bool],
+    config: LaunchConfig | None,
 ) -> PreparedLaunch:
-    """The launch of `trimul_einsum_fwd` for tensors like these; settings as in stage 1."""
+    """The launch of `trimul_einsum_fwd` for calls like this one."""
     batch, hidden, length, pitch = a.shape
     device = device_target(a.device)
     if config is None:
@@ -220,7 +218,7 @@ def prepare_einsum(
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
     # Programs of tiles that may be skipped would not share the work evenly.
-    persistent = config.persistent > 0 and not with_lengths
+    persistent = config.persistent > 0 and call.lengths is None
     if persistent:
         programs = min(tiles, config.persistent * device.multiprocessors)
     return PreparedLaunch(
@@ -236,8 +234,8 @@ def prepare_einsum(
         constants=dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             TURNED_A=turned[0], TURNED_B=turned[1],
-            DESCRIPTORS=config.descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
-            PERSISTENT=persistent,
+            DESCRIPTORS=config.descriptors, PERSISTENT=persistent,
+            PRECISION=dot_precision(call.precision, device.fp32_dots),
         ),
         options=config.options(),
     )  # fmt: skip

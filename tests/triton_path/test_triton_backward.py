@@ -178,17 +178,17 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
     }
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
-    stages, subject = submodule("triton_path.stages"), submodule("triton_path.gradients")
+    launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
     monkeypatch.setattr(subject, "_CHUNKS", 4)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
-    stages._launches.clear()
+    launches._launches.clear()
     problem = make_problem(9, 40, 32, direction=direction, mask="soft", drop_mask=True)
     assert subject.group_size(32, 9) == 16
     try:
         assert_gradients(backward(problem, recompute=True), problem, FLOAT32_BUDGET)
     finally:
-        stages._launches.clear()
+        launches._launches.clear()
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -200,12 +200,12 @@ def test_held_rows(backward, submodule, monkeypatch, channels, descriptors):
     launch = submodule("triton_parts.launch")
     problem = make_problem(4, channels, 16, dtype=torch.float16, mask="soft")
     wanted = backward(problem)
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
     monkeypatch.setattr(launch, "pick_config", lambda *_: config)
     try:
         got = backward(problem)
     finally:
-        submodule("triton_path.stages")._launches.clear()
+        submodule("triton_path.launches")._launches.clear()
     for name, gradient in got.items():
         assert relative_error(gradient, wanted[name].cpu().double()) <= 2e-3, name
 
@@ -214,7 +214,7 @@ def test_held_rows_of_float32_are_refused(backward, submodule, monkeypatch):
     config = submodule("triton_parts.settings").LaunchConfig(32, 16, 32, 4, 2, True, True)
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda *_: config)
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
     with pytest.raises(ValueError, match="a held operand is of 16-bit rows"):
         backward(make_problem(4, 32))
 
@@ -431,7 +431,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
 
 
 def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):
-    plans = submodule("triton_path.stages")._launches
+    plans = submodule("triton_path.launches")._launches
     plans.clear()
     problem = make_problem(6, 16, dtype=torch.float16).to(on_triton)
     for _ in range(2):

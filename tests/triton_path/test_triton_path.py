@@ -112,7 +112,7 @@ def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors
     }
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
-    submodule("triton_path.stages")._launches.clear()
+    submodule("triton_path.launches")._launches.clear()
     problem = make_problem(
         17, 32, dtype=torch.float16, direction=direction, residual=True, mask="soft", batch=2
     )
@@ -120,7 +120,7 @@ def test_lean_as_on_a_gpu(kernel, submodule, on_triton, monkeypatch, descriptors
         for memory in ("default", "lean"):
             assert_close(call(kernel, problem, on_triton, memory=memory), problem)
     finally:
-        submodule("triton_path.stages")._launches.clear()
+        submodule("triton_path.launches")._launches.clear()
 
 
 def test_inplace_on_the_aten_path(kernel):
@@ -204,7 +204,7 @@ class TestOutOfMemory:
         def fail(*_):
             raise torch.OutOfMemoryError("no room")
 
-        monkeypatch.setattr(path, "run_default", fail)
+        monkeypatch.setattr(path, "_run_default", fail)
         submodule("paths").say_once.cache_clear()
 
     def test_auto_is_lean_then_and_says_so_once(self, kernel, on_triton, default_fails, caplog):
@@ -247,7 +247,7 @@ def test_peak_memory(
 
 def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
     """The second call of a kind takes the first one's launches; another kind has its own."""
-    plans = submodule("triton_path.stages")._launches
+    plans = submodule("triton_path.launches")._launches
     plans.clear()
     problem = make_problem(8, 16, mask="float", dtype=torch.float16).to(on_triton)
     for _ in range(2):
@@ -260,7 +260,7 @@ def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):
 
 
 def test_launches_of_other_kinds_are_forgotten_at_last(kernel, submodule, on_triton, monkeypatch):
-    path = submodule("triton_path.stages")
+    path = submodule("triton_path.launches")
     path._launches.clear()
     monkeypatch.setattr(path, "_MOST_KINDS", 2)
     for length in (3, 4, 5):

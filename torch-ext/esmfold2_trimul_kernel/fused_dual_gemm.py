@@ -22,11 +22,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._call import Weights
+from ._call import Call, Weights
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     block_of,
     descriptor_of,
@@ -55,9 +57,9 @@ from .triton_parts.tiles import (
     dot,
     end_of_zeros,
     halves,
+    length_of,
     load_tile,
     load_weight_pair,
-    padded_pitch,
     positions,
     sigmoid,
 )
@@ -108,7 +110,7 @@ def _fused_dual_gemm_fwd_kernel(
     q, p = positions(start_m, pitch, BLOCK_M)
     valid_m = (q < Q) & (p < P)
     if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + pid_b)
+        length = length_of(lengths_ptr, pid_b, tl.maximum(Q, P))
         valid_m = valid_m & (first_q + q < length) & (first_p + p < length)
         end = end_of_zeros(length)
         if not any_of((first_q + q < end) & (first_p + p < end)):
@@ -236,60 +238,51 @@ def project_pair(
 
 
 def fused_dual_gemm_fwd(
-    x: torch.Tensor,
-    direction: str,
-    mask: torch.Tensor | None,
-    weights: Weights,
-    eps: float,
-    precision: str,
-    config: LaunchConfig | None = None,
+    call: Call,
+    launches: Launches,
+    planes: tuple[Tensor, Tensor],
     group: tuple[int, int] | None = None,
-    moments: torch.Tensor | None = None,
-    planes: tuple[torch.Tensor, torch.Tensor] | None = None,
-    prepared: PreparedLaunch | None = None,
-    lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a and b [B, G, Q, pitch], and moments [B, 2, Q, pitch], of x [B, R, L, C], mask [B, R, L].
+    moments: Tensor | None = None,
+    config: LaunchConfig | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Stage 1 of a call, whose x is [B, R, L, C]; returns the moments [B, 2, Q, pitch].
 
-    `precision` is about float32 inputs: "fp32", "ieee", "tf32x3", "tf32" or "bf16". `group` is
-    (first channel, G), by default all D channels. `moments` are those of an earlier call with the
-    same x: they are read and returned instead of being computed again. `planes`, if given, are a
-    and b, which are written and returned: unit stride along p, the others multiples of 16.
-    `prepared` is what `prepare_dual_gemm` made of the other arguments. `lengths` [B] int32 are
-    those of sequences with padding.
+    Args:
+        planes: a and b [B, G, Q, pitch], written; unit stride along p, others multiples of 16.
+        group: (first channel, G), by default all D channels.
+        moments: those of an earlier launch on the same x, read in place of being computed.
+        config: a setting in place of the shipped one.
+        first_row: the row of the sequences that x begins with.
     """
-    a, b = empty_planes(x, direction, weights, group) if planes is None else planes
-    if prepared is None:
-        prepared = prepare_dual_gemm(
-            x, direction, mask, weights, eps, precision, (a, b), config, group, moments is not None
-        )
-    if moments is None:
-        shape = (a.shape[0], 2, *a.shape[2:])
-        moments = torch.empty(shape, dtype=torch.float32, device=x.device)
+    read = moments is not None
+    prepared = launches.of(
+        ("fused_dual_gemm", group, read, call.x.data_ptr() % 16, first_row),
+        prepare_dual_gemm, call, planes, group, read, config, first_row,
+    )  # fmt: skip
+    if not read:
+        batch, _, rows, pitch = planes[0].shape
+        moments = launches.empty("moments", (batch, 2, rows, pitch), torch.float32, call.x.device)
+    weights = call.weights
     prepared.launch(
-        x_ptr=x,
-        mask_ptr=mask,
-        lengths_ptr=lengths,
+        x_ptr=call.x,
+        mask_ptr=call.mask,
+        lengths_ptr=call.lengths,
         norm_weight_ptr=weights.norm_in_weight,
         norm_bias_ptr=weights.norm_in_bias,
         weight_pair=lower_projection(weights),
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
-        a=a,
-        b=b,
+        a=planes[0],
+        b=planes[1],
         moments_ptr=moments,
     )
-    return a, b, moments
+    return moments
 
 
-def empty_planes(
-    x: torch.Tensor, direction: str, weights: Weights, group: tuple[int, int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b [B, G, Q, pitch], not yet written, of one piece of memory [B, 2, G, Q, pitch]."""
-    rows, columns = x.shape[1:3] if direction == "outgoing" else x.shape[2:0:-1]
-    size = weights.p_in_weight.shape[0] // 2 if group is None else group[1]
-    shape = (x.shape[0], 2, size, rows, padded_pitch(columns))
-    return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
+def with_axes_of_x(moments: Tensor, direction: str) -> Tensor:
+    """Stage 1's moments [B, 2, q, p] as [B, 2, i, j]."""
+    return moments.transpose(-1, -2) if direction == "incoming" else moments
 
 
 class ProjectionPair(NamedTuple):
@@ -338,33 +331,26 @@ def projection_pair(
     )
 
 
-def lower_projection(weights: Weights) -> torch.Tensor:
+def lower_projection(weights: Weights) -> Tensor:
     """The projection of the two that lies lower in memory."""
     value, gate = weights.p_in_weight, weights.g_in_weight
     return gate if gate.data_ptr() < value.data_ptr() else value
 
 
 def prepare_dual_gemm(
-    x: torch.Tensor,
-    direction: str,
-    mask: torch.Tensor | None,
-    weights: Weights,
-    eps: float,
-    precision: str,
-    planes: tuple[torch.Tensor, torch.Tensor],
-    config: LaunchConfig | None = None,
-    group: tuple[int, int] | None = None,
-    read_moments: bool = False,
-    first_row: int = 0,
+    call: Call,
+    planes: tuple[Tensor, Tensor],
+    group: tuple[int, int] | None,
+    read_moments: bool,
+    config: LaunchConfig | None,
+    first_row: int,
 ) -> PreparedLaunch:
-    """The launch of `fused_dual_gemm_fwd` for tensors like these.
-
-    Where sequences have lengths, their rows are those from `first_row` on.
-    """
+    """The launch of `fused_dual_gemm_fwd` for calls like this one."""
+    x, mask, weights = call.x, call.mask, call.weights
     length, channels = x.shape[2:]
     a, b = planes
     batch, size, rows, pitch = a.shape
-    hidden = weights.p_in_weight.shape[0] // 2
+    hidden = call.hidden
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
     if config is None:
@@ -396,7 +382,7 @@ def prepare_dual_gemm(
 
     # "incoming" reads the pairs' axes in the other order.
     x_axes, mask_axes, columns, first = ("bqpc", "bqp", length, (first_row, 0))
-    if direction == "incoming":
+    if call.direction == "incoming":
         x_axes, mask_axes, columns, first = ("bpqc", "bpq", x.shape[1], (0, first_row))
     return PreparedLaunch(
         _fused_dual_gemm_fwd_kernel,
@@ -406,7 +392,7 @@ def prepare_dual_gemm(
             "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr",
         ) | {"weight_pair": pair.descriptor, "a": flat},
         values=dict(
-            Q=rows, P=columns, pitch=pitch, first_q=first[0], first_p=first[1], eps=eps,
+            Q=rows, P=columns, pitch=pitch, first_q=first[0], first_p=first[1], eps=call.eps_in,
             first_channel=first_channel, weight_gap=pair.gap,
             stride_first=pair.strides[0], stride_second=pair.strides[1],
             **named_strides("x", x_axes, strides(x)),
@@ -420,7 +406,7 @@ def prepare_dual_gemm(
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
             WEIGHT_ALIGNMENT=pair.alignment, GATE_FIRST=pair.gate_first,
             DESCRIPTORS=descriptors, FLAT_PLANES=flat_planes,
-            PRECISION=dot_precision(precision, device.fp32_dots),
+            PRECISION=dot_precision(call.precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
             READ_MOMENTS=read_moments, SPLIT=split,
         ),

@@ -10,13 +10,14 @@ is never written where there is a residual. Where sequences have lengths, the up
 a residue beyond is zero, and tiles of such pairs are only copied.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._call import Weights
+from ._call import Call
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     block_of,
     descriptor_of,
@@ -44,6 +45,8 @@ from .triton_parts.tiles import (
     store_tile,
     within_length,
 )
+
+_STEPS = 16  # the output is made in so many where it is written over what is still to be read
 
 
 @triton.jit(
@@ -298,41 +301,53 @@ def _pack(gate, FAST: tl.constexpr):
 
 
 def fused_ln_residual_fwd(
-    product: torch.Tensor,
-    x: torch.Tensor,
-    moments: torch.Tensor,
-    residual: torch.Tensor | None,
-    drop_mask: torch.Tensor | None,
-    weights: Weights,
-    eps_out: float,
-    precision: str,
+    call: Call,
+    launches: Launches,
+    product: Tensor,
+    moments: Tensor,
+    out: Tensor,
+    rows: slice | None = None,
     config: LaunchConfig | None = None,
-    out: torch.Tensor | None = None,
-    prepared: PreparedLaunch | None = None,
-    lengths: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """out [B, R, L, C] of product [B, D, R, pitch], x, residual and drop_mask [B, L, C].
+) -> None:
+    """Stage 3 of a call: all rows, or `rows`, of `out` [B, L, L, C], contiguous.
 
-    moments [B, 2, R, L] are stage 1's, with the axes of x. `out`, if given, is contiguous, is
-    written and returned; it may be the very memory of x or of residual. `prepared` is what
-    `prepare_ln_residual` made of the other arguments. `lengths` [B] int32 are those of sequences
-    with padding.
+    `out` may be the memory of the residual. Where that is x too, and a program reads rows of x
+    again after they have been written, few rows at a time are written apart and copied.
+
+    Args:
+        product: [B, D, L, pitch].
+        moments: [B, 2, L, L], stage 1's, with the axes of x.
+        config: a setting in place of the shipped one.
     """
-    if prepared is None:
-        prepared = prepare_ln_residual(
-            product, x, moments, residual, drop_mask, weights, eps_out, precision, config
-        )
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    key, first_row = ("fused_ln_residual",), 0
+    if rows is not None:
+        product, moments, out = product[:, :, rows], moments[:, :, rows], out[:, rows]
+        residual = None if call.residual is None else call.residual[:, rows]
+        call = call._replace(x=call.x[:, rows], residual=residual)
+        first_row = 0 if call.lengths is None else rows.start
+        alignments = [t.data_ptr() % 16 for t in (call.x, out, residual) if t is not None]
+        key = ("fused_ln_residual", out.shape[1], first_row, *alignments)
+    prepared = launches.of(key, prepare_ln_residual, call, product, moments, config, first_row)
+    made = out
+    if call.inplace and not _may_overwrite(call, prepared):
+        if rows is None:
+            for entry in range(out.shape[0]):
+                one = slice(entry, entry + 1)
+                fused_ln_residual_by_steps(
+                    call.of_entry(entry), launches, product[one], moments[one], out[one]
+                )
+            return
+        made = launches.empty("output", out.shape, out.dtype, out.device)
+    weights = call.weights
     prepared.launch(
         product_ptr=product,
         product=product,
-        x_ptr=x,
+        x_ptr=call.x,
         moments_ptr=moments,
-        residual_ptr=residual,
-        drop_ptr=drop_mask,
-        lengths_ptr=lengths,
-        out_ptr=out,
+        residual_ptr=call.residual,
+        drop_ptr=call.drop_mask,
+        lengths_ptr=call.lengths,
+        out_ptr=made,
         norm_in_weight_ptr=weights.norm_in_weight,
         norm_in_bias_ptr=weights.norm_in_bias,
         norm_out_weight_ptr=weights.norm_out_weight,
@@ -342,25 +357,49 @@ def fused_ln_residual_fwd(
         gate_weight=weights.g_out_weight,
         gate_bias_ptr=weights.g_out_bias,
     )
-    return out
+    if made is not out:
+        out.copy_(made)
+
+
+def fused_ln_residual_by_steps(
+    call: Call, launches: Launches, product: Tensor, moments: Tensor, out: Tensor
+) -> None:
+    """Stage 3 of a call on one sequence, `rows_of_step` after the other.
+
+    Only the first step can fail to allocate: the memory of a step is the next one's.
+    """
+    length = call.x.shape[1]
+    step = rows_of_step(length)
+    for start in range(0, length, step):
+        rows = slice(start, min(start + step, length))
+        fused_ln_residual_fwd(call, launches, product, moments, out, rows)
+
+
+def rows_of_step(length: int) -> int:
+    """The rows of the output that are made at once where they are made by steps."""
+    return -(-length // _STEPS)
+
+
+def _may_overwrite(call: Call, prepared: PreparedLaunch) -> bool:
+    """Whether stage 3 may write over the residual while it runs.
+
+    Not if the residual is x and a program reads rows of x again after some of their channels have
+    been written, by itself or by another.
+    """
+    constants = prepared.constants
+    whole_rows = constants["BLOCK_N"] >= constants["C"] and constants["SPLIT"] == 1
+    return whole_rows or call.residual.data_ptr() != call.x.data_ptr()
 
 
 def prepare_ln_residual(
-    product: torch.Tensor,
-    x: torch.Tensor,
-    moments: torch.Tensor,
-    residual: torch.Tensor | None,
-    drop_mask: torch.Tensor | None,
-    weights: Weights,
-    eps_out: float,
-    precision: str,
-    config: LaunchConfig | None = None,
-    first_row: int = 0,
+    call: Call,
+    product: Tensor,
+    moments: Tensor,
+    config: LaunchConfig | None,
+    first_row: int,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_fwd` for tensors like these; settings as in stage 1.
-
-    Where sequences have lengths, their rows are those from `first_row` on.
-    """
+    """The launch of `fused_ln_residual_fwd` for calls like this one, rows from `first_row` on."""
+    x, residual, drop_mask, weights = call.x, call.residual, call.drop_mask, call.weights
     batch, hidden, rows, pitch = product.shape
     length, channels = x.shape[2:]
     device = device_target(x.device)
@@ -405,7 +444,7 @@ def prepare_ln_residual(
             "norm_out_bias_ptr", "emit_bias_ptr", "gate_bias_ptr",
         ) | {"product": product_arg, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
-            R=rows, L=length, pitch=pitch, first_row=first_row, eps_out=eps_out,
+            R=rows, L=length, pitch=pitch, first_row=first_row, eps_out=call.eps_out,
             stride_emit=emit.stride(0), stride_gate=gate.stride(0),
             **named_strides("product", "bdi", product.stride()[:3]),
             **named_strides("x", "bijc", strides(x)),
@@ -419,7 +458,7 @@ def prepare_ln_residual(
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
             DESCRIPTORS=descriptors, TILES=tiling,
-            PRECISION=dot_precision(precision, device.fp32_dots),
+            PRECISION=dot_precision(call.precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held, SPLIT=split,
         ),
         options=config.options(),

@@ -17,16 +17,19 @@ from torch import Tensor
 
 from .._call import Call, Weights
 from .._plan import Plan, note_on_gradients
+from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
+from ..fused_ln_residual import fused_ln_residual_fwd
 from ..paths import say_once
+from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.device import device_target
+from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import rehearsal, twin
 from ..triton_parts.tiles import padded_pitch
 from ..validation import torch_allows_tf32
-from .default import run_default
 from .gradients import group_size as group_size
 from .gradients import run_backward
+from .launches import launches_of
 from .lean import run_lean
-from .stages import launches_of
 
 
 def forward(call: Call) -> Tensor:
@@ -35,7 +38,7 @@ def forward(call: Call) -> Tensor:
     with _current_device(call.x):
         if call.memory != "lean":
             try:
-                return run_default(call, launches_of(call, "default"))[0]
+                return _run_default(call, launches_of(call, "default"))[0]
             except torch.OutOfMemoryError:
                 # Stage 3 allocates before it writes, so an inplace call has not begun to.
                 if call.memory == "default":
@@ -48,7 +51,37 @@ def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The output in the default mode, the product [B, D, L, pitch], and the moments of x."""
     call = _for_kernels(call)
     with _current_device(call.x):
-        return run_default(call, launches_of(call, "default"))
+        return _run_default(call, launches_of(call, "default"))
+
+
+def _run_default(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, with what a backward can take up again: (out, product, moments).
+
+    The product [B, D, L, pitch] in the dtype of x and the moments [B, 2, L, pitch] of x in fp32 are
+    as stages 2 and 1 wrote them.
+    """
+    x = call.x
+    product, moments = _product(call, launches)
+    out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
+    by_rows = with_axes_of_x(moments, call.direction)
+    fused_ln_residual_fwd(call, launches, product, by_rows, out)
+    return out, product, moments
+
+
+def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor]:
+    """Stages 1 and 2: the product [B, D, L, pitch], and stage 1's moments.
+
+    a and b are freed on return, before the output is allocated: the peak is a, b and the product.
+    """
+    x, hidden = call.x, call.hidden
+    batch, length = x.shape[:2]
+    shape = (batch, hidden, length, padded_pitch(length))
+    planes = launches.empty("a and b", (batch, 2, *shape[1:]), x.dtype, x.device)
+    a, b = planes.unbind(1)
+    moments = fused_dual_gemm_fwd(call, launches, (a, b))
+    product = launches.empty("product", shape, x.dtype, x.device)
+    trimul_einsum_fwd(call, launches, a, b, product)
+    return product, moments
 
 
 def saved_shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -81,7 +114,7 @@ def plan(call: Call) -> Plan:
     lean = call.memory == "lean" and not keeps
     kernels_call = _for_kernels(_twin_of(call))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        (run_lean if lean else run_default)(kernels_call, launches)
+        (run_lean if lean else _run_default)(kernels_call, launches)
     buffers, notes = launches.buffers, []
     kept = buffers["product"] + buffers["moments"] if keeps else 0
     mode = "lean" if lean else "default"

@@ -10,9 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .._call import Call
+from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
+from ..fused_ln_residual import fused_ln_residual_by_steps, rows_of_step
+from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
 from ..triton_parts.tiles import padded_pitch
-from .stages import by_steps, dual_gemm, einsum, step_of, with_axes_of_x
 
 _PLANES = 0.375  # scratch memory for planes, in tensors of the pair's size
 _GROUP_MULTIPLE = 8  # of channels: half a block of the smallest dot
@@ -32,7 +34,7 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
         of_entry = call.of_entry(entry)
         product = products[one].transpose(1, 2)  # [1, D, L, pitch]
         moments = _product_by_groups(of_entry, launches, product, sizes.slots)
-        by_steps(of_entry, launches, product, moments, out[one])
+        fused_ln_residual_by_steps(of_entry, launches, product, moments, out[one])
         del moments  # the next sequence's take their memory
     return out
 
@@ -48,7 +50,7 @@ class _Sizes(NamedTuple):
 def _sizes_of(call: Call) -> _Sizes:
     batch, length, _, channels = call.x.shape
     hidden = call.hidden
-    rows, step = batch * length, step_of(length)
+    rows, step = batch * length, rows_of_step(length)
     row_out, row_product = length * channels, hidden * padded_pitch(length)
     ahead = 0
     if not call.inplace:
@@ -76,8 +78,8 @@ def _product_by_groups(call: Call, launches: Launches, product: Tensor, slots: i
             b = own[: count * plane].view(1, count, length, pitch)
         else:
             a, b = own[: 2 * count * plane].view(1, 2, count, length, pitch).unbind(1)
-        moments = dual_gemm(call, launches, (a, b), (first, count), moments)
-        einsum(call, launches, a, b, product[:, first:end], first)
+        moments = fused_dual_gemm_fwd(call, launches, (a, b), (first, count), moments)
+        trimul_einsum_fwd(call, launches, a, b, product[:, first:end], first)
     return with_axes_of_x(moments, call.direction)
 
 

@@ -42,6 +42,8 @@ import torch
 from torch import Tensor
 
 from .._call import Call, Weights
+from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
+from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
 from ..triton_parts.tiles import padded_pitch
 from ..validation import torch_allows_tf32
@@ -56,9 +58,9 @@ from .fused_ln_residual_backward import (
     fused_ln_residual_bwd,
     prepare_ln_residual_bwd,
 )
+from .launches import launches_of
 from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
 from .row_products import add_row_products, prepare_row_products
-from .stages import dual_gemm, einsum, launches_of, with_axes_of_x
 
 # Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
 # small to fill a GPU: pairs of a chunk, elements of a group's planes.
@@ -112,7 +114,7 @@ def run_backward(
     Args:
         call: the forward's; x's device must be the current one. Residual and inplace don't matter.
         grad_out: [B, L, L, C] in the dtype of x, any strides.
-        product, moments: what `run_default` returned, or None for both.
+        product, moments: what `forward_saving` returned, or None for both.
         needs: names of `DIFFERENTIABLE`, of tensors that the call has.
         launches: by default those of calls of this kind.
     """
@@ -203,7 +205,8 @@ class _Sequence(NamedTuple):
         moments = None
         for first in range(0, product.shape[1], size):
             a, b, moments = self._group_planes(first, size, moments)
-            einsum(self.call, self.launches, a, b, product[:, first : first + size], first)
+            some = product[:, first : first + size]
+            trimul_einsum_fwd(self.call, self.launches, a, b, some, first)
             del a, b  # the next group's take their memory
         return moments
 
@@ -215,7 +218,7 @@ class _Sequence(NamedTuple):
         length = x.shape[1]
         shape = (1, 2, size, length, padded_pitch(length))
         a, b = torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
-        moments = dual_gemm(self.call, self.launches, (a, b), (first, size), moments)
+        moments = fused_dual_gemm_fwd(self.call, self.launches, (a, b), (first, size), moments)
         return a, b, moments
 
     def _chunks(self) -> Iterator[slice]:
@@ -312,7 +315,7 @@ class _Sequence(NamedTuple):
             products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
         for left, right, out, turned in products:
             key = first, turned
-            einsum(self.call, self.launches, left, right, out, key, turned)
+            trimul_einsum_fwd(self.call, self.launches, left, right, out, key, turned)
 
     def _stage_1(self, planes: Tensor, moments: Tensor, size: int) -> None:
         """From da and db, planes [2D, L, pitch] in groups of `size` channels, and dq to dx."""

@@ -43,23 +43,27 @@ class StageInputs:
         projections = [randn(4 * width, width, scale=width**-0.5).bfloat16()]
         projections += [randn(width, width, scale=width**-0.5).bfloat16() for _ in range(2)]
         bundle, emit, gate = projections
-        self.x = (randn(1, length, length, width) + 0.3).bfloat16()
+        x = (randn(1, length, length, width) + 0.3).bfloat16()
         real = torch.arange(length, device=device) < length - 3
-        self.mask = (real[:, None] & real[None, :]).unsqueeze(0)
-        weights = submodule(kernel, "_call").Weights
-        self.weights = weights(
+        module = submodule(kernel, "_call")
+        weights = module.Weights(
             *norms[:2], bundle[: 2 * width], None, bundle[2 * width :], None,
             *norms[2:], emit, None, gate, None,
+        )  # fmt: skip
+        self.call = module.Call(
+            x=x, direction="outgoing", mask=(real[:, None] & real[None, :]).unsqueeze(0),
+            residual=None, drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5,
+            precision="fp32", memory="default", recompute="product", inplace=False, lengths=None,
         )  # fmt: skip
         self._make_references()
 
     def _make_references(self) -> None:
         """Each stage's result in float32 from the operands that the stage is given."""
-        x, length, parameters = self.x, self.length, self.weights._asdict()
+        x, length, parameters = self.call.x, self.length, self.call.weights._asdict()
         pitch = submodule(self.kernel, "triton_parts.tiles").padded_pitch(length)
         rows = x.float()
         z = oracle.norm(rows, parameters, "norm_in", 1e-5)
-        planes = torch.cat(oracle.operands(z, parameters, self.mask), dim=-1).movedim(-1, 1)
+        planes = torch.cat(oracle.operands(z, parameters, self.call.mask), dim=-1).movedim(-1, 1)
         planes = planes.bfloat16().contiguous()
         self.planes = torch.nn.functional.pad(planes, (0, pitch - length))
         a, b = planes.movedim(1, -1).chunk(2, dim=-1)
@@ -76,21 +80,20 @@ class StageInputs:
 
     def run(self, job: Job) -> torch.Tensor:
         config = job.launch_config(self.kernel)
+        call, launches = self.call, submodule(self.kernel, "triton_parts.launch").Launches()
         if job.stage == "fused_dual_gemm":
+            out = torch.empty_like(self.planes)
             stage = submodule(self.kernel, "fused_dual_gemm").fused_dual_gemm_fwd
-            planes = torch.empty_like(self.planes)
-            stage(
-                self.x, "outgoing", self.mask, self.weights, 1e-5, "fp32", config,
-                planes=planes.chunk(2, dim=1),
-            )  # fmt: skip
-            return planes
-        if job.stage == "trimul_einsum":
+            stage(call, launches, out.chunk(2, dim=1), config=config)
+        elif job.stage == "trimul_einsum":
+            out = torch.empty_like(self.product)
             stage = submodule(self.kernel, "trimul_einsum_triton").trimul_einsum_fwd
-            return stage(*self.planes.chunk(2, dim=1), "fp32", config)
-        stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
-        return stage(
-            self.product, self.x, self.moments, None, None, self.weights, 1e-5, "fp32", config
-        )
+            stage(call, launches, *self.planes.chunk(2, dim=1), out, config=config)
+        else:
+            out = torch.empty_like(call.x)
+            stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
+            stage(call, launches, self.product, self.moments, out, config=config)
+        return out
 
     def error(self, job: Job) -> float:
         """Relative L2 error of the job's result, NaN where an element was not written."""
