@@ -120,16 +120,18 @@ def test_lengths_with_shipped_settings(kernel, on_triton, pairs_within, dtype, c
     assert_as_masked(kernel, problem, lengths, within, on_triton, memory=memory)
 
 
-def test_lengths_beyond_the_sequence(kernel, device):
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_beyond_the_sequence(kernel, device, dtype):
     problem = make_problem(6, 16, batch=2)
-    lengths = torch.tensor([9, 2**31 - 1]).to(device)
+    lengths = torch.tensor([9, 2**31 - 1], dtype=dtype, device=device)
     torch.use_deterministic_algorithms(True)  # new memory is NaN: what isn't written shows
     try:
         with_lengths = run(kernel, problem, device, lengths=lengths)
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(with_lengths, run(kernel, problem, device))
-    nothing = run(kernel, problem, device, lengths=torch.tensor([-3, 0]).to(device))
+    none = torch.tensor([-3, 0], dtype=dtype, device=device)
+    nothing = run(kernel, problem, device, lengths=none)
     assert not nothing.any()
 
 
