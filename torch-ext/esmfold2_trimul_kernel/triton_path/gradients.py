@@ -268,6 +268,10 @@ class _Sequence(NamedTuple):
                 if wanted.parameters else None,
             )  # fmt: skip
             fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
+            if wanted.parameters:  # while the partial sums are in L2
+                emit_sums, gate_sums = out.sums.sum(0)
+                self.totals.emit_sums.add_(emit_sums)
+                self.totals.in_sums[4 * hidden :].add_(gate_sums)
             if wanted.drop_mask:
                 some = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = some if grad_drop is None else grad_drop.add_(some)
@@ -283,9 +287,6 @@ class _Sequence(NamedTuple):
                     call.lengths,
                 )  # fmt: skip
             if wanted.parameters:
-                emit_sums, gate_sums = out.sums.sum(0)
-                self.totals.emit_sums.add_(emit_sums)
-                self.totals.in_sums[4 * hidden :].add_(gate_sums)
                 self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
                 del hat_t
             del out  # the next chunk's takes its memory
@@ -342,10 +343,11 @@ class _Sequence(NamedTuple):
                 sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.parameters else None,
             )
             fused_dual_gemm_bwd(x, mask, some, some_planes, weights, prepared, out, call.lengths)
+            if wanted.parameters:
+                self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
             if wanted.projections:
                 out.grads[:, 4 * hidden :].copy_(self.grad_q[chunk].view(count, channels))
             if wanted.parameters:
-                self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
                 self._add_product(self.totals.in_products, out.grads, out.hat_x, "in")
             if wanted.x:
                 grad_z, grad_x = torch.mm(out.grads, self.stacked), self.gradients["x"][chunk]
