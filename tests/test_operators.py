@@ -27,6 +27,8 @@ from helpers import (
 )
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 
@@ -293,6 +295,48 @@ class TestCompiled:
         with Asked(submodule("_call").DIFFERENTIABLE) as asked:
             out.backward(grad_of_output(problem).to(device))
         assert asked.names == [{"x", "p_in_weight"}]
+
+
+class TestTracedInPlace:
+    """Tensors that have no address are not asked for it; real aliases stay refused."""
+
+    @pytest.fixture(params=["the pair itself", "another tensor"])
+    def update(self, request, kernel, device):
+        problem = make_problem(8, 16, mask="soft").to(device)
+
+        def call(x):
+            pair = x.clone()
+            residual = pair if request.param == "the pair itself" else x * 2
+            return kernel.triangle_multiplicative_update_with_residual(
+                pair, "outgoing", residual, None, mask=problem.mask, inplace=True,
+                **problem.weights,
+            )  # fmt: skip
+
+        return call, problem.x
+
+    @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+    @torch.no_grad()
+    def test_make_fx(self, update, mode):
+        call, x = update
+        options = {} if mode == "real" else {"_allow_non_fake_inputs": True}
+        traced = make_fx(call, tracing_mode=mode, **options)(x)
+        assert torch.equal(traced(x), call(x))
+
+    @pytest.mark.parametrize("strict", [False, True])
+    @torch.no_grad()
+    def test_export(self, update, strict):
+        call, x = update
+        module = torch.nn.Module()
+        module.forward = call
+        exported = torch.export.export(module, (x,), strict=strict)
+        assert torch.equal(exported.module()(x), call(x))
+
+    @torch.no_grad()
+    def test_fake_tensors_and_one_graph(self, update):
+        call, x = update
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert call(mode.from_tensor(x)).shape == x.shape
 
 
 @pytest.mark.kernels_ci

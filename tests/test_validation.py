@@ -199,7 +199,19 @@ def test_biases_on_another_device(call_with_biases, name):
     call_with_biases.assert_refuses(ValueError, message, **{name: bias})
 
 
-@pytest.mark.parametrize("shape", [(B, L, L + 1), (3, L, L), (2, 3, L, L), (0,)])
+@pytest.mark.parametrize("shape", [
+    (), (0,), (L,), (1, L), (B, L), (L, 1), (1, 1, L), (B, 1, L), (B, L, 1), (1, L, 1), (1, 1, 1),
+    (B, L, L + 1), (B, L, L, 1), (B, 1, 1, L),
+])  # fmt: skip
+def test_a_mask_of_residues_is_not_taken_for_one_of_pairs(call, shape):
+    message = (
+        f"mask must be [..., L, L] with L = 3, a number for each pair of residues; got {shape}. A "
+        "mask of residues? Use m[..., :, None] * m[..., None, :], or lengths="
+    )
+    call.assert_refuses(ValueError, message, mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, L, L), (2, 3, L, L)])
 def test_mask_shape(call, shape):
     message = f"mask must broadcast to [2, 3, 3], {{pair}} without its channels; got {shape}"
     call.assert_refuses(ValueError, message, mask=torch.ones(shape))
@@ -218,7 +230,7 @@ def test_mask_dtype_and_device(call):
     call.assert_refuses(ValueError, message, mask=mask.to(META))
 
 
-@pytest.mark.parametrize("shape", [(), (L,), (L, 1), (L, L), (1, L, L), (B, 1, L), (B, L, L)])
+@pytest.mark.parametrize("shape", [(L, L), (1, L, L), (B, L, L)])
 def test_masks_that_broadcast(call, shape):
     mask = torch.rand(shape)
     torch.testing.assert_close(call(mask=mask), call(mask=mask.expand(B, L, L).contiguous()))

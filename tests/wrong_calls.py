@@ -133,7 +133,8 @@ def _all_wrong() -> dict[str, Wrong]:
         "pair", "too long",
         lambda a: torch.empty(1, TOO_LONG, TOO_LONG, 1, dtype=a["pair"].dtype, device="meta"),
     )  # fmt: skip
-    for shape in ((3, 1, 1), (2, 3, L, L), (L + 1,), (0,)):
+    ranks = ((), (L,), (1, L), (B, L), (B, 1, L), (1, 1, L), (B, L, 1), (1, L, 1), (B, 1, L, 1))
+    for shape in (*ranks, (3, 1, 1), (2, 3, L, L), (L + 1,), (0,), (1, 1, 1)):
         add("mask", f"{shape}", _ones(*shape))
     add("mask", "more axes beside a residual", _ones(1, B, L, L), function=WITH_RESIDUAL)
     for shape in ((B, L, C), (1, 1, L, C), (L, C), (B * L, 1), (B * L,)):

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_bdbb12334a"
+_NAMESPACE = "_esmfold2_trimul_kernel_97a3a9550e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

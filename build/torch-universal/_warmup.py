@@ -32,9 +32,10 @@ def warmup(
 ) -> None:
     """Compiles the kernels that calls of one kind need, so that no such call waits for a compiler.
 
-    Lengths share kernels in a few classes; all classes are compiled, or those of `lengths`. Triton
-    keeps what it compiled on the disk, so later processes of the same machine profit too. The
-    defaults are what ESMFold2's trunk asks for.
+    Lengths share kernels in a few classes; all classes are compiled, or those of `lengths`, for one
+    sequence at a time and tensors of less than 2^31 elements (L below 2,048 for C = D = 256).
+    Triton keeps what it compiled on the disk, so later processes of the same machine profit too.
+    The defaults are what ESMFold2's trunk asks for.
 
     Args:
         channels, hidden: C and D; hidden is channels unless given.

@@ -85,7 +85,7 @@ def _fused_ln_residual_fwd_kernel(
     row; "pointers", any strides.
 
     HELD: 16-bit rows are loaded as left operands of a product with the identity matrix, which
-    brings them in fp32 into an accumulator's layout (see `tiles.hold`), and one block of output
+    brings them in fp32 into an accumulator's layout (see `layer_norm.hold`), and one block of output
     channels a program. Where C = D the statistics of the product are then taken beside the gate.
     SPLIT programs share the output channels of a tile. The rows are those from `first_row` on of
     their sequence, which matters where it has a length.
@@ -326,7 +326,9 @@ def fused_ln_residual_fwd(
         call = call._replace(x=call.x[:, rows], residual=residual)
         first_row = 0 if call.lengths is None else rows.start
         alignments = [t.data_ptr() % 16 for t in (call.x, out, residual) if t is not None]
-        key = ("fused_ln_residual", out.shape[1], first_row, *alignments)
+        # Over x itself the launch may write to memory of its own, of another alignment.
+        over_x = call.inplace and residual.data_ptr() == call.x.data_ptr()
+        key = ("fused_ln_residual", out.shape[1], first_row, over_x, *alignments)
     prepared = launches.of(key, prepare_ln_residual, call, product, moments, config, first_row)
     made = out
     if call.inplace and not _may_overwrite(call, prepared):

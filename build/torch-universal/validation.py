@@ -10,6 +10,8 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ._call import Weights
 
@@ -183,6 +185,13 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
         return None
     _check_is_tensor("mask", mask)
     wanted = pair.shape[:-1]
+    if mask.ndim < 2 or mask.shape[-2:] != wanted[-2:]:
+        length = wanted[-1]
+        raise ValueError(
+            f"mask must be [..., L, L] with L = {length}, a number for each pair of residues; "
+            f"got {tuple(mask.shape)}. A mask of residues? Use m[..., :, None] * m[..., None, :], "
+            "or lengths="
+        )
     if mask.shape != wanted and not _broadcasts_to(mask.shape, wanted):
         raise ValueError(
             f"mask must broadcast to {list(wanted)}, {pair_name} without its channels; "
@@ -316,6 +325,8 @@ def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: 
         )
     if residual.numel() == 0:
         return
+    if _is_traced(residual):
+        return  # tensors without addresses; the traced op writes over the residual all the same
     same = residual.data_ptr() == pair.data_ptr() and residual.stride() == pair.stride()
     memory = residual.untyped_storage().data_ptr()
     others = (None if same else pair, *others)
@@ -376,6 +387,13 @@ def _is_word(value: str, words: tuple[str, ...]) -> bool:
 def _check_is_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether the tensor has no memory of its own: under tracers, and fake tensors."""
+    return tensor.is_meta or isinstance(tensor, (FakeTensor, FunctionalTensor)) or (
+        torch.compiler.is_compiling()
+    )
 
 
 def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:

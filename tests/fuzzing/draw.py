@@ -97,10 +97,7 @@ def _cases(draw, sizes: Sizes) -> Case:
         drop_mask = draw(sometimes(_masks(shape)))
     mask = None
     if (function == UPDATE and mask_leading) or draw(st.booleans()):
-        axes = (draw(st.sampled_from((length, length, 1))) for _ in range(2))
-        shape = (*mask_leading, *axes)
-        if not mask_leading:
-            shape = shape[draw(st.sampled_from((0, 0, 1, 2))) :]
+        shape = (*mask_leading, length, length)
         mask = draw(_masks(shape))
     case = Case(
         function, dtype, leading, length, channels, hidden,

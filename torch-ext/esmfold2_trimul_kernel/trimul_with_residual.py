@@ -64,7 +64,7 @@ def triangle_multiplicative_update_with_residual(
         p_in_weight, g_in_weight: [2D, C] in the dtype of pair; rows [0, D) make a, [D, 2D) make b.
         norm_out_weight, norm_out_bias: [D], as norm_in_*.
         p_out_weight, g_out_weight: [C, D] and [C, C] in the dtype of pair.
-        mask: pair mask, bool or real, broadcastable to [B, L, L], or None; multiplies a and b.
+        mask: pair mask [L, L], [1, L, L] or [B, L, L], bool or real, or None; multiplies a and b.
         eps: added to the variance by the LayerNorm of pair, and by that of the product too unless
             eps_out is given.
         eps_out: the second LayerNorm's own eps.

@@ -28,7 +28,7 @@ INTERPRETED = (
     "mask: soft, bfloat16",
     "mask: all-masked rows, incoming, float16",
     "mask: expanded, strides of 0, bfloat16",
-    "leading: none, mask [1, L], bfloat16",
+    "leading: none, bfloat16",
     "leading: x 2 x 1 x 4, mask 3 x 1, float32",
     "precision: bfloat16, float32",
     "heavy tails: Cauchy, bfloat16",

@@ -94,7 +94,7 @@ def trimul_backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, out of `DIFFERENTIABLE`, each like its leaf.
 
-    grad_out is [B, L, L, C]; saved is the second result of `aten.trimul_saving`, or None, and then
+    grad_out is [B, L, L, C]; saved is the second result of `trimul_saving`, or None, and then
     t is computed again. The residual's gradient is grad_out itself.
     """
     x, weights = call.x, call.weights
