@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_5191d6c6e7"
+_NAMESPACE = "_esmfold2_trimul_kernel_f53d8af0c2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
