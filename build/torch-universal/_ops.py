@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f53d8af0c2"
+_NAMESPACE = "_esmfold2_trimul_kernel_ab32b4df7a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

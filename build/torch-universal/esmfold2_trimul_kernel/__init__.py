@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_f53d8af0c2"
+_BUILD_ID = "_esmfold2_trimul_kernel_ab32b4df7a"
 
 
 def _load_package() -> ModuleType:
