@@ -32,13 +32,13 @@ if not HAS_GPU:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels_ci: quick checks of the kernels, for GPU machines")
-    # Of several test processes one reports; to a terminal it shows how far it is anyway.
+    # Only one of several test processes reports; on a terminal pytest shows its progress anyway.
     if not hasattr(config, "workerinput") and not sys.stdout.isatty():
         config.pluginmanager.register(LineAMinute(config))
 
 
 class LineAMinute:
-    """Says how far the tests are, so that nobody takes a long run for one that hangs."""
+    """Reports progress once a minute, so that nobody takes a long run for one that hangs."""
 
     def __init__(self, config):
         self._config, self._tests, self._done, self._failed = config, 0, 0, 0
@@ -66,7 +66,7 @@ class LineAMinute:
 def _repair_interpreter() -> None:
     """Triton 3.6 to 3.9: `tl.dot` multiplies bf16 bit patterns, and casts to bf16 truncate.
 
-    Of integers and bools they even keep the number as the bit pattern.
+    Casts of integers and bools even keep the number as the bit pattern.
     """
     import numpy as np
     import triton.language as tl
@@ -138,7 +138,7 @@ def _interpreter():
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """What a test draws without a generator does not depend on the tests before it."""
+    """Random numbers drawn without a generator do not depend on the tests before."""
     torch.manual_seed(1000 * SEED + 999)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of folding share: a tiny model, a short protein, stand-in kernel repositories."""
+"""Helpers of the tests of folding: a tiny model, a short protein, stand-in kernel repositories."""
 
 import textwrap
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers import SEED
 
 CPU = torch.device("cpu")
 SHORT = Record("short", "MQIFVKTLTGKX")
-# What lets the command fold at once.
+# Options with which the command folds at once.
 QUICK = ["--random-weights", "--device", "cpu", "--steps", "2"]
 TINY_SITES = 10  # of tiny_config: two in each of its five layers
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-# What would change how the kernel is found or which path it takes.
+# Variables that would change how the kernel is found or which path it takes.
 _STRIPPED = ("TRITON_INTERPRET", "LOCAL_KERNELS", "USE_HUB_KERNELS")
 HUNG_SECONDS = 3600  # a process that takes so long will never end
 
 
 def python_output(script: str, *arguments: str, **environment: str) -> str:
-    """What `script` prints when run with `arguments`; a script that fails fails the test.
+    """The output of `script` run with `arguments`; a script that fails fails the test.
 
     The process is offline, takes the paths that a user's would, and can import the test helpers and
     the tools. `environment` adds to its environment variables.

@@ -1,11 +1,11 @@
-"""A call of either public function with good arguments, and any of them in another's place."""
+"""A call of either public function with good arguments, any of which can be replaced."""
 
 import pytest
 import torch
 from torch import Tensor
 
 B, L, C, D = 2, 3, 4, 5
-# Of each function: its name for the pair tensor, and the axes before L, L, C.
+# For each function its name for the pair tensor, and the axes before L, L, C.
 FUNCTIONS = {
     "triangle_multiplicative_update": ("x", "..."),
     "triangle_multiplicative_update_with_residual": ("pair", "B"),

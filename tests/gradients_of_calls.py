@@ -18,9 +18,9 @@ def grad_of_output(problem: Problem) -> Tensor:
 def fresh_leaves(problem: Problem, device: str) -> dict[str, Tensor]:
     """Copies of the problem's leaves.
 
-    The input projections lie in one piece of memory, values first, as in ESMFold2. The kernels take
-    the one that lies lower for the first, and in the interpreter, whose BLAS rounds a column as it
-    lies in the tile, that would show in the last bit.
+    The input projections lie in one piece of memory, values first, as in ESMFold2. The kernels
+    begin with the lower address, and the order would show in the last bit in the interpreter, whose
+    BLAS rounds a column depending on its place in the tile.
     """
     leaves = {
         name: leaf.detach().clone().to(device) for name, leaf in leaves_of(problem).items()
@@ -38,7 +38,7 @@ def gradients(
     through=None,
     **others,
 ) -> dict[str, Tensor]:
-    """Of the leaves `names`, or all; `through(call, leaves)` may make the call in its own way."""
+    """Gradients of the leaves `names`, or all; `through(call, leaves)` may replace the call."""
     leaves = fresh_leaves(problem, device)
     wanted = {name: leaves[name].requires_grad_() for name in names or leaves}
 

@@ -1,4 +1,4 @@
-"""The oracle, random problems, and the error budget: what every numerical test is held against."""
+"""The oracle, random problems, and the error budget, for every numerical test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from esmfold2_trimul_tools.oracle import triangle_multiplication
 from torch import Tensor
 
-# Another number makes all random tensors of the tests others.
+# Another number changes all random tensors of the tests.
 SEED = int(os.environ.get("TRIMUL_TEST_SEED", 0))
 Results = Tensor | dict[str, Tensor]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ERROR_BUDGET = {torch.bfloat16: 4.8e-3, torch.float16: 7e-4, torch.float32: 5e-6}
 
 
-# What the package exports: a new name is a version decision.
+# The package's exports: a new name is a version decision.
 PUBLIC_NAMES = [
     "ESMFold2TriangleMultiplication",
     "explain",
@@ -40,7 +40,7 @@ PUBLIC_NAMES = [
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    """A generator of a test's random numbers, which TRIMUL_TEST_SEED makes others."""
+    """A generator of a test's random numbers, which depend on TRIMUL_TEST_SEED."""
     return torch.Generator().manual_seed(1000 * SEED + seed)
 
 
@@ -141,7 +141,7 @@ def reference(problem: Problem) -> Tensor:
 
 @torch.enable_grad()
 def reference_gradients(problem: Problem, grad_out: Tensor) -> dict[str, Tensor]:
-    """Float64 autograd's gradients of every leaf of the problem, for that of the output."""
+    """Float64 autograd's gradients of every leaf of the problem, given the output's gradient."""
     leaves = {
         name: leaf.detach().cpu().double().requires_grad_()
         for name, leaf in leaves_of(problem).items()
@@ -162,7 +162,7 @@ def leaves_of(problem: Problem) -> dict[str, Tensor]:
 
 
 def with_leaves(problem: Problem, leaves: dict[str, Tensor]) -> Problem:
-    """The problem with other tensors in the place of some."""
+    """The problem with some tensors replaced."""
 
     def put(group: dict) -> dict:
         return {name: leaves.get(name, value) for name, value in group.items()}
@@ -222,8 +222,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def assert_close(got: Tensor, problem: Problem, beside_plain: float = 0.85) -> None:
     """`got` is the problem's answer in shape, dtype and value.
 
-    Its error is within the dtype's budget or, as 16 bits are worse for some numbers than for
-    others, so many times that of the formula in plain PyTorch; and room for chance.
+    Its error is within the dtype's budget. As 16 bits are worse for some numbers than for others,
+    it may instead be `beside_plain` times that of the formula in plain PyTorch, with room for luck.
     """
     wanted, dtype = reference(problem), problem.x.dtype
     assert got.shape == problem.x.shape and got.dtype == dtype and got.is_contiguous()
@@ -234,24 +234,24 @@ def assert_close(got: Tensor, problem: Problem, beside_plain: float = 0.85) -> N
     assert error <= limit, f"relative error {error:.2e}, above {limit:.2e}"
 
 
-# Errors of two computations are compared over so many values at least: see `room`.
+# The fewest values over which errors of two computations are compared: see `room`.
 LEAST_VALUES = 500
 
 
 def room(values: int) -> float:
-    """How many times another's the error of one of two roundings of so many values may be.
+    """The factor by which the errors of two roundings of n = `values` values may differ by chance.
 
     If their errors are independent and normal, the logarithm of the ratio of their RMS scatters by
-    n^-1/2 from draw to draw. Errors of gradients are not quite: those of the parameters of
-    the problems of tests/aten_path scatter by 0.7 to 2 n^-1/2, those of pairs of few channels,
-    which share the error of a norm, by 4, but there n is large. This is five times 2 n^-1/2. Of
-    fewer than 16 values it would mean nothing; they have the room of 16.
+    n^-1/2 from draw to draw. Errors of gradients are not quite so: in the problems of
+    tests/aten_path those of parameters scatter by 0.7 to 2 n^-1/2, and those of pairs with few
+    channels, which share the error of a norm, by 4 n^-1/2, but there n is large. The logarithm of
+    this factor is five times 2 n^-1/2. Below 16 values it would mean nothing; they get that of 16.
     """
     return math.exp(10 * max(values, 16) ** -0.5)
 
 
 def draws_of(smallest: int) -> range:
-    """Seeds of as many problems as make enough of a result of so many values."""
+    """Seeds of the problems that give LEAST_VALUES values of a result with `smallest` values."""
     return range(-(-LEAST_VALUES // smallest))
 
 

@@ -49,7 +49,7 @@ PARAMETERS = [
 
 
 def gradients(forward, module, problem) -> dict[str, torch.Tensor]:
-    """Of x and every parameter, for a fixed random gradient of the output."""
+    """Gradients of x and every parameter, for a fixed random gradient of the output."""
     module.zero_grad()
     x = problem.x.clone().requires_grad_()
     out = forward(x, problem.mask)

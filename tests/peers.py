@@ -1,4 +1,4 @@
-"""Other models' own triangle multiplications, for the adapters to be held against.
+"""Other models' own triangle multiplications, with which the adapters are compared.
 
 `make env` puts the packages of requirements-peers.txt into the folder `peers` of the environment,
 without what they depend on: a triangle multiplication needs torch alone, but the modules around it
@@ -101,7 +101,7 @@ class _StandIn(ModuleType):
 
 
 class _ConfigDict(dict):
-    """What ml_collections' is to OpenFold 3: a dict whose entries are attributes too."""
+    """Stands in for ml_collections' in OpenFold 3: a dict whose entries are attributes too."""
 
     def __getattr__(self, name: str):
         try:
@@ -111,7 +111,7 @@ class _ConfigDict(dict):
 
 
 class _TruncatedNormal:
-    """What scipy.stats' is to the peers' initialisation, which `randomized` overwrites."""
+    """Stands in for scipy.stats' in the peers' initialisation, which `randomized` overwrites."""
 
     @staticmethod
     def std(**_) -> float:

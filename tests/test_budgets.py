@@ -54,7 +54,7 @@ PLANTED = [
 
 
 def problem_of(dtype: torch.dtype, seed: int = 0) -> Problem:
-    """Of as few values as the least that results are compared over."""
+    """A problem with the fewest values over which results are compared."""
     return make_problem(4, 16, dtype=dtype, mask="soft", drop_mask=True, biases=True, seed=seed)
 
 

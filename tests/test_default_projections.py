@@ -26,7 +26,7 @@ def test_lecun_normal_cut_off_at_two_deviations(drawn, dtype):
     torch.manual_seed(0)
     channels = 128
     weights = drawn(torch.empty(1, 1, 1, channels, dtype=dtype))
-    # Of a normal distribution cut off at two of its deviations.
+    # The standard deviation of a normal distribution cut off at two of its deviations.
     density = math.exp(-2) / math.sqrt(2 * math.pi)
     left = math.sqrt(1 - 4 * density / math.erf(math.sqrt(2)))
     for name in PROJECTIONS:
@@ -53,7 +53,7 @@ def test_the_hidden_width_is_that_of_what_is_given(drawn):
 
 
 def test_a_call_without_projections(kernel):
-    """What manual_seed repeats, with and without a gradient, compiled into one graph or not."""
+    """manual_seed repeats it, with and without a gradient, compiled into one graph or not."""
     x = make_problem(3, 8).x
 
     def call(function=kernel.triangle_multiplicative_update, x=x):

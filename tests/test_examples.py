@@ -46,7 +46,7 @@ def test_any_model():
 
 
 def printed_by_each(examples: list[str], before: str = "") -> list[str]:
-    """What several examples print, in one process, since most of their time is the imports."""
+    """The output of several examples, in one process, since most of their time is the imports."""
     script = f"""
         import runpy, sys
         {before}

@@ -1,4 +1,4 @@
-"""`explain` says what the call then does."""
+"""`explain` agrees with the call that follows."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_the_aten_path(kernel, monkeypatch, submodule, dtype, hidden, with_lengt
 
 @torch.no_grad()
 def test_a_copy_of_x_is_counted(kernel):
-    """Of leading dimensions that are broadcast, or can't be merged; a view costs nothing."""
+    """If leading dimensions are broadcast or can't be merged; a view costs nothing."""
     p = make_problem(4, 8)
     update = kernel.triangle_multiplicative_update
     x = torch.randn(2, 1, 3, 4, 4, 8)

@@ -10,7 +10,7 @@ STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6
 
 
 def planes_in_float64(problem):
-    """[B, 2D, L, L] by the formula of the module's docstring."""
+    """[B, 2D, L, L] by the formula in the stage's docstring."""
     w = {name: value.double() for name, value in problem.weights.items()}
     bias = {name: value.double() for name, value in problem.biases.items()}
     x = problem.x.double()
@@ -24,7 +24,7 @@ def planes_in_float64(problem):
 
 
 def moments_in_float64(x, eps):
-    """[B, 2, L, L] as the module's docstring has them: of an fp32 row, less its first channel."""
+    """[B, 2, L, L] as in the stage's docstring: an fp32 row's mean is that of x - first channel."""
     shift = x[..., :1] if x.dtype == torch.float32 else 0
     rows = x.double() - shift
     variance = rows.var(-1, unbiased=False)
@@ -32,7 +32,7 @@ def moments_in_float64(x, eps):
 
 
 def planes_like(submodule, x, direction, size):
-    """a and b [B, G, Q, pitch] of one piece of memory, not yet written."""
+    """a and b [B, G, Q, pitch] of one piece of memory, uninitialised."""
     rows, columns = x.shape[1:3] if direction == "outgoing" else x.shape[2:0:-1]
     shape = (x.shape[0], 2, size, rows, submodule("triton_parts.tiles").padded_pitch(columns))
     return torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)

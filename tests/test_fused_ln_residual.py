@@ -10,7 +10,7 @@ STAGE_BUDGET = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4, torch.float32: 2e-6
 
 
 def make_product(problem, submodule):
-    """A random product [B, D, L, pitch] whose pads are no numbers."""
+    """A random product [B, D, L, pitch] whose padding columns are NaN."""
     batch, length = problem.x.shape[:2]
     hidden = problem.weights["p_out_weight"].shape[1]
     generator = seeded(1)

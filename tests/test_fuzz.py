@@ -1,7 +1,7 @@
 """Random calls of the two public functions, good and wrong ones: see docs/fuzzing.md.
 
-FUZZ_CASES is how many good calls there are, FUZZ_SEED makes them others than they always are, and
-FUZZ_SUMMARY names a file for what came of them.
+FUZZ_CASES is the number of good calls, FUZZ_SEED draws other calls than the usual ones, and
+FUZZ_SUMMARY names a file for the results.
 """
 
 import collections
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 CASES = int(os.environ.get("FUZZ_CASES", 300))
 SEED = os.environ.get("FUZZ_SEED") or TEST_SEED or None
-# Of the good calls: an interpreted one takes as long as ten others. Wrong ones come on top.
+# The number of good calls: an interpreted call takes as long as ten others. Wrong calls are extra.
 SHARES = {"aten": 0.85, "triton": 0.15, "wrong": 1.0}
 PLAIN = Case(
     UPDATE, torch.float32, (1,), 8, 8, 8, "outgoing", "plain",
@@ -70,7 +70,7 @@ PLAIN = Case(
 
 
 def fuzz(share: str, calls: hypothesis.strategies.SearchStrategy):
-    """A test of so many calls."""
+    """A test of this many calls."""
 
     def decorate(test):
         test = hypothesis.settings(
@@ -87,7 +87,7 @@ def fuzz(share: str, calls: hypothesis.strategies.SearchStrategy):
 
 
 class Record:
-    """What came of the calls so far."""
+    """The results of the calls so far."""
 
     def __init__(self, commit: str | None) -> None:
         self.commit = commit
@@ -155,7 +155,7 @@ def test_each_wrong_argument_alone(kernel, function):
 
 
 def assert_refused(kernel, call: WrongCall) -> Exception:
-    """What a wrong call ends in: a documented error about one of its wrong arguments."""
+    """A wrong call raises a documented error about one of its wrong arguments."""
     arguments, named = arguments_of(call)
     error = error_of(getattr(kernel, call.function), arguments)
     message = str(error)
@@ -206,7 +206,7 @@ def bits(buffer: Tensor) -> Tensor:
 
 
 def check_output(case: Case, call: Call, found: Oracle, out: Tensor) -> dict[str, float]:
-    """Its error in units of what is allowed, if there is one."""
+    """The output's error in units of the allowed error, if there is one."""
     assert out.shape == found.out.shape and out.dtype == case.dtype and out.is_contiguous()
     assert out.requires_grad == bool(case.needs_grad)
     assert out.device == call.tensors["x"].device
@@ -230,7 +230,7 @@ def check_output(case: Case, call: Call, found: Oracle, out: Tensor) -> dict[str
 def check_gradients(
     case: Case, found: Oracle, out: Tensor, leaves: list[Tensor]
 ) -> dict[str, float]:
-    """Their errors in units of what is allowed."""
+    """The gradients' errors in units of the allowed error."""
     generator = torch.Generator().manual_seed(case.seed)
     grad_out = torch.randn(out.shape, generator=generator).to(case.dtype)
     grad_out = torch.where(found.well, grad_out, 0.0)
@@ -264,7 +264,7 @@ def check_inplace(function, call: Call, wanted: Tensor, overflows: bool) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_errors_are_of_the_size_of_plain_pytorchs(dtype):
-    """What is allowed is measured with them: they must not be larger than they would really be."""
+    """The allowed error is measured with them, so they must not be larger than real errors."""
     case = dataclasses.replace(PLAIN, dtype=dtype, length=20, channels=32, hidden=32)
     call = make(case, "cpu", lecun)
     found = oracle(case, call.values, on_triton=False, on_gpu=False)

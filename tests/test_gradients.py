@@ -226,7 +226,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels, hidden", [(32, 48), (32, 64)] if HAS_GPU else [(32, 48)])
 def test_projections_of_any_strides(kernel, device, channels, hidden, layout):
-    """On GPUs tiles of projections that lie in two ways once were multiplied wrongly."""
+    """On GPUs tiles of two projections with different layouts once were multiplied wrongly."""
     problem = make_problem(5, channels, hidden, dtype=BF16, mask="soft")
     for name in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
         if name != "p_in_weight" or layout != "one row for all":  # else the product is constant
@@ -267,7 +267,7 @@ def test_equal_bits_from_equal_calls(kernel, device, recompute):
 
 
 def test_recomputed_is_saved(kernel, device):
-    """Both choices give the same bits: the product that is computed again is the one saved."""
+    """Both choices give the same bits: the recomputed product equals the saved one."""
     for dtype in (BF16, torch.float32):
         problem = make_problem(11, 16, dtype=dtype, mask="soft", drop_mask=True)
         saved = gradients(kernel, problem, device, recompute="product")
@@ -275,7 +275,7 @@ def test_recomputed_is_saved(kernel, device):
 
 
 def test_reference_gradients_are_those_of_central_differences():
-    """The oracle of this file is autograd's of the formula; the formula itself is its judge."""
+    """Checks this file's oracle, autograd of the formula, against the formula itself."""
     problem = make_problem(4, 5, 3, mask="soft", residual=True, drop_mask=True)
     probe = grad_of_output(problem).double()
     step = 1e-5

@@ -1,7 +1,7 @@
 """The Kernel Hub's rules for a package: its imports, its layers, what importing it may touch.
 
-The rules are those of "Kernel requirements" in the documentation of the kernels library. They are
-held against the built variant, which is what the Hub serves.
+The rules are those of "Kernel requirements" in the documentation of the kernels library. The built
+variant, which the Hub serves, must obey them.
 """
 
 import ast
@@ -21,7 +21,7 @@ VARIANT = ROOT / "build" / "torch-universal"
 MODULES = sorted(path.relative_to(VARIANT).as_posix() for path in VARIANT.rglob("*.py"))
 METADATA = json.loads((VARIANT / "metadata.json").read_text())
 BUILD_ID = METADATA["id"]
-# What imports Triton, or a module that does: the three stages, and all that lies in two folders.
+# The modules that import Triton, or a module that does: the three stages, and two whole folders.
 STAGES = {"fused_dual_gemm.py", "fused_ln_residual.py", "trimul_einsum_triton.py"}
 WITHOUT_TRITON = {f"triton_parts/{name}.py" for name in ("__init__", "device", "settings")}
 NEEDS_TRITON = STAGES | {
@@ -60,7 +60,7 @@ def test_triton_is_imported_by_the_stages_alone(module: str):
     at_import = set().union(*(imported(node) for node in tree.body))
     assert module in NEEDS_TRITON or "triton" not in at_import
 
-    # What needs Triton is imported by the others only inside a function.
+    # The other modules import those that need Triton only inside a function.
     needed = {name.removesuffix(".py").removesuffix("/__init__") for name in NEEDS_TRITON}
     folder = Path(module).parent
     from_the_package = set()
@@ -234,5 +234,5 @@ def test_the_card_has_the_front_matter_of_the_hub():
     assert empty == "" and body.lstrip().startswith("# esmfold2-trimul-kernel")
     assert entries["library_name"] == "kernels"
     assert entries["license"] == METADATA["license"].lower()
-    # kernel-builder fills the card in as a template: what looks like a tag would be taken for one.
+    # kernel-builder fills in the card as a template: all that looks like a tag is taken for one.
     assert not any(tag in card for tag in ("{{", "{%", "{#"))

@@ -29,14 +29,14 @@ def masked(problem: Problem, within: torch.Tensor) -> Problem:
 
 
 def poisoned(problem: Problem, within: torch.Tensor) -> Problem:
-    """The problem with padding of no numbers."""
+    """The problem with NaN in its padding."""
     x = torch.where(within[..., None], problem.x, torch.nan)
     return dataclasses.replace(problem, x=x)
 
 
 @contextlib.contextmanager
 def memory_of_no_numbers():
-    """Within it torch.empty gives NaN."""
+    """A context in which torch.empty gives NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -45,7 +45,7 @@ def memory_of_no_numbers():
 
 
 def assert_as_masked(kernel, problem, lengths, within, device, **options) -> torch.Tensor:
-    """What the mask of the padding gives, the padding's update zero, whatever lies there."""
+    """The result equals that of the padding's mask; the padding's update is zero, even from NaN."""
     wanted = run(kernel, masked(problem, within), device).cpu()
     padding = torch.zeros(()) if problem.residual is None else problem.residual
     wanted = torch.where(within[..., None], wanted, padding)
@@ -167,7 +167,7 @@ def test_no_look_at_the_lengths_from_the_host(kernel, on_triton):
 
 
 def gradients(kernel, problem, lengths, within, device, as_mask: bool, **options):
-    """Of all leaves, by the call with lengths or by the masked one whose padding takes no part."""
+    """Gradients of all leaves, by the call with lengths or by the masked one without padding."""
     leaves = {n: leaf.requires_grad_() for n, leaf in fresh_leaves(problem, device).items()}
     p = with_leaves(problem.to(device), leaves)
     within = within.to(device)
@@ -200,7 +200,7 @@ def assert_gradients_as_masked(kernel, problem, lengths, within, device, limit, 
     [("product", True, "incoming"), ("all", False, "outgoing")],
 )
 def test_gradients(kernel, device, pairs_within, recompute, residual, direction):
-    """Those of the masked call whose padding takes no part, whatever lies there."""
+    """They equal those of the masked call without padding, even if the padding is NaN."""
     problem = make_problem(
         9, 16, batch=3, mask="float", residual=residual, drop_mask=residual, direction=direction
     )

@@ -1,4 +1,4 @@
-"""Stage 2 against float64, alone: ragged lengths, pads that are no numbers, groups of tiles."""
+"""Stage 2 against float64, alone: ragged lengths, pads that are NaN, groups of tiles."""
 
 from types import SimpleNamespace
 

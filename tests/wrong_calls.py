@@ -45,7 +45,7 @@ OF_RESIDUAL = ("residual", "drop_mask", "eps_out", "inplace")
 
 @dataclass(frozen=True)
 class Wrong:
-    """What to put in the place of a good argument."""
+    """The value that replaces a good argument."""
 
     names: tuple[str, ...]  # of the arguments that the message may name
     value: Callable[[Arguments], Any]  # of the good arguments

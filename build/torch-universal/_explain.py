@@ -1,4 +1,4 @@
-"""What a call would do, without doing it: its path, launches and memory, and why no other way."""
+"""A call's path, launches and memory, and the reasons for them, without running the call."""
 
 import inspect
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .trimul_with_residual import (
 
 @dataclass(frozen=True)
 class StageLaunch:
-    """One Triton kernel of a call: its grid, and what it is compiled with."""
+    """One Triton kernel of a call: its grid and its compile-time settings."""
 
     programs: int
     constants: dict[str, Any]  # the kernel's constexprs
@@ -39,19 +39,19 @@ class StageLaunch:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found out; prints as a page."""
+    """The result of `explain`; it prints as a page."""
 
     call: str  # the tensor, in words
     path: str  # "triton", "aten", or "formula", the plain formula that torch.func can follow
-    reason: str  # why this path, and so not another
+    reason: str  # why this path
     memory: str | None  # "default" or "lean", of the Triton path
     precision: str | None  # of the products of float32 operands, on the Triton path
     stages: dict[str, StageLaunch]  # of the Triton path, in the order of the launches
     buffers: dict[str, float]  # what is allocated, in tensors of the pair's size
-    peak: float | None  # the most of them at once, the result included; None: not known
+    peak: float | None  # the most of them at once, the result included; None if unknown
     peak_bytes: int | None
-    kept: float  # what stays for a backward beside the arguments, in tensors of the pair's size
-    notes: tuple[str, ...]  # why not another way, one sentence each
+    kept: float  # kept for a backward beside the arguments, in tensors of the pair's size
+    notes: tuple[str, ...]  # why no other way was taken, one sentence each
 
     def __str__(self) -> str:
         lines = [self.call, f"  path     {self.path}: {self.reason}"]
@@ -85,14 +85,14 @@ def explain(
             copies an x whose leading dimensions can't be merged, and draws absent projections.
 
     Returns:
-        The path and why, the Triton launches with their settings, the buffers with the peak of the
-        memory beside the arguments, and why the call goes no other way; all of it of the forward.
-        In lean mode the launches are those of the first group of channels and the first rows. Of
-        the ATen path the buffers of a block, which stay within a CPU's caches, are not counted.
+        The forward's path and its reason, Triton launches with their settings, buffers, peak memory
+        beside the arguments, and notes on why it takes no other way. In lean mode the launches are
+        those of the first group of channels and the first rows. On the ATen path the buffers of a
+        block, which stay within a CPU's caches, are not counted.
 
     Raises:
         TypeError: another function, or arguments that it doesn't take.
-        ValueError, TypeError, NotImplementedError: what the call would raise.
+        ValueError, TypeError, NotImplementedError: as the call would raise them.
     """
     given, call = _call_of(function, arguments, named)
     x = call.x
@@ -137,7 +137,7 @@ def explain(
 def _call_of(
     function: Callable[..., Tensor], arguments: tuple, named: dict
 ) -> tuple[Tensor, Call]:
-    """The call's pair tensor as it was given, and the call, checked."""
+    """The pair tensor as given, and the checked call."""
     if function not in (
         triangle_multiplicative_update, triangle_multiplicative_update_with_residual
     ):

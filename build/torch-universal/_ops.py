@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_97a3a9550e"
+_NAMESPACE = "_esmfold2_trimul_kernel_af40fb8367"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

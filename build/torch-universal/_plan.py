@@ -1,4 +1,4 @@
-"""What a call would launch and allocate, said by the path that would run it."""
+"""The launches and buffers that a call would have on its path."""
 
 from typing import Any, NamedTuple
 
@@ -8,15 +8,15 @@ from ._call import Call
 
 
 class Plan(NamedTuple):
-    """What a call launches and allocates."""
+    """The launches and buffers of a call."""
 
     memory: str | None  # "default" or "lean", of the Triton path
     precision: str | None  # of the products of float32 operands, on the Triton path
     launches: list[tuple[Any, dict[str, Tensor | None]]]  # PreparedLaunch, and tensors like its own
     buffers: dict[str, int]  # bytes
-    peak: int  # bytes of them at once, at most
-    kept: int  # bytes of them that stay for a backward
-    notes: list[str]  # why not another way, one sentence each
+    peak: int  # the most bytes of buffers at once
+    kept: int  # bytes of buffers kept for a backward
+    notes: list[str]  # why no other way was taken, one sentence each
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def note_on_gradients(call: Call) -> str:
-    """What a backward would find."""
+    """A sentence on what is kept for a backward."""
     if not call.needs_grad:
         return "no gradient is needed: nothing is kept"
     if call.recompute == "all":

@@ -1,4 +1,4 @@
-"""Compiling beforehand: what the first calls of a process would wait for."""
+"""Compiles beforehand the kernels that the first calls of a process would wait for."""
 
 import contextlib
 import functools
@@ -32,10 +32,10 @@ def warmup(
 ) -> None:
     """Compiles the kernels that calls of one kind need, so that no such call waits for a compiler.
 
-    Lengths share kernels in a few classes; all classes are compiled, or those of `lengths`, for one
-    sequence at a time and tensors of less than 2^31 elements (L below 2,048 for C = D = 256).
-    Triton keeps what it compiled on the disk, so later processes of the same machine profit too.
-    The defaults are what ESMFold2's trunk asks for.
+    Lengths share kernels in a few classes; all classes are compiled, or those of `lengths`: for one
+    sequence at a time, and tensors of less than 2^31 elements (L below 2,048 for C = D = 256).
+    Triton caches compiled kernels on disk, so later processes on the same machine profit too. The
+    defaults fit ESMFold2's trunk.
 
     Args:
         channels, hidden: C and D; hidden is channels unless given.
@@ -48,7 +48,7 @@ def warmup(
         lengths: L of the calls to come; None means any.
         precision: as for `triangle_multiplicative_update_with_residual`.
         memory: "default" or "lean": the kernels of that mode.
-        training: whether calls need gradients; then those of x and of all parameters.
+        training: whether calls need the gradients of x and of all parameters.
 
     Raises:
         ValueError: a device that doesn't run the Triton kernels, or an argument that doesn't fit.
@@ -124,7 +124,7 @@ def warmup(
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it `device` is the current one, which Triton compiles for."""
+    """A context in which `device` is the current one, for which Triton compiles."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     return getattr(torch, device.type).device(device)
@@ -133,18 +133,18 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 def _lengths_of_each_kind(
     lengths: Iterable[int] | None, target: DeviceTarget, group_size: Callable[[int], int] | None
 ) -> list[int]:
-    """One of `lengths`, or of all, for each set of kernels that lengths tell apart.
+    """One of `lengths`, or of all lengths, for each set of kernels that they distinguish.
 
-    `group_size` is the backward's group of channels by length, where there is a backward. Lengths
-    below 16 count as 16: axes of one element would be another kernel's.
+    `group_size` gives the channels of the backward's groups by length; None without a backward.
+    Lengths below 16 count as 16: axes of length 1 would need another kernel.
     """
     classes = class_lengths(target.target, target.name)
     if lengths is None:
         lengths = list(classes)
         if group_size is not None:
             # The last length of each size.
-            some = range(16, _LONGEST_OF_OTHER_GROUPS)
-            lengths += [n for n in some if group_size(n) != group_size(n + 1)]
+            tried = range(16, _LONGEST_OF_OTHER_GROUPS)
+            lengths += [n for n in tried if group_size(n) != group_size(n + 1)]
             lengths.append(_LONGEST_OF_OTHER_GROUPS)
     else:
         lengths = _listed("lengths", lengths)

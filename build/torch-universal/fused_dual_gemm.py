@@ -5,15 +5,14 @@
     a[b, d, q, p] = h[b, q, p, d], b[b, d, q, p] = h[b, q, p, D + d]   "outgoing", Q = R, P = L
                   = h[b, p, q, d]                = h[b, p, q, D + d]   "incoming", Q = L, P = R
 
-R rows of the L, usually all of them. a and b are planes [B, D, Q, pitch] in the dtype of x, and the
-axis that stage 2 sums over (k of a[i, k], or of a[k, i]) is the contiguous one in both directions.
-"incoming" is nothing but x and mask with their two residue strides exchanged. Columns [P, pitch)
-are zeros. A call may make a group of G of the D channels alone: a and b [B, G, Q, pitch]. Where
-sequences have lengths, the planes are written as far as stage 2 reads them: zeros behind the last
-residue, up to a multiple of 128.
+x has R of a sequence's L rows, usually all. a and b are planes [B, D, Q, pitch] in the dtype of x.
+The axis that stage 2 sums over (k of a[i, k], or of a[k, i]) is contiguous in both directions: for
+"incoming" the two residue strides of x and mask are exchanged. Columns [P, pitch) are zeros. A call
+may make only a group of G of the D channels: a and b [B, G, Q, pitch]. With lengths, the planes are
+written as far as stage 2 reads them: zeros behind the last residue, up to a multiple of 128.
 
-Beside them come the moments [B, 2, Q, pitch] in fp32, at the same (q, p): the mean of each row of x
-(of an fp32 row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
+The moments [B, 2, Q, pitch] in fp32 have the same (q, p): the mean of each row of x (of an fp32
+row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
 """
 
 import math
@@ -96,9 +95,9 @@ def _fused_dual_gemm_fwd_kernel(
     M = Q * pitch positions m = q * pitch + p, N = the 2G output channels in blocks, K = C input
     channels. With BLOCK_K >= C the normalised rows stay on the chip while the weights stream past;
     otherwise the rows are read and normalised again for each block of channels. SPLIT programs
-    share the output channels of a tile. FLAT_PLANES: `a` describes the planes of a and b
-    as [B * 2 * G, Q * pitch]. The residues q and p are those from first_q and first_p on of their
-    sequence, which matters where it has a length.
+    share the output channels of a tile. With FLAT_PLANES, `a` describes the planes of a and b as
+    [B * 2 * G, Q * pitch]. q and p count from residues first_q and first_p, which matters only with
+    lengths.
     """
     plane_size = Q * pitch
     tiles = tl.cdiv(plane_size, BLOCK_M)
@@ -137,7 +136,7 @@ def _fused_dual_gemm_fwd_kernel(
         )
         pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
 
-    # As q < Q, but of this one the compiler sees that 16 positions share it.
+    # The same as q < Q, but here the compiler sees that groups of 16 positions agree.
     valid_plane = offs_m < plane_size
     mean_ptrs = moments_ptr + batch * 2 * plane_size + offs_m
     if READ_MOMENTS:
@@ -208,8 +207,8 @@ def project_pair(
 ):  # fmt: skip
     """z Wp^T + bp and z Wg^T + bg, [BLOCK_M, BLOCK_N] each in fp32, of channels from start_d on.
 
-    `half` says whether the channels are those of a or of b. With BLOCK_K >= C the normalised rows z
-    are given; otherwise they are made here block by block. Biases end at `end_bias`.
+    `half` selects the channels of a or of b. z holds the normalised rows if BLOCK_K >= C; otherwise
+    they are made here block by block. Biases end at `end_bias`.
     """
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for start_k in range(0, C, BLOCK_K):
@@ -227,7 +226,7 @@ def project_pair(
             D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
         )  # fmt: skip
         acc = dot(rows, weights.T, acc, PRECISION)
-    # Each thread holds both halves of what it gates: this moves no data.
+    # Each thread holds both the values and their gates: this moves no data.
     value, gate = halves(acc)
     if GATE_FIRST:
         value, gate = gate, value
@@ -249,9 +248,10 @@ def fused_dual_gemm_fwd(
     """Stage 1 of a call, whose x is [B, R, L, C]; returns the moments [B, 2, Q, pitch].
 
     Args:
-        planes: a and b [B, G, Q, pitch], written; unit stride along p, others multiples of 16.
+        planes: a and b [B, G, Q, pitch], to be written; unit stride along p, other strides
+            multiples of 16.
         group: (first channel, G), by default all D channels.
-        moments: those of an earlier launch on the same x, read in place of being computed.
+        moments: those of an earlier launch on the same x, which are then read, not computed.
         config: a setting in place of the shipped one.
         first_row: the row of the sequences that x begins with.
     """
@@ -288,17 +288,17 @@ def with_axes_of_x(moments: Tensor, direction: str) -> Tensor:
 class ProjectionPair(NamedTuple):
     """The two projections [2D, C] as one operand of a kernel."""
 
-    gate_first: bool  # whether the gate's lies lower in memory
+    gate_first: bool  # whether the gate's projection has the lower address
     gap: int  # elements from the first to the second
     strides: tuple[int, int]  # from row to row of the first and of the second
-    alignment: int  # elements of 16 bytes if both are aligned to them, else 1
-    descriptor: TensorDescriptor | None  # of [2, 2, D, C], if there may be one
+    alignment: int  # elements in 16 bytes if both are aligned to 16 bytes, else 1
+    descriptor: TensorDescriptor | None  # of [2, 2, D, C], if one is legal
 
 
 def projection_pair(
     weights: Weights, block_n: int, block_k: int, descriptors: bool
 ) -> ProjectionPair:
-    """The pair for tiles [2, 1, block_n, block_k], by a descriptor if `descriptors` and legal."""
+    """The pair for tiles [2, 1, block_n, block_k]; with a descriptor if wanted and legal."""
     first = lower_projection(weights)
     gate_first = first is weights.g_in_weight
     second = weights.p_in_weight if gate_first else weights.g_in_weight
@@ -332,7 +332,7 @@ def projection_pair(
 
 
 def lower_projection(weights: Weights) -> Tensor:
-    """The projection of the two that lies lower in memory."""
+    """The projection with the lower address."""
     value, gate = weights.p_in_weight, weights.g_in_weight
     return gate if gate.data_ptr() < value.data_ptr() else value
 
@@ -357,7 +357,7 @@ def prepare_dual_gemm(
         width = max(channels, hidden)
         config = setting_of("fused_dual_gemm", x, width, length, batch)
     block_n = block_of(config.block_n, size)
-    if size % 16 == 0:  # whole blocks, if smaller ones
+    if size % 16 == 0:  # whole blocks, even if smaller
         block_n = math.gcd(size, block_n)
     block_k = block_of(config.block_k, channels)
     held = config.held and block_k >= channels
@@ -380,7 +380,7 @@ def prepare_dual_gemm(
             a, [2 * batch * size, plane_size], [plane_size, 1], [block_n, config.block_m]
         )
 
-    # "incoming" reads the pairs' axes in the other order.
+    # "incoming" exchanges the residue axes.
     x_axes, mask_axes, columns, first = ("bqpc", "bqp", length, (first_row, 0))
     if call.direction == "incoming":
         x_axes, mask_axes, columns, first = ("bpqc", "bpq", x.shape[1], (0, first_row))

@@ -4,10 +4,10 @@
     z   = LayerNorm(x; g1, b1)                                     x [B, R, L, C], any strides
     out = residual + drop_mask * (t We^T + be) * sigmoid(z Wo^T + bo)              [B, R, L, C]
 
-R rows of the L, usually all of them. The output gate is computed here from x: writing z or the gate
-in stage 1 would cost one more pair tensor. The statistics of x come from stage 1. The update alone
-is never written where there is a residual. Where sequences have lengths, the update of a pair with
-a residue beyond is zero, and tiles of such pairs are only copied.
+x has R of a sequence's L rows, usually all. The output gate is computed here from x: writing z or
+the gate in stage 1 would cost one more pair tensor. The statistics of x come from stage 1. With
+lengths, the update of a pair with a residue beyond the length is zero, and tiles that hold only
+such pairs just copy the residual or write zeros.
 """
 
 import triton
@@ -46,7 +46,7 @@ from .triton_parts.tiles import (
     within_length,
 )
 
-_STEPS = 16  # the output is made in so many where it is written over what is still to be read
+_STEPS = 16  # of an output that overwrites a tensor which is still to be read
 
 
 @triton.jit(
@@ -80,15 +80,15 @@ def _fused_ln_residual_fwd_kernel(
     M = R * pitch positions, N = C output channels in blocks, K = D channels of the product and C of
     x, in blocks of BLOCK_K that are normalised as they come. First the gate, then the projection.
 
-    TILES says how the product is cut: "flat", `product` describes planes [B * D, R * pitch] whose
-    rows follow each other; "rows", it describes rows [B, R, D, pitch], and a tile ends with its
-    row; "pointers", any strides.
+    TILES tells how the product is read: "flat", `product` describes contiguous planes
+    [B * D, R * pitch]; "rows", it describes rows [B, R, D, pitch], and a tile ends with its row;
+    "pointers", there is no descriptor, and strides are free.
 
-    HELD: 16-bit rows are loaded as left operands of a product with the identity matrix, which
-    brings them in fp32 into an accumulator's layout (see `layer_norm.hold`), and one block of output
-    channels a program. Where C = D the statistics of the product are then taken beside the gate.
-    SPLIT programs share the output channels of a tile. The rows are those from `first_row` on of
-    their sequence, which matters where it has a length.
+    With HELD, 16-bit rows are multiplied by the identity matrix, which gives them in fp32 in an
+    accumulator's layout (see `layer_norm.hold`), and a program makes one block of output channels.
+    If also C = D, the product's statistics are computed in the gate's loop. SPLIT programs share
+    the output channels of a tile. Row i is row first_row + i of its sequence, which matters only
+    with lengths.
     """
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
@@ -107,7 +107,7 @@ def _fused_ln_residual_fwd_kernel(
         pid_b = pid // tiles
         start_m = (pid - pid_b * tiles) * BLOCK_M
         i, j = positions(start_m, pitch, BLOCK_M)
-        # As i < R, but of this one the compiler sees that 16 positions share it.
+        # The same as i < R, but here the compiler sees that groups of 16 positions agree.
         valid_t = start_m + tl.arange(0, BLOCK_M) < R * pitch
     valid_m = (i < R) & (j < L)
     batch = pid_b.to(tl.int64)
@@ -183,7 +183,7 @@ def _fused_ln_residual_fwd_kernel(
                 t = tl.dot(t, one)
                 if not EVEN_D:
                     t = tl.where((offs_k < D)[None, :], t, 0.0)
-                # Each thread sums what it holds; the four lanes of a row meet after the loop.
+                # Each thread sums its own elements; a row's four lanes are added after the loop.
                 total += _lane_sums(t)
                 squares += _lane_sums(t * t)
             gate_tile = load_weight(
@@ -219,8 +219,8 @@ def _fused_ln_residual_fwd_kernel(
             )  # fmt: skip
             delta = dot(t, emit_tile.T, delta, PRECISION)
 
-        # A quarter of the columns at a time: residual and output in their own layout are as many
-        # registers again.
+        # A quarter of the columns at a time: residual and output have a layout of their own, which
+        # for all columns would take as many registers again.
         deltas = quarters(delta)
         gates = quarters(gate)
         for quarter in tl.static_range(len(deltas)):
@@ -232,7 +232,7 @@ def _fused_ln_residual_fwd_kernel(
                 drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 update *= drop.to(tl.float32)
             if lengths_ptr is not None:
-                # What was read beyond the length may be NaN.
+                # Beyond the length the operands may be NaN.
                 update = tl.where(within[:, None], update, 0.0)
             if residual_ptr is not None:
                 residual = _load_residual(
@@ -283,9 +283,9 @@ def _lane_sums(x):
 
 @triton.jit
 def _pack(gate, FAST: tl.constexpr):
-    """The gate in fp16, two values a register: 2^-11 of relative error where it isn't nearly shut.
+    """The gate in fp16, two values a register: a relative error of 2^-11, unless it is nearly 0.
 
-    Said in PTX because Triton's own conversion keeps each value in a register of its own.
+    In PTX, because Triton's own conversion keeps each value in a register of its own.
     """
     if FAST:
         return tl.inline_asm_elementwise(
@@ -311,8 +311,8 @@ def fused_ln_residual_fwd(
 ) -> None:
     """Stage 3 of a call: all rows, or `rows`, of `out` [B, L, L, C], contiguous.
 
-    `out` may be the memory of the residual. Where that is x too, and a program reads rows of x
-    again after they have been written, few rows at a time are written apart and copied.
+    `out` may be the memory of the residual. If that is x too, and a program would read rows of x
+    after they were overwritten, a few rows at a time are written to scratch memory and copied.
 
     Args:
         product: [B, D, L, pitch].
@@ -334,9 +334,9 @@ def fused_ln_residual_fwd(
     if call.inplace and not _may_overwrite(call, prepared):
         if rows is None:
             for entry in range(out.shape[0]):
-                one = slice(entry, entry + 1)
+                at = slice(entry, entry + 1)
                 fused_ln_residual_by_steps(
-                    call.of_entry(entry), launches, product[one], moments[one], out[one]
+                    call.of_entry(entry), launches, product[at], moments[at], out[at]
                 )
             return
         made = launches.empty("output", out.shape, out.dtype, out.device)
@@ -366,9 +366,9 @@ def fused_ln_residual_fwd(
 def fused_ln_residual_by_steps(
     call: Call, launches: Launches, product: Tensor, moments: Tensor, out: Tensor
 ) -> None:
-    """Stage 3 of a call on one sequence, `rows_of_step` after the other.
+    """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows.
 
-    Only the first step can fail to allocate: the memory of a step is the next one's.
+    Only the first step can fail to allocate: the next steps reuse its memory.
     """
     length = call.x.shape[1]
     step = rows_of_step(length)
@@ -378,15 +378,15 @@ def fused_ln_residual_by_steps(
 
 
 def rows_of_step(length: int) -> int:
-    """The rows of the output that are made at once where they are made by steps."""
+    """The rows of the output that `fused_ln_residual_by_steps` makes at once."""
     return -(-length // _STEPS)
 
 
 def _may_overwrite(call: Call, prepared: PreparedLaunch) -> bool:
     """Whether stage 3 may write over the residual while it runs.
 
-    Not if the residual is x and a program reads rows of x again after some of their channels have
-    been written, by itself or by another.
+    Not if the residual is x and a program reads rows of x after it, or another program, has
+    overwritten some of their channels.
     """
     constants = prepared.constants
     whole_rows = constants["BLOCK_N"] >= constants["C"] and constants["SPLIT"] == 1
@@ -400,7 +400,7 @@ def prepare_ln_residual(
     config: LaunchConfig | None,
     first_row: int,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_fwd` for calls like this one, rows from `first_row` on."""
+    """The launch of `fused_ln_residual_fwd` for calls like this one, from row `first_row` on."""
     x, residual, drop_mask, weights = call.x, call.residual, call.drop_mask, call.weights
     batch, hidden, rows, pitch = product.shape
     length, channels = x.shape[2:]
@@ -424,7 +424,7 @@ def prepare_ln_residual(
         emit_arg = descriptor_of(emit, emit.shape, emit.stride(), [block_n, block_k])
         gate_arg = descriptor_of(gate, gate.shape, gate.stride(), [block_n, block_k])
         stride_b, stride_d, stride_i, _ = product.stride()
-        # By the strides themselves: one row of a product in rows is contiguous too.
+        # By the strides, as one row of a product in rows is contiguous too.
         if (stride_b, stride_d, stride_i) == (hidden * rows * pitch, rows * pitch, pitch):
             tiling = "flat"
             shape, tile = [batch * hidden, rows * pitch], [block_k, block_m]

@@ -5,11 +5,10 @@
     trimul_fwd_saving   a call that needs one: the output, and what is kept for the backward
     trimul_bwd          the gradients
 
-All take a call's fields in the order of `Call.flat`. Kept for a backward are the tensors that a
-call was given, except the residual, and with recompute="product" what would take longest to compute
-again: the product t [B, D, L, L] in the dtype of x (on the Triton path with padded rows, and beside
-it the moments of x, 8 bytes a pair). That is one tensor of the pair's size beside the inputs, and
-with recompute="all" none.
+All take a call's fields in the order of `Call.flat`. For a backward, autograd keeps the call's
+tensors, except the residual. With recompute="product" it also keeps the product t [B, D, L, L] in
+the dtype of x, which takes longest to compute again: one tensor of the pair's size. On the Triton
+path its rows are padded, and the moments of x are kept too, 8 bytes a pair.
 """
 
 from collections.abc import Callable
@@ -56,7 +55,7 @@ def _trimul_fwd_(*flat) -> None:
 
 
 def _trimul_fwd_saving(*flat) -> tuple[Tensor, Tensor, Tensor]:
-    """With recompute="all" the second and third are empty, and the third on the ATen path."""
+    """With recompute="all" the last two outputs are empty; on the ATen path the last always is."""
     call = Call.of(flat)
     if call.x.numel() and call.keeps_product:
         return path_of(call).forward_saving(call)
@@ -66,7 +65,7 @@ def _trimul_fwd_saving(*flat) -> tuple[Tensor, Tensor, Tensor]:
 def _trimul_bwd(
     grad_out: Tensor, product: Tensor | None, moments: Tensor | None, needs: list[bool], *flat
 ) -> tuple[Tensor, ...]:
-    """A tensor for each name of `DIFFERENTIABLE`, empty if not in `needs`.
+    """A tensor for each name of `DIFFERENTIABLE`, empty if not needed.
 
     A fixed number of tensors rather than a list, because vmap can loop over such an op.
     """
@@ -76,14 +75,14 @@ def _trimul_bwd(
     named = zip(DIFFERENTIABLE, needs, strict=True)
     names = frozenset([name for name, needed in named if needed])
     found = path_of(call).backward(call, grad_out, product, moments, names)
-    # What was not computed is an empty tensor of its own: outputs of an op share no memory.
+    # Each absent gradient is an empty tensor of its own: outputs of an op share no memory.
     return tuple([
         found[name] if name in names else call.x.new_empty(0) for name in DIFFERENTIABLE
     ])
 
 
 def _empty_saved(call: Call) -> tuple[Tensor, Tensor]:
-    """The second and third output of `trimul_fwd_saving`, not yet written."""
+    """The second and third output of `trimul_fwd_saving`, uninitialised."""
     shapes = path_of(call).saved_shapes(call) if call.keeps_product else ((0,), (0,))
     product_shape, moments_shape = shapes
     x = call.x
@@ -91,7 +90,7 @@ def _empty_saved(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _empty_gradients(call: Call, needs: list[bool]) -> tuple[Tensor, ...]:
-    """The outputs of `trimul_bwd`, not yet written."""
+    """The outputs of `trimul_bwd`, uninitialised."""
     leaves = dict(zip(FLAT, call.flat(), strict=True))
     return tuple([
         leaves[name].new_empty(leaves[name].shape) if needed else call.x.new_empty(0)
@@ -167,10 +166,10 @@ class TriangleMultiplicationGradients(Function):
 
 
 def _autograd_kernel(function: type[Function], op_name: str) -> Callable:
-    """The kernel of an op's Autograd key: `function` where gradients may be wanted.
+    """The kernel of an op's Autograd key: `function` if gradients are enabled.
 
-    What torch.library.register_autograd would do, without its search for the schema's defaults at
-    each call: of a forward's host time, 280 us, that was 165 (torch 2.13, AMD EPYC, 2026-11-26).
+    Like torch.library.register_autograd, but without its search for the schema's defaults at each
+    call, which took 165 of a forward's 280 us on the host (torch 2.13, AMD EPYC, 2026-11-26).
     """
 
     def kernel(*arguments):
@@ -191,10 +190,10 @@ _CALL = (
     "Tensor? lengths"
 )
 _KEPT = "Tensor grad_out, Tensor? product, Tensor? moments, bool[] needs"
-_READ, _WRITTEN = (_CALL.format(residual=kind) for kind in ("Tensor?", "Tensor(a!)"))
+_READ, _WRITTEN = (_CALL.format(residual=type_) for type_ in ("Tensor?", "Tensor(a!)"))
 _GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
-# Library.define rather than custom_op: its call costs a tenth of the Python time. A call without a
-# gradient has ops of its own, which autograd has no part in.
+# Library.define rather than custom_op, whose calls take ten times the Python time. Calls without a
+# gradient have ops of their own, without an Autograd kernel.
 _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
 for _schema, _function, _fake in (
     (f"trimul_fwd({_READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake),

@@ -10,7 +10,7 @@ A path is a module with five functions, which take a `Call` whose x is not empty
     forward_saving(call)                                    (output, product, moments)
     backward(call, grad_out, product, moments, needs)       gradients by name
     saved_shapes(call)                                      the shapes of product and moments
-    plan(call)                                              what would be launched and allocated
+    plan(call)                                              the launches and buffers
 """
 
 import functools
@@ -86,16 +86,16 @@ def path_of(call: Call) -> ModuleType:
 
 @functools.cache
 def path_module(name: str) -> ModuleType:
-    """`triton_path` or `aten_path`, imported where it is wanted: Triton may not be there."""
+    """`triton_path` or `aten_path`, imported on demand: Triton may not be installed."""
     return importlib.import_module(f".{name}_path", __package__)
 
 
 def say_plain(reason: str) -> None:
-    """Once for each reason; a compiled caller says it while it is compiled."""
+    """Logs each reason once; a compiled caller logs it while it is compiled."""
     say_once(f"runs in plain PyTorch: {reason}")
 
 
-# What torch.compiler.assume_constant_result does, without its import of Dynamo and Triton.
+# As torch.compiler.assume_constant_result does, without importing Dynamo and Triton.
 say_plain._dynamo_marked_constant = True
 
 

@@ -5,14 +5,14 @@
 a and b are planes [B, D, L, pitch], k contiguous (stage 1 wrote them so for both directions);
 product is [B, D, L, pitch] in the same dtype, j contiguous. Sums run in fp32.
 
-In the backward either operand may lie the other way round, its summed axis the rows of its planes:
+In the backward either operand may be transposed, so that its summed axis is the rows of its planes:
 
     grad_a[i, k] = sum_j grad[i, j] b[j, k]        grad_b[j, k] = sum_i grad[i, j] a[i, k]
 
 or, for "incoming", where stage 1 has exchanged the residue axes of x, their transposes.
 
-Of a sequence with a length n below L, i, j and k go to n: tiles beyond are not written, and a and b
-have zeros behind n up to the end of the block of k that n lies in.
+In a sequence of length n < L, i, j and k end at n: tiles beyond n are not written. a and b hold
+zeros behind n, up to the end of the block of k that n lies in.
 """
 
 import triton
@@ -48,10 +48,10 @@ def _trimul_einsum_fwd_kernel(
     """Tiles [BLOCK_M, BLOCK_N] of a @ b^T of the planes; M = i, N = j, K = k, all of extent L.
 
     A plane of a is [M, K], or [K, M] if TURNED_A; one of b is [N, K], or [K, N] if TURNED_B.
-    PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the one
-    before is being stored. Where there are lengths programs are not persistent.
+    PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the
+    previous tile is stored. With lengths, programs are not persistent.
     """
-    # Without it ptxas 12.8 (Triton 3.6) waits after every single wgmma of the loop.
+    # Otherwise ptxas 12.8 (Triton 3.6) waits after every single wgmma of the loop.
     tl.assume(L > 0)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -81,7 +81,7 @@ def _product_tile(
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of a @ b^T of one plane.
 
-    Tiles are counted plane by plane, so that the plane's a and b are read from L2 after their first
+    Tiles are numbered plane by plane, so that a plane's a and b are read from L2 after their first
     use, and within a plane in groups of _GROUP_M rows of tiles.
     """
     tiles_m = tl.cdiv(L, BLOCK_M)
@@ -115,8 +115,8 @@ def _product_tile(
             else:
                 b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K).T
             acc = dot(a_tile, b_tile, acc, PRECISION)
-        # In halves: the buffer that a store goes through is half as large, and leaves room for
-        # another stage of loads.
+        # In halves: the store's buffer is half as large, which leaves room for another stage of
+        # loads.
         left, right = halves(acc)
         product.store(
             [batch, channel, start_m, start_n],
@@ -149,14 +149,14 @@ def _product_tile(
 def _load_operand(plane, offs, offs_k, L, pitch, stride_row, TURNED: tl.constexpr):
     """[rows offs, summed offs_k] of one plane [L, pitch], or of its transpose if TURNED.
 
-    Columns are bounded by pitch, not by L: a multiple of 16 keeps the accesses 16 bytes wide.
-    Columns [L, pitch) are zeros where they are summed over; beyond, sums are never stored.
+    Columns are masked by pitch, not by L: a multiple of 16 keeps the accesses 16 bytes wide.
+    Columns [L, pitch) are zeros if they are summed over; if not, no pair i, j < L depends on them.
     """
     if TURNED:
         ptrs = plane + (offs_k.to(tl.int64) * stride_row)[:, None] + offs[None, :]
         return tl.load(ptrs, mask=(offs_k < L)[:, None] & (offs < pitch)[None, :], other=0.0).T
     else:
-        # Rows past L read row L - 1: no row needs a mask.
+        # Rows past L read row L - 1, so that no row needs a mask.
         row = tl.minimum(offs, L - 1).to(tl.int64) * stride_row
         ptrs = plane + row[:, None] + offs_k[None, :]
         return tl.load(ptrs, mask=(offs_k < pitch)[None, :], other=0.0)
@@ -172,14 +172,14 @@ def trimul_einsum_fwd(
     turned: tuple[bool, bool] = (False, False),
     config: LaunchConfig | None = None,
 ) -> None:
-    """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) mean nothing.
+    """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) are arbitrary.
 
     Args:
         a, b, product: unit stride along the last axis, other strides multiples of 16.
-        key: which of a call's launches of this stage it is.
-        turned: of a and of b, whether the product is that of the transposed planes; those of the
-            other operand must then have zeros in columns [L, pitch), and where sequences have
-            lengths the turned ones zeros in the rows behind.
+        key: identifies this launch among those of this stage in one call.
+        turned: for a and for b, whether its planes are transposed. The other operand must then have
+            zeros in columns [L, pitch). With lengths, transposed planes must have zeros in the rows
+            behind a length.
         config: a setting in place of the shipped one.
     """
     prepared = launches.of(
@@ -217,7 +217,7 @@ def prepare_einsum(
             descriptors[name] = descriptor_of(plane, shape, plane.stride(), [1, 1, *tile])
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
-    # Programs of tiles that may be skipped would not share the work evenly.
+    # If tiles may be skipped, persistent programs would not share the work evenly.
     persistent = config.persistent > 0 and call.lengths is None
     if persistent:
         programs = min(tiles, config.persistent * device.multiprocessors)

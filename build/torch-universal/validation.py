@@ -1,7 +1,7 @@
 """Every check of the public functions' arguments, and every message that a caller can get.
 
-A wrong shape, value or device is a ValueError, a wrong dtype or type is a TypeError; each names the
-argument, what was expected and what came.
+A wrong shape, value or device is a ValueError, a wrong dtype or type is a TypeError. Each names the
+argument, the expected value and the actual one.
 """
 
 import enum
@@ -21,10 +21,10 @@ DIRECTIONS = ("outgoing", "incoming")
 MEMORY_MODES = ("auto", "default", "lean")
 RECOMPUTE_MODES = ("product", "all")
 LENGTHS_DTYPES = (torch.int32, torch.int64)
-# The kernels take eps in float32, where less than its least normal number may be flushed to 0.
+# The kernels take eps in float32, where a subnormal number may be flushed to 0.
 _EPS_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
-# The public words for `precision`, in lower case, and what the kernels call them; "default" leaves
-# it to torch's setting. "DEFAULT" is cuEquivariance's word for Triton's own default.
+# The public words for `precision` in lower case, and the kernels' words; the kernels' "default"
+# follows torch's setting. The public "DEFAULT" is cuEquivariance's word for Triton's own default.
 PRECISIONS = {
     "none": "default", "default": "tf32", "tf32": "tf32", "tf32x3": "tf32x3", "ieee": "ieee",
     "bfloat16": "bf16", "bf16": "bf16",
@@ -33,8 +33,8 @@ PRECISIONS = {
 _PRECISION_VALUES = {
     -1: "NONE", 0: "DEFAULT", 1: "TF32", 2: "TF32x3", 3: "IEEE", 4: "MXFP8", 5: "BFLOAT16",
 }  # fmt: skip
-# Of a normal distribution that is cut off at two standard deviations: what is left of one, and the
-# share that lies within, which is erf(2 / sqrt(2)).
+# A normal distribution cut off at two standard deviations keeps this part of its standard
+# deviation, and this share of its values: erf(2 / sqrt(2)).
 _TRUNCATED_STD = 0.87962566103423978
 _TRUNCATED_SHARE = math.erf(math.sqrt(2))
 
@@ -63,8 +63,8 @@ def check_pair(name: str, pair: Tensor, leading: str) -> None:
         )
 
 
-# Of each parameter, in the order of Weights: its axes, whether it is required, and whether it is a
-# vector, whose dtype is free. One table, because the checks are a good part of a short call.
+# Each parameter in the order of Weights: its axes, whether it is required, and whether it is a
+# vector, whose dtype is free. One table, because the checks take a good part of a short call.
 _PARAMETERS = (
     ("norm_in_weight", "[C]", False, True),
     ("norm_in_bias", "[C]", False, True),
@@ -126,8 +126,8 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
     """`weights` with random projections where they are None, as cuEquivariance makes them.
 
     LeCun's initialisation: a normal distribution of variance 1 / (input channels), cut off at two
-    standard deviations, from torch's generator of the pair tensor's device. D is that of the
-    projections that are given, and C where none is.
+    standard deviations, from torch's generator of the pair tensor's device. D comes from a given
+    projection; without one it is C.
     """
     value, gate, emit = weights.p_in_weight, weights.g_in_weight, weights.p_out_weight
     if not (value is None or gate is None or emit is None or weights.g_out_weight is None):
@@ -139,7 +139,7 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
         ("p_out_weight", emit, "[C, D]", 1, 1),
     ):
         if given is not None:
-            # Or a parameter that is right would be blamed for not having the D of a wrong one.
+            # Otherwise a correct parameter would be blamed for not having the D of a wrong one.
             _check_is_tensor(name, given)
             if given.ndim != 2 or given.shape[axis] < per_channel:
                 raise ValueError(
@@ -156,8 +156,8 @@ def default_projections(pair: Tensor, weights: Weights) -> Weights:
     made = {}
     for name, shape in shapes.items():
         if getattr(weights, name) is None:
-            # By the inverse of the distribution's integral: torch.nn.init.trunc_normal_ draws again
-            # what falls outside, for which it waits for the device and which can't be compiled.
+            # By the inverse of the cumulative distribution: torch.nn.init.trunc_normal_ redraws the
+            # values outside, for which it waits for the device, and which can't be compiled.
             drawn = torch.rand(shape, dtype=torch.float32, device=pair.device)
             std = shape[1] ** -0.5 / _TRUNCATED_STD
             normal = torch.erfinv((2 * drawn - 1) * _TRUNCATED_SHARE) * math.sqrt(2)
@@ -172,7 +172,7 @@ def broadcast_leading(
     leading = pair.shape[:-3]
     if isinstance(mask, Tensor) and mask.ndim > 2 and mask.shape[:-2] != leading:
         axes = [*zip_longest(reversed(leading), reversed(mask.shape[:-2]), fillvalue=1)]
-        # Where they don't broadcast, `broadcast_mask` says so.
+        # If they don't broadcast, `broadcast_mask` raises.
         if all(have == other or have == 1 or other == 1 for have, other in axes):
             wanted = [other if have == 1 else have for have, other in reversed(axes)]
             pair = pair.expand(*wanted, *pair.shape[-3:])
@@ -203,7 +203,7 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
 
 
 def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> Tensor | None:
-    """The lengths as int32 [B], B the number of sequences; their values are not looked at."""
+    """The lengths as int32 [B], B the number of sequences; their values are not read."""
     if lengths is None:
         return None
     leading = pair.shape[:-3]
@@ -220,15 +220,15 @@ def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> T
             wanted = f"broadcast to {list(leading)}, one for each sequence of {pair_name}"
         raise ValueError(f"lengths must {wanted}; got {tuple(lengths.shape)}")
     _check_device("lengths", lengths, pair_name, pair)
-    if lengths.dtype == torch.int64:  # a large one would be another number in 32 bits
+    if lengths.dtype == torch.int64:  # a large length would wrap around in 32 bits
         lengths = lengths.clamp(0, pair.shape[-2])
     return lengths.to(torch.int32).expand(leading).reshape(leading.numel()).contiguous()
 
 
 def lengths_from_mask(mask: Tensor) -> Tensor:
-    """The `lengths` that say what a right-padded pair mask says, for calls to be made with them.
+    """The argument `lengths` that is equivalent to a right-padded pair mask.
 
-    Looked at once, for as many calls as there are: it waits for the device.
+    It reads the mask, for which it waits for the device: call it once for many calls.
 
     Args:
         mask: [..., L, L], bool or real, whose entry (i, j) is 1 where both i and j are less than
@@ -239,7 +239,7 @@ def lengths_from_mask(mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: a mask of another form.
-        TypeError: what is no tensor, or complex.
+        TypeError: a mask that is no tensor, or complex.
     """
     _check_is_tensor("mask", mask)
     if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
@@ -310,7 +310,7 @@ _BESIDE_RESIDUAL = ("mask", "drop_mask", "lengths", *Weights._fields)
 
 
 def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: tuple) -> None:
-    """Whether the result may be written over `residual`; `others` are `_BESIDE_RESIDUAL`."""
+    """Raises if the result can't be written over `residual`; `others` are `_BESIDE_RESIDUAL`."""
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be a bool; got {type(inplace).__name__}")
     if not inplace:
@@ -331,7 +331,7 @@ def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: 
     memory = residual.untyped_storage().data_ptr()
     others = (None if same else pair, *others)
     for name, other in zip(("pair", *_BESIDE_RESIDUAL), others, strict=True):
-        # What is no tensor is refused by its own check.
+        # Other types are refused by their own checks.
         if isinstance(other, Tensor) and other.untyped_storage().data_ptr() == memory:
             raise ValueError(
                 "residual must be pair itself, or share no memory with another argument, with "
@@ -376,7 +376,7 @@ def torch_allows_tf32() -> bool:
     """Whether torch's own float32 GEMMs on a GPU may take TF32, by whichever setting was used."""
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch refuses to say where the setting of torch 2.9 was used
+    except RuntimeError:  # torch refuses to answer once torch 2.9's setting was used
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

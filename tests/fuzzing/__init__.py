@@ -1,8 +1,8 @@
 """Random calls of the two public functions: how they are drawn, made, computed and judged.
 
-A `Case` is a call as plain values, and its repr is Python that makes it again. What its call must
-give is the formula in float64; how far from that it may be is measured on the same numbers, with
-the formula once more in float64 and a random error wherever plain PyTorch would round (`Rounding`).
+A `Case` is a call as plain values, and its repr is Python that makes it again. The call's result is
+compared with the formula in float64. The allowed error is measured on the same numbers: the formula
+runs in float64 again, with a random error wherever plain PyTorch would round (`Rounding`).
 """
 
 import torch
@@ -14,7 +14,7 @@ from .judge import GRADIENTS, Oracle, gradients, oracle, ratio, share_of_roundin
 from .rounding import Exact, formula
 from .tensors import Call, lecun, make
 
-# All that a repr of a case needs, too.
+# Also all names that a repr of a case needs.
 __all__ = [
     "ATEN",
     "BIASES",

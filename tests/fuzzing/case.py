@@ -25,10 +25,10 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in memory; what no element of it lies in is NaN, or 99 or True."""
+    """A tensor's layout in memory; memory between its elements is NaN, or 99 or True."""
 
     order: tuple[int, ...]  # its axes, the outermost in memory first
-    gap: int | None = None  # of this axis every other place is used
+    gap: int | None = None  # the axis of which every other place is used
     shared: int | None = None  # the axis of stride 0
     offset: int = 0  # elements before the first
 
@@ -52,7 +52,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Case:
-    """A call. What is not named in a mapping is None, or lies in memory as it is made."""
+    """A call. Tensors that a mapping does not name are None, or are laid out as they are made."""
 
     function: str
     dtype: torch.dtype
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def arithmetic(self) -> str:
-        """What the kernels take float32 operands for: "fp32", "tf32" or "bf16"."""
+        """The kernels' arithmetic for float32 operands: "fp32", "tf32" or "bf16"."""
         if self.dtype != torch.float32:
             return "fp32"
         same = [
@@ -101,7 +101,7 @@ class Case:
 
 
 def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
-    """The tensors that are given, by the names of their arguments; x is `pair` of a function."""
+    """The shapes of the given tensors, by their arguments' names; x is `pair` of one function."""
     length, channels, hidden = case.length, case.channels, case.hidden
     pair = (*case.leading, length, length, channels)
     shapes = {"x": pair}

@@ -31,15 +31,15 @@ REAL_DTYPES = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a path has time for."""
+    """The sizes that a path has time for."""
 
     lengths: tuple[int, ...]
     widths: tuple[tuple[int, int], ...] | None  # (C, D), or any up to `widest`
     widest: tuple[int, int]
     batch: int
     offsets: tuple[int, ...]  # in elements, of a tensor in its memory
-    patterns: bool  # any pattern of absent parameters, rather than a few: each compiles anew
-    gradients: int = 2  # one call in so many has them
+    patterns: bool  # any pattern of absent parameters, not just a few: each compiles anew
+    gradients: int = 2  # one call in this many has them
 
 
 ATEN = Sizes((*range(1, 25), *range(1, 25), 33, 40, 50), None, (48, 48), 6, tuple(range(8)), True)
@@ -52,7 +52,7 @@ GPU = Sizes(
 
 @st.composite
 def sometimes(draw, strategy: st.SearchStrategy, else_: object = None, one_in: int = 2):
-    """A value of the strategy one time in so many."""
+    """A value of the strategy once in `one_in` draws, else `else_`."""
     return draw(strategy) if draw(st.integers(1, one_in)) == one_in else else_
 
 
@@ -153,7 +153,7 @@ def _widths(draw, sizes: Sizes, length: int) -> tuple[int, int]:
 
 @st.composite
 def _broadcasting_leading(draw, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of x and of the mask: their product is `batch` at most."""
+    """Leading dimensions of x and of the mask; their product is at most `batch`."""
     whole = draw(
         st.sampled_from(((), (), (1,), (2,), (3,), (1, 2), (2, 2), (2, 1, 3), (3, 2), (0,), (2, 0)))
     )
@@ -190,7 +190,7 @@ def _masks(draw, shape: tuple[int, ...]) -> Mask:
 
 @st.composite
 def _scales(draw, dtype: torch.dtype, vectors: tuple[str, ...]) -> dict[str, float]:
-    """Of x, the residual, the projections and the vectors, where it is not 1."""
+    """Scales other than 1, of x, the residual, the projections and the vectors."""
     scales = {}
     if draw(st.booleans()):
         return scales

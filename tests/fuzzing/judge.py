@@ -1,4 +1,4 @@
-"""What a call must give, and how far from that it may be."""
+"""The result that a call must give, and the error that it may have."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from .case import NORMS, Case, pairs_within
 from .rounding import FLOAT32_UNIT, Exact, Rounding, formula
 
-# Relative L2 errors that are let pass without a look at the numbers, by docs/numerics.md: those of
-# whole calls, twenty-five per cent more on a CPU whose bf16 GEMMs round before each gate.
+# Relative L2 errors that are always allowed, from docs/numerics.md: those of whole calls, with
+# twenty-five per cent more on a CPU whose bf16 GEMMs round before each gate.
 NARROW_BUDGET = {"tf32": 2e-3, "bf16": 1e-2}
 CPU_BF16 = 1.25
-# Of gradients: four times those of the output, which in float32 is test_gradients.py's limit.
+# For gradients, four times those of the output, which in float32 is test_gradients.py's limit.
 GRADIENTS = 4.0
-# Random errors are drawn so many times. The error may be so much larger than the largest of them,
-# and where chance decides it, as in a result of few numbers, by so much of their spread.
+# How many times random errors are drawn; by which factor the error may exceed the largest of them;
+# and by how much of their spread, where chance decides, as in a result of few numbers.
 DRAWS = 5
 FACTOR = 1.2
 SPREAD_FACTOR = 3.0
@@ -30,7 +30,7 @@ ILL_CONDITIONED = 0.1
 
 @dataclass
 class Oracle:
-    """What a case must give, and how far off the formula with random errors is."""
+    """A case's exact results, and those of the formula with random errors."""
 
     out: Tensor
     drawn: list[Tensor]  # the same with random errors
@@ -94,7 +94,7 @@ def oracle(case: Case, values: dict[str, Tensor], on_triton: bool, on_gpu: bool)
 
 
 def _has_errors_that_differ(case: Case) -> bool:
-    """Whether the errors of all pairs are different ones, so that their average says something."""
+    """Whether the errors of all pairs differ, so that their average means something."""
     shared = "x" in case.layouts and case.layouts["x"].shared is not None
     ordinary = case.rows in ("plain", "large means") and not case.scales
     ordinary = ordinary and case.eps < 1 and case.channels >= 8
@@ -126,9 +126,9 @@ def ratio(got: Tensor, wanted: Tensor, drawn: list[Tensor], budget: float) -> fl
 
 
 def share_of_rounding(got: Tensor, found: Oracle, name: str) -> float:
-    """How much of the step from `out` to `as_rounded` is in `got`: 0 none, 1 all of it.
+    """The part of the step from `out` to `as_rounded` that `got` has: from 0 to 1.
 
-    0 as well where random errors alone could look like a good part of it.
+    0 also where random errors alone could look like a good part of it.
     """
     step = torch.where(found.well, found.as_rounded[name] - found.out, 0.0)
     length = float(step.square().sum())

@@ -1,4 +1,4 @@
-"""What `patch` leaves as it is, and the reasons that it gives."""
+"""The modules that `patch` leaves as they are, and the reasons that it gives."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Adapted(nn.Linear):
-    """What an adapter library makes of a linear layer: more parameters in the same class name."""
+    """A linear layer changed by an adapter library: more parameters under the same class name."""
 
     def __init__(self) -> None:
         super().__init__(HIDDEN, CHANNELS)

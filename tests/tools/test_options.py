@@ -1,4 +1,4 @@
-"""What options are refused, and that torch, which takes seconds to import, is not waited for."""
+"""The options that are refused, without waiting for torch, which takes seconds to import."""
 
 import json
 import os
@@ -76,7 +76,7 @@ BAD_INPUT = [
 
 @pytest.fixture(scope="module")
 def answers():
-    """What each bad input gets, all in one process: status, stdout, stderr, and torch or not."""
+    """The answer to each bad input, in one process: status, stdout, stderr, and torch or not."""
     script = """
         import contextlib, io, json, sys
         from esmfold2_trimul_tools.cli import main

@@ -1,4 +1,4 @@
-"""The oracle, held to the other spelling of the formula, which the fuzz has for itself."""
+"""The oracle compared with the fuzz's own formula, which shares no code with it."""
 
 import dataclasses
 

@@ -3,12 +3,12 @@
 `triangle_multiplicative_update` and `triangle_multiplicative_update_with_residual` are AlphaFold
 2's Algorithms 11 ("outgoing" edges) and 12 ("incoming" edges), Supplementary Methods 1.6.5, on a
 pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same function as a Hugging
-Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand, and
-`lengths_from_mask` finds the lengths that a padded batch can be called with. `explain` says what a
-call would do: its path, settings and memory.
+Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand.
+`lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
+path, settings and memory without running it.
 
-`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
-and the functions `from_...` give one of its modules, or of Chai-1's, as arguments.
+`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2.
+The functions `from_...` turn a module of such a model, or of Chai-1, into arguments.
 """
 
 from . import layers

@@ -1,4 +1,4 @@
-"""One call of the triangle multiplication, checked: what everything behind the door is given."""
+"""One checked call of the triangle multiplication, the argument of all code behind the checks."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Weights(NamedTuple):
     g_out_bias: Tensor | None  # [C]
 
 
-# Every argument that a backward gives a gradient of; the residual's is that of the output.
+# The arguments with a gradient of their own; the residual's gradient is the output's.
 DIFFERENTIABLE = ("x", "mask", "drop_mask", *Weights._fields)
 
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     weights: Weights
     eps_in: float
     eps_out: float
-    precision: str  # a kernels' word, or "default", which leaves it to torch's setting
+    precision: str  # one of the kernels' words, or "default" for torch's setting
     memory: str
     recompute: str
     inplace: bool  # the output is written over the residual
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        """Whether autograd is to follow the call."""
+        """Whether autograd must record the call."""
         tensors = (self.x, self.mask, self.residual, self.drop_mask, *self.weights)
         return torch.is_grad_enabled() and any([
             tensor is not None and tensor.requires_grad for tensor in tensors

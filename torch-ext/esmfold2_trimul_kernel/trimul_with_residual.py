@@ -55,8 +55,8 @@ def triangle_multiplicative_update_with_residual(
     Args:
         pair: [B, L, L, C], bfloat16, float16 or float32; any strides.
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
-        residual: [B, L, L, C] in the dtype of pair, and may be pair itself; None gives the update
-            alone, and then nothing is allocated or read for it.
+        residual: [B, L, L, C] in the dtype of pair; may be pair itself. None gives the update
+            alone, without allocating or reading anything for it.
         drop_mask: [B, 1, L, C] or [B*L, C], bool or real, shared over the first residue axis; or
             None.
         norm_in_weight, norm_in_bias: [C], any of the three dtypes (float32 beside bfloat16 tensors
@@ -71,22 +71,22 @@ def triangle_multiplicative_update_with_residual(
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands, in
             upper or lower case, or a member or value of cuEquivariance's TriMulPrecision; None
             follows torch's own setting (torch.backends.cuda.matmul.allow_tf32, or
-            torch.set_float32_matmul_precision, which is the same). It bounds the Triton kernels;
-            the ATen path follows torch's own settings, which on a CPU are the more exact.
+            torch.set_float32_matmul_precision, which is the same). It binds the Triton kernels; the
+            ATen path follows torch's own settings, which are more exact on a CPU.
         memory: "default" is the fastest; it holds three tensors of the pair's size beyond its
             arguments. "lean" holds at most one and a half, its result included, and takes longer.
-            "auto" is "default", and "lean" where an allocation of that fails, which the log says
-            once. Only the Triton kernels have these modes.
-        recompute: what a backward computes again. "product" keeps the product of a and b for it,
-            one tensor of the pair's size beside the inputs, in the default mode whatever `memory`
-            says; "all" keeps the inputs alone and takes longer. Without a gradient nothing is kept.
+            "auto" is "default", or "lean" if an allocation of the default mode fails, which is
+            logged once. Only the Triton kernels have these modes.
+        recompute: how much a backward computes again. "product" keeps the product of a and b, one
+            tensor of the pair's size beside the inputs, and runs the default mode whatever `memory`
+            says; "all" keeps only the inputs and takes longer. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and
             the rest of its L is padding on the right. A pair with a padded residue is masked, and
-            its update is zero: its output is the residual, or 0. Tiles of padding are skipped, in
-            all kernels, forward and backward, without a look at the lengths from the host (the ATen
-            path takes one). Lengths beyond [0, L] count as 0 or L.
+            its update is zero: its output is the residual, or 0. All kernels, forward and backward,
+            skip tiles of padding, and the host doesn't read the lengths (on the ATen path it may).
+            Lengths beyond [0, L] count as 0 or L.
 
     An enclosing torch.autocast changes nothing: the dtype of pair decides.
 

@@ -1,6 +1,6 @@
-"""The ATen path: calls in plain PyTorch operations. See `paths` for what a path is.
+"""The ATen path (see `paths`): calls in plain PyTorch operations.
 
-Inside it autocast is off: it would lower the precision of float32 operands, forward and backward.
+Autocast is off in it: it would lower the precision of float32 operands, forward and backward.
 """
 
 import torch
@@ -14,7 +14,7 @@ from .gradients import trimul_backward
 
 
 def forward(call: Call) -> Tensor:
-    """[B, L, L, C]. Lengths cut each sequence to its own, for which the host waits for them."""
+    """The output [B, L, L, C]. Each sequence is cut to its length, for which the host waits."""
     with _no_autocast(call):
         out = trimul_inference(call) if call.lengths is None else _by_sequence(call)
     return call.residual.copy_(out) if call.inplace else out
@@ -40,7 +40,7 @@ def backward(
     moments: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """The gradients that `needs` names; the product is computed again where it is None."""
+    """The gradients that `needs` names; a product that is None is computed again."""
     call, within = _masked(call)
     if within is not None:
         grad_out = grad_out.masked_fill(~within[..., None], 0)
@@ -49,25 +49,25 @@ def backward(
 
 
 def formula(call: Call) -> Tensor:
-    """The call on any device in operations that torch.func and forward-mode AD can follow."""
+    """The output, on any device, in operations that torch.func and forward-mode AD can follow."""
     masked, within = _masked(call)
     with _no_autocast(call):
         return _padding_left(call, trimul_differentiable(masked), within)
 
 
 def plan(call: Call) -> Plan:
-    """What `forward`, or `forward_saving` where a product is to be kept, allocates.
+    """The buffers of `forward`, or of `forward_saving` if the product is kept.
 
-    The buffers of a block, which stay within a CPU's caches, are not counted.
+    Those of a block, which stay within a CPU's caches, are not counted.
     """
     x, channels = call.x, call.x.shape[3]
     batch, hidden, length, _ = saved_shape(x, call.weights)
-    one = hidden * length * length * x.element_size()
+    planes = hidden * length * length * x.element_size()  # bytes of one sequence
     keeps = call.needs_grad and call.keeps_product
-    buffers = {"a, then the product": batch * one if keeps else one, "output": x.nbytes}
+    buffers = {"a, then the product": batch * planes if keeps else planes, "output": x.nbytes}
     notes = ["Triton is not for this call, for the reason above"]
     if hidden > channels:
-        buffers["b"] = one
+        buffers["b"] = planes
     else:
         notes.append("b lies in the memory of the output until that is written")
     notes.append(note_on_gradients(call))
@@ -77,7 +77,7 @@ def plan(call: Call) -> Plan:
     elif call.lengths is not None:
         buffers["x without what lies in the padding"] = x.nbytes
         notes.append("lengths act as a mask, as the product is kept")
-    kept = batch * one if keeps else 0
+    kept = batch * planes if keeps else 0
     return Plan(None, None, [], buffers, sum(buffers.values()), kept, notes)
 
 
@@ -86,25 +86,25 @@ def _no_autocast(call: Call) -> torch.autocast:
 
 
 def _by_sequence(call: Call) -> Tensor:
-    """The output of sequences that are each cut to their length; the update of padding is zero."""
+    """The output, with each sequence cut to its length; the update of padding is zero."""
     out = torch.zeros(call.x.shape, dtype=call.x.dtype, device=call.x.device)
     if call.residual is not None:
         out.copy_(call.residual)
     for index, length in enumerate(call.lengths.clamp(0, call.x.shape[1]).tolist()):
         if length == 0:
             continue
-        one = call.of_entry(index)
+        seq = call.of_entry(index)
         cut = {
             name: None if value is None else value[:, :length, :length]
-            for name, value in (("x", one.x), ("mask", one.mask), ("residual", one.residual))
+            for name, value in (("x", seq.x), ("mask", seq.mask), ("residual", seq.residual))
         }
-        drop_mask = None if one.drop_mask is None else one.drop_mask[:, :length]
-        out[index, :length, :length] = trimul_inference(one._replace(**cut, drop_mask=drop_mask))[0]
+        drop_mask = None if seq.drop_mask is None else seq.drop_mask[:, :length]
+        out[index, :length, :length] = trimul_inference(seq._replace(**cut, drop_mask=drop_mask))[0]
     return out
 
 
 def _masked(call: Call) -> tuple[Call, Tensor | None]:
-    """The call with its lengths as a mask and nothing in its padding, and where there is none."""
+    """The call with its lengths as a mask and zeros in its padding, and the pairs within."""
     if call.lengths is None:
         return call, None
     within = pairs_within(call.lengths, call.x.shape[1])
@@ -114,7 +114,7 @@ def _masked(call: Call) -> tuple[Call, Tensor | None]:
 
 
 def _padding_left(call: Call, out: Tensor, within: Tensor | None) -> Tensor:
-    """`out`, and in the padding the residual or 0."""
+    """`out` with the residual, or 0, in the padding."""
     if within is None:
         return out
     return torch.where(within[..., None], out, 0 if call.residual is None else call.residual)

@@ -6,14 +6,13 @@
     delta  = (LayerNorm(t; g2, b2) We^T + be) * sigmoid(z Wo^T + bo)  [B, L, L, C]
     out    = residual + drop_mask * delta
 
-Two forms of it. `trimul_inference` is what CPU tensors run: channel-major GEMMs over blocks of
-positions that stay in the CPU's caches, sums, norms and gates in fp32. It holds two pair-sized
-tensors: a, which t overwrites, and the output, in whose memory b lies until t is there (where D > C
-it doesn't fit, and is a third). Its GEMMs run in bf16 for bf16 inputs where the CPU multiplies bf16
-natively, and in fp32 otherwise: emulated 16-bit GEMMs are several times slower than fp32 ones.
-`trimul_saving` is the same and returns t too, for the backward, which is in `gradients`.
-`trimul_differentiable` is the formula as written, which forward-mode AD and the transforms of
-torch.func can follow on any device and to any order.
+`trimul_inference` runs channel-major GEMMs over blocks of positions that stay in a CPU's caches,
+with sums, norms and gates in fp32. It holds two pair-sized tensors: a, which t overwrites, and the
+output, whose memory holds b until t is computed (where D > C, b doesn't fit and is a third). On a
+CPU the GEMMs run in bf16 for bf16 inputs if it multiplies bf16 natively, and in fp32 otherwise:
+emulated 16-bit GEMMs are several times slower. `trimul_saving` returns t too, for the backward in
+`gradients`. `trimul_differentiable` is the formula as written, which forward-mode AD and the
+transforms of torch.func can follow on any device and to any order.
 """
 
 from functools import cache, partial
@@ -26,47 +25,47 @@ from torch import Tensor
 from .._call import Call, Weights
 from .region import for_each, region_threads
 
-# Positions (i, k) a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
+# Positions (i, k) of a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
 _BLOCK_POSITIONS = 2048
-_LEAST_POSITIONS = 256  # where a pass is to go over more blocks than it has to
-# Threads take turns at calling operations, which must last the longer the more threads there are.
-# With fewer positions a block, PyTorch's own way was faster on 4 to 16 cores of a Xeon.
+_LEAST_POSITIONS = 256  # of a block, however many blocks are wanted
+# Threads take turns to call operations, which must last longer the more threads there are. With
+# fewer positions per block, PyTorch's own threading was faster on 4 to 16 cores of a Xeon.
 _LEAST_POSITIONS_A_THREAD = 128
 
 
 class Parameters(NamedTuple):
     """The parameters as `trimul_inference` uses them: in the GEMMs' dtype where not in fp32."""
 
-    norm_weight: Tensor | None  # [C], fp32 (this and all that follows: float64 for float64)
+    norm_weight: Tensor | None  # [C], fp32 (here and below: float64 for float64)
     norm_bias: Tensor | None  # [C], fp32
     in_weight: Tensor  # [4D, C]: values of a, values of b, gates of a, gates of b
     in_bias: Tensor | None  # [4D]
     gate_weight: Tensor  # [C, C]
     gate_bias: Tensor | None  # [C]
     out_weight: Tensor  # [C, D], fp32, times the second norm's weight
-    out_bias: Tensor | None  # [C], fp32, with the second norm's bias, projected, in it
+    out_bias: Tensor | None  # [C], fp32, plus the second norm's bias, projected
 
 
 def trimul_inference(call: Call) -> Tensor:
-    """The output [B, L, L, C]; of a call without lengths, as all of these."""
+    """The output [B, L, L, C]. Calls in this module have no lengths."""
     product = empty_planes(call.x, call.weights).expand(call.x.shape[0], -1, -1, -1)
     return _forward(call, product)
 
 
 def trimul_saving(call: Call) -> tuple[Tensor, Tensor]:
-    """The same, and t [B, D, L, L] in the dtype of x."""
+    """The output, and t [B, D, L, L] in the dtype of x."""
     product = call.x.new_empty(saved_shape(call.x, call.weights))
     return _forward(call, product), product
 
 
 def saved_shape(x: Tensor, weights: Weights) -> tuple[int, int, int, int]:
-    """The shape [B, D, L, L] of what `trimul_saving` saves."""
+    """The shape [B, D, L, L] of the t that `trimul_saving` returns."""
     return (x.shape[0], weights.p_out_weight.shape[1], *x.shape[1:3])
 
 
 def _forward(call: Call, product: Tensor) -> Tensor:
-    """The output; t goes to `product` [B, D, L, L], in which sequences may share memory."""
+    """The output; t is written to `product` [B, D, L, L], whose sequences may share memory."""
     x = call.x
     batch, length, _, channels = x.shape
     hidden = product.shape[1]
@@ -91,7 +90,7 @@ def _forward(call: Call, product: Tensor) -> Tensor:
 
     for index in range(batch):
         a = product[index]
-        if hidden <= channels:  # b is done with before its place is wanted
+        if hidden <= channels:  # b is no longer needed when the output is written
             b = out[index].view(-1)[: a.numel()].view(a.shape)
         mask = None if call.mask is None else call.mask[index]
         write_planes(a, b, x[index], mask, parameters, blocks, call.eps_in)
@@ -101,22 +100,22 @@ def _forward(call: Call, product: Tensor) -> Tensor:
 
 
 def empty_planes(x: Tensor, weights: Weights) -> Tensor:
-    """[1, D, L, L] in the dtype of x, not yet written."""
+    """[1, D, L, L] in the dtype of x, uninitialised."""
     return x.new_empty((1, *saved_shape(x, weights)[1:]))
 
 
 class Blocks(NamedTuple):
-    """How the work on a sequence x [L, L, C] is cut."""
+    """The blocks into which the work on a sequence x [L, L, C] is cut."""
 
-    positions: int  # about so many pairs make a block
-    windows: list[slice]  # its rows [rows, L, C], block by block
+    positions: int  # pairs of a block, about
+    windows: list[slice]  # the rows [rows, L, C] of each block
     threads: int  # that work on blocks of their own
 
 
 def blocks_of(x: Tensor, parts: int = 1) -> Blocks:
     """The blocks of a sequence of x [B, L, L, C].
 
-    Where buffers count, those of all threads together are `parts` of the sequence at least.
+    To bound their buffers, the threads together hold at most 1 / `parts` of a long sequence.
     """
     length, threads = x.shape[1], region_threads(x.device)
     positions = _positions(x, parts, threads)
@@ -139,7 +138,7 @@ def _positions(x: Tensor, parts: int, threads: int) -> int:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of sums, norms and gates: fp32; float64 for float64, which only torch's gradcheck brings."""
+    """Of sums, norms and gates: fp32, or float64 for float64, which only torch's gradcheck uses."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -149,7 +148,7 @@ def write_planes(
     """a and b [D, L, L] of one sequence x [L, L, C]."""
     hidden, length, _ = a.shape
     dtype = p.in_weight.dtype
-    # A product with a bool rounds nothing; any other mask multiplies before a and b are rounded.
+    # A bool mask rounds nothing; any other mask multiplies before a and b are rounded.
     exact = mask is None or mask.dtype == torch.bool
     if mask is not None:
         mask = mask.to(dtype if exact else sum_dtype(dtype))
@@ -168,8 +167,8 @@ def write_planes(
 
 
 def empty_columns(channels: int, z: Tensor) -> Tensor:
-    """[channels, positions] for z [positions, C], in its dtype, not yet written."""
-    # Rows that begin at multiples of 16 elements, whatever L: MKL is slow to write any others.
+    """[channels, positions] for z [positions, C], in its dtype, uninitialised."""
+    # Rows begin at multiples of 16 elements, whatever L: MKL is slow to write others.
     pitch = -(-z.shape[0] // 16) * 16
     return z.new_empty(channels, pitch)[:, : z.shape[0]]
 
@@ -177,7 +176,7 @@ def empty_columns(channels: int, z: Tensor) -> Tensor:
 def multiply_planes(
     a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, blocks: Blocks
 ) -> None:
-    """t [D, L, L] into the place of a, by GEMMs in `dtype`."""
+    """Overwrites a with t [D, L, L], by GEMMs in `dtype`."""
 
     def multiply(group: slice) -> None:
         left, right = a[group].to(dtype), b[group].to(dtype)
@@ -191,9 +190,9 @@ def multiply_planes(
 
 
 def channel_groups(hidden: int, length: int, blocks: Blocks) -> list[slice]:
-    """The channels of planes [D, L, L] whose products are one batch of GEMMs."""
-    # As many channels as hold a block's elements; without threads of our own, on many cores, a
-    # matrix for each of PyTorch's.
+    """Groups of channels of planes [D, L, L]; a group's products are one batch of GEMMs."""
+    # As many channels as hold a block's elements; without a region, at least a matrix for each of
+    # PyTorch's threads, but no more than D / 16.
     together = 1 if blocks.threads > 1 else min(torch.get_num_threads(), hidden // 16)
     channels = max(1, together, blocks.positions * hidden // (length * length))
     return [slice(start, start + channels) for start in range(0, hidden, channels)]
@@ -207,7 +206,7 @@ def emit(mixed: Tensor, z: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
 
 
 def gemm_dtype(dtype: torch.dtype, device_type: str = "cpu") -> torch.dtype:
-    """The dtype of the GEMMs for inputs of `dtype`: an accelerator multiplies every one of them."""
+    """The dtype of the GEMMs for inputs of `dtype`; accelerators multiply every dtype."""
     if device_type != "cpu" or (dtype == torch.bfloat16 and _multiplies_bf16()):
         return dtype
     return sum_dtype(dtype)
@@ -221,10 +220,9 @@ def _multiplies_bf16() -> bool:
 
 
 def prepare(w: Weights, dtype: torch.dtype) -> Parameters:
-    """The parameters in the dtypes that they are used in: norms and the last projection in fp32.
+    """The parameters in the dtypes of their use: norms and the last projection in fp32.
 
-    The last projection is a small part of the time, and its rounding would come on top of the
-    output's own.
+    The last projection takes little time, and its rounding would add to the output's own.
     """
     in_bias = None
     if w.p_in_bias is not None or w.g_in_bias is not None:
@@ -257,15 +255,15 @@ def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last axis in fp32, exact for rows of one constant value.
 
-    A row's own first channel is taken off beforehand: LayerNorm doesn't see a shift, and a constant
-    row becomes exact zeros, however large the constant.
+    A row's first channel is subtracted beforehand. The shift doesn't change LayerNorm, and a
+    constant row becomes exact zeros, however large the constant.
     """
     shifted = shift_rows(rows)
     return F.layer_norm(shifted, shifted.shape[-1:], weight, bias, eps)
 
 
 def shift_rows(rows: Tensor) -> Tensor:
-    """`rows` in fp32 without each one's first channel."""
+    """`rows` in fp32, minus each row's first channel."""
     rows = rows.to(sum_dtype(rows.dtype))
     return rows - rows[..., :1]
 
@@ -279,9 +277,8 @@ def normalize_rows(x: Tensor, p: Parameters, eps: float) -> Tensor:
 def normalize_columns(planes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm over the first axis in fp32, without weights: [D, rows, L] to [D, positions].
 
-    What `_layer_norm` does to rows, the shift by the first channel included, without turning the
-    planes around: a transposed copy takes longer than the passes here. Also returns the reciprocal
-    standard deviations [positions].
+    As `_layer_norm` for rows, with its shift, but without a transposed copy, which takes longer
+    than the passes here. Also returns the reciprocal standard deviations [positions].
     """
     columns = torch.sub(planes, planes[:1].to(sum_dtype(planes.dtype))).flatten(1)
     columns -= columns.mean(0)
@@ -299,7 +296,7 @@ def project(weight: Tensor, bias: Tensor | None, z: Tensor, out: Tensor) -> None
 
 
 def trimul_differentiable(call: Call) -> Tensor:
-    """The same function, out of place, so that autograd can follow it."""
+    """The formula in out-of-place operations, so that autograd can follow it."""
     w, dtype = call.weights, call.x.dtype
 
     def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,24 +1,24 @@
 """The ATen path's backward: gradients in plain PyTorch operations, in the forward's arithmetic.
 
-With dy = drop_mask * grad_out, the names of `aten`, mhat and zhat for the rows without weights, and
-p, s the values and the sigmoids of their gates, [a, b] = p s mask:
+With the names of `blocks`, dy = drop_mask * grad_out, m = LayerNorm(t), mhat the same without its
+weights, p, s the values and the sigmoids of their gates, [a, b] = p s mask, and dab = [da, db]:
 
     de = dy o,  dm = de We,  dt = LayerNorm backward of dm                             (emission)
     outgoing: da = dt b,    db = dt^T a     incoming: da = b dt^T,  db = a dt          (product)
     dp = dab s mask,  dg = dab p s (1 - s) mask,  dq = dy e o (1 - o)
     dz = dp Wp + dg Wg + dq Wo,  dx = LayerNorm backward of dz                         (inputs)
 
-Each of the three steps goes over blocks of positions, and computes again what it needs of the
-forward. Memory, in tensors of the pair's size where D <= C, beside the arguments, a block's buffers
-and the parameters: 3.25, which is
+Each of the three steps goes over blocks of positions and recomputes what it needs of the forward.
+Beside the arguments, a block's buffers and the parameters, it holds 3.25 tensors of the pair's size
+where D <= C:
 
-    1     t, as the forward saved it, or computed again
+    1     t, saved by the forward or recomputed
     1     dt, which da overwrites
-    1     dx; in its place lie a and then db, row by row, until a row's dx is written over them
+    1     dx; its memory holds a, then db, row by row, until a row's dx overwrites them
     0.25  b, of a quarter of the channels at a time
 
-For a batch dt and b are one sequence's alone, and so is a t that is computed again. Where D > C, or
-x needs no gradient, a and db have memory of their own, D / C of a pair tensor for one sequence.
+In a batch, dt, b and a recomputed t are those of one sequence. Where D > C, or x needs no gradient,
+a and db have memory of their own, D / C of a pair tensor for one sequence.
 """
 
 from collections.abc import Callable
@@ -48,14 +48,14 @@ from .blocks import (
 )
 from .region import for_each
 
-# b is computed again for so many parts of the channels, one after the other: each part reads x and
-# normalises its rows again, and holds so much less of b.
+# b is recomputed in this many parts of its channels. Each part reads and normalises x again, and
+# only one part of b is in memory.
 _PARTS = 4
-# A block's buffers are about eleven, of fp32, in the size of its part of x; with so many blocks at
-# least they are less than a pair tensor, or of 16 bits less than one and a half.
+# A block has about eleven fp32 buffers of the size of its part of x. With at least this many blocks
+# they are less than a pair tensor of fp32, or one and a half of 16 bits.
 _LEAST_BLOCKS = 16
 _OF_NORM_IN = frozenset(("x", "norm_in_weight", "norm_in_bias"))
-# Gradients for which the backward has to go through the triangular product.
+# Gradients for which the backward must go through the triangular product.
 _BEHIND_PRODUCT = _OF_NORM_IN | {"mask", "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias"}
 # Those that take the gradient of the output gate before its sigmoid.
 _BEHIND_GATE = _OF_NORM_IN | {"g_out_weight", "g_out_bias"}
@@ -65,7 +65,7 @@ _OF_DELTA_MIXED = frozenset(("p_out_weight", "norm_out_weight"))
 
 
 class _Step(NamedTuple):
-    """What all sequences and steps of a backward have in common."""
+    """The values that all sequences and steps of a backward share."""
 
     direction: str
     parameters: Parameters
@@ -73,7 +73,7 @@ class _Step(NamedTuple):
     eps_out: float
     blocks: Blocks
     needs: frozenset[str]
-    # Over positions, fp32: gradients of input parameters and of the gate's by their names; "delta"
+    # In fp32, over positions: gradients of the input's and the gate's parameters, by name; "delta"
     # [C], of de; "delta_mixed" [C, D], of de^T mhat.
     sums: dict[str, Tensor]
 
@@ -94,8 +94,8 @@ def trimul_backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names, out of `DIFFERENTIABLE`, each like its leaf.
 
-    grad_out is [B, L, L, C]; saved is the second result of `trimul_saving`, or None, and then
-    t is computed again. The residual's gradient is grad_out itself.
+    grad_out is [B, L, L, C]; saved is the second result of `trimul_saving`, or None, and then t is
+    recomputed. The residual's gradient is grad_out itself.
     """
     x, weights = call.x, call.weights
     dtype = gemm_dtype(x.dtype, x.device.type)
@@ -117,7 +117,7 @@ def trimul_backward(
     if behind_product and not others_in_grad_x:
         others = empty_planes(x, weights)[0]
     for index in range(x.shape[0]):
-        one = _Sequence(
+        seq = _Sequence(
             x[index],
             grad_out[index],
             product if saved is None else saved[index],
@@ -126,18 +126,18 @@ def trimul_backward(
             {name: gradient[index] for name, gradient in grads.items()},
         )
         if saved is None:
-            write_planes(product, planes, one.x, one.mask, parameters, blocks, call.eps_in)
+            write_planes(product, planes, seq.x, seq.mask, parameters, blocks, call.eps_in)
             multiply_planes(product, planes, call.direction, dtype, blocks)
         if not behind_product:
-            _through_emission(step, one, None)
+            _through_emission(step, seq, None)
             if not needs.isdisjoint(_BEHIND_GATE):
-                _through_inputs(step, one, None, None)
+                _through_inputs(step, seq, None, None)
             continue
         if others_in_grad_x:
-            others = _planes_within(one.grads["x"], hidden)
-        _through_emission(step, one, planes)
-        _through_product(step, one, planes, others)
-        _through_inputs(step, one, planes, others)
+            others = _planes_within(seq.grads["x"], hidden)
+        _through_emission(step, seq, planes)
+        _through_product(step, seq, planes, others)
+        _through_inputs(step, seq, planes, others)
     return grads | _parameter_gradients(weights, needs, sums)
 
 
@@ -160,9 +160,9 @@ def _zero_sums(
 
 
 def _planes_within(grad_x: Tensor, hidden: int) -> Tensor:
-    """Planes [D, L, L] in the memory of grad_x [L, L, C], D <= C: rows i of all of them in its row.
+    """Planes [D, L, L] in the memory of grad_x [L, L, C], D <= C.
 
-    Row i of grad_x can be written once row i of every plane has been read.
+    Row i of grad_x holds row i of every plane, and can be written once these have been read.
     """
     length, _, channels = grad_x.shape
     rows = grad_x.view(length, length * channels)[:, : length * hidden]
@@ -179,23 +179,23 @@ def _add_up(step: _Step, sums: dict[str, Tensor], work: Callable[[slice], dict])
     for_each(step.blocks.windows, work, step.blocks.threads, add)
 
 
-def _through_emission(step: _Step, one: _Sequence, planes: Tensor | None) -> None:
-    """From grad_out to dt, written into `planes` [D, L, L] if they are there; its weights' sums."""
+def _through_emission(step: _Step, seq: _Sequence, planes: Tensor | None) -> None:
+    """Writes dt to `planes` [D, L, L], unless None, and adds to the sums of the emission."""
     p, sums = step.parameters, dict(step.sums)
     if "drop_mask" in step.needs:
-        wide = sum_dtype(one.x.dtype)
-        sums["drop_mask"] = torch.zeros_like(one.drop_mask, dtype=wide)
+        wide = sum_dtype(seq.x.dtype)
+        sums["drop_mask"] = torch.zeros_like(seq.drop_mask, dtype=wide)
 
     def emission(window: slice) -> dict[str, Tensor]:
         found = {}
-        z = normalize_rows(one.x[window], p, step.eps_in)
-        mixed, rstd = normalize_columns(one.product[:, window], step.eps_out)
+        z = normalize_rows(seq.x[window], p, step.eps_in)
+        mixed, rstd = normalize_columns(seq.product[:, window], step.eps_out)
         delta, gate = emit(mixed, z, p)
-        grad = one.grad_out[window].reshape(delta.shape).to(delta.dtype)
+        grad = seq.grad_out[window].reshape(delta.shape).to(delta.dtype)
         if "drop_mask" in sums:
             of_pairs = (grad * delta).mul_(gate)
-            found["drop_mask"] = of_pairs.view(-1, *one.drop_mask.shape).sum(0)
-        grad_delta = gate.mul_(_times_drop_mask(grad, one.drop_mask))
+            found["drop_mask"] = of_pairs.view(-1, *seq.drop_mask.shape).sum(0)
+        grad_delta = gate.mul_(_times_drop_mask(grad, seq.drop_mask))
         if "delta" in sums:
             found["delta"] = grad_delta.sum(0)
         if "delta_mixed" in sums:
@@ -209,7 +209,7 @@ def _through_emission(step: _Step, one: _Sequence, planes: Tensor | None) -> Non
 
     _add_up(step, sums, emission)
     if "drop_mask" in sums:
-        one.grads["drop_mask"].copy_(sums["drop_mask"])
+        seq.grads["drop_mask"].copy_(sums["drop_mask"])
 
 
 def _times_drop_mask(grad: Tensor, drop_mask: Tensor | None) -> Tensor:
@@ -220,14 +220,14 @@ def _times_drop_mask(grad: Tensor, drop_mask: Tensor | None) -> Tensor:
 
 
 def _through_columns(grad: Tensor, mixed: Tensor, rstd: Tensor) -> Tensor:
-    """The backward of `normalize_columns`, all [D, positions], in the place of `grad`."""
+    """The backward of `normalize_columns`, written over `grad` [D, positions]."""
     slope = (grad * mixed).mean(0)
     grad -= grad.mean(0)
     return grad.addcmul_(mixed, slope, value=-1).mul_(rstd)
 
 
-def _through_product(step: _Step, one: _Sequence, planes: Tensor, others: Tensor) -> None:
-    """From dt in `planes` [D, L, L] to da in their place, and db in `others` [D, L, L]."""
+def _through_product(step: _Step, seq: _Sequence, planes: Tensor, others: Tensor) -> None:
+    """Overwrites dt in `planes` [D, L, L] with da, and fills `others` [D, L, L] with db."""
     hidden, length, _ = planes.shape
     count = hidden if len(step.blocks.windows) == 1 else -(-hidden // _PARTS)
     right = torch.empty(count, length, length, dtype=planes.dtype, device=planes.device)
@@ -236,12 +236,12 @@ def _through_product(step: _Step, one: _Sequence, planes: Tensor, others: Tensor
         parameters = _part_of(step.parameters, hidden, part)
         grad, a = planes[part], others[part]
         b = right[: len(grad)]
-        write_planes(a, b, one.x, one.mask, parameters, step.blocks, step.eps_in)
+        write_planes(a, b, seq.x, seq.mask, parameters, step.blocks, step.eps_in)
         _multiply_gradients(step, grad, a, b, parameters.in_weight.dtype)
 
 
 def _multiply_gradients(step: _Step, grad: Tensor, a: Tensor, b: Tensor, dtype) -> None:
-    """From dt, a and b [D, L, L] of some channels to da in the place of dt, and db in that of a."""
+    """Overwrites dt with da, and a with db, of some channels; grad, a and b are [D, L, L]."""
 
     def multiply(group: slice) -> None:
         dt, of_a, of_b = grad[group].to(dtype), a[group].to(dtype), b[group].to(dtype)
@@ -262,22 +262,22 @@ def _part_of(p: Parameters, hidden: int, part: slice) -> Parameters:
 
 
 def _through_inputs(
-    step: _Step, one: _Sequence, grad_a: Tensor | None, grad_b: Tensor | None
+    step: _Step, seq: _Sequence, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> None:
-    """From da and db [D, L, L] (None: nothing behind them is needed) to the inputs' gradients."""
+    """The inputs' gradients from da and db [D, L, L], which are None if nothing needs them."""
     p, needs = step.parameters, step.needs
     wanted = ["x" in needs, "norm_in_weight" in needs, "norm_in_bias" in needs]
 
     def inputs(window: slice) -> dict[str, Tensor]:
         found = {}
-        shifted = shift_rows(one.x[window].flatten(0, 1))
+        shifted = shift_rows(seq.x[window].flatten(0, 1))
         norm = (shifted.shape[-1:], p.norm_weight, p.norm_bias)
         z, mean, rstd = torch.native_layer_norm(shifted, *norm, step.eps_in)
         z = z.to(p.in_weight.dtype)
-        grad_z = _through_gate(step, one, window, z, found)
+        grad_z = _through_gate(step, seq, window, z, found)
         if grad_a is not None:
             grads = torch.cat([grad_a[:, window], grad_b[:, window]])
-            through = _through_projections(step, one, window, z, grads.flatten(1), found)
+            through = _through_projections(step, seq, window, z, grads.flatten(1), found)
             grad_z = grad_z if through is None else grad_z.add_(through)
         if any(wanted):
             shape, weight, bias = norm
@@ -285,7 +285,7 @@ def _through_inputs(
                 grad_z, shifted, shape, mean, rstd, weight, bias, wanted
             )
             if "x" in needs:
-                one.grads["x"][window] = grad_x.view(one.x[window].shape)
+                seq.grads["x"][window] = grad_x.view(seq.x[window].shape)
             for name, grad in zip(("norm_in_weight", "norm_in_bias"), of_norm, strict=True):
                 if name in needs:
                     found[name] = grad
@@ -295,18 +295,18 @@ def _through_inputs(
 
 
 def _through_gate(
-    step: _Step, one: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
+    step: _Step, seq: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
 ) -> Tensor | None:
-    """dq Wo [positions, C] of a block in fp32, if the norm before it is to be gone through.
+    """dq Wo [positions, C] of a block in fp32, or None if nothing before the gate needs it.
 
-    What the block adds to the sums goes to `found`.
+    `found` gets what the block adds to the sums.
     """
     if step.needs.isdisjoint(_BEHIND_GATE):
         return None
     p, sums = step.parameters, step.sums
-    delta, gate = emit(normalize_columns(one.product[:, window], step.eps_out)[0], z, p)
-    grad = one.grad_out[window].reshape(delta.shape).to(delta.dtype)
-    grad = delta.mul_(_times_drop_mask(grad, one.drop_mask)).mul_(gate)
+    delta, gate = emit(normalize_columns(seq.product[:, window], step.eps_out)[0], z, p)
+    grad = seq.grad_out[window].reshape(delta.shape).to(delta.dtype)
+    grad = delta.mul_(_times_drop_mask(grad, seq.drop_mask)).mul_(gate)
     grad.addcmul_(grad, gate, value=-1)
     if "g_out_bias" in sums:
         found["g_out_bias"] = grad.sum(0)
@@ -320,15 +320,15 @@ def _through_gate(
 
 def _through_projections(
     step: _Step,
-    one: _Sequence,
+    seq: _Sequence,
     window: slice,
     z: Tensor,
     grads: Tensor,
     found: dict[str, Tensor],
 ) -> Tensor | None:
-    """dp Wp + dg Wg [positions, C] of a block in fp32, if the norm is to be gone through.
+    """dp Wp + dg Wg [positions, C] of a block in fp32, or None if nothing before them needs it.
 
-    `grads` is da and db of the block, [2D, positions]; what it adds to the sums goes to `found`.
+    `grads` is da and db of the block, [2D, positions]; `found` gets what it adds to the sums.
     """
     p, sums = step.parameters, step.sums
     double = grads.shape[0]
@@ -338,22 +338,22 @@ def _through_projections(
     values, gates = projected[:double], projected[double:].sigmoid_()
     if "mask" in step.needs:
         of_mask = (values * gates).mul_(grads).sum(0)
-        one.grads["mask"][window] = of_mask.view(one.mask[window].shape)
+        seq.grads["mask"][window] = of_mask.view(seq.mask[window].shape)
     values.addcmul_(values, gates, value=-1)  # p (1 - s)
     gates *= grads
-    if one.mask is not None:
-        gates *= one.mask[window].reshape(1, -1)  # dp
+    if seq.mask is not None:
+        gates *= seq.mask[window].reshape(1, -1)  # dp
     values *= gates  # dg
     grad_z = None
-    for kind, grad, weight in (
+    for name, grad, weight in (
         ("p_in", gates, p.in_weight[:double]),
         ("g_in", values, p.in_weight[double:]),
     ):
-        if f"{kind}_bias" in sums:
-            found[f"{kind}_bias"] = grad.sum(1)
+        if f"{name}_bias" in sums:
+            found[f"{name}_bias"] = grad.sum(1)
         operand = grad.to(z.dtype)
-        if f"{kind}_weight" in sums:
-            found[f"{kind}_weight"] = operand @ z
+        if f"{name}_weight" in sums:
+            found[f"{name}_weight"] = operand @ z
         if not step.needs.isdisjoint(_OF_NORM_IN):
             through = torch.mm(operand.t(), weight).to(grad.dtype)
             grad_z = through if grad_z is None else grad_z.add_(through)
@@ -365,7 +365,7 @@ def _parameter_gradients(
 ) -> dict[str, Tensor]:
     """The parameters' gradients in their dtypes.
 
-    m = mhat g2 + b2, so that what stands behind it follows from the sums of de and de^T mhat.
+    As m = mhat g2 + b2, those of g2, b2, We and be follow from the sums of de and of de^T mhat.
     """
     grads = {name: total for name, total in sums.items() if name in needs}
     if "p_out_bias" in needs:

@@ -1,10 +1,10 @@
 """A loop over blocks as one parallel region of PyTorch's threads, each with blocks of its own.
 
-PyTorch runs an operation on all threads, which meet at its end. A call that goes over blocks has
-some hundreds of such meetings. Where other programs keep the cores busy, each meeting lasts until
-the scheduler has let every thread run, and a call takes many times as long as on an idle machine.
-Here a whole loop is one OpenMP region, opened as a compiler opens `#pragma omp parallel`, by the
-runtime that PyTorch itself uses. Within it every operation stays on the thread that calls it.
+PyTorch runs an operation on all threads, which wait for each other at its end. A call over blocks
+waits some hundreds of times. Where other programs keep the cores busy, each wait lasts until the
+scheduler has let every thread run, and a call takes many times as long as on an idle machine. Here
+a whole loop is one OpenMP region of the runtime that PyTorch uses, opened as a compiler opens
+`#pragma omp parallel`. Within it every operation stays on the thread that calls it.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @functools.cache
 def _gomp_parallel() -> Callable | None:
-    """What opens a region: GCC's name for it, which LLVM's and Intel's runtimes have too."""
+    """The function that opens a region, by GCC's name, which LLVM and Intel have too."""
     try:
         function = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):  # another runtime, or Windows
@@ -33,7 +33,7 @@ def _gomp_parallel() -> Callable | None:
 
 
 def region_threads(device: torch.device) -> int:
-    """The threads of a region for work on `device`: 1 where there is none to be had."""
+    """The threads of a region for work on `device`: 1 if no region can be opened."""
     if device.type != "cpu" or _gomp_parallel() is None:
         return 1
     return torch.get_num_threads()
@@ -45,11 +45,11 @@ def for_each(
     threads: int,
     collect: Callable[[Any], None] | None = None,
 ) -> None:
-    """work(block) for all blocks, on up to `threads` threads, each block on one of them.
+    """Calls work(block) for all blocks, on up to `threads` threads, each block on one of them.
 
-    `collect` gets what `work` returns, one result at a time and in the order of the blocks, so
-    that equal calls give equal sums. With one thread or one block, PyTorch runs the operations of
-    `work` as it always does. An exception of `work` ends the loop and is raised here.
+    `collect` gets the results one at a time and in the order of the blocks, so that equal calls
+    give equal sums. With one thread or one block, PyTorch runs the operations of `work` as it
+    always does. An exception of `work` ends the loop and is raised here.
     """
     threads = min(threads, len(blocks))
     if threads < 2:

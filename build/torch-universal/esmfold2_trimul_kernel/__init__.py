@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_97a3a9550e"
+_BUILD_ID = "_esmfold2_trimul_kernel_af40fb8367"
 
 
 def _load_package() -> ModuleType:

@@ -1,7 +1,7 @@
-"""A schedule run without a device: its launches are written down, and its memory is counted.
+"""A schedule run without a device: its launches are recorded, and its memory is counted.
 
-The tensors of a rehearsal are on the meta device, at the addresses of those that they stand for, so
-that each launch is prepared as a call would prepare it.
+The tensors of a rehearsal are meta tensors with the addresses of the real ones, so that each launch
+is prepared as in a real call.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 from .device import DeviceTarget, standing_in
 from .launch import Launches, PreparedLaunch
 
-_ADDRESSES = 2**62  # more bytes than there may be; none is allocated
+_ADDRESSES = 2**62  # bytes, above any address; none is allocated
 
 
 class Rehearsal(Launches):
@@ -33,16 +33,16 @@ class Rehearsal(Launches):
         self._now: dict[str, int] = {}
 
     def of(
-        self, what: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
+        self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
     ) -> PreparedLaunch:
-        if what not in self:
-            prepared = super().of(what, prepare, *arguments)
+        if key not in self:
+            prepared = super().of(key, prepare, *arguments)
             prepared.launch = functools.partial(self._write_down, prepared)
-        return self[what]
+        return self[key]
 
     def _write_down(self, prepared: PreparedLaunch, **tensors: Tensor | None) -> None:
         if all(prepared is not earlier for earlier, _ in self.launched):
-            # Twins, as these tensors would keep alive what is counted.
+            # Twins, because the tensors themselves would keep counted memory alive.
             twins = {name: None if t is None else twin(t) for name, t in tensors.items()}
             self.launched.append((prepared, twins))
 
@@ -64,7 +64,7 @@ class Rehearsal(Launches):
 
 @contextlib.contextmanager
 def rehearsal(target: DeviceTarget) -> Iterator[Rehearsal]:
-    """A rehearsal on meta tensors that stand for ones of a device of this target."""
+    """A rehearsal whose meta tensors stand for tensors on a device of this target."""
     with standing_in(target):
         yield Rehearsal()
 
@@ -72,7 +72,7 @@ def rehearsal(target: DeviceTarget) -> Iterator[Rehearsal]:
 def twin(tensor: Tensor) -> Tensor:
     """A meta tensor of the same shape, strides, dtype, address and size of storage.
 
-    Triton compiles for these; AMD's kernels read less than 2 GiB with offsets of 32 bits.
+    Triton compiles for these: on AMD, kernels index less than 2 GiB with 32-bit offsets.
     """
     memory = torch.empty(_ADDRESSES, dtype=torch.uint8, device="meta").view(tensor.dtype)
     start = tensor.data_ptr() // tensor.element_size()

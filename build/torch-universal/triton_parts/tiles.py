@@ -1,18 +1,17 @@
-"""What the three stages share: positions, tiles, the gate and the dot.
+"""Helpers that the three stages share: positions, tiles, the gate and the dot.
 
-Planes. Stages 1 and 2 write channel-major planes [B, channels, L, pitch] whose rows are padded to
-`pitch`, L rounded up to PITCH_MULTIPLE elements, so that every row starts on a 32-byte sector (64
-for fp32) whatever L is. A plane is then one contiguous run of L * pitch elements, and stages 1 and
-3 cut that run into tiles: a tile may span rows, so no length leaves more than the pad (15 columns
-at most) idle.
+Planes. Stages 1 and 2 write channel-major planes [B, channels, L, pitch]. `pitch` is L rounded up
+to PITCH_MULTIPLE elements, so that every row starts at a multiple of 32 bytes (64 for fp32)
+whatever L is. A plane is one contiguous run of L * pitch elements. Stages 1 and 3 cut that run into
+tiles, which may span rows, so that only the padding (at most 15 columns) is idle.
 """
 
 import triton
 import triton.language as tl
 
 PITCH_MULTIPLE = 16
-# The planes of a sequence with padding hold zeros up to the next multiple of it in both axes: stage
-# 2 sums blocks of so many elements at most.
+# The planes of a padded sequence hold zeros up to the next multiple of this in both axes, because
+# stage 2 sums in blocks of at most this many elements.
 PADDING_MULTIPLE = 128
 _PADDING_MULTIPLE = tl.constexpr(PADDING_MULTIPLE)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -27,9 +26,9 @@ def padded_pitch(length: int) -> int:
 def positions(start, pitch, BLOCK_M: tl.constexpr):
     """Row and column of the flat positions start + [0, BLOCK_M) of a plane, row * pitch + column.
 
-    One integer division for the whole tile. The rest are products in fp32, exact here: a column and
-    a half is at least 0.5 / pitch away from the next multiple of pitch, many times the error of the
-    product for any pitch up to 2^17.
+    One integer division for the whole tile. The others are products in fp32, exact once truncated:
+    (column + 0.5) / pitch is at least 0.5 / pitch away from any integer, many times the error of
+    the product for any pitch up to 2^17.
     """
     row = start // pitch
     column = start - row * pitch + tl.arange(0, BLOCK_M)
@@ -39,7 +38,7 @@ def positions(start, pitch, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def length_of(lengths_ptr, batch, L):
-    """The residues of a sequence that are no padding: L of them where there are no lengths."""
+    """The length of a sequence without its padding; L if there are no lengths."""
     if lengths_ptr is None:
         return L
     else:
@@ -48,7 +47,7 @@ def length_of(lengths_ptr, batch, L):
 
 @triton.jit
 def within_length(lengths_ptr, batch, i, j, L):
-    """Whether both residues of the pairs (i, j) of a sequence are no padding."""
+    """Whether neither residue of the pairs (i, j) of a sequence is padding."""
     length = length_of(lengths_ptr, batch, L)
     return (i < length) & (j < length)
 
@@ -84,7 +83,7 @@ def sigmoid(x, FAST_RECIPROCAL: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in fp32; PRECISION is about fp32 operands, 16-bit products are exact."""
+    """acc + a @ b in fp32; PRECISION applies to fp32 operands, 16-bit products are exact."""
     if a.dtype == tl.float32:
         if PRECISION == "bf16":
             return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
@@ -96,7 +95,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def as_multiplied(x, PRECISION: tl.constexpr):
-    """An operand of `dot` in fp32, with the rounding to bfloat16 that PRECISION may ask for."""
+    """An operand of `dot` in fp32, rounded to bfloat16 as `dot` does if PRECISION asks for it."""
     if x.dtype == tl.float32 and PRECISION == "bf16":
         x = x.to(tl.bfloat16)
     return x.to(tl.float32)
@@ -132,7 +131,7 @@ def store_zeros(ptr, offs_m, valid_m, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def load_channels(ptr, offs_k, DEFAULT: tl.constexpr, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
-    """[1, K] of a [WIDTH] parameter in fp32; DEFAULT everywhere if there is no such parameter."""
+    """[1, K] of a [WIDTH] parameter in fp32; DEFAULT everywhere if `ptr` is None."""
     if ptr is None:
         return tl.full([1, offs_k.shape[0]], DEFAULT, tl.float32)
     elif EVEN_K:
@@ -169,8 +168,8 @@ def load_weight_pair(
 ):  # fmt: skip
     """[2 * BLOCK_N, BLOCK_K]: the same tile of two projections [2, D, K], `gap` elements apart.
 
-    `half` is the first axis, a or b. One operand of twice the width: a dot reads its other operand
-    half as often.
+    `half` selects a or b on the first axis. With one operand of twice the width, a dot reads its
+    other operand half as often.
     """
     if DESCRIPTORS:
         return weight.load([0, half, start_n, start_k]).reshape(2 * BLOCK_N, BLOCK_K)
@@ -184,7 +183,7 @@ def load_weight_pair(
         base = tl.multiple_of(base, ALIGNMENT)
         ptrs = weight + base[:, None] + offs_k[None, :]
         if ALIGNMENT > 1:
-            # The base pointer isn't specialised, so its alignment is said here.
+            # The base pointer isn't specialised, so its alignment is stated here.
             ptrs = tl.multiple_of(ptrs, [16, 16])
         if D % BLOCK_N == 0 and K % BLOCK_K == 0:
             return tl.load(ptrs)
@@ -194,7 +193,7 @@ def load_weight_pair(
 
 @triton.jit
 def add_bias(acc, bias_ptr, offs_n, limit):
-    """acc [M, N] plus a bias at channels offs_n, those below `limit`, if there is one."""
+    """acc [M, N] plus the bias, if any, at those channels offs_n that are below `limit`."""
     if bias_ptr is None:
         return acc
     else:
@@ -204,7 +203,7 @@ def add_bias(acc, bias_ptr, offs_n, limit):
 
 @triton.jit
 def halves(x):
-    """The two halves of x [M, N] along N: registers with new names, no data moves."""
+    """The two halves of x [M, N] along N: registers are renamed, no data moves."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 

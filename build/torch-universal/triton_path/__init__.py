@@ -1,13 +1,13 @@
-"""The Triton path: its five functions, see `paths`, and the plan of its backward.
+"""The Triton path: the five functions of a path (see `paths`), and the plan of its backward.
 
 Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 
     default   a, b and the product, 3.0; then the product and the output, 2.0
-    lean      1 + 3/8 + 1/16: the product, planes of one group of channels (others lie where the
-              product is yet to be written), and room ahead of the product into which the output
-              moves as the product is read; if it is written over the residual, 1 + 3/8.
+    lean      1 + 3/8 + 1/16: the product; planes of one group of channels (others lie in the part
+              of the product that is not yet written); and room ahead of the product, so that the
+              output can overwrite the rows already read. Over the residual: 1 + 3/8.
 
-Both also keep 8 bytes a pair of residues, the moments of x.
+Both also hold the moments of x, 8 bytes for each pair of residues.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from .lean import run_lean
 
 
 def forward(call: Call) -> Tensor:
-    """[B, L, L, C], in the mode that `call.memory` names."""
+    """The output [B, L, L, C], in the mode `call.memory`."""
     call = _for_kernels(call)
     with _current_device(call.x):
         if call.memory != "lean":
             try:
                 return _run_default(call, launches_of(call, "default"))[0]
             except torch.OutOfMemoryError:
-                # Stage 3 allocates before it writes, so an inplace call has not begun to.
+                # Stage 3 allocates before it writes: the residual of an inplace call is intact.
                 if call.memory == "default":
                     raise
             say_once("runs in lean mode: an allocation of the default mode failed")
@@ -48,17 +48,17 @@ def forward(call: Call) -> Tensor:
 
 
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The output in the default mode, the product [B, D, L, pitch], and the moments of x."""
+    """(output, product, moments) of the default mode, see `_run_default`."""
     call = _for_kernels(call)
     with _current_device(call.x):
         return _run_default(call, launches_of(call, "default"))
 
 
 def _run_default(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, with what a backward can take up again: (out, product, moments).
+    """(output, product, moments).
 
-    The product [B, D, L, pitch] in the dtype of x and the moments [B, 2, L, pitch] of x in fp32 are
-    as stages 2 and 1 wrote them.
+    Stage 2 wrote the product [B, D, L, pitch] in the dtype of x, and stage 1 the moments
+    [B, 2, L, pitch] of x in fp32.
     """
     x = call.x
     product, moments = _product(call, launches)
@@ -69,7 +69,7 @@ def _run_default(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor
 
 
 def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor]:
-    """Stages 1 and 2: the product [B, D, L, pitch], and stage 1's moments.
+    """The product [B, D, L, pitch] of stage 2, and the moments of stage 1.
 
     a and b are freed on return, before the output is allocated: the peak is a, b and the product.
     """
@@ -100,15 +100,15 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = _for_kernels(call)
-    # A backward under autocast must not lower the precision of the vendor's products.
+    # Autocast would lower the precision of the vendor's GEMMs.
     with torch.autocast(call.x.device.type, enabled=False), _current_device(call.x):
         return run_backward(call, grad_out, product, moments, needs)
 
 
 def plan(call: Call) -> Plan:
-    """What `forward`, or `forward_saving` where a product is to be kept, launches and allocates.
+    """The launches and buffers of `forward`, or of `forward_saving` if the product is kept.
 
-    Tensors on the meta device stand for ones of the device that `device.standing_in` names.
+    Meta tensors stand for tensors on the device that `device.standing_in` names.
     """
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
@@ -142,7 +142,7 @@ def plan(call: Call) -> Plan:
 
 
 def plan_backward(call: Call, needs: frozenset[str]) -> list:
-    """The launches of `backward` of this call after `forward_saving`, as `Plan.launches`."""
+    """The launches of `backward` after `forward_saving`, in the form of `Plan.launches`."""
     call = _for_kernels(_twin_of(call))
     x = call.x
     with rehearsal(device_target(x.device)) as launches:
@@ -160,13 +160,13 @@ def _twin_of(call: Call) -> Call:
 
 
 def _for_kernels(call: Call) -> Call:
-    """The call as the kernels take it: a precision of theirs, and rows of unit stride."""
+    """The call with one of the kernels' precisions, and parameters with unit last stride."""
     weights, precision = call.weights, call.precision
     if precision == "default":
         precision = "tf32" if torch_allows_tf32() else "fp32"
-    # The kernels index a parameter's last axis by the channel. A stride there would cost more than
-    # a copy, and from tiles that lie the other way ptxas 12.8 (Triton 3.6 to 3.7.1) made sm_90
-    # code that read shared memory at the wrong addresses: see docs/fuzzing.md.
+    # The kernels have no stride for a parameter's last axis. It would cost more than a copy, and
+    # for transposed tiles ptxas 12.8 (Triton 3.6 to 3.7.1) generated sm_90 code that read shared
+    # memory at the wrong addresses: see docs/fuzzing.md.
     if not all([v is None or v.is_contiguous() for v in weights]):
         values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
         weights = Weights(*values)
@@ -176,7 +176,7 @@ def _for_kernels(call: Call) -> Call:
 
 
 def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Within it x's device is the current one, which Triton launches on."""
+    """A context in which x's device is the current one, on which Triton launches."""
     if x.device.type == "cpu":
         return contextlib.nullcontext()
     return getattr(torch, x.device.type).device_of(x)

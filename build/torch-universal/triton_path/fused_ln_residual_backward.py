@@ -1,28 +1,27 @@
-"""Stage 3's backward, for some rows of one sequence: what reaches the projections, the gate and t.
+"""Stage 3's backward, for some rows of one sequence: de and dq, and the means that dt needs.
 
     e = (g2 t^) We^T + We b2 + be,  t^ = (t - mean) rstd               t [D, R, pitch], planes
     z = LayerNorm(x; g1, b1), o = sigmoid(z Wo^T + bo)                 x [R, L, C], any strides
     dy = drop_mask * grad_out, out = residual + drop_mask * e * o      grad_out [R, L, C]
 
     de = dy o                        [R*L, C]      the gradient of e
-    dq = dy e o (1 - o)              [R*L, C]      that of the gate before its sigmoid
+    dq = dy e o (1 - o)              [R*L, C]      the gradient of the gate before its sigmoid
     dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),  dn = de We
 
-This kernel recomputes e and o and writes de and dq; dt is `norm_backward`'s. Both means over the D
-channels of a row are sums over its C channels of de, which are at hand here, so that no program
-there needs a whole row of dn:
+This kernel recomputes e and o and writes de and dq; `norm_backward` computes dt. Both means over
+the D channels of a row of dn are sums over the C channels of de. They are taken here, so that no
+program of `norm_backward` needs a whole row of dn:
 
     mean(g2 dn)    = sum_c de_c u_c,                u = We g2 / D
-    mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D,             which is e but for what is added
+    mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D,             which is e without We b2 + be
 
-So b2 takes no part in the GEMM: where it is much larger than g2 t^, the rounding of their sum would
-be large beside g2 t^ too.
+So b2 takes no part in the GEMM: where b2 is much larger than g2 t^, rounding their sum would lose
+digits of g2 t^.
 
-The gradients of the parameters need no more than de^T t^ and the sums of de over the rows, dq^T x^
-and the sums of dq (see `gradients`).
+The parameters' gradients follow from de^T t^, dq^T x^ and the sums of de and dq (see `gradients`).
 
-For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
-where t and the moments may be NaN; tiles of such pairs write their zeros and end.
+For a sequence shorter than L, every output is zero at pairs with a residue beyond its length, where
+t and the moments may be NaN. Tiles that hold only such pairs write zeros and return.
 """
 
 from typing import NamedTuple
@@ -89,18 +88,18 @@ def _fused_ln_residual_bwd_kernel(
     X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
-    """de and dq of all C channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
+    """de, dq and the outputs below, of all C channels at BLOCK_M positions m = i * pitch + j.
 
     M = R * pitch positions, N = C channels in blocks, K = C channels of x and D of t. Every output
     is optional: `rows` [5, R*L] (of t: the shift, mean and 1 / std of each row, and both means of
-    the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the
-    gradient of drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. DESCRIPTORS: of
-    the projections, and `t_planes` of t as [D, R * pitch]. The rows i are those from `first_row` on
-    of their sequence, which matters where it has a length.
+    the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the gradient of
+    drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. With DESCRIPTORS the
+    projections are descriptors, and `t_planes` describes t as [D, R * pitch]. Row i is row
+    first_row + i of its sequence, which matters only with lengths.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
-    # As i < R, but of this one the compiler sees that 16 positions share it.
+    # The same as i < R, but here the compiler sees that groups of 16 positions agree.
     valid_t = start_m + tl.arange(0, BLOCK_M) < R * pitch
     valid_m = (i < R) & (j < L)
     dtype = x_ptr.dtype.element_ty
@@ -180,8 +179,8 @@ def _fused_ln_residual_bwd_kernel(
         # The padding columns of t are uninitialised and may be NaN.
         emit = tl.where(valid_m[:, None], emit, 0.0)
 
-        # A quarter of the columns at a time: what is read and written in layouts of its own would
-        # be as many registers again.
+        # A quarter of the columns at a time: loads and stores have layouts of their own, which for
+        # all columns would take as many registers again.
         EVEN_N: tl.constexpr = C % BLOCK_N == 0
         emits = quarters(emit)
         gates = quarters(gate)
@@ -210,7 +209,7 @@ def _fused_ln_residual_bwd_kernel(
             if grad_emit_ptr is not None:
                 rounded = grad_emit.to(dtype)
                 store_tile(grad_emit_ptr, row * C, offs_n, rounded, valid_m, C, EVEN_N)
-                # The means are those of what the second kernel multiplies.
+                # The means are of the values that `norm_out_bwd` multiplies.
                 grad_emit = as_multiplied(rounded, PRECISION)
             if rows_ptr is not None:
                 scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
@@ -229,18 +228,18 @@ def _fused_ln_residual_bwd_kernel(
 
 
 class Rows(NamedTuple):
-    """Some rows of one sequence: what stage 3 read, and the gradient of what it wrote."""
+    """Some rows of one sequence: stage 3's inputs, and the gradient of its output."""
 
     t: torch.Tensor  # [D, R, pitch], whole rows of planes, their strides multiples of 16
     x: torch.Tensor  # [R, L, C]
     moments: torch.Tensor  # [2, R, L], stage 1's, with the axes of x
     grad_out: torch.Tensor  # [R, L, C]
     drop_mask: torch.Tensor | None  # [L, C]
-    lengths: torch.Tensor | None = None  # [1] int32, of a sequence with padding
+    lengths: torch.Tensor | None = None  # [1] int32, of a padded sequence
 
 
 class Stage3Gradients(NamedTuple):
-    """What `fused_ln_residual_bwd` writes, each contiguous, or None where it isn't wanted."""
+    """The outputs of `fused_ln_residual_bwd`: contiguous, or None where not wanted."""
 
     emit: torch.Tensor | None  # de [R*L, C] in the dtype of x
     gate: torch.Tensor | None  # dq [R*L, C] in the dtype of x
@@ -259,7 +258,7 @@ def fused_ln_residual_bwd(
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
-    is what `prepare_ln_residual_bwd` made of tensors like these.
+    is from `prepare_ln_residual_bwd` for tensors like these.
     """
     emit_scale, emit_shift = emit_means
     prepared.launch(
@@ -295,9 +294,9 @@ def prepare_ln_residual_bwd(
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_bwd`; `programs` of it is the first extent of its sums.
+    """The launch of `fused_ln_residual_bwd`; its `programs` is the first extent of the sums.
 
-    The rows are those from `first_row` on of their sequence.
+    The first row is row `first_row` of its sequence.
     """
     t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape

@@ -3,11 +3,11 @@
     dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),   dn = de We      t [D, R, pitch], planes
     dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^))                    x [R, L, C], any strides
 
-with t^ = (t - mean) rstd, and x^ likewise. The first is a GEMM with the norm behind it, and its
-means come from stage 3's backward.
+with t^ = (t - mean) rstd, and x^ likewise. The first is a GEMM followed by the norm's backward; its
+two means come from stage 3's backward.
 
-For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
-where t and the moments may be NaN; tiles of such pairs write their zeros and end.
+For a sequence shorter than L, every output is zero at pairs with a residue beyond its length, where
+t and the moments may be NaN. Tiles that hold only such pairs write zeros and return.
 """
 
 import torch
@@ -112,7 +112,7 @@ def _norm_out_bwd_kernel(
 def _store_planes(
     ptr, offs_n, offs_m, stride_d, tile, valid_t, D: tl.constexpr, EVEN_D: tl.constexpr
 ):
-    """Stores tile [N, M]: channels offs_n of planes at offsets offs_m within one."""
+    """Stores tile [N, M] at channels offs_n of planes, and at offsets offs_m within a plane."""
     ptrs = ptr + (offs_n.to(tl.int64) * stride_d)[:, None] + offs_m[None, :]
     valid = valid_t[None, :]
     if not EVEN_D:
@@ -133,7 +133,7 @@ def _norm_in_bwd_kernel(
 ):  # fmt: skip
     """dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)) of BLOCK_M rows m = i * L + j.
 
-    M = R * L rows, K = C channels in blocks: once for the means, once more for dx.
+    M = R * L rows, K = C channels in blocks. Rows are read twice: for the means, then for dx.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, L, BLOCK_M)
@@ -186,11 +186,11 @@ def norm_out_bwd(
     hat_t: torch.Tensor | None,
     lengths: torch.Tensor | None = None,
 ) -> None:
-    """grad_t [D, R, pitch], and t^ [R*L, D] where given, of what `fused_ln_residual_bwd` wrote.
+    """Fills grad_t [D, R, pitch] and, where given, hat_t [R*L, D] with t^.
 
-    That is grad_emit [R*L, C] and `rows` [5, R*L], of t [D, R, pitch]. Both outputs have the dtype
-    of t, and grad_t may be t. `prepared` is what `prepare_norm_out_bwd` made of tensors like these.
-    `lengths` [1] int32 is that of a sequence with padding.
+    t is [D, R, pitch]; `fused_ln_residual_bwd` wrote grad_emit [R*L, C] and `rows` [5, R*L]. Both
+    outputs have the dtype of t, and grad_t may be t. `prepared` is from `prepare_norm_out_bwd` for
+    tensors like these. `lengths` [1] int32 is the length of a padded sequence.
     """
     prepared.launch(
         grad_emit_ptr=grad_emit,
@@ -213,9 +213,9 @@ def prepare_norm_out_bwd(
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `norm_out_bwd` for tensors like these, of L = `length`.
+    """The launch of `norm_out_bwd` for tensors like these, with L = `length`.
 
-    The rows are those from `first_row` on of their sequence.
+    The first row is row `first_row` of its sequence.
     """
     hidden, count, pitch = t.shape
     channels = weights.p_out_weight.shape[0]
@@ -252,10 +252,10 @@ def norm_in_bwd(
     prepared: PreparedLaunch,
     lengths: torch.Tensor | None = None,
 ) -> None:
-    """grad_x [R, L, C], contiguous, of dz [R*L, C], x [R, L, C] and moments [2, R, L].
+    """Fills grad_x [R, L, C], contiguous, from dz [R*L, C], x [R, L, C] and moments [2, R, L].
 
-    `prepared` is what `prepare_norm_in_bwd` made of tensors like these. `lengths` [1] int32 is that
-    of a sequence with padding.
+    `prepared` is from `prepare_norm_in_bwd` for tensors like these. `lengths` [1] int32 is the
+    length of a padded sequence.
     """
     prepared.launch(
         grad_ptr=grad,
@@ -270,7 +270,7 @@ def norm_in_bwd(
 def prepare_norm_in_bwd(
     x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
 ) -> PreparedLaunch:
-    """The launch of `norm_in_bwd` for tensors like these, rows from `first_row` on."""
+    """The launch of `norm_in_bwd` for tensors like these; they begin at row `first_row`."""
     count, length, channels = x.shape
     config = setting_of("norm_in_bwd", x, channels, length)
     block_m = config.block_m

@@ -1,4 +1,4 @@
-"""What the benchmark's tests share: tiny cases, fake rivals, a clock that times nothing, rows."""
+"""Helpers of the benchmark's tests: tiny cases, fake rivals, a clock that times nothing, rows."""
 
 import torch
 from esmfold2_trimul_tools.bench import clock as bench_clock

@@ -1,4 +1,4 @@
-"""What the tests of the conformance suite share: its cases, and implementations that are wrong."""
+"""Helpers of the conformance suite's tests: its cases, and implementations that are wrong."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What the conformance suite must notice, and what it lets pass."""
+"""The faults that the conformance suite must notice, and the errors that it allows."""
 
 import dataclasses
 

@@ -1,1 +1,1 @@
-"""What people run: fold with the kernel, check it, and build the folder that the Hub loads."""
+"""Commands that fold with the kernel, check it, and build the folder that the Hub loads."""

@@ -1,12 +1,12 @@
 """Makes `build/torch-universal`, the folder that the kernels library loads, from `torch-ext/`.
 
-kernel-builder makes such a folder too, but it needs Nix; this needs Python alone, and gives the
-same bytes for the same sources, so that the folder can be checked in and held against them. It has
+kernel-builder makes such a folder too, but it needs Nix. This needs only Python, and gives the same
+bytes for the same sources, so that the folder can be checked in and compared with them. It has
 
 - the package's files of the kinds that `pyext` in `build.toml` lists, flat;
 - `_ops.py`, the namespace of this build's torch ops;
 - a folder of the package's name that exports the same symbols, for older kernels libraries;
-- `metadata.json`: what `build.toml` says of the kernel, the build's id, a digest of the files.
+- `metadata.json`: the kernel's entries of `build.toml`, the build's id, a digest of the files.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ globals().update({{name: getattr(_package, name) for name in __all__}})
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What `build_variant` left in the variant folder. Paths are relative to that folder."""
+    """The result of `build_variant`. Paths are relative to the variant folder."""
 
     variant: Path
     build_id: str
@@ -106,7 +106,7 @@ class BuildResult:
 def build_variant(root: Path) -> BuildResult:
     """Bring `build/torch-universal` of the repository at `root` in line with its sources.
 
-    Files that are right already stay untouched; what doesn't belong there, bytecode included, goes.
+    Correct files stay untouched; files that don't belong there, also bytecode, are removed.
 
     Raises:
         UserError: `root` lacks the package, or a build.toml that describes a torch-noarch kernel.
@@ -128,11 +128,10 @@ def build_variant(root: Path) -> BuildResult:
 
 
 def check_variant(root: Path) -> list[str]:
-    """What is wrong with `build/torch-universal` of the repository at `root`, one line a problem.
+    """The problems of `build/torch-universal` in the repository at `root`, a line each.
 
-    The list is empty when the folder is what `build_variant` would make and its digest holds.
-    Nothing is written there, and bytecode is overlooked: importing the kernel makes it, and no
-    digest counts it.
+    The list is empty if the folder is as `build_variant` would make it and its digest holds.
+    Nothing is written. Bytecode is ignored: importing the kernel makes it, and no digest counts it.
 
     Raises:
         UserError: as `build_variant`.
@@ -189,7 +188,7 @@ def _write_variant(root: Path, folder: Path) -> str:
         "version": general["version"],
         "license": general["license"],
         "python-depends": general.get("python-depends", []),
-        # The format knows one backend a folder: the first that build.toml lists.
+        # The format has one backend for each folder: the first that build.toml lists.
         "backend": {"type": general["backends"][0]},
         "digest": {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))},
     }
@@ -201,7 +200,7 @@ def _read_build_toml(root: Path) -> dict[str, Any]:
     path = root / "build.toml"
     if not path.is_file():
         raise UserError(f"{path} is missing: it describes the kernel to build")
-    # Build.open checks the file against its schema, but gives none of its values but the backends.
+    # Build.open checks the file against its schema, but of its values it gives only the backends.
     try:
         Build.open(root)
     except ValueError as error:
@@ -225,7 +224,7 @@ def _content_hash(contents: dict[str, bytes]) -> str:
 
 
 def _digest_problems(variant: Path) -> list[str]:
-    """Where the folder's files deviate from the digest that its own metadata.json records."""
+    """The deviations of the folder's files from the digest in its own metadata.json."""
     try:
         recorded = Metadata.read_from_file(variant / METADATA).digest
     except ValueError as error:
@@ -240,7 +239,7 @@ def _digest_problems(variant: Path) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file below `folder` but bytecode, by its path in it; none where there is no folder."""
+    """Every file below `folder` but bytecode, by its path in it; none if there is no folder."""
     paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {
         relative.as_posix(): paths[relative]
@@ -254,7 +253,7 @@ def _differs(wanted: Path, found: Path) -> bool:
 
 
 def _remove_bytecode_and_empty_folders(variant: Path) -> None:
-    # Deepest first, so that a folder whose last subfolder goes is empty when its turn comes.
+    # Deepest first, so that a folder is empty once its last subfolder is removed.
     for path in sorted(variant.rglob("*"), reverse=True):
         if path.name == "__pycache__":
             shutil.rmtree(path)

@@ -1,7 +1,7 @@
 """The command `esmfold2-trimul`: its subcommands, and their errors in one line each.
 
-What a person reads goes to stdout, or with --json one JSON document and nothing else; progress bars
-and errors go to stderr. Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+Text for people goes to stdout; with --json, one JSON document and nothing else. Progress bars and
+errors go to stderr. Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
 """
 
 import sys
@@ -23,7 +23,7 @@ from .tune.command import tune
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turns what the user can mend into one line on stderr and an exit status."""
+    """Turns errors that the user can mend into one line on stderr and an exit status."""
     try:
         yield
     except KeyboardInterrupt:

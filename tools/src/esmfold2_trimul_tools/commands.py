@@ -14,7 +14,7 @@ from .repository import VARIANT, built, find_root
 
 
 def _targets(option: str, chosen: list[str]) -> list[str]:
-    """Refuses one without a table of its own in the build, as `triton_parts.settings` has them."""
+    """Refuses a target without a table of its own in the build (`triton_parts.settings`)."""
     root = find_root()
     built(root)
     tables = (root / VARIANT / "triton_parts" / "configs").glob("*.json")

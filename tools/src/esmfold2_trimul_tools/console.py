@@ -1,4 +1,4 @@
-"""What every command prints with: tables, a progress bar, JSON."""
+"""The output of every command: tables, a progress bar, JSON."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def stdout(**options: Any) -> Console:
 
 
 class ProgressBar:
-    """A progress bar on stderr, moved by calling it; where that is no terminal, a line a minute."""
+    """A progress bar on stderr, moved by calling it; a line a minute if stderr is no terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -35,7 +35,7 @@ class ProgressBar:
             console=console,
             disable=not console.is_terminal,
             transient=True,
-            # Redirected, what is meant for stdout would go to stderr.
+            # Redirection would send stdout's text to stderr.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -59,14 +59,14 @@ class ProgressBar:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Take the bar off the screen, to print something."""
+        """Remove the bar from the screen while something is printed."""
         self._bar.stop()
         yield
         self._bar.start()
 
 
 def print_whole(drawn: Table) -> None:
-    """A table as wide as it is: cut to a narrow terminal its numbers would be lost."""
+    """A table in its full width: cut to a narrow terminal it would lose numbers."""
     console = stdout()
     width = Measurement.get(console, console.options.update(width=1000), drawn).maximum
     stdout(width=max(width, console.width)).print(drawn)

@@ -1,4 +1,4 @@
-"""What this machine would do with the kernel: versions, paths, and each problem with its mend."""
+"""A diagnosis of this machine: versions, paths, and each problem with its mend."""
 
 import importlib
 import importlib.util
@@ -21,10 +21,10 @@ _TRANSFORMERS_MEND = 'pip install "transformers[kernels]>=5.18"'
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     status: "ok", "note" (worth knowing), "warning" (folding works, but not as well as it could) or
-    "problem" (folding with the kernel can't work). mend: what to do about it, empty where nothing.
+    "problem" (folding with the kernel can't work). mend: what to do about it, empty if nothing.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Finding:
     mend: str = ""
 
     def summary(self) -> dict[str, str]:
-        """What the JSON output says of it."""
+        """The finding in the JSON output."""
         return asdict(self)
 
 
@@ -137,7 +137,7 @@ def _kernel_and_paths(kernel_root: str | Path | None, gpu: str | None) -> Iterat
 
 
 def _explain_call(kernel: Any, device: Any, dtype: Any) -> Any:
-    """What a call of a trunk's width would do."""
+    """Findings on a call of a trunk's width."""
     import torch
 
     length, channels = 128, 256
@@ -231,7 +231,7 @@ def _nvidia_driver_present() -> bool:
 
 
 def _swap_problem() -> str:
-    """Why no layer can be swapped, with the mend; empty where it can."""
+    """Why no layer can be swapped, with the mend; empty if layers can."""
     if importlib.util.find_spec("transformers") is None:
         return f"transformers is not installed; {_TRANSFORMERS_MEND}"
     from .errors import UserError

@@ -11,17 +11,17 @@ from .errors import UserError
 
 
 def in_lines(value: Any, margin: str = "") -> str:
-    """`value` as JSON: a row, that is a dict in a list, takes one line, and so does a flat dict.
+    """`value` as JSON: a row (a dict in a list) takes one line, and so does a flat dict.
 
-    Lists of rows are opened, and so are dicts that hold anything but numbers and words, and the
-    document itself. Equal documents give equal text.
+    Lists of rows, dicts that hold dicts or lists, and the document itself take a line for each
+    entry. Equal documents give equal text.
     """
     inner = margin + "  "
     if isinstance(value, dict) and (not margin or any(map(_holds_others, value.values()))):
-        lines = [f"{json.dumps(key)}: {in_lines(one, inner)}" for key, one in value.items()]
+        lines = [f"{json.dumps(key)}: {in_lines(item, inner)}" for key, item in value.items()]
         opening, closing = "{}"
-    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        lines = [json.dumps(one, allow_nan=False) for one in value]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        lines = [json.dumps(item, allow_nan=False) for item in value]
         opening, closing = "[]"
     else:
         return json.dumps(value, allow_nan=False)
@@ -48,7 +48,7 @@ def read_document(path: Path) -> Any:
 
 
 def write_document(document: Any, path: Path) -> None:
-    """Write the file in one step, so that an interrupted run leaves a whole one.
+    """Write the file in one step, so that an interrupted run leaves a complete file.
 
     Raises:
         UserError: it can't be written to.

@@ -1,4 +1,4 @@
-"""Where and with what the benchmark's numbers are taken."""
+"""The machine, versions and commit with which the benchmark's numbers are taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .bench.rivals import Sources
 
 
 class RunSettings(Protocol):
-    """What a run's settings say of its environment: those of the benchmark, among others."""
+    """The settings of a run that its environment records, for example the benchmark's."""
 
     device: torch.device
     root: Path
@@ -105,7 +105,7 @@ def checkout_commit(root: Path) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it isn't there, fails or prints nothing."""
+    """The output of a command; None if it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the caller can mend, said in one line: what is wrong, and what to do about it.
+    """An error that the user can mend, in one line: what is wrong, and what to do about it.
 
     The command line prints the message on stderr and exits with `exit_status`, without a traceback.
     """
@@ -11,6 +11,6 @@ class UserError(Exception):
 
 
 class BrokenFoldError(UserError):
-    """A fold whose numbers are not finite: the input was fine, what computed with it was not."""
+    """A fold whose numbers are not finite although its input was valid."""
 
     exit_status = 1

@@ -1,4 +1,4 @@
-"""A word once a minute from work that would otherwise be silent for long."""
+"""A message once a minute from work that would otherwise be silent for long."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def heartbeat(say: Callable[[str], None], seconds: float = 60) -> Iterator[None]:
-    """Within it, say("3 min") and so on every `seconds`, from a thread of its own."""
+    """A context in which a thread calls say("3 min") and so on every `seconds`."""
     over = threading.Event()
 
     def beat() -> None:

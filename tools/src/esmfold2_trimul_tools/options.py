@@ -1,7 +1,7 @@
 """Options that several commands share, and how an option is declared.
 
 It is declared once: as a parameter of its command, or as a field of a dataclass that its command
-takes. The default is what follows; a check may stand behind typer's part of the annotation:
+takes. A check may follow typer's part of the annotation:
 
     seed: Annotated[int, typer.Option(help="Of the random inputs."), at_least(0)] = 0
 
@@ -30,7 +30,7 @@ Check = Callable[[str, Any], Any]
 
 
 def checked(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, called with what its options' checks return."""
+    """The command, called with the values that its options' checks return."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -40,7 +40,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
-    """Makes a function of a dataclass a command whose options are the fields."""
+    """Turns a function that takes a dataclass into a command whose options are the fields."""
 
     def decorate(command: Callable[[T], None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -90,7 +90,7 @@ def one_of(*known: str) -> Check:
 
 
 def device_name(option: str, name: str) -> str:
-    """Whether there is such a device is for torch to say: see `folding.model.resolve_device`."""
+    """Checks the name alone; `folding.model.resolve_device` asks torch for the device."""
     if not re.fullmatch(r"(cpu|cuda|xpu)(:(0|[1-9]\d*))?", name):
         raise UserError(f"{option} must be cpu, cuda, cuda:N or xpu; got {name!r}")
     return name
@@ -102,7 +102,7 @@ def dtype_name(option: str, name: str) -> str:
 
 
 def writable_folder(option: str, folder: Path) -> Path:
-    """Refuses a folder that can't be made, or can't be written to."""
+    """Refuses a folder that can't be made or can't be written to."""
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{option} {folder}: can't be written to (as {there} can't be)")

@@ -1,11 +1,11 @@
-"""The formula that results are held to: AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12.
+"""The formula behind every check: AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12.
 
-Plain PyTorch, line by line, every result in the dtype of its operands, but norms in float32 at
-least. Of float64 operands that is the definition; of 16-bit ones it is what a model without the
-kernel computes. It shares no code with the kernel package.
+Plain PyTorch, line by line. Every result has the dtype of its operands, but norms run in float32 at
+least. With float64 operands it is the definition; with 16-bit operands it is what a model without
+the kernel computes. It shares no code with the kernel package.
 
-Parameters go by the names of the public functions' arguments, in any dtype: those of norms may be
-absent, and so may biases. The steps stand alone for who needs one of them.
+Parameters have the names of the public functions' arguments, in any dtype. Norms' parameters and
+biases may be absent. Each step is a function of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def triangle_multiplication(
 ) -> Tensor:
     """The update [..., L, L, C] of x, every operation's result in `dtype`.
 
-    The drop mask, [B, 1, L, C] or flat, and the residual come on top. Between residues of which one
-    is not before its sequence's length, nothing goes in and no update comes out.
+    The drop mask, [B, 1, L, C] or flat, and the residual are applied last. A pair with a residue
+    beyond its sequence's length contributes nothing and gets no update.
     """
     real = None if lengths is None else _real_pairs(lengths, x.shape[-2])
     z = norm(x.to(dtype), parameters, "norm_in", eps)
@@ -71,7 +71,7 @@ def product(a: Tensor, b: Tensor, direction: str) -> Tensor:
 
 
 def update(t: Tensor, z: Tensor, parameters: Parameters, eps: float) -> Tensor:
-    """What the product and the normed input come to, [..., L, L, C]."""
+    """The update [..., L, L, C] from the product and the normed input."""
     mixed = norm(t, parameters, "norm_out", eps)
     return _linear(mixed, parameters, "p_out") * _linear(z, parameters, "g_out").sigmoid()
 
@@ -86,6 +86,6 @@ def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _real_pairs(lengths: Tensor, length: int) -> Tensor:
-    """[..., L, L] bool: pairs of residues that both come before their sequence's length."""
+    """[..., L, L] bool: pairs of residues that are both within their sequence's length."""
     real = torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1)
     return real.unsqueeze(-1) & real.unsqueeze(-2)

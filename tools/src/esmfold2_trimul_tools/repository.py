@@ -19,9 +19,9 @@ def find_root(kernel_root: str | Path | None = None) -> Path:
     """The folder with the kernel's `build.toml`.
 
     Args:
-        kernel_root: the folder that the user named with `--kernel-root`. Without it the environment
-            variable `ESMFOLD2_TRIMUL_ROOT` counts, and without that the checkout that this package
-            was installed from (`pip install -e tools`).
+        kernel_root: the folder that the user named with `--kernel-root`. The default is the
+            environment variable `ESMFOLD2_TRIMUL_ROOT`, or else the checkout that this package was
+            installed from (`pip install -e tools`).
 
     Raises:
         UserError: the folder that was named, or the checkout, is not a kernel repository.
@@ -42,13 +42,13 @@ def find_root(kernel_root: str | Path | None = None) -> Path:
 def load_kernel(root: Path) -> ModuleType:
     """The kernel package of the repository at `root`, loaded as the kernels library loads it.
 
-    Where that library is not installed, it is imported under the same name.
+    Without that library, the package is imported under the same name.
 
     Raises:
         UserError: the repository has no built variant.
     """
     name = built(root)["id"]
-    # Resolved, because the library loads a second copy for a second spelling of one path.
+    # Resolved, because the library loads another copy for another spelling of the same path.
     root = root.resolve()
     try:
         from kernels import get_local_kernel

@@ -1,11 +1,11 @@
-"""Compile every kernel with the shipped settings, without a GPU, and read what it needs.
+"""Compile every kernel with the shipped settings, without a GPU, and read its resources.
 
 Each setting is compiled for the calls that it was made for: widths that keep rows aligned, fp32 at
 "highest" precision, a mask, a residual.
 
-The package plans each call, forward and backward, on meta tensors that stand for ones of the
-target, and every launch of the plan is compiled with the specialisation, options and descriptors
-that it would have there. Registers, stack and shared memory are read from the machine code.
+The package plans each call, forward and backward, on meta tensors that stand for the target's.
+Every launch of the plan is compiled with the specialisation, options and descriptors that it would
+have there. Registers, stack and shared memory are read from the machine code.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 
 from .repository import find_root, load_kernel, submodule
 
-# Outside a loop, for which another block on a multiprocessor made up (stage 1 on an H200).
+# Outside a loop: one more block on a multiprocessor made up for them (stage 1 on an H200).
 MAX_SPILL_BYTES = 256
-# In a loop four registers: settings with two were the fastest by far, measured on an H100, and a
-# training step of kernels with four, those for padding, is 2 to 3 % slower than of those with two
+# In a loop, four registers. Settings with two were the fastest by far on an H100. A training step
+# with the kernels for padding, which spill four, is 2 to 3 % slower than with those that spill two
 # (sequences without padding, H200).
 MAX_LOOP_SPILL_BYTES = 16
 _INSTRUCTION_BYTES = 16  # of NVIDIA's machine code
@@ -60,7 +60,7 @@ BACKWARD_CASES = tuple(case for case in CASES if case.length == 512)
 
 
 class _StandInDriver:
-    """What Triton's JIT asks of a driver to specialise and compile for `target`."""
+    """The part of a driver that Triton's JIT needs to specialise and compile for `target`."""
 
     def __init__(self, target):
         self._target = target
@@ -85,7 +85,7 @@ def _gpu_target(target: str):
 
 @contextlib.contextmanager
 def _compiling_for(target: str) -> Iterator[None]:
-    """Within it Triton compiles for `target`."""
+    """A context in which Triton compiles for `target`."""
     from triton.runtime import driver
 
     try:
@@ -150,7 +150,7 @@ def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
 
 
 def _name_of(launch: Any) -> str:
-    """The stage; of kernels that serve twice also which use of them it is."""
+    """The stage, and for kernels with two uses also the use."""
     constants = launch.constants
     if launch.stage == "row_products":
         return "row_products_in" if constants["N"] > constants["K"] else "row_products_out"
@@ -162,7 +162,7 @@ def _name_of(launch: Any) -> str:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one compiled kernel needs, per thread and per block, and what its code shows."""
+    """The resources of one compiled kernel, per thread and per block, and traits of its code."""
 
     registers: int
     spill_bytes: int
@@ -184,7 +184,7 @@ def _run_tool(*command: str) -> str:
 
 
 def read_machine_code(binaries: Sequence) -> list[MachineCode]:
-    """Of each kernel, all of one target: from its cubin, or from the text of an AMD kernel."""
+    """Reads kernels of one target: their cubins, or the text of AMD kernels."""
     if any("amdgcn" in binary.asm for binary in binaries):
         return [_read_amdgcn(binary.asm["amdgcn"], binary.metadata.shared) for binary in binaries]
     distinct = {binary.asm["cubin"]: binary for binary in binaries}  # launches share kernels
@@ -198,8 +198,8 @@ def read_machine_code(binaries: Sequence) -> list[MachineCode]:
 def _disassemble(binaries: Sequence) -> Iterator[list[tuple[int, str]]]:
     """(address, instruction) of each kernel's code.
 
-    All in one run as if they were one kernel's: the disassembler takes 0.3 seconds to start and
-    0.02 for a kernel.
+    All in one run, as if they were one kernel: the disassembler takes 0.3 seconds to start and 0.02
+    for a kernel.
     """
     if not binaries:
         return
@@ -255,7 +255,7 @@ def _read_cubin(cubin: bytes, sass: list[tuple[int, str]], shared: int) -> Machi
 
 
 def _in_loops(sass: list[tuple[int, str]]) -> Iterator[str]:
-    """The instructions of every loop: from where a jump back leads to the jump."""
+    """The instructions of every loop: from the target of a backward jump to the jump."""
     loops = []
     for address, instruction in sass:
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", instruction)
@@ -311,8 +311,8 @@ def collect(
     Returns:
         One dict for each kernel, target and class of calls: kernel, target, case, config, registers
         (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
-        matrix_instructions, bulk_copies, pipelined, shared_limit (bytes that a block may have
-        there); in place of the last eight, error, if it could not be compiled.
+        matrix_instructions, bulk_copies, pipelined, shared_limit (bytes of a block there); if it
+        could not be compiled, error in place of the last eight.
 
     Raises:
         ValueError: a target without a table, or a process with TRITON_INTERPRET set.
@@ -338,7 +338,7 @@ def collect(
             where = {"target": target, "case": str(case)}
             try:
                 found = compile_case(kernel, target, case)
-            except Exception as error:  # whatever a compiler may raise is a finding, not a crash
+            except Exception as error:  # all that a compiler may raise is a finding, not a crash
                 rows.append({"kernel": "all kernels", **where, "config": {}, "error": repr(error)})
                 continue
             compiled += [
@@ -357,7 +357,7 @@ def collect(
 
 
 def problems(rows: list[dict]) -> list[str]:
-    """What is wrong with the rows of `collect`: one sentence for each kernel over a limit."""
+    """A sentence for each kernel in the rows of `collect` that is over a limit."""
     found = []
     for row in rows:
         where = f"{row['kernel']} on {row['target']} ({row['case']})"

@@ -18,14 +18,14 @@ class DeviceTarget(NamedTuple):
     name: str  # as the driver names it, the key of tuned settings
     fast_reciprocal: bool  # rcp.approx exists
     fp32_dots: tuple[str, ...]  # its input precisions of fp32 dots, the fp32-accurate one first
-    multiprocessors: int  # what a persistent launch fills; 1 where it can't be asked
+    multiprocessors: int  # 1 where unknown
 
 
 _NVIDIA_DOTS = ("tf32x3", "tf32", "ieee")
 
 
 def target_of(target: str, name: str, multiprocessors: int = 1) -> DeviceTarget:
-    """The facts of a target by its word."""
+    """The properties of a target, by its name."""
     nvidia = target.startswith("sm_")
     dots = settings_of(target, name).get("fp32_dots", _NVIDIA_DOTS if nvidia else ("ieee",))
     return DeviceTarget(target, name, nvidia, tuple(dots), multiprocessors)
@@ -36,7 +36,7 @@ _stand_in: ContextVar[DeviceTarget] = ContextVar("the device that meta tensors s
 
 @contextlib.contextmanager
 def standing_in(target: DeviceTarget) -> Iterator[None]:
-    """Within it tensors on the meta device stand for ones of a device of this target."""
+    """A context in which meta tensors stand for tensors on a device of this target."""
     token = _stand_in.set(target)
     try:
         yield
@@ -45,7 +45,7 @@ def standing_in(target: DeviceTarget) -> Iterator[None]:
 
 
 def device_target(device: torch.device) -> DeviceTarget:
-    """The target of `device`; asks the driver once for each device."""
+    """The target of `device`; the driver is asked once for each device."""
     return _stand_in.get() if device.type == "meta" else _target_of_real(device)
 
 

@@ -1,9 +1,9 @@
 """A launch that is prepared once: the second call of its kind skips Triton's dispatch.
 
-Triton's own dispatch looks at each argument of each call to find the compiled kernel, which takes
-longer on the host than a small protein takes on the GPU. A `PreparedLaunch` holds all arguments of
-a launch but the tensors. It may be launched again only with tensors that are like the first ones in
-dtype, strides, and whether their addresses are multiples of 16.
+Triton's own dispatch looks at each argument of each call to find the compiled kernel. On the host
+that takes longer than a small protein takes on the GPU. A `PreparedLaunch` holds all arguments of a
+launch but the tensors. It may be launched again only with tensors of the first ones' dtypes,
+strides and 16-byte alignment.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ class PreparedLaunch:
     Args:
         kernel: a @triton.jit function.
         programs: the size of the one-dimensional grid.
-        tensors: the parameters that `launch` gives a tensor or None, each with the descriptor by
-            which the kernel takes it, made by `descriptor_of`, or None for a pointer.
-        values: the other parameters at run time.
+        tensors: the parameters for which `launch` takes a tensor or None, each with its descriptor
+            from `descriptor_of`, or None where the kernel takes a pointer.
+        values: the other run-time parameters.
         constants: the constexprs.
         options: num_warps and the like, for Triton.
 
@@ -54,7 +54,7 @@ class PreparedLaunch:
                 f"{', '.join(missing) or 'none'}, and unknown {', '.join(unknown) or 'none'}"
             )
         self.constants = {name: constants[name] for name in names if name in constants}
-        # In the kernel's order; None where a tensor comes.
+        # In the kernel's order; None in place of tensors.
         self._arguments = {name: values.get(name) for name in names if name not in constants}
         places = {name: place for place, name in enumerate(self._arguments)}
         self._tensors = tuple(tensors)
@@ -69,12 +69,12 @@ class PreparedLaunch:
         """Launches on the current device and stream; takes every tensor by its parameter's name.
 
         Raises:
-            TypeError: another tensor than those of the kernel, or one too few.
+            TypeError: a tensor that the kernel lacks, or a missing one.
         """
         arguments = self._with(tensors)
         grid = (self.programs, 1, 1)
         if self._compiled is None:
-            # None too in the interpreter: then every launch comes this way.
+            # The interpreter returns None, so that every launch takes this branch.
             self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         else:
             self._compiled[grid](*arguments, *self.constants.values())
@@ -88,7 +88,7 @@ class PreparedLaunch:
         """Compiles for tensors like these, which may be meta tensors, without a launch.
 
         Returns:
-            What Triton makes of the kernel; None in the interpreter, which compiles nothing.
+            Triton's compiled kernel; None in the interpreter, which compiles nothing.
         """
         if not hasattr(self.kernel, "warmup"):
             return None
@@ -97,7 +97,7 @@ class PreparedLaunch:
         )
 
     def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
-        """The arguments at run time, in the kernel's order."""
+        """The run-time arguments, in the kernel's order."""
         named = {**self._arguments, **tensors}  # an unknown name makes it longer
         if len(tensors) != len(self._tensors) or len(named) != len(self._arguments):
             wanted = ", ".join(self._tensors)
@@ -109,22 +109,22 @@ class PreparedLaunch:
 
 
 def _based(descriptor: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:
-    """The same descriptor of another tensor; copy.copy takes five times as long."""
+    """A copy of the descriptor for another tensor; copy.copy takes five times as long."""
     based = object.__new__(type(descriptor))
     based.__dict__.update(descriptor.__dict__, base=tensor)
     return based
 
 
 class Launches(dict[tuple, PreparedLaunch]):
-    """The launches of all calls of one kind, by what each of them is for; and a call's memory."""
+    """The launches of all calls of one kind, by key; it also allocates a call's buffers."""
 
     def of(
-        self, what: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
+        self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
     ) -> PreparedLaunch:
-        """The launch for `what`; the first time, `prepare(*arguments)`."""
-        found = self.get(what)
+        """The launch of this key; the first time, `prepare(*arguments)`."""
+        found = self.get(key)
         if found is None:
-            found = self[what] = prepare(*arguments)
+            found = self[key] = prepare(*arguments)
         return found
 
     def empty(
@@ -144,7 +144,7 @@ def setting_of(
 ) -> LaunchConfig:
     """The setting of a stage for a call on tensors like this one: see `settings.Shape`.
 
-    `variants` are those of the stage that take the call.
+    `variants` are the stage's variants that can run the call.
     """
     device = device_target(tensor.device)
     shape = shape_of(tensor.element_size(), width, length, batch)
@@ -152,12 +152,12 @@ def setting_of(
 
 
 def block_of(block: int, size: int) -> int:
-    """A setting's block, but no larger than an axis of `size`, nor below 16, a dot's least."""
+    """A setting's block, cut to an axis of `size`, but not below 16, the least of a dot."""
     return min(block, max(16, triton.next_power_of_2(size)))
 
 
 def pointers(*names: str) -> dict[str, None]:
-    """Tensors of a launch that the kernel takes as pointers."""
+    """The `tensors` of a launch that the kernel takes as pointers."""
     return dict.fromkeys(names)
 
 
@@ -171,7 +171,7 @@ def named_strides(tensor: str, axes: Iterable[str], strides: Iterable[int]) -> d
 def descriptor_of(
     tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
 ) -> TensorDescriptor:
-    """A descriptor of tensors like this one, to be based on one of them by each launch."""
+    """A descriptor for tensors like this one; each launch gives it its tensor."""
     descriptor = TensorDescriptor(tensor, list(shape), list(strides), block)
     descriptor.base = None  # or it would keep the tensor alive
     return descriptor
@@ -180,7 +180,7 @@ def descriptor_of(
 def dot_precision(precision: str, fp32_dots: tuple[str, ...]) -> str:
     """Triton's word for an fp32 dot on a target that has `fp32_dots`, its fp32-accurate one first.
 
-    "fp32" means that first one, which also stands in for a word that the target doesn't have.
+    "fp32", and a word that the target lacks, give the first.
     """
     return precision if precision in fp32_dots or precision == "bf16" else fp32_dots[0]
 
@@ -197,16 +197,16 @@ def strides(tensor: Tensor) -> list[int]:
 
 
 def has_descriptor(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor may describe it: aligned, and no two rows in one place.
+    """Whether a tensor descriptor may describe the tensor: aligned, and not expanded.
 
-    What TMA does with a stride of 0, that of an expanded tensor, is nowhere promised.
+    TMA documents no behaviour for a stride of 0.
     """
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return is_aligned(tensor) and all([size == 1 or stride > 0 for size, stride in pairs])
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether 16-byte accesses along the last axis are in order wherever a row starts."""
+    """Whether every row is contiguous and begins at a multiple of 16 bytes."""
     *outer, inner = strides(tensor)
     if inner != 1 or tensor.data_ptr() % 16:
         return False

@@ -1,7 +1,7 @@
 """LayerNorm of rows: their statistics, from registers or from memory, and the normalised values.
 
-Stage 1 keeps the moments of every row of x in fp32, its mean and 1 / sqrt(var + eps), and stage 3
-reads them, so that a row's statistics are taken once.
+Stage 1 stores the moments of every row of x in fp32: its mean and 1 / sqrt(var + eps). Stage 3
+reads them, so that they are computed once.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .tiles import beside, identity, load_channels, load_tile
 
-# Keeps sums of up to 2^16 channels from overflowing; a power of two, so that it rounds nothing.
+# Keeps sums of up to 2^16 channels from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = tl.constexpr(2.0**-16)
 # The most channels that `load_chunks` loads as one tile.
 _CHUNK = tl.constexpr(64)
@@ -25,12 +25,11 @@ def load_first(ptr, offs_m, valid_m):
 def row_statistics(x, first, eps, WIDTH: tl.constexpr):
     """The mean and 1 / sqrt(var + eps), [M, 1] each, of the rows of x [M, K >= WIDTH] in fp32.
 
-    A row of one constant value has a deviation of exactly zero, so that its normalised value is
-    exactly the bias. For rows that were 16 bits wide the mean itself is exact: fp32 holds every
-    partial sum of equal 16-bit values, scaled by a power of two against overflow. From fp32 rows
-    `first`, the row's own first channel, is taken off beforehand (the mean returned is then that of
-    x - first): LayerNorm sees no shift, and the digits are kept whatever the mean. `first` is None
-    for 16-bit rows.
+    A constant row has a deviation of exactly zero, so its normalised value is exactly the bias. The
+    mean of a constant 16-bit row is exact: fp32 holds every partial sum of equal 16-bit values,
+    scaled by a power of two against overflow. From fp32 rows `first`, the row's first channel, is
+    subtracted beforehand (the mean returned is that of x - first): the shift doesn't change
+    LayerNorm, and no digits are lost to a large mean. `first` is None for 16-bit rows.
     """
     valid = (tl.arange(0, x.shape[1]) < WIDTH)[None, :]
     if first is not None:
@@ -56,7 +55,7 @@ def mean_of(total, WIDTH: tl.constexpr):
 def row_moments(
     ptr, offs_m, stride_k, first, valid_m, eps, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """`row_statistics` of rows that are too wide to be held: two passes over memory."""
+    """`row_statistics` of rows too wide for registers: two passes over memory."""
     total = tl.zeros([offs_m.shape[0], 1], tl.float32)
     for start_k in range(0, WIDTH, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -112,9 +111,9 @@ def load_chunks(
 def chunk_statistics(chunks, first, eps, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
     """The mean and 1 / sqrt(var + eps), [M, 1] each, of 16-bit rows in chunks, in one pass.
 
-    Of d = x - first, the variance is mean(d^2) - mean(d)^2. No channel of a row is further than
-    sqrt(WIDTH - 1) deviations from the mean, the first one neither, so the difference loses a
-    factor of WIDTH of fp32's precision at most. A constant row has d = 0: its mean is exact.
+    With d = x - first, the variance is mean(d^2) - mean(d)^2. The first channel, like any other, is
+    at most sqrt(WIDTH - 1) standard deviations from the mean, so the difference loses at most a
+    factor of WIDTH of fp32's precision. A constant row has d = 0: its mean is exact.
     """
     CHUNK: tl.constexpr = min(BLOCK_K, _CHUNK)
     total = tl.zeros(chunks[0].shape, tl.float32)
@@ -137,10 +136,10 @@ def hold(
 ):  # fmt: skip
     """LayerNorm of 16-bit rows in chunks, [M, BLOCK_K], held in registers as a left operand.
 
-    Each chunk is multiplied by the identity matrix: exact, and it comes out in fp32 in the layout
+    Each chunk is multiplied by the identity matrix. The result is exact, in fp32, and in the layout
     of an accumulator, from which wgmma takes its left operand without a move. Otherwise Triton (3.6
-    to 3.9) keeps the normalised rows in shared memory and reads them again for each dot of the loop
-    to come.
+    to 3.9) keeps the normalised rows in shared memory and reads them again for each dot that
+    follows.
     """
     CHUNK: tl.constexpr = min(BLOCK_K, _CHUNK)
     COUNT: tl.constexpr = BLOCK_K // CHUNK

@@ -1,12 +1,11 @@
 """Launch settings: data in configs/*.json, chosen by a pure function.
 
-A table is for a target, or for a device by its name. It holds, for each stage and each element
-size, a list of settings, one a line, tried in order: the first whose max_width and max_length cover
-the call is used. "triton" is the first version that an entry is for, where a newer compiler needs
-another setting; "kernel" names a variant of the stage, and its entry is used where that takes the
-call. What a table leaves out is as in the table that it is "like". Nothing is timed at
-run time, and a length chooses between a few classes only, so the kernels compiled for one protein
-serve all.
+A table is for a target, or for a device by its name. For each stage and element size it lists
+settings, one a line. They are tried in order; the first whose max_width and max_length cover the
+call is used. "triton" is the first Triton version of an entry. "kernel" names a variant of the
+stage; such an entry is used only if that variant can run the call. What a table leaves out comes
+from the table that "like" names. Nothing is timed at run time. Lengths fall into few classes, so
+kernels compiled for one protein serve others.
 """
 
 import functools
@@ -39,7 +38,7 @@ class LaunchConfig:
     maxnreg: int | None = None  # NVIDIA only
     persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
     split: int = 1  # stages 1 and 3, forward: programs that share the output channels of a tile
-    kernel: str = ""  # the variant of the stage: "hopper" is a file beside it, "" the stage's own
+    kernel: str = ""  # the variant of the stage; "" is the stage's own
 
     def options(self) -> dict[str, int]:
         """The part that Triton's launcher takes."""
@@ -51,11 +50,11 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a setting may depend on."""
+    """The properties of a call that its settings depend on."""
 
     element_bytes: int
     width: int  # the larger of C and D
-    length: int  # L, or for stages 1 and 3 that of one sequence with as many pairs as the batch
+    length: int  # L; for stages 1 and 3 that of one sequence with as many pairs as the batch
 
 
 def shape_of(element_bytes: int, width: int, length: int, batch: int = 1) -> Shape:
@@ -76,10 +75,10 @@ def pick_config(
 
     Args:
         triton: Triton's version.
-        variants: the variants of the stage that take the call; entries of others are left out.
+        variants: the stage's variants that can run the call; entries of others are skipped.
 
     Raises:
-        ValueError: an unknown stage.
+        ValueError: an unknown stage, or no setting for the shape.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}; got {stage!r}")
@@ -101,7 +100,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def class_lengths(target: str, device_name: str) -> list[int]:
-    """One length of each class that a device's settings of the forward tell apart."""
+    """One length of each class that the forward's settings for a device distinguish."""
     bounds = {
         entry["max_length"]
         for stage in FORWARD_STAGES
@@ -120,10 +119,10 @@ def targets() -> list[str]:
 
 
 def settings_of(target: str, device_name: str = "") -> dict:
-    """The whole table of a device: "note", stages, and what else is known of its target.
+    """The whole table of a device: "note", the stages, and properties of its target.
 
-    That is shared_bytes, the shared memory that a block may have, and fp32_dots where they are not
-    those of all the vendor's targets.
+    The properties are shared_bytes, the most shared memory of a block, and fp32_dots where they
+    differ from the vendor's other targets.
     """
     for name in (device_name.replace(" ", "_"), target, "default"):
         if (table := _table(name)) is not None:

@@ -1,19 +1,19 @@
-"""Stage 1's backward, for some rows of one sequence: from the planes' gradients to that of x.
+"""Stage 1's backward, for some rows of one sequence: from the planes' gradients to dp, dg, dmask.
 
     z = LayerNorm(x; g1, b1)                                       x [R, L, C], any strides
     p = z Wp^T + bp, s = sigmoid(z Wg^T + bg)                      [R, L, 2D]
     h = p s mask, whose gradient dh comes as planes                [2D, R, pitch]
 
     dp = dh s mask                          the gradient of p
-    dg = dh p mask s (1 - s)                that of the gate before its sigmoid
+    dg = dh p mask s (1 - s)                the gradient of the gate before its sigmoid
     dmask = sum of dh p s over the 2D channels
 
-The kernel recomputes p and s and writes dp and dg beside each other, rows [R*L, 4D] of a matrix
-that may be wider, so that dz is one GEMM with the projections; and x^ = (x - mean) rstd. Planes
-have the axes of x here, whatever the direction.
+The kernel recomputes p and s. It writes x^ = (x - mean) rstd, and dp and dg side by side: rows
+[R*L, 4D] of a matrix that may be wider, so that dz is one GEMM with the projections. Here planes
+have the axes of x in both directions.
 
-For a sequence shorter than L, every output is zero at the pairs with a residue beyond its length,
-where planes and moments may be NaN; tiles of such pairs write their zeros and end.
+For a sequence shorter than L, every output is zero at pairs with a residue beyond its length, where
+planes and moments may be NaN. Tiles that hold only such pairs write zeros and return.
 """
 
 import math
@@ -55,7 +55,7 @@ from ..triton_parts.tiles import (
         "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_mask_i", "stride_mask_j",
-        # As in the forward: AMD's 32-bit offsets from a specialised pointer, and a gap of more.
+        # As in the forward: a specialised pointer gets 32-bit offsets on AMD; the gap may be more.
         "weight_pair", "weight_gap",
     ]
 )  # fmt: skip
@@ -73,13 +73,13 @@ def _fused_dual_gemm_bwd_kernel(
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """dp and dg of all 2D channels of BLOCK_M positions m = i * pitch + j, with what goes beside.
+    """dp, dg, x^, dmask and sums of all 2D channels at BLOCK_M positions m = i * pitch + j.
 
     M = R * pitch positions, N = 2D hidden channels in blocks, K = C channels. The planes come in
     groups of G channels, those of a before those of b: [D / G, 2, G, R, pitch]. Every output is
     optional: `grads` [R*L, 2, 2, D] (dp, dg; of a, of b), x^ [R*L, C], dmask [R*L], and `sums`
-    [programs, 2, 2, D] of dp and dg over the tile. The rows i are those from `first_row` on of
-    their sequence, which matters where it has a length.
+    [programs, 2, 2, D] of dp and dg over the tile. Row i is row first_row + i of its sequence,
+    which matters only with lengths.
     """
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -181,9 +181,9 @@ def _fused_dual_gemm_bwd_kernel(
 
 
 class Stage1Gradients(NamedTuple):
-    """What `fused_dual_gemm_bwd` writes, or None where it isn't wanted."""
+    """The outputs of `fused_dual_gemm_bwd`, None where not wanted."""
 
-    grads: torch.Tensor | None  # [R*L, at least 4D] in the dtype of x: dp, dg, what else there is
+    grads: torch.Tensor | None  # [R*L, at least 4D] in the dtype of x: dp, dg, other columns
     hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
     mask: torch.Tensor | None  # dmask [R, L], contiguous, in the dtype of the mask
     sums: torch.Tensor | None  # [programs, 4D] in fp32, partial sums of dp and dg
@@ -201,8 +201,8 @@ def fused_dual_gemm_bwd(
 ) -> None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
-    `prepared` is what `prepare_dual_gemm_bwd` made of tensors like these. `lengths` [1] int32 is
-    that of a sequence with padding.
+    `prepared` is from `prepare_dual_gemm_bwd` for tensors like these. `lengths` [1] int32 is the
+    length of a padded sequence.
     """
     prepared.launch(
         x_ptr=x,
@@ -234,10 +234,9 @@ def prepare_dual_gemm_bwd(
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_dual_gemm_bwd`; `programs` of it is the first extent of its sums.
+    """The launch of `fused_dual_gemm_bwd`; its `programs` is the first extent of the sums.
 
-    The planes, with stride pitch along their rows, come in groups of `group` channels. The rows
-    are those from `first_row` on of their sequence.
+    The planes come in groups of `group` channels. The first row is row `first_row` of its sequence.
     """
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
@@ -246,7 +245,7 @@ def prepare_dual_gemm_bwd(
         width = max(channels, hidden)
         config = setting_of("fused_dual_gemm_bwd", x, width, length)
     block_n = block_of(config.block_n, group)
-    if group % 16 == 0:  # whole blocks, if smaller ones
+    if group % 16 == 0:  # whole blocks, even if smaller
         block_n = math.gcd(group, block_n)
     block_k = block_of(config.block_k, channels)
     held = config.held and block_k >= channels

@@ -1,36 +1,33 @@
 """The backward on the Triton path: the stages' backward kernels, sequence by sequence.
 
-Between forward and backward lie x, the product t and the moments of x, or, if t isn't given, x
-alone: then stages 1 and 2 run again here.
+The forward keeps x, and may keep the product t and the moments of x. Without them, stages 1 and 2
+run again here. For each sequence:
 
-Of each sequence, first stage 3's backward, in chunks of rows: dt, and dq, the gradient of the gate
-before its sigmoid, which lies in the memory of dx. Then stage 2's, in groups of channels: a and b
-of a group are recomputed, and da and db follow from dt. Then stage 1's, in chunks again: dp and dg,
-which with dq make dz in one GEMM, and dx.
+    stage 3, in chunks of rows         gives dt, and dq, the gradient of the gate before its sigmoid
+    stage 2, in groups of channels     recomputes a and b, and gives da and db from dt
+    stage 1, in chunks of rows         gives dp and dg; with dq they give dz in one GEMM, then dx
 
 Peak memory beyond the arguments (t among them), in tensors of one sequence's pair size, C = D a
 multiple of 64:
 
-    dx, in which dq lay                            1
-    da, db; dt lies at the end, where no group     2 1/4
-    has yet put its da and db
-    a and b of one group; or, when dt is gone,     1/2
-    a chunk's rows of [dp, dg, dq], x^ and dz      7/8
+    dx, whose memory holds dq first                                             1
+    da and db; their end holds dt until later groups overwrite it               2 1/4
+    a and b of one group (1/2), later a chunk's [dp, dg, dq], x^ and dz         7/8
 
-3 7/8 in all, and t is one more if the caller saved it. A small sequence is one group and one chunk,
+4 1/8 in all; t is one more if the forward saved it. A small sequence is one group and one chunk,
 for fewer launches. The parameters' gradients come from few products: with t^ and x^ the normalised
 rows without norm weights and [dp, dg, dq] the rows of one matrix,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
 
-over the rows of all pairs; sums are in fp32. No atomics: what several programs sum is written apart
-and added in a fixed order, so equal calls give equal bits. In padded batches the kernels skip pairs
-beyond a length and write zeros; the weight-gradient products still run over all rows.
+over all pairs, in fp32. No atomics: partial sums are written separately and added in a fixed order,
+so equal calls give equal bits. In padded batches the kernels skip pairs beyond a length and write
+zeros; the weight-gradient products still run over all rows.
 
-S and H of 16-bit rows are `row_products`. The GEMM of dz, and S and H of float32, are the vendor's.
-In float32 they follow the call's precision, not torch's global setting, which is changed for their
-time where it differs: full float32 for every word but "tf32" and "bf16", for which TF32 is allowed.
+`row_products` computes S and H of 16-bit rows. The vendor's GEMM computes dz, and S and H of
+float32 rows. In float32 it follows the call's precision: "tf32" and "bf16" allow TF32, every other
+word means full float32. Where torch's global setting differs, it is changed for the backward.
 """
 
 import contextlib
@@ -62,8 +59,8 @@ from .launches import launches_of
 from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
 from .row_products import add_row_products, prepare_row_products
 
-# Chunks and groups cut a sequence into these numbers of parts at most, but no parts that are too
-# small to fill a GPU: pairs of a chunk, elements of a group's planes.
+# The most chunks and groups of a sequence, and the fewest pairs of a chunk and elements of a
+# group's planes: smaller ones don't fill a GPU.
 _CHUNKS = 8
 _CHUNK_PAIRS = 16_384
 _GROUPS = 4
@@ -109,14 +106,14 @@ def run_backward(
     needs: frozenset[str],
     launches: Launches | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients that `needs` names, each in the dtype and shape of what it is the gradient of.
+    """The gradients that `needs` names, each with the dtype and shape of its tensor.
 
     Args:
         call: the forward's; x's device must be the current one. Residual and inplace don't matter.
         grad_out: [B, L, L, C] in the dtype of x, any strides.
-        product, moments: what `forward_saving` returned, or None for both.
-        needs: names of `DIFFERENTIABLE`, of tensors that the call has.
-        launches: by default those of calls of this kind.
+        product, moments: from `forward_saving`, or None for both.
+        needs: names from `DIFFERENTIABLE`, of tensors that the call has.
+        launches: by default the cached ones of this kind of call.
     """
     x, weights = call.x, call.weights
     batch, length, _, channels = x.shape
@@ -131,7 +128,7 @@ def run_backward(
     for name in ("x", "mask", "drop_mask"):
         if name in needs:
             like = getattr(call, name)
-            # Contiguous, whatever the strides of the argument are.
+            # Contiguous, whatever the argument's strides.
             gradients[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     totals, grad_q = None, gradients.get("x")
     if wanted.parameters:
@@ -146,7 +143,7 @@ def run_backward(
     emit_means = _emit_means(weights, call.precision)
     with _vendor_precision(call.precision, x.dtype):
         for entry in range(batch if length else 0):
-            one = slice(entry, entry + 1)
+            sequence = slice(entry, entry + 1)
             _Sequence(
                 call.of_entry(entry),
                 launches,
@@ -158,8 +155,8 @@ def run_backward(
                 emit_means,
             ).run(
                 grad_out[entry],
-                None if product is None else product[one],
-                None if moments is None else moments[one],
+                None if product is None else product[sequence],
+                None if moments is None else moments[sequence],
             )
     if wanted.parameters:
         gradients |= _parameter_gradients(totals, weights, stacked, needs)
@@ -172,9 +169,9 @@ class _Sequence(NamedTuple):
     call: Call  # x [1, L, L, C]
     launches: Launches
     wanted: _Wanted
-    totals: _Totals | None  # of the parameters, if they are wanted
+    totals: _Totals | None  # if the parameters' gradients are wanted
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
-    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if it is wanted
+    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if dx is wanted
     stacked: Tensor  # [Wp; Wg; Wo], [4D + C, C]
     emit_means: tuple[Tensor, Tensor | None]
 
@@ -205,9 +202,9 @@ class _Sequence(NamedTuple):
         moments = None
         for first in range(0, product.shape[1], size):
             a, b, moments = self._group_planes(first, size, moments)
-            some = product[:, first : first + size]
-            trimul_einsum_fwd(self.call, self.launches, a, b, some, first)
-            del a, b  # the next group's take their memory
+            group = product[:, first : first + size]
+            trimul_einsum_fwd(self.call, self.launches, a, b, group, first)
+            del a, b  # freed before the next group's are allocated
         return moments
 
     def _group_planes(
@@ -230,11 +227,11 @@ class _Sequence(NamedTuple):
             yield slice(start, min(start + step, length))
 
     def _first_row(self, chunk: slice) -> int:
-        """The row that a launch begins with, where that matters: lengths are counted from row 0."""
+        """The first row of a launch; 0 without lengths, where every chunk can share a launch."""
         return 0 if self.call.lengths is None else chunk.start
 
     def _rows(self, count: int, width: int) -> Tensor:
-        """[count, width], not yet written, in the dtype of x."""
+        """[count, width], uninitialised, in the dtype of x."""
         return torch.empty(count, width, dtype=self.call.x.dtype, device=self.call.x.device)
 
     def _stage_3(
@@ -273,8 +270,8 @@ class _Sequence(NamedTuple):
                 self.totals.emit_sums.add_(emit_sums)
                 self.totals.in_sums[4 * hidden :].add_(gate_sums)
             if wanted.drop_mask:
-                some = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
-                grad_drop = some if grad_drop is None else grad_drop.add_(some)
+                total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
+                grad_drop = total if grad_drop is None else grad_drop.add_(total)
             if wanted.through_product:
                 hat_t = self._rows(count, hidden) if wanted.parameters else None
                 prepared = self.launches.of(
@@ -289,14 +286,14 @@ class _Sequence(NamedTuple):
             if wanted.parameters:
                 self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
                 del hat_t
-            del out  # the next chunk's takes its memory
+            del out  # freed before the next chunk's is allocated
         if grad_drop is not None:
             self.gradients["drop_mask"].copy_(grad_drop)
 
     def _stage_2(self, memory: Tensor, grad_t: Tensor, moments: Tensor, size: int) -> None:
-        """Fills memory [2D + G, L, pitch], of which grad_t is the end, with da and db by groups.
+        """Fills memory [2D + G, L, pitch], whose end is grad_t, with da and db.
 
-        Group after group, da before db, with the axes of x: [D / G, 2, G, L, pitch].
+        They have the axes of x and lie group by group, da before db: [D / G, 2, G, L, pitch].
         """
         for first in range(0, grad_t.shape[0], size):
             grad_planes = memory[2 * first : 2 * (first + size)]
@@ -305,7 +302,7 @@ class _Sequence(NamedTuple):
     def _stage_2_of_group(
         self, grad: Tensor, first: int, moments: Tensor, grad_planes: Tensor
     ) -> None:
-        """From dt [G, L, pitch], channels from `first` on, da and db into grad_planes [2G, ...]."""
+        """Fills grad_planes [2G, L, pitch] with da and db, from dt of G channels, `first` on."""
         size = grad.shape[0]
         a, b, _ = self._group_planes(first, size, moments)
         grad, grad_a, grad_b = grad[None], grad_planes[None, :size], grad_planes[None, size:]
@@ -319,30 +316,30 @@ class _Sequence(NamedTuple):
             trimul_einsum_fwd(self.call, self.launches, left, right, out, key, turned)
 
     def _stage_1(self, planes: Tensor, moments: Tensor, size: int) -> None:
-        """From da and db, planes [2D, L, pitch] in groups of `size` channels, and dq to dx."""
+        """Fills dx and dmask from dq and planes [2D, L, pitch], da and db in groups of `size`."""
         call, wanted, weights = self.call, self.wanted, self.call.weights
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
         width = 4 * hidden + channels
         grad_mask = self.gradients.get("mask")
         for chunk in self._chunks():
-            x, some_planes, some = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
+            x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
-            some_mask = None if grad_mask is None else grad_mask[chunk]
+            mask_out = None if grad_mask is None else grad_mask[chunk]
             first_row = self._first_row(chunk)
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
-                ("dual_gemm_bwd", count, first_row, *_alignments(x, some_mask)),
-                prepare_dual_gemm_bwd, x, mask, some, some_planes, weights, call.precision, size,
+                ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
+                prepare_dual_gemm_bwd, x, mask, x_moments, grad_h, weights, call.precision, size,
                 width, None, first_row,
             )  # fmt: skip
             out = Stage1Gradients(
                 grads=self._rows(count, width) if wanted.projections else None,
                 hat_x=self._rows(count, channels) if wanted.parameters else None,
-                mask=some_mask,
+                mask=mask_out,
                 sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.parameters else None,
             )
-            fused_dual_gemm_bwd(x, mask, some, some_planes, weights, prepared, out, call.lengths)
+            fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
             if wanted.parameters:
                 self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
             if wanted.projections:
@@ -353,16 +350,16 @@ class _Sequence(NamedTuple):
                 grad_z, grad_x = torch.mm(out.grads, self.stacked), self.gradients["x"][chunk]
                 prepared = self.launches.of(
                     ("norm_in_bwd", count, first_row, *_alignments(x, grad_x)),
-                    prepare_norm_in_bwd, x, some, first_row,
+                    prepare_norm_in_bwd, x, x_moments, first_row,
                 )  # fmt: skip
-                norm_in_bwd(grad_z, x, some, weights, grad_x, prepared, call.lengths)
+                norm_in_bwd(grad_z, x, x_moments, weights, grad_x, prepared, call.lengths)
                 del grad_z
-            del out  # the next chunk's takes its memory
+            del out  # freed before the next chunk's is allocated
 
     def _add_product(
         self, total: Tensor, left: Tensor, right: Tensor, which: str
     ) -> None:
-        """total [N, K] += left^T right of a chunk's rows [M, N] and [M, K]; total is fp32."""
+        """total [N, K] in fp32 += left^T right of a chunk's rows [M, N] and [M, K]."""
         if left.dtype == torch.float32:
             total.addmm_(left.t(), right)
             return
@@ -373,7 +370,7 @@ class _Sequence(NamedTuple):
 
 
 def group_size(hidden: int, length: int) -> int:
-    """The channels of a group: all, or a part of them that is worth the launches."""
+    """The channels of a group: all, or a part large enough to be worth its launches."""
     groups = _GROUPS
     while groups > 1 and (
         hidden % (groups * _GROUP_MULTIPLE) or hidden * length**2 < groups * _GROUP_ELEMENTS
@@ -383,7 +380,7 @@ def group_size(hidden: int, length: int) -> int:
 
 
 def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None]:
-    """We g2 / D and We b2, [C] in fp32, of We as it is multiplied: `fused_ln_residual_backward`."""
+    """We g2 / D and We b2, [C] in fp32, for stage 3's backward; We is rounded as in its GEMM."""
     emit = weights.p_out_weight
     if emit.dtype == torch.float32 and precision == "bf16":
         emit = emit.to(torch.bfloat16)
@@ -396,7 +393,7 @@ def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None
 def _parameter_gradients(
     totals: _Totals, weights: Weights, stacked: Tensor, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The parameters' gradients of the sums over all pairs, in the parameters' dtypes."""
+    """The parameters' gradients from the sums over all pairs, in the parameters' dtypes."""
     hidden = weights.p_out_weight.shape[1]
     middle, end = 2 * hidden, 4 * hidden
     gradients = {}
@@ -429,7 +426,7 @@ def _parameter_gradients(
             gradients[norm_weight] = (products * projection).sum(0)
         if norm_bias in needs:
             gradients[norm_bias] = (sums[:, None] * projection).sum(0)
-    # Copies even of fp32, as some are views of the sums.
+    # Copied even if fp32: some are views of the sums.
     return {
         name: gradient.to(getattr(weights, name).dtype, copy=True)
         for name, gradient in gradients.items()
@@ -438,7 +435,7 @@ def _parameter_gradients(
 
 @contextlib.contextmanager
 def _vendor_precision(precision: str, dtype: torch.dtype) -> Iterator[None]:
-    """Within it torch's float32 GEMMs have the arithmetic that the kernels' word asks for."""
+    """A context in which torch's float32 GEMMs may take TF32 if `precision` allows it."""
     wanted = precision in ("tf32", "bf16")
     if dtype != torch.float32 or torch_allows_tf32() == wanted:
         yield
@@ -447,7 +444,7 @@ def _vendor_precision(precision: str, dtype: torch.dtype) -> Iterator[None]:
     switch = torch.set_float32_matmul_precision
     try:
         previous = torch.get_float32_matmul_precision()
-    except RuntimeError:  # where the setting of torch 2.9 was used, it alone may be used
+    except RuntimeError:  # torch 2.9's setting was used before, and then no other may be
         words = ("ieee", "tf32")
         switch = functools.partial(setattr, torch.backends.cuda.matmul, "fp32_precision")
         previous = torch.backends.cuda.matmul.fp32_precision
@@ -463,7 +460,7 @@ def _float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _alignments(*tensors: Tensor | None) -> list[int]:
-    """Of each the address modulo 16: those of chunks differ where rows are no multiples of it."""
+    """Each address modulo 16; chunks differ if their rows aren't multiples of 16 bytes."""
     return [0 if tensor is None else tensor.data_ptr() % 16 for tensor in tensors]
 
 

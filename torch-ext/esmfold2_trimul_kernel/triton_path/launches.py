@@ -1,4 +1,4 @@
-"""The launches of each kind of call: prepared once, and found again by what they depend on."""
+"""A cache of prepared launches, by all that the launches of a call depend on."""
 
 from .._call import Call
 from ..triton_parts.launch import Launches
@@ -8,20 +8,20 @@ _launches: dict[tuple, Launches] = {}
 
 
 def launches_of(call: Call, *what: object) -> Launches:
-    """The launches for `what` of calls of this kind."""
-    kind = (what, *_kind(call))
-    found = _launches.get(kind)
+    """The launches for calls of this kind; `what` is the rest of the cache key."""
+    key = (what, *_kind(call))
+    found = _launches.get(key)
     if found is None:
         if len(_launches) >= _MOST_KINDS:
             _launches.clear()
-        found = _launches[kind] = Launches()
+        found = _launches[key] = Launches()
     return found
 
 
 def _kind(call: Call) -> tuple:
-    """Everything of a call that its launches depend on besides the addresses of its tensors.
+    """The cache key of a call: everything that its launches depend on.
 
-    Of the addresses: whether they are multiples of 16, and how far the input projections are apart.
+    Of the addresses these are the remainders modulo 16 and the input projections' distance.
     """
     x, weights = call.x, call.weights
     return (

@@ -1,7 +1,7 @@
-"""The lean mode: a and b by groups of channels, and the output in the memory of the product.
+"""The lean mode: a and b in groups of channels, and the output written over the product.
 
-The product is [B, L, D, pitch] here, a row's channels together, so that the rows that have been
-read make room for those of the output.
+The product is [B, L, D, pitch] here: a row's channels lie together, so that rows of the output can
+overwrite rows of the product that have been read.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from ..triton_parts.launch import Launches
 from ..triton_parts.tiles import padded_pitch
 
 _PLANES = 0.375  # scratch memory for planes, in tensors of the pair's size
-_GROUP_MULTIPLE = 8  # of channels: half a block of the smallest dot
+_GROUP_MULTIPLE = 8  # channels, half a block of the smallest dot
 
 
 def run_lean(call: Call, launches: Launches) -> Tensor:
-    """The output [B, L, L, C], sequence after sequence."""
+    """The output [B, L, L, C], one sequence at a time."""
     x = call.x
     batch, length = x.shape[:2]
     sizes = _sizes_of(call)
@@ -30,21 +30,21 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
     products = memory[sizes.ahead :].view(batch, length, -1, padded_pitch(length))
     out = call.residual if call.inplace else memory[: x.numel()].view(x.shape)
     for entry in range(batch):
-        one = slice(entry, entry + 1)
+        sequence = slice(entry, entry + 1)
         of_entry = call.of_entry(entry)
-        product = products[one].transpose(1, 2)  # [1, D, L, pitch]
+        product = products[sequence].transpose(1, 2)  # [1, D, L, pitch]
         moments = _product_by_groups(of_entry, launches, product, sizes.slots)
-        fused_ln_residual_by_steps(of_entry, launches, product, moments, out[one])
-        del moments  # the next sequence's take their memory
+        fused_ln_residual_by_steps(of_entry, launches, product, moments, out[sequence])
+        del moments  # freed before the next sequence's are allocated
     return out
 
 
 class _Sizes(NamedTuple):
-    """How a call is cut."""
+    """Sizes of the buffers of a call."""
 
-    ahead: int  # elements of the output's room ahead of the products
+    ahead: int  # elements ahead of the products, where the output begins
     products: int  # elements of the products of the batch
-    slots: int  # planes of a and b that have memory of their own
+    slots: int  # planes of scratch memory for a and b
 
 
 def _sizes_of(call: Call) -> _Sizes:
@@ -54,18 +54,18 @@ def _sizes_of(call: Call) -> _Sizes:
     row_out, row_product = length * channels, hidden * padded_pitch(length)
     ahead = 0
     if not call.inplace:
-        # The last row that a step writes must end before the first that it reads, at the first step
-        # or, where a row of the output is the longer, at the last.
+        # The rows that a step writes must end before the first row that it reads. The first step
+        # needs most room for this, or the last if a row of the output is longer than the product's.
         ahead = max(step * row_out, rows * row_out - (rows - step) * row_product)
-        ahead = -(-ahead // 16) * 16  # the product is as aligned as memory of its own would be
+        ahead = -(-ahead // 16) * 16  # the product stays aligned
     slots = min(max(2 * _GROUP_MULTIPLE, int(_PLANES * batch * channels)), 2 * hidden)
     return _Sizes(ahead, rows * row_product, slots)
 
 
 def _product_by_groups(call: Call, launches: Launches, product: Tensor, slots: int) -> Tensor:
-    """Fills the product of one sequence; returns the moments [1, 2, L, L] of x.
+    """Fills the product of one sequence; returns the moments [1, 2, i, j] of x.
 
-    `slots` planes have memory of their own.
+    `slots` is the number of planes of scratch memory.
     """
     _, hidden, length, pitch = product.shape
     plane = length * pitch

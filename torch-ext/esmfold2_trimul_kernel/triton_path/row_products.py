@@ -1,12 +1,12 @@
-"""Products of all rows of two 16-bit matrices, of which the parameters' gradients are made.
+"""Products of two tall 16-bit matrices, summed over their rows, for the parameters' gradients.
 
     total [N, K] += left^T right        left [M, N], right [M, K]; total and all sums in fp32
 
-M is the number of pairs, thousands of times N and K, so it is cut into parts for as many programs
-as the device runs at once. Each part's product is written apart and they are added in a fixed
-order: equal calls give equal bits.
+M is the number of pairs, thousands of times N and K, so the rows are cut into enough parts to
+occupy the device. The parts' products are written separately and added in a fixed order: equal
+calls give equal bits.
 
-Not the vendor's GEMM: that of cuBLAS 13.1 leaves the last rows out for some M (`docs/numerics.md`).
+The vendor's GEMM is no choice: cuBLAS 13.1 omits the last rows for some M (`docs/numerics.md`).
 """
 
 import math
@@ -19,7 +19,7 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import PreparedLaunch, block_of, pointers, setting_of
 from ..triton_parts.tiles import load_tile, store_tile
 
-_LEAST_ROWS = 256  # that are worth a program
+_LEAST_ROWS = 256  # of a part: fewer are not worth a program
 
 
 @triton.jit(do_not_specialize=["M", "part"])
@@ -30,7 +30,7 @@ def _row_products_kernel(
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
 
-    Programs of the same rows follow each other, so that these are read from memory once.
+    Programs of the same rows have adjacent ids, so that the rows are read from memory once.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N * BLOCKS_K
@@ -55,7 +55,7 @@ def _row_products_kernel(
 def add_row_products(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, prepared: PreparedLaunch
 ) -> None:
-    """total [N, K] += left^T right; `prepared` is what `prepare_row_products` made of such rows."""
+    """total [N, K] += left^T right; `prepared` is from `prepare_row_products` for such rows."""
     count = prepared.programs // _tiles_of(**prepared.constants)
     parts = torch.empty(count, *total.shape, dtype=torch.float32, device=total.device)
     prepared.launch(left_ptr=left, right_ptr=right, parts_ptr=parts)
@@ -67,8 +67,8 @@ def prepare_row_products(
 ) -> PreparedLaunch:
     """The launch of `add_row_products` for rows like these: left [M, N] and right [M, K].
 
-    Rows have unit stride. `programs` is about how many share the work, one for each multiprocessor
-    of the device if it is not given.
+    Rows have unit stride. About `programs` programs share the work, by default one for each
+    multiprocessor of the device.
     """
     rows, width_n = left.shape
     width_k = right.shape[1]
@@ -96,5 +96,5 @@ def prepare_row_products(
 
 
 def _tiles_of(N: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int) -> int:
-    """The programs that share a part: the tiles of the product."""
+    """The tiles of the product, which is also the number of programs for one part."""
     return triton.cdiv(N, BLOCK_N) * triton.cdiv(K, BLOCK_K)

@@ -1,1 +1,1 @@
-"""The kernel beside its rivals: what is measured, how, and what is reported."""
+"""The benchmark of the kernel and its rivals: shapes, measurements and reports."""

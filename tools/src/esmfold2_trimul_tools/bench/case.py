@@ -1,4 +1,4 @@
-"""The benchmark's shapes, and the floor of each. Needs torch for neither."""
+"""The benchmark's shapes and their floors, without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("outgoing", "incoming")
 MASKS = ("bool", "float", "none")
-# A forward call; or one and the gradients of all that it takes but the mask.
+# A forward call, or a forward call and the gradients of all its inputs but the mask.
 PASSES = ("forward", "training")
 EPS = 1e-5
 _COLUMNS = ("batch", "dtype", "direction", "mask", "passes")
@@ -50,7 +50,7 @@ class Case:
         return self.pairs * self.channels * self.torch_dtype.itemsize
 
     def columns(self) -> dict[str, Any]:
-        """What a row of the results says of its shape."""
+        """The columns of a row of the results that give its shape."""
         return {
             "C": self.channels,
             "D": self.hidden,
@@ -64,7 +64,7 @@ class Case:
 
 
 def stage_floors(case: Case, copy_rate: float, matrix_rate: float) -> tuple[float, float, float]:
-    """Seconds below which no stage can come: the larger of its traffic's and its FLOPs' time.
+    """The least seconds of each stage: the larger of its traffic's and its FLOPs' time.
 
     Each stage reads its inputs once and writes its outputs once; weights are left out.
 

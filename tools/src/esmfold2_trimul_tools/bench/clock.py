@@ -1,10 +1,10 @@
 """How the benchmark measures: clocks for GPU and CPU calls, the machine's ceilings, plain GEMMs.
 
-On a GPU a call has three times. Device time is between two events around one call, the L2 cache
-overwritten before each: the overwriting is repeated until the host has had time to queue the whole
-call, so that the device never waits for it. Wall time is that of many calls issued back to back,
-divided by their number: the slower of host and device decides. Host time is until one call returns,
-with nothing queued before it. On a CPU there is one time, that of a call.
+On a GPU a call has three times. Device time is between two events around one call. The L2 cache is
+overwritten before each call, repeatedly until the host has had time to queue the whole call, so
+that the device never waits for it. Wall time is that of many calls issued back to back, divided by
+their number: the slower of host and device decides. Host time is until one call returns, with
+nothing queued before it. On a CPU there is one time, that of a call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_FLUSHES = 100
 _MOST_CALLS = 200
 # Shares of a row's time budget.
 _DEVICE_SHARE, _WALL_SHARE, _HOST_SHARE = 0.5, 0.3, 0.2
-# A loop that keeps a core busy until its parent is gone, however that ended.
+# A loop that keeps a core busy until its parent process has ended, in whatever way.
 _BUSY_LOOP = """
 import os
 parent = os.getppid()
@@ -42,7 +42,7 @@ while os.getppid() == parent:
 
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Other programs on a shared machine: `count` processes that compute all the while."""
+    """Simulates other programs on a shared machine: `count` processes that compute constantly."""
     loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
     try:
         yield
@@ -83,10 +83,10 @@ class CpuClock:
         self.device = device
 
     def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
+        """Does nothing: CPU calls are synchronous."""
 
     def release(self) -> None:
-        """Freed memory is the system's already."""
+        """Does nothing: freed memory has gone back to the system."""
 
     def time(self, call: Call, budget: float) -> dict[str, Any]:
         """device_ms, wall_ms and host_ms of a call, in about `budget` seconds.
@@ -99,7 +99,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """Times calls on a CUDA or ROCm device, which is to be the current one."""
+    """Times calls on a CUDA or ROCm device, which must be the current one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -116,7 +116,7 @@ class GpuClock:
         torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Gives freed memory back to the device, so that one rival's does not hem in the next."""
+        """Gives freed memory back to the device, so that the next rival can have it."""
         torch.cuda.empty_cache()
 
     def time(self, call: Call, budget: float) -> dict[str, Any]:
@@ -172,9 +172,9 @@ def make_clock(device: torch.device) -> CpuClock | GpuClock:
 
 
 def measure_ceilings(clock: CpuClock | GpuClock, budget: float = 0.5) -> dict[str, Any]:
-    """The machine's rates: copy_bytes_per_s (read plus written), matrix_flops_per_s, and of what.
+    """The machine's rates: copy_bytes_per_s (read plus written), matrix_flops_per_s, what was run.
 
-    On random data: the power that zeros save makes a GPU's clocks, and so its rates, higher.
+    On random data: zeros save power, which raises a GPU's clocks and so its rates.
     """
     device = clock.device
     on_gpu = device.type != "cpu"
@@ -202,7 +202,7 @@ def gemm_milliseconds(case: Case, clock: CpuClock, budget: float) -> float:
     """The time of plain float32 GEMMs of the call's shapes, and so of its FLOPs, on the CPU.
 
     [n, C] x [C, 4D], D times [L, L] x [L, L], [n, D] x [D, C] and [n, C] x [C, C], into memory that
-    is there already.
+    is already allocated.
     """
     n, c, d, length = case.pairs, case.channels, case.hidden, case.length
     x, t = torch.randn(n, c), torch.randn(n, d)

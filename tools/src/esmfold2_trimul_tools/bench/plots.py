@@ -17,8 +17,8 @@ from .rivals import OURS
 
 _DOTS_PER_INCH = 150
 _LEGEND_COLUMNS = 4
-# Okabe and Ito's colours, which differ to colour-blind eyes: one for each family of rivals, told
-# apart within it by line and marker. A name takes the first line of which it begins.
+# Okabe and Ito's colours, which colour-blind readers can distinguish: one for each family of
+# rivals. Line and marker distinguish its members. A name takes the first entry that it begins with.
 _STYLES = (
     ("ours, torch.compile", "#D55E00", ":", "s"),
     ("ours, CUDA graph", "#D55E00", "--", "D"),
@@ -40,7 +40,7 @@ _STYLES = (
 
 
 class _Quantity(NamedTuple):
-    """One figure: a row's value against L. `form` is that of its numbers on the axis."""
+    """One figure: a row's value against L. `form` formats the numbers on the axis."""
 
     name: str  # of the files
     label: str

@@ -1,4 +1,4 @@
-"""What the benchmark computes: the random inputs of one shape, and its float64 answer."""
+"""The benchmark's problems: the random inputs of one shape, and its float64 answer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SAMPLED = 16
 class Problem(NamedTuple):
     """x [B, L, L, C], the eight parameters by their public names (norms in float32), the mask.
 
-    grad_out is the gradient of the output, where gradients are asked for. The rest is for the
-    conformance suite, which also asks for what the benchmark leaves at its default: other values of
-    eps, absent norms, biases of the linear layers by their public names, and so on.
+    grad_out is the gradient of the output, where gradients are asked for. The other fields are for
+    the conformance suite, which also varies eps, absent norms, biases of the linear layers (by
+    their public names), and so on.
     """
 
     case: Case
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Random inputs like a trained trunk's: rows of mean 0.3, uneven norm weights, padding.
+    """Random inputs as in a trained trunk: rows of mean 0.3, uneven norm weights, padding.
 
     The mask hides the last three residues.
     """
@@ -77,8 +77,8 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 def reference(problem: Problem) -> Tensor:
     """The update [B, L, L, C] in float64, on the problem's device, in the steps of the oracle.
 
-    Never holds more than two float64 tensors of the pair's size: a and b come and go a few channels
-    at a time, and the answer takes the place of their product, a few rows at a time.
+    Never holds more than two float64 tensors of the pair's size: a and b exist for a few channels
+    at a time, and the answer overwrites their product, a few rows at a time.
     """
     case, w = problem.case, problem.weights
     z = problem.x.double()
@@ -87,8 +87,8 @@ def reference(problem: Problem) -> Tensor:
     t = z.new_empty(*z.shape[:-1], case.hidden)
     for group in torch.arange(case.hidden).split(_CHANNELS_AT_ONCE):
         both = torch.cat([group, case.hidden + group])
-        some = w | {name: w[name][both] for name in ("p_in_weight", "g_in_weight")}
-        a, b = oracle.operands(z, some, problem.mask)
+        part = w | {name: w[name][both] for name in ("p_in_weight", "g_in_weight")}
+        a, b = oracle.operands(z, part, problem.mask)
         t[..., group] = oracle.product(a, b, case.direction)
         del a, b
 
@@ -123,7 +123,7 @@ class Sample(NamedTuple):
 def sample(problem: Problem) -> Sample:
     """The reference at the pairs of 16 residues i with 16 residues j, for any L.
 
-    The first, the last and random ones; needed of x are their pairs with all others, no more.
+    Both are the first, the last and random ones. Of x only their pairs with all residues are read.
     """
     case = problem.case
     generator = torch.Generator().manual_seed(0)
@@ -135,11 +135,11 @@ def sample(problem: Problem) -> Sample:
 
     w, sides = problem.weights, []
     i, j = residues(), residues()
-    for number, some in enumerate((i, j)):
+    for number, sampled in enumerate((i, j)):
         # All pairs of a residue: its row where outgoing, its column where incoming.
         side = 1 if case.direction == "outgoing" else 2
-        rows = problem.x.index_select(side, some)
-        mask = None if problem.mask is None else problem.mask.index_select(side, some)
+        rows = problem.x.index_select(side, sampled)
+        mask = None if problem.mask is None else problem.mask.index_select(side, sampled)
         if case.direction == "incoming":
             rows, mask = rows.transpose(1, 2), None if mask is None else mask.mT
         z = oracle.norm(rows.double(), w, "norm_in", EPS)

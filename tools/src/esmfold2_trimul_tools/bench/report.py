@@ -22,7 +22,7 @@ def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
 
 
 def caption(results: Results) -> str:
-    """Device, versions, commit, date and ceilings in a sentence each."""
+    """Device, versions, commit, date and ceilings, a sentence each."""
     ceilings = results["ceilings"]
     return (
         f"{origin(results['environment'])} "
@@ -68,13 +68,13 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     lines = [
         [cell(row) for cell in columns.values()] for row in rows if row["status"] == "measured"
     ]
-    # A column that nothing fills is left out.
+    # An empty column is left out.
     kept = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines)]
     return [list(columns)[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
 def notes(results: Results) -> list[str]:
-    """A sentence for each rival and reason: what was not measured, where, and why."""
+    """A sentence for each rival and reason for which shapes were not measured."""
     where: dict[tuple[str, str, str], list[str]] = {}
     for row in results["rows"]:
         if row["note"] is not None:
@@ -108,12 +108,12 @@ def milliseconds(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """As in 4.87x and 45.6x."""
+    """For example 4.87x or 45.6x."""
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
 def _tables(rows: list[Row]) -> Iterator[tuple[str, str]]:
-    """(title, Markdown table) of what one group's rows hold; the table is empty if nothing."""
+    """(title, Markdown table) of one group's rows; a table without values is empty."""
     extra = {}
     if any(row["floor_share"] is not None for row in rows):
         extra["ours, of floor"] = lambda ours: f"{ours['floor_share']:.0%}"
@@ -167,12 +167,12 @@ def _markdown_table(
     cell: Callable[[Row, Row | None], str],
     extra: dict[str, Callable[[Row], str]],
 ) -> str:
-    """A line for each C and L and a column for each rival that has a value anywhere, if any has.
+    """A line for each C and L, and a column for each rival with any value; empty without values.
 
     Args:
-        value: what a row must have to be shown.
-        cell: of a row and ours at its shape.
-        extra: further columns, of ours alone.
+        value: the entry that a row must have to be shown.
+        cell: makes a cell from a row and our row of its shape.
+        extra: further columns, for our rows alone.
     """
     shown = [row for row in rows if value(row) is not None]
     if not shown:

@@ -1,4 +1,4 @@
-"""The benchmark's results, one JSON document, and what follows from its numbers.
+"""The benchmark's results, one JSON document, and the numbers derived from them.
 
     {"environment": {...}, "ceilings": {...}, "rows": [{...}, ...]}
 
@@ -19,7 +19,7 @@ from .rivals import BASELINES, OURS
 Results = dict[str, Any]
 Row = dict[str, Any]
 
-# What a row holds besides its shape; None for what was not measured.
+# A row's entries besides its shape; None if not measured.
 ROW = {
     "rival": "its name in rivals.RIVALS",
     "status": "measured; absent (can't be had here), failed (raised) or wrong, and then not timed",
@@ -41,7 +41,7 @@ ROW = {
 
 
 def derive(row: Row, case: Case, ceilings: dict[str, Any], gemm_ms: float | None) -> None:
-    """Fill in what follows from the row's time, the ceilings and the GEMMs' time."""
+    """Fill in the entries that follow from the row's time, the ceilings and the GEMMs' time."""
     row["gemm_ms"] = gemm_ms
     if case.passes == "forward":
         floors = stage_floors(case, ceilings["copy_bytes_per_s"], ceilings["matrix_flops_per_s"])
@@ -63,9 +63,9 @@ def compare(rows: list[Row]) -> None:
 
 
 def row_case(row: Row) -> Case:
-    """The shape that a row is of."""
+    """A row's shape."""
     names = ("C", "L", "dtype", "direction", "mask", "batch")
-    # Results of before there was training have no passes.
+    # Results from before training was measured have no passes.
     return Case(*[row[name] for name in names], passes=row.get("passes", "forward"))
 
 
@@ -73,7 +73,7 @@ def read_results(path: Path) -> Results:
     """The results in a file.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it holds no such results.
     """
     results = read_document(path)
     if not isinstance(results, dict) or results.keys() != {"environment", "ceilings", "rows"}:

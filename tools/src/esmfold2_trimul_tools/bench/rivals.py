@@ -1,9 +1,9 @@
-"""Who is measured: our kernel and its rivals, each called as its own documentation says.
+"""The rivals: our kernel and others, each called as its own documentation says.
 
-A rival is a line in RIVALS and a function that makes its call of a problem; `compiled` and
-`captured` make further ones of those. What only prepares the call (parameters in the dtype that the
-rival wants, compilation, capture) is done when it is made, and never timed. Not before is torch
-imported: the options are checked against the table without it.
+A rival is a line in RIVALS and a function that turns a problem into a call. `compiled` and
+`captured` derive further rivals from such a function. Preparation (parameters in the rival's dtype,
+compilation, capture) is part of making the call, and never timed. torch is imported only then: the
+options are checked against the table without it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PACKAGES = (
 
 
 class Absent(Exception):
-    """The rival can't be had here, or doesn't take such a problem; the message says why."""
+    """The rival isn't available, or doesn't take the problem; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the packages that are measured come from.
+    """The sources of the packages that are measured.
 
     kernel: our loaded package. published: the folder that holds the published package, or None for
     the one that transformers would fetch.
@@ -67,14 +67,14 @@ class Sources:
     published: Path | None = None
 
     def published_module(self) -> ModuleType | str:
-        """The published package's module with the function, or why there is none."""
+        """The module of the published package that has the function, or why there is none."""
         module = find_published(self.published)
         if isinstance(module, ModuleType) and module.__package__ == self.kernel.__name__:
             return "LOCAL_KERNELS puts our own kernel in its place"
         return module
 
     def versions(self, with_published: bool) -> dict[str, str | None]:
-        """The version of every package that a rival comes from; of the published one, a hash."""
+        """The version of every rival's package; a hash for the published one."""
         found = {name: _version(name) for name in _PACKAGES}
         module = self.published_module() if with_published else None
         found["published"] = _sources_hash(module) if isinstance(module, ModuleType) else None
@@ -85,11 +85,11 @@ class Sources:
 class Rival:
     """One contestant.
 
-    make: its call of a problem. option: the option of the command that includes it; without one it
-    always takes part. on_cpu: whether it takes part on a CPU too. slow: it compiles for a while at
-    each length, and --compile-lengths holds it to some. in_capture: it is the replay of a CUDA
-    graph, whose memory is set aside at capture. first_call: its first call in a fresh process is
-    worth timing. passes: what it takes part in.
+    make: makes its call from a problem. option: the command's option that includes it; without one
+    it always takes part. on_cpu: whether it runs on a CPU too. slow: it compiles for a while at
+    each length, and --compile-lengths limits its lengths. in_capture: it replays a CUDA graph,
+    whose memory is allocated at capture. first_call: its first call in a fresh process is worth
+    timing. passes: those for which it is measured.
     """
 
     name: str
@@ -147,8 +147,8 @@ def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -
 def published(problem: Problem, sources: Sources) -> Call:
     """The published package as its layer calls it: all in bfloat16, a residual of new zeros.
 
-    The layer also casts the norms' parameters in every call; here that is done beforehand. A
-    problem that has a residual is given that one.
+    The layer also casts the norms' parameters in every call; here that is done beforehand. If the
+    problem has a residual, that one is used.
     """
     import torch
 
@@ -169,7 +169,7 @@ def published(problem: Problem, sources: Sources) -> Call:
 
 
 def cuequivariance(problem: Problem, sources: Sources, norm_dtype: str) -> Call:
-    """NVIDIA's function, its settings those of its defaults, the mask in the pair's dtype."""
+    """NVIDIA's function with its default settings, the mask in the pair's dtype."""
     if norm_dtype == "bfloat16" and problem.case.dtype != "bfloat16":
         raise Absent("bfloat16 norms are for a bfloat16 pair")
     try:
@@ -202,13 +202,13 @@ Maker = Callable[["Problem", Sources], Call]
 
 
 def compiled(make: Maker, **options: Any) -> Maker:
-    """What `make` makes, under torch.compile with `options`, for this one shape."""
+    """The call that `make` makes, under torch.compile with `options`, for this one shape."""
 
     def made(problem: Problem, sources: Sources) -> Call:
         import torch
 
         call = make(problem, sources)
-        # Dynamo counts compilations of one function and, past a limit, runs it as it is.
+        # Past a limit of compilations of one function, Dynamo runs it uncompiled.
         torch.compiler.reset()
         function = torch.compile(call.function, dynamic=False, **options)
         return Call(function, call.args, call.kwargs)
@@ -217,13 +217,13 @@ def compiled(make: Maker, **options: Any) -> Maker:
 
 
 def captured(make: Maker) -> Maker:
-    """The replay of a CUDA graph of what `make` makes."""
+    """The replay of a CUDA graph of the call that `make` makes."""
 
     def made(problem: Problem, sources: Sources) -> Call:
         import torch
 
         call = make(problem, sources)
-        # Warmed up on a stream of its own, as torch's documentation of CUDA graphs asks for.
+        # Warmed up on a stream of its own, as torch's documentation of CUDA graphs requires.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -231,7 +231,7 @@ def captured(make: Maker) -> Maker:
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The outer context brings the stream back if the capture fails, which `graph` may not.
+        # The outer context restores the stream even if the capture fails; `graph` may not.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             out = call()
         return Call(_replay, (graph, out, call))
@@ -240,7 +240,7 @@ def captured(make: Maker) -> Maker:
 
 
 def trained(call: Call, grad_out: Tensor) -> Call:
-    """The call and the gradients of x and of every parameter that it takes; returns that of x."""
+    """The call and the gradients of x and of all its parameters; returns the gradient of x."""
     import torch
     from torch import Tensor
 
@@ -293,7 +293,7 @@ RIVALS = (
         passes=FORWARD,
     ),  # fmt: skip
 )
-# What every rival's time is compared with, where it was measured beside it.
+# The rival that the others' times are compared with, where it was measured.
 BASELINES = (
     "in-tree, chunk 64",
     "in-tree, unchunked",
@@ -304,17 +304,17 @@ BASELINES = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
+    """The first line of an error's message, or the name of its type if it has none."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @functools.cache
 def find_published(folder: Path | None) -> ModuleType | str:
-    """What `Sources.published_module` gives, looked for once.
+    """The value of `Sources.published_module`, looked for once.
 
     Args:
-        folder: that holds the package; None for the one that transformers would fetch.
+        folder: the package's; None for the package that transformers would fetch.
     """
     try:
         with _settings_kept():
@@ -340,7 +340,7 @@ def _import_published(folder: Path | None) -> ModuleType:
 
 @contextmanager
 def _settings_kept() -> Iterator[None]:
-    """Puts back the environment and the warning filters.
+    """Restores the environment and the warning filters.
 
     Importing the published package changes both, and cuEquivariance reads its settings from the
     environment.
@@ -363,7 +363,7 @@ def _version(package: str) -> str | None:
 
 
 def _sources_hash(module: ModuleType) -> str:
-    """Which sources a module was loaded with: a hash of the Python files of its folder."""
+    """A hash of the Python files in a module's folder."""
     digest = hashlib.sha256()
     for path in sorted(Path(module.__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -2,9 +2,9 @@
 
     esmfold2-trimul bench --device cuda --out results.json --plot plots --markdown
 
-Forward calls on random inputs, each rival held to float64 before it is timed. How times are taken
-is said in `clock`, how each rival is called in `rivals`, what the floor is in `case.stage_floors`,
-what the results hold in `results`.
+It runs calls on random inputs, and compares each rival with float64 before timing it. `clock` tells
+how times are taken, `rivals` how each rival is called, `case.stage_floors` what the floor is, and
+`results` what the results hold.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _SAME_WHEN_RESUMED = (
     "device", "threads", "isa", "cpu_capability", "torch", "triton", "driver", "rivals", "kernel",
     "seed", "busy_loops",
 )  # fmt: skip
-# Above it a result is wrong, not inexact: several times the in-tree module's own error, for float32
-# that of TF32 products.
+# Above this a result is wrong, not inexact: several times the in-tree module's own error, for
+# float32 with TF32 products.
 _WILD_ERROR = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 4e-3}
 
 
 class DeviceLostError(UserError):
-    """The device takes no more work in this process, after an illegal access for instance."""
+    """The device refuses further work in this process, for example after an illegal access."""
 
     exit_status = 1
 
@@ -76,15 +76,15 @@ def run(
     progress: Progress | None = None,
     save: Callable[[Results], None] | None = None,
 ) -> None:
-    """Measure what `settings` ask for and `results` don't hold yet, into `results`.
+    """Add to `results` the rows that `settings` ask for and that are missing.
 
     Args:
-        results: what `start` gave.
+        results: from `start`.
         progress: called with (what, done, total) before each row and at the end.
-        save: called with the results after each shape, also one that is broken off.
+        save: called with the results after each shape, also an unfinished one.
 
     Raises:
-        DeviceLostError: a rival broke the device for all that would come after it.
+        DeviceLostError: a rival broke the device for all later work.
     """
     sources = Sources(load_kernel(settings.root), settings.published)
     clock = make_clock(settings.device)
@@ -131,9 +131,9 @@ def run(
 
 
 def _answer(problem: Problem, check_up_to: int) -> torch.Tensor | Sample | None:
-    """What an output is held to: all of it in float64, or of a long sequence a sample.
+    """The float64 answer that an output is compared with; a sample of it for a long sequence.
 
-    In training it is the gradient of x; of a long sequence nothing.
+    In training the answer is the gradient of x, and None for a long sequence.
     """
     in_full = problem.case.length <= check_up_to
     if problem.case.passes == "training":
@@ -149,7 +149,7 @@ def measure(
     clock: CpuClock | GpuClock,
     budget: float,
 ) -> Row:
-    """The row of one rival, held to what `_answer` gave, and then timed."""
+    """The row of one rival, compared with the value of `_answer` and then timed."""
     row = problem.case.columns() | dict.fromkeys(ROW) | {"rival": rival.name, "speed_up": {}}
     try:
         training = problem.case.passes == "training"
@@ -170,7 +170,7 @@ def measure(
 
 
 def _settle(clock: CpuClock | GpuClock, row: Row) -> None:
-    """Make room after a rival, and see that it left the device alive."""
+    """Free a rival's memory, and check that the device still works."""
     gc.collect()
     try:
         clock.synchronize()
@@ -211,7 +211,7 @@ def _peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
 
 
 def _add_first_call(row: Row, case: Case, settings: Settings, before: list[Row]) -> None:
-    """Once for each rival, C and dtype."""
+    """Time the first call, once for each rival, C and dtype."""
     same = ("rival", "C", "dtype")
     if any(other["first_call_s"] and all(other[k] == row[k] for k in same) for other in before):
         return
@@ -224,7 +224,7 @@ def _add_first_call(row: Row, case: Case, settings: Settings, before: list[Row])
 
 
 def start(settings: Settings, command: str, commit: str | None = None) -> Results:
-    """Results without a row yet: environment and ceilings are taken now.
+    """Results without rows, with the environment and ceilings of now.
 
     Args:
         command, commit: as for `environment.describe_environment`.
@@ -239,7 +239,7 @@ def start(settings: Settings, command: str, commit: str | None = None) -> Result
 
 
 def resume(settings: Settings, path: Path, command: str, commit: str | None = None) -> Results:
-    """The results in the file at `path`, to be added to; who was absent gets another chance.
+    """The results in the file at `path`, to be added to; absent rivals are tried again.
 
     Raises:
         UserError: they can't be read, or come from another machine, build or set of versions.
@@ -269,7 +269,7 @@ def _environment(
 
 
 def _use(device: torch.device) -> None:
-    """Make it the current device, which Triton and CUDA graphs take."""
+    """Make it the current device, which Triton and CUDA graphs use."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -282,10 +282,10 @@ def bench(
     commit: str | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """The whole of it: start or resume, measure, and keep the results in the file `out`, if any.
+    """Start or resume, measure, and keep the results in the file `out`, if any.
 
     Raises:
-        UserError: `out` can't be read or written, or holds what can't be added to.
+        UserError: `out` can't be read or written, or its results can't be added to.
     """
     if resumed and out.exists():
         results = resume(settings, out, command, commit)

@@ -1,4 +1,4 @@
-"""The benchmark's options: how they are checked, and what they come to on this machine."""
+"""The benchmark's options: their checks, and their defaults on this machine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ def _device_name(option: str, name: str) -> str:
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Of a list separated by commas."""
+    """The numbers of a list separated by commas."""
     try:
         numbers = tuple(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError:
@@ -65,7 +65,7 @@ def _words(known: tuple[str, ...], short: Mapping[str, str] = MappingProxyType({
 
 
 def _rivals(option: str, names: list[str]) -> tuple[Rival, ...] | None:
-    """Those, and ours; None without names."""
+    """The rivals of these names, and ours; None without names."""
     known = [rival.name for rival in RIVALS]
     for name in names:
         if name not in known:
@@ -83,8 +83,8 @@ def _seconds(option: str, seconds: float) -> float:
 class Settings:
     """What is to be measured, with which rivals, for how long, and what becomes of the results.
 
-    The annotations are those of the options' text; checks make more of it, of lists tuples. What
-    depends on the device is None until it is `on_this_machine`.
+    The annotations are those of the options' text, which checks convert, for example to tuples.
+    Fields that depend on the device are None until `on_this_machine`.
     """
 
     device: Annotated[
@@ -200,7 +200,7 @@ class Settings:
         return find_root(self.kernel_root)
 
     def on_this_machine(self) -> "Settings":
-        """The settings with torch's device, and its defaults where the options leave them open."""
+        """The settings with torch's device, and its defaults for options that were left out."""
         find_root(self.kernel_root)  # before torch is imported
         from ..folding.model import resolve_device, resolve_dtype
 
@@ -220,7 +220,7 @@ class Settings:
         )
 
     def _rivals_on(self, device: str) -> tuple[Rival, ...]:
-        """Those that the options include, on such a device."""
+        """The rivals that the options include, on such a device."""
         return tuple(
             rival
             for rival in RIVALS
@@ -242,7 +242,7 @@ class Settings:
         ]
 
     def rivals_at(self, case: Case) -> list[Rival]:
-        """Who takes part in a shape."""
+        """The rivals that are measured at a shape."""
         lengths = self.compile_lengths
         return [
             rival
@@ -253,9 +253,9 @@ class Settings:
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings that the options' text stands for; lists are separated by commas.
+    """The settings from the options' text; lists are separated by commas.
 
     Raises:
-        UserError: text that can't be read, or what is not to be had here.
+        UserError: text that can't be read, or something that this machine lacks.
     """
     return read(Settings, **given).on_this_machine()

@@ -1,1 +1,1 @@
-"""Every implementation held to float64, over one table of cases and by one criterion."""
+"""Every implementation compared with float64, over one table of cases and by one criterion."""

@@ -1,8 +1,8 @@
 """The conformance suite's table: every case a row of data.
 
-A case says in words what is special about a call; what it doesn't say is the default of `Case`. The
-features that it needs follow from its words: an implementation that lacks one is told apart from
-one that fails. The table needs no torch: options are checked against it.
+A case names what is special about a call; all else is the default of `Case`. The features that it
+needs follow from its fields, so that an implementation without a feature doesn't count as failing.
+The table needs no torch: options are checked against it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ class Case:
 
     leading: the dimensions of x before [L, L, C].
     mask: its values, a key of `problem.MASKS`. mask_axes: its axes, of which "..." stands for
-    `leading` or for mask_leading. mask_expanded: it is a view of the shape of x without memory of
-    its own.
+    `leading` or for mask_leading. mask_expanded: it is an expanded view.
     x: its values, a key of `problem.INPUTS`, times `scale`. layout: a key of `problem.LAYOUTS`.
-    weights: "trunk"; "wide gates"; or "fine norms", whose digits decide and are lost in bfloat16.
+    weights: "trunk"; "wide gates"; or "fine norms", whose decisive digits are lost in bfloat16.
     norms: the dtype of the LayerNorms' parameters, or "absent".
     residual: "none", "own", "pair" (x itself) or "overwritten" (the result is written over it).
-    drop_mask: "none", or its shape, of the dtype of x; "bool" is of the first shape.
-    lengths: the real residues of each sequence, at most L; None is a call without them.
+    drop_mask: "none", or its shape, in the dtype of x; "bool" has the first shape.
+    lengths: the real residues of each sequence, at most L; None for a call without lengths.
     """
 
     name: str
@@ -69,7 +68,7 @@ class Case:
 
     @property
     def with_residual(self) -> bool:
-        """Whether it asks for what only the function with a residual has."""
+        """Whether it needs an argument that only the function with a residual has."""
         return self.residual != "none" or self.drop_mask != "none"
 
     @property
@@ -88,7 +87,7 @@ class Case:
 
     @property
     def features(self) -> frozenset[str]:
-        """What an implementation must have to take part; each is a key that it may lack."""
+        """The features that an implementation must have to take part."""
         needed = {
             self.dtype: True,
             "D != C": self.hidden != self.channels,
@@ -109,7 +108,7 @@ class Case:
 
 
 def _for_each(dtypes: str, name: str, **words: object) -> Iterator[Case]:
-    """A case for each of the dtypes, called by both."""
+    """A case for each dtype, with both in its name."""
     for dtype in dtypes.split():
         yield Case(f"{name}, {dtype}", dtype, **words)
 
@@ -120,12 +119,12 @@ _BFLOAT16 = "bfloat16"
 _FLOAT32 = "float32"
 _INCOMING = {"direction": "incoming"}
 
-# A width, a dtype, a mask's dtype, an absent argument: each has machine code of its own to wait
-# for. Most cases share theirs; what differs in such a thing differs in little else.
+# Each width, dtype, mask dtype and absent argument needs a compilation. So most cases share these;
+# a case that differs in one of them differs in little else.
 CASES: tuple[Case, ...] = (
     *_for_each(_ALL, "direction: outgoing"),
     *_for_each(_ALL, "direction: incoming", **_INCOMING),
-    # Tiny outputs come many at a time: the error of a few numbers is a matter of luck.
+    # Tiny outputs come in large batches: the error of a few numbers is a matter of luck.
     *_for_each(_ALL, "L = 1, 32 sequences", length=1, leading=(32,)),
     *_for_each(_BFLOAT16, "L = 1, one sequence", length=1, channels=128, hidden=128),
     *_for_each(_FLOAT32, "L = 1, one sequence", length=1),
@@ -193,7 +192,7 @@ CASES: tuple[Case, ...] = (
     *_for_each(_ALL, "scale: 1e3", scale=1e3, **_INCOMING),
     *_for_each(_ALL, "heavy tails: Cauchy", x="cauchy"),
     *_for_each(_ALL, "heavy tails: Cauchy, incoming", x="cauchy", **_INCOMING),
-    # The means of equal numbers with few digits are exact by themselves where C is a power of two.
+    # Where C is a power of two, the mean of equal numbers with few digits is exact anyway.
     *_for_each("float16", "constant rows: up to 3e4", x="constant rows"),
     *_for_each(
         _BFLOAT16, "constant rows: up to 3e4", x="constant rows", channels=250, hidden=250

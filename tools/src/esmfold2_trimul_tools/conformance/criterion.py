@@ -1,4 +1,4 @@
-"""What the conformance suite holds an output to: float64, and plain PyTorch in the same dtype.
+"""The conformance suite's criterion: float64, and plain PyTorch in the same dtype.
 
 An output conforms if it has the right shape and dtype; is finite wherever float64, rounded to the
 dtype, is; is 0 wherever float64 is exactly 0; and
@@ -6,11 +6,11 @@ dtype, is; is 0 wherever float64 is exactly 0; and
     ||got - float64|| / ||float64||      <= max(B, 1.1 times the same of plain PyTorch)
     max |got - float64| / rms(float64)   <= max(16 B, 2 times the same of plain PyTorch)
 
-B is a fixed budget of the dtype and the precision. Plain PyTorch is the formula one operation after
-the other, each rounded to the dtype, with norms in float32: what transformers' module computes, but
-for every case. It is on the CPU, from the same numbers, but for rows of one number, which it gets
-as zeros (LayerNorm makes them its bias, and plain PyTorch of a large one anything). 1.1 leaves the
-module on a GPU its other order of summation. Where plain PyTorch overflows, B decides.
+B is a fixed budget of the dtype and the precision. Plain PyTorch is the formula, each operation
+rounded to the dtype, with norms in float32: the arithmetic of transformers' module, for every case.
+It runs on the CPU on the same numbers, but gets constant rows as zeros (LayerNorm of such a row is
+its bias; plain PyTorch gives anything if the constant is large). The factor 1.1 allows for another
+order of summation on a GPU. Where plain PyTorch overflows, B decides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..oracle import triangle_multiplication
 from .cases import Case
 from .problem import Problem
 
-# Those of tests/helpers.py, and the bounds of docs/numerics.md for the other words of `precision`.
+# From tests/helpers.py, and from docs/numerics.md for the other words of `precision`.
 BUDGETS = {"bfloat16": 4.8e-3, "float16": 7e-4, "float32": 5e-6}
 PRECISION_BUDGETS = {"IEEE": 5e-6, "TF32x3": 5e-6, "TF32": 2e-3, "bfloat16": 1e-2}
 # The largest of a million normal errors is five times their L2 error, and outputs have heavy tails.
@@ -43,7 +43,7 @@ class Errors(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a case's output is held to: float64's output, plain PyTorch's errors and the limits."""
+    """A case's float64 output, plain PyTorch's errors and the limits."""
 
     wanted: Tensor
     plain: Errors
@@ -73,7 +73,7 @@ def answer(problem: Problem) -> Answer:
 
 def reference(problem: Problem) -> Tensor:
     """The output in float64."""
-    # LayerNorm doesn't notice the shift, which makes rows of one huge number exact zeros.
+    # The shift doesn't change LayerNorm, and makes rows of one huge number exact zeros.
     x = problem.x.double()
     return formula(replace(problem, x=x - x[..., :1]), torch.float64)
 
@@ -88,9 +88,9 @@ def formula(problem: Problem, dtype: torch.dtype) -> Tensor:
 
 
 def errors(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Errors:
-    """Of an output on the CPU, where float64 rounds to a finite number of `dtype`; NaN if any is.
+    """Errors of an output on the CPU, where float64 rounds to a finite number of `dtype`.
 
-    Of an output that is to be 0, 0 if it is, and infinite otherwise.
+    NaN if any element is NaN. For an output that must be 0, they are 0 if it is, else infinite.
     """
     counted = wanted.to(dtype).isfinite()
     off = torch.where(counted, got.double() - wanted, 0.0)
@@ -103,7 +103,7 @@ def errors(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> Errors:
 
 
 def fault(got: Tensor, held_to: Answer, dtype: torch.dtype) -> str | None:
-    """Why an output on the CPU doesn't conform; None if it does."""
+    """The reason why an output on the CPU doesn't conform; None if it does."""
     wanted = held_to.wanted
     if got.shape != wanted.shape or got.dtype != dtype:
         return f"gave {got.dtype} {tuple(got.shape)} for {dtype} {tuple(wanted.shape)}"

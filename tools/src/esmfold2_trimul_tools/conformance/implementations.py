@@ -1,7 +1,7 @@
-"""Who takes the conformance suite: ours by every door, and the others as `bench.rivals` calls them.
+"""The implementations under test: ours by every entry point, others as `bench.rivals` calls them.
 
-An implementation is a line in IMPLEMENTATIONS. Ours lack nothing that the table asks for. torch is
-imported by what runs one: options are checked against the table without it.
+An implementation is a line in IMPLEMENTATIONS. Ours lack no feature of the table. torch is imported
+only to run one: options are checked against the table without it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Implementation:
     """One implementation of the triangle multiplication.
 
     run: its output for a problem on its device; raises `Absent` for one that it doesn't take.
-    missing: why it can't run on a device here, or None if it can. lacks: features of
-    `cases` that it doesn't have, and a reason for each. on_cpu: it takes tensors of the
-    CPU, whatever device is asked for.
+    missing: why it can't run on a device here, or None if it can. lacks: features of `cases` that
+    it doesn't have, and a reason for each. on_cpu: it takes CPU tensors, whatever device is asked
+    for.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Implementation:
     on_cpu: bool = False
 
     def device(self, asked_for: torch.device) -> torch.device:
-        """The device of the tensors that it is given."""
+        """The device of its tensors."""
         import torch
 
         return torch.device("cpu") if self.on_cpu else asked_for
@@ -102,7 +102,7 @@ def _for_benchmark(problem: Problem) -> bench_problem.Problem:
 
 
 def _not_on_path(path: str, device: torch.device, sources: Sources) -> str | None:
-    """Why our calls for tensors of a device don't take a path."""
+    """Why our calls on a device don't take this path."""
     import torch
 
     found = sources.kernel.paths.execution_path(device, torch.bfloat16)

@@ -1,6 +1,6 @@
-"""The problem that a case stands for: its tensors.
+"""The tensors of a case.
 
-They are drawn from its name, on the CPU, so that a case is the same numbers on every machine.
+They are drawn on the CPU, seeded by the case's name: the same numbers on every machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .cases import Case
 
 _OTHER_TENSORS = ("mask", "residual", "drop_mask", "lengths")  # of a problem: neither x nor weights
 _HIDDEN_RESIDUES = 3
-_LARGEST_INPUT = 65504.0  # float16's largest number: inputs are the same whatever the dtype
+_LARGEST_INPUT = 65504.0  # float16's largest number, so that all dtypes get the same inputs
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ Values = Callable[[_Draw, tuple[int, ...]], Tensor]
 
 
 def _trunk(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
-    """As in a trained trunk: rows whose mean is not 0."""
+    """Rows as in a trained trunk, whose mean is not 0."""
     return draw.normal(*shape) * 1.5 + 0.3
 
 
@@ -92,7 +92,7 @@ def _cauchy(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
 
 
 def _constant(draw: _Draw, shape: tuple[int, ...], constants: tuple[float, ...]) -> Tensor:
-    """Every second pair in turn has one of the constants in all of its channels."""
+    """Every second pair has one of the constants, in turn, in all its channels."""
     x = _trunk(draw, shape)
     rows = x.view(-1, shape[-1])
     for number, constant in enumerate(constants):
@@ -123,7 +123,7 @@ def _padding(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
 
 
 def _masked_rows(draw: _Draw, shape: tuple[int, ...]) -> Tensor:
-    """A random mask; of a third of the residues i every pair is hidden, and of others j."""
+    """A random mask that also hides all pairs of a third of the residues i, and of some j."""
     mask = draw.uniform(*shape) > 0.3
     mask[..., 1::3, :] = False
     mask[..., 2::5] = False
@@ -143,7 +143,7 @@ MASKS: dict[str, Values] = {
 
 
 def _sliced(x: Tensor) -> Tensor:
-    """Channels of a wider tensor, from an address that is no multiple of 16 bytes."""
+    """A slice of a wider tensor's channels, at an address that is no multiple of 16 bytes."""
     wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 5)
     wide[..., 5:] = x
     return wide[..., 5:]
@@ -159,7 +159,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
-    """The case's tensors on the CPU; x and the mask without the strides that they are to have."""
+    """The case's tensors on the CPU, with x and the mask not yet in the case's strides."""
     draw = _Draw(case, seed)
     channels, hidden, length, dtype = case.channels, case.hidden, case.length, case.torch_dtype
     shape = (*case.leading, length, length, channels)
@@ -180,8 +180,8 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         "g_out_weight": projection(channels, channels, wide),
     }
     if case.weights == "fine norms":
-        # The logit of the output gate is near -6, so a relative error of the norm comes out sixfold
-        # in the gate, for all channels alike. In bfloat16 1.0035 is 1, and 2.007 is 2.
+        # The logit of the output gate is near -6, which multiplies a relative error of the norm by
+        # six in the gate, in all channels alike. In bfloat16 1.0035 is 1, and 2.007 is 2.
         weights["norm_in_weight"] = torch.full((channels,), 1.0035)
         weights["norm_in_bias"] = torch.full((channels,), 2.007)
         weights["g_out_weight"] = (weights["g_out_weight"] * 0.1 - 3 / channels).to(dtype)

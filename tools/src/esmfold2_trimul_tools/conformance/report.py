@@ -41,7 +41,7 @@ class Summary(NamedTuple):
     worst: Row | None
 
     def cells(self) -> list[str]:
-        """Of a table with the columns of `COLUMNS`."""
+        """The cells of a table line with the columns `COLUMNS`."""
         worst = ["-", "-"]
         if self.worst is not None:
             error, limit = self.worst["error"], self.worst["limit"]
@@ -56,7 +56,7 @@ def read_results(path: Path) -> Results:
     """The results in a file.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it holds no such results.
     """
     results = read_document(path)
     if not isinstance(results, dict) or results.keys() != {"environment", "absent", "rows"}:
@@ -72,7 +72,7 @@ def ours_conforms(results: Results) -> bool:
 
 
 def summaries(results: Results) -> list[Summary]:
-    """One for each implementation that took part."""
+    """A summary for each implementation that took part."""
     rows: dict[str, list[Row]] = {}
     for row in results["rows"]:
         rows.setdefault(row["implementation"], []).append(row)
@@ -91,7 +91,7 @@ def summaries(results: Results) -> list[Summary]:
 
 
 def notes(results: Results) -> list[str]:
-    """A line for each failure, each implementation that lacks something, and each absent one."""
+    """A line for each failure, each implementation that lacks a feature, and each absent one."""
     failed = [
         f"{row['implementation']} failed {row['case']}: {row['note']}"
         for row in results["rows"]

@@ -1,9 +1,9 @@
-"""The conformance suite: a table of cases, every implementation that is here, and one criterion.
+"""The conformance suite: a table of cases, every available implementation, and one criterion.
 
     esmfold2-trimul conformance --out results.json
 
-The options are in `settings`, the cases are data in `cases`, what they are held to is in
-`criterion`, who takes part in `implementations`, and what the results hold in `report`.
+The options are in `settings`, the cases are data in `cases`; the other parts are `criterion`,
+`implementations` and `report`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Posed(NamedTuple):
-    """A case's problem, what its output is held to, and the problem that must give its bits.
+    """A case's problem and float64 answer, and a second problem that must give the same bits.
 
     The second problem has zeros where the rows of the first are constant: LayerNorm gives the bias
     for both. None if there are no such rows.
@@ -42,7 +42,7 @@ class Posed(NamedTuple):
 
 
 def pose(case: Case, seed: int = 0) -> Posed:
-    """The case, ready to be held against any implementation."""
+    """The case, ready to be given to any implementation."""
     problem = make_problem(case, seed)
     return Posed(problem, answer(problem), problem.without_constant_rows())
 
@@ -79,7 +79,7 @@ def check(
 def _run(
     implementation: Implementation, posed: Posed, sources: Sources, device: torch.device
 ) -> tuple[str | None, Tensor]:
-    """What is wrong with the call apart from its errors, if anything is, and its output."""
+    """A fault of the call other than its errors, or None, and its output."""
     problem = posed.problem.laid_out_on(device)
     got = implementation.run(problem, sources).cpu()
     if not torch.equal(problem.x.cpu(), posed.problem.x):
@@ -98,7 +98,7 @@ def _finite(value: float) -> float | None:
 
 
 def run(settings: Settings, results: Results, progress: Progress | None = None) -> None:
-    """Hold the settings' cases against the settings' implementations, into `results`."""
+    """Run the settings' cases on the settings' implementations; add the rows to `results`."""
     sources = Sources(load_kernel(settings.root), settings.published)
     report = progress or (lambda what, done, total: None)
     present = []
@@ -113,7 +113,7 @@ def run(settings: Settings, results: Results, progress: Progress | None = None) 
     for number, case in enumerate(settings.cases):
         report(f"float64, {case.name}", number, total)
         posed.append(pose(case, settings.seed))
-    # One implementation after the other, ours first: what breaks the device breaks no other's.
+    # One implementation after the other, ours first: one that breaks the device can't spoil ours.
     lost = None
     for one in present:
         on_cpu = one.device(settings.device).type == "cpu"
@@ -132,7 +132,7 @@ def run(settings: Settings, results: Results, progress: Progress | None = None) 
 
 
 def _loss(device: torch.device) -> str | None:
-    """Why the device takes no more work in this process, after an illegal access for instance."""
+    """Why the device refuses further work in this process, for example after an illegal access."""
     try:
         getattr(torch, device.type).synchronize(device)
     except Exception as error:
@@ -141,7 +141,7 @@ def _loss(device: torch.device) -> str | None:
 
 
 def conformance(settings: Settings, command: str, progress: Progress | None = None) -> Results:
-    """The whole of it; the results are written to the settings' file, if any.
+    """Run the suite; the results are written to the settings' file, if any.
 
     Args:
         command: the command line.
@@ -156,7 +156,7 @@ def conformance(settings: Settings, command: str, progress: Progress | None = No
         "rows": [],
     }
     if settings.out is not None:
-        write_document(results, settings.out)  # rather now than after all the work
+        write_document(results, settings.out)  # fail now rather than after all the work
     run(settings, results, progress)
     if settings.out is not None:
         write_document(results, settings.out)

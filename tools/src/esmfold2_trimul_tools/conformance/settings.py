@@ -1,4 +1,4 @@
-"""The conformance suite's options: how they are checked, and what they come to on this machine."""
+"""The conformance suite's options: their checks, and their defaults on this machine."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .implementations import Implementation
 
 
 def _implementations(option: str, chosen: list[str]) -> tuple[Implementation, ...]:
-    """Those of the names, or without names all of them."""
+    """The implementations of these names, or all without names."""
     every = implementations.IMPLEMENTATIONS
     names = [one.name for one in every]
     for name in chosen:
@@ -34,7 +34,7 @@ def _implementations(option: str, chosen: list[str]) -> tuple[Implementation, ..
 
 
 def _cases(option: str, parts: list[str]) -> tuple[Case, ...]:
-    """Those whose name has one of the parts in it, or without parts all of them."""
+    """The cases whose name contains one of the parts, or all without parts."""
     for part in parts:
         if not any(part in case.name for case in CASES):
             raise UserError(f"--case must be a part of a case's name; got {part!r}, in none")
@@ -45,7 +45,7 @@ def _cases(option: str, parts: list[str]) -> tuple[Case, ...]:
 class Settings:
     """Which cases, for which implementations, on which device, and what becomes of the results.
 
-    The annotations are those of the options' text; checks make more of it.
+    The annotations are those of the options' text, which checks convert.
     """
 
     device: Annotated[
@@ -99,9 +99,9 @@ class Settings:
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings that the options stand for.
+    """The settings from the options' text.
 
     Raises:
-        UserError: an option that names what isn't there.
+        UserError: an option that names something unknown.
     """
     return read(Settings, **given).on_this_machine()

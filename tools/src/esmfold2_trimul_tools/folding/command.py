@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .memory import PeakMemory
     from .validate import Validation
 
-# torch and transformers take seconds to import: each command imports what it needs, once it has
-# checked what it can without.
+# torch and transformers take seconds to import, so each command first makes all checks that don't
+# need them.
 
 RANDOM_NOTE = "random weights: meaningless as biology"
 
@@ -214,7 +214,7 @@ class Setup:
         return {"hub": "the Hub's", "off": "stock path"}[self.kernel]
 
     def summary(self, settings: Settings) -> dict[str, Any]:
-        """What the JSON output says of a run."""
+        """A run in the JSON output."""
         name, reason = self.path() if self.kernel == "ours" else (None, None)
         return {
             "model": self.name,

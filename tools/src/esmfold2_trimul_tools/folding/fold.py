@@ -20,7 +20,7 @@ from .sequences import Record
 if TYPE_CHECKING:
     from transformers import EsmFold2Config, EsmFold2Model
 
-# Called after each site with the sites done and the sites in all.
+# Called after each site with the number of sites done and the total.
 Progress = Callable[[int, int], None]
 # The same, after a few words on what is being folded.
 LabelledProgress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ class Fold:
         return self.distogram @ self.bin_centres
 
     def summary(self) -> dict[str, Any]:
-        """What the JSON output says of the fold."""
+        """The fold in the JSON output."""
         return {
             "seconds": self.seconds,
             "peak_memory_bytes": self.memory.peak_bytes,
@@ -71,7 +71,7 @@ class Fold:
 
 
 class Differences(NamedTuple):
-    """How far two folds of one protein are apart; the sample is the first fold's best.
+    """The differences of two folds of one protein, for the sample that is the first fold's best.
 
     All are absolute. plddt_of_means: between the mean pLDDTs. plddt_mean, plddt_max: mean and
     largest over residues. ptm. distogram_mean, distogram_max: of the probabilities, over residue
@@ -164,9 +164,9 @@ def fold(
 
 
 class Outcome(NamedTuple):
-    """One protein folded: with the kernel (or on the stock path, for "off"), and what it is beside.
+    """One protein folded with the kernel, or on the stock path for "off", and its comparison.
 
-    stock and differences are there only when the fold was to be compared.
+    stock and differences are None unless the fold was to be compared.
     """
 
     swap: Swap
@@ -175,7 +175,7 @@ class Outcome(NamedTuple):
     differences: Differences | None = None
 
     def summary(self) -> dict[str, Any]:
-        """What the JSON output says of the protein."""
+        """The protein in the JSON output."""
         return {
             "name": self.fold.record.name,
             "residues": len(self.fold.record.sequence),
@@ -197,7 +197,7 @@ def fold_records(
 ) -> Iterator[Outcome]:
     """Fold each protein with the kernel, and once more on the stock path to compare if asked.
 
-    Both paths are warmed up before a comparison, so that its times leave out what happens once:
+    Both paths are warmed up before a comparison, so that its times exclude one-time costs:
     compiling kernels, starting thread pools.
 
     Args:
@@ -228,7 +228,7 @@ def fold_records(
 
 
 def compare(one: Fold, other: Fold) -> Differences:
-    """How far two folds of the same protein, with the same settings, are apart."""
+    """The differences of two folds of the same protein with the same settings."""
     best = one.best
     plddt = (one.plddt[best] - other.plddt[best]).abs()
     # Row by row: the whole difference would be another [L, L, bins] tensor.

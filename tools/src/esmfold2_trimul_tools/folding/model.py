@@ -46,7 +46,7 @@ def resolve_device(name: str | None) -> torch.device:
         UserError: there is no such device on this machine.
     """
     if name is None:
-        present = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
+        present = [type_ for type_ in ("cuda", "xpu") if getattr(torch, type_).is_available()]
         name = present[0] if present else "cpu"
     kind, _, number = device_name("--device", name).partition(":")
     if kind == "cpu":
@@ -89,7 +89,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> "EsmFold2
 
     with _blaming(f"model {name}: can't be loaded"):
         config = AutoConfig.from_pretrained(source, local_files_only=offline)
-    # Another model's weights would load too: what is missing is drawn at random.
+    # Another model's weights would load too: missing ones are drawn at random.
     if config.model_type != model_class.config_class.model_type:
         raise UserError(f"model {name}: a {config.model_type} model, not ESMFold2")
     with _blaming(f"model {name}: can't be loaded"):
@@ -196,8 +196,8 @@ def triangle_modules(model: nn.Module) -> dict[str, nn.Module]:
 def check_swappable() -> None:
     """Raises UserError where the installed transformers and kernels can't swap a layer at all.
 
-    Outside the pairs of versions that fit, transformers' classes carry no `kernel_layer_name`: the
-    kernels library then passes over them without a word.
+    For other pairs of versions, transformers' classes have no `kernel_layer_name`, and the kernels
+    library then skips them silently.
     """
     if getattr(_site_class(), "kernel_layer_name", None) == SITE_NAME:
         return
@@ -289,7 +289,7 @@ def _swap_in_hubs(model: "EsmFold2Model") -> None:
 
 
 def _runs_another_forward(site: nn.Module, root: Path | None) -> bool:
-    """Whether the site's forward is a layer's, and of the build in `root` where that is given."""
+    """Whether the site's forward is a layer's, and, if `root` is given, of the build there."""
     function = getattr(site.__dict__.get("forward"), "__func__", None)
     if function is None or function is type(site).forward:
         return False
@@ -357,7 +357,7 @@ def _kernels_version() -> str:
 
 
 def _silence_transformers(but_for_bars: bool = False) -> None:
-    """No hints and no loading bars: what matters of them is checked and said by this package."""
+    """No hints and no loading bars: this package checks and reports what matters of them."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -402,7 +402,7 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Whatever the block raises (foreign code, files, the network) as a UserError of one line."""
+    """Turns all that the block raises (foreign code, files, the network) into a UserError."""
     try:
         yield
     except Exception as error:

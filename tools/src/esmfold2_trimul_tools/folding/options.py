@@ -1,4 +1,4 @@
-"""The options that fold and validate share, and the settings of a fold among them."""
+"""The options that fold and validate share, among them the settings of a fold."""
 
 import os
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ kernel_name = one_of(*get_args(Kernel))
 
 
 def model_name(option: str, name: str) -> str:
-    """Refuses a folder without a model, and what can't be a Hub id."""
+    """Refuses a folder without a model, and a name that can't be a Hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -27,7 +27,7 @@ def plot_fold(result: Fold, path: Path, note: str = "") -> None:
     """Write the picture of the fold's best sample as a PNG.
 
     Args:
-        note: a line under the title, for what the reader must know of the weights.
+        note: a line under the title, for a remark on the weights.
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)

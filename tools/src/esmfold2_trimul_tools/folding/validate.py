@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
         return all(self.within_spread(name) for name in DECIDING)
 
     def summary(self) -> dict[str, Any]:
-        """What the JSON output says of the protein."""
+        """The protein in the JSON output."""
         return {
             "name": self.record.name,
             "residues": len(self.record.sequence),
@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """The sites that took the kernel's layer, and each protein's verdict."""
+    """The sites that run the kernel's layer, and each protein's verdict."""
 
     swap: Swap
     verdicts: list[Verdict]

@@ -11,7 +11,7 @@ from ..repository import submodule
 
 STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 WIDTHS = (128, 256)
-# Upper bound of a class of lengths, and the lengths that stand for it; ragged ones among them.
+# The upper bound of each class of lengths, and lengths to time for it, ragged ones among them.
 CLASSES = ((96, (64, 76)), (160, (128,)), (320, (256, 286)), (None, (384, 511, 512, 769, 1024)))
 _SHARED_OF_TWO_BLOCKS = 113 * 1024  # bytes of shared memory if a multiprocessor is to hold two
 
@@ -31,9 +31,9 @@ class Job:
 def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
     """The settings to try for 16-bit tensors of C = D = width.
 
-    Pruned by what was found on sm_90 (docs/performance.md): operands held in registers, at least
-    two blocks a multiprocessor in stages 1 and 3, no more registers than that allows. Without
-    `descriptors`, for GPUs that have none in hardware, the same shapes through pointers.
+    Pruned by findings on sm_90 (docs/performance.md): operands held in registers, at least two
+    blocks a multiprocessor in stages 1 and 3, no more registers than that allows. Without
+    `descriptors`, for GPUs without TMA, the same shapes through pointers.
     """
     grid = {
         "fused_dual_gemm": _dual_gemm_settings,
@@ -53,7 +53,7 @@ def _dual_gemm_settings(width: int) -> Iterator[dict]:
         ((64, 4), (128, 8)), (16, 32, 64), (3, 4), (None, 128, 168), (1, 2, 4, 8), (True, False)
     ):
         shared = 2 * block_n * block_k * 2 * stages + block_n * block_m * 2
-        # Splitting and pointers are for short sequences.
+        # Splits and pointers are for short sequences.
         if (
             shared > _SHARED_OF_TWO_BLOCKS
             or (maxnreg == 168 and warps == 8)

@@ -1,4 +1,4 @@
-"""The search: every candidate compiled, held to float32 PyTorch, and timed.
+"""The search: every candidate is compiled, compared with float32 PyTorch, and timed.
 
 Candidates are compiled in processes of their own, several at a time. Needs torch, Triton and one
 NVIDIA GPU; no other package.
@@ -58,7 +58,7 @@ class StageInputs:
         self._make_references()
 
     def _make_references(self) -> None:
-        """Each stage's result in float32 from the operands that the stage is given."""
+        """Each stage's result in float32 from that stage's own operands."""
         x, length, parameters = self.call.x, self.length, self.call.weights._asdict()
         pitch = submodule(self.kernel, "triton_parts.tiles").padded_pitch(length)
         rows = x.float()
@@ -103,7 +103,7 @@ class StageInputs:
         finally:
             torch.use_deterministic_algorithms(False)
         wanted = self.wanted[job.stage]
-        if job.stage == "trimul_einsum":  # the pads have no meaning
+        if job.stage == "trimul_einsum":  # the padding is arbitrary
             got, wanted = got[..., : self.length], wanted[..., : self.length]
         return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
@@ -129,8 +129,8 @@ class StageInputs:
 
 
 def _compile(root: str, job: Job) -> tuple[Job, str | None]:
-    """Compiles a job into Triton's cache on disk, by running it once; or the reason why not."""
-    # ptxas' complaints about settings that don't fit are no news here.
+    """Compiles a job into Triton's cache on disk by running it once; returns any failure."""
+    # ptxas' complaints about settings that don't fit are expected here.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -182,7 +182,7 @@ def search(
             for width in widths
             for job in candidates(stage, width, descriptors)
         ]
-    lengths = sorted({length for _, some in classes for length in some})
+    lengths = sorted({length for _, timed in classes for length in timed})
     steps = len(jobs) + len(widths) * len(lengths)
     done = 0
 
@@ -238,7 +238,7 @@ def _is(row: dict, job: Job) -> bool:
 
 
 def environment(command: str, commit: str | None) -> dict:
-    """Where and with what the times were taken."""
+    """The machine and versions with which the times were taken."""
     import triton
 
     return {

@@ -1,7 +1,7 @@
 """The table: the fastest setting of each class of lengths, as the kernel package reads them.
 
-A table written to torch-ext/esmfold2_trimul_kernel/triton_parts/configs is taken by devices of that
-target, or, where it is named after one device (NVIDIA_H200.json), by that device alone.
+A table in torch-ext/esmfold2_trimul_kernel/triton_parts/configs is used by all devices of its
+target or, if it is named after a device (NVIDIA_H200.json), by that device alone.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def fastest(
             key = json.dumps(row["config"], sort_keys=True)
             times.setdefault(key, {})[row["length"]] = row["milliseconds"]
     means = {
-        key: math.exp(statistics.fmean(map(math.log, some.values())))
-        for key, some in times.items()
-        if len(some) == len(lengths)
+        key: math.exp(statistics.fmean(map(math.log, by_length.values())))
+        for key, by_length in times.items()
+        if len(by_length) == len(lengths)
     }
     if not means:
         return None
@@ -46,8 +46,8 @@ def table(
 ) -> dict:
     """A settings table: `base` with the 16-bit settings that were fastest in `results`.
 
-    Of two neighbouring classes of one width that have the same setting only the longer is written;
-    the `shipped` settings for widths beyond those tuned stay, and so do those of the backward.
+    Of two neighbouring classes of one width with the same setting only the longer is written. The
+    `shipped` settings for wider tensors than those tuned stay, and so do the backward's.
     """
     environment_ = results["environment"]
     tuned = {
@@ -125,8 +125,8 @@ def text(results: dict, classes: tuple = CLASSES) -> str:
         for _, lengths in classes:
             best = fastest(results["rows"], stage, width, lengths)
             if best is not None:
-                some = ", ".join(map(str, lengths))
+                timed = ", ".join(map(str, lengths))
                 setting = " ".join(f"{k}={v}" for k, v in _shortest(best[0]).items())
-                lines.append(f"{stage} C = {width}, L = {some}: {best[1]:.4f}  {setting}")
+                lines.append(f"{stage} C = {width}, L = {timed}: {best[1]:.4f}  {setting}")
     lines.append(f"{len(results['failed'])} candidates failed")
     return "\n".join(lines)
