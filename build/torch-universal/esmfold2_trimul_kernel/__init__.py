@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_bdbb12334a"
+_BUILD_ID = "_esmfold2_trimul_kernel_a8e2be8700"
 
 
 def _load_package() -> ModuleType:

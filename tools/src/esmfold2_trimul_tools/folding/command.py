@@ -13,6 +13,7 @@ from ..console import ProgressBar, print_json, stdout
 from ..errors import UserError
 from ..options import AsJson, KernelRoot, checked, writable_folder
 from ..repository import find_root
+from ..triton_cache import check_cache
 from .options import (
     DeviceName,
     DtypeName,
@@ -194,12 +195,22 @@ class Setup:
             check_swappable()
 
     def load(self) -> Any:
-        """The model on its device."""
+        """The model on its device.
+
+        Raises:
+            UserError: it can't be had, or Triton can't write to its cache.
+        """
         from .model import load_model, random_model
 
+        if self.device.type != "cpu" and self._compiles():
+            check_cache()
         if self.random_weights:
             return random_model(self.device, self.dtype, self.seed)
         return load_model(self.name, self.device, self.dtype)
+
+    def _compiles(self) -> bool:
+        """Whether Triton compiles the kernel on an accelerator."""
+        return self.kernel == "hub" or (self.kernel == "ours" and self.path()[0] == "triton")
 
     def path(self) -> tuple[str, str]:
         """Which implementation our kernel takes here, and why."""
