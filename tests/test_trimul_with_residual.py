@@ -1,6 +1,8 @@
 """The two public functions, end to end, on the ATen path and on the Triton kernels."""
 
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -400,6 +402,31 @@ class TestExecutionPath:
         paths.execution_path.cache_clear()
         monkeypatch.setattr(triton, "__version__", "3.5.1")
         assert paths.execution_path(cuda, torch.float16).reason == "Triton 3.5.1 is older than 3.6"
+
+    @pytest.mark.parametrize(
+        ("version", "name"),
+        [
+            ("3.9rc1", "triton"),
+            ("3.10.0.post26", "triton"),
+            ("3.6.0+git1a2b3c", "triton"),
+            ("4", "triton"),
+            ("3.5rc2", "aten"),
+        ],
+    )
+    def test_tritons_version_in_any_form(self, submodule, monkeypatch, version, name):
+        triton = pytest.importorskip("triton")
+        paths = submodule("paths")
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(triton, "__version__", version)
+        path = paths.execution_path.__wrapped__(torch.device("cuda", 0), torch.float16)
+        assert path.name == name and f"Triton {version} " in path.reason
+
+    def test_a_folder_named_triton(self, submodule, monkeypatch):
+        monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+        find = submodule("paths").execution_path.__wrapped__
+        path = find(torch.device("cuda", 0), torch.float16)
+        assert path.name == "aten" and path.reason.startswith("Triton can't be imported (")
 
     def test_reason_is_said_from_a_compiled_caller(self, submodule, caplog):
         paths = submodule("paths")

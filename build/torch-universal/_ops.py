@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_af40fb8367"
+_NAMESPACE = "_esmfold2_trimul_kernel_43d370f573"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -17,6 +17,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 from types import ModuleType
 from typing import NamedTuple
 
@@ -55,13 +56,13 @@ def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
     if device.type not in _TRITON_DEVICES:
         return ExecutionPath("aten", f"there are no Triton kernels for {device.type} tensors")
     try:
-        import triton
+        from triton import __version__ as version
     except ImportError as error:
         return ExecutionPath("aten", f"Triton can't be imported ({error})")
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _MIN_TRITON:
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:2])  # 3, 9 of "3.9rc1"
+    if release < _MIN_TRITON:
         return ExecutionPath(
-            "aten", f"Triton {triton.__version__} is older than {'.'.join(map(str, _MIN_TRITON))}"
+            "aten", f"Triton {version} is older than {'.'.join(map(str, _MIN_TRITON))}"
         )
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
@@ -72,7 +73,7 @@ def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
                 f"{name} has compute capability {capability[0]}.{capability[1]}; "
                 f"the kernels need {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}",
             )
-    return ExecutionPath("triton", f"Triton {triton.__version__} on {device.type}")
+    return ExecutionPath("triton", f"Triton {version} on {device.type}")
 
 
 def path_of(call: Call) -> ModuleType:

@@ -74,6 +74,10 @@ def test_the_parser_answers_without_torch(arguments):
         (["fold", "MQ", "--fasta", "x"], "give either SEQUENCE or --fasta FILE"),
         (["fold", "MQZ", *QUICK], "sequence: unknown residue 'Z' at position 3; the residues"),
         (["fold", "", *QUICK], "sequence: the sequence is empty"),
+        (["fold", "G", *QUICK], "sequence: a fold takes at least 2 residues; got 'G'"),
+        (["fold", "MQ-I", *QUICK], "sequence: a gap '-' at position 3, as aligned sequences have"),
+        (["fold", "my.fasta", *QUICK], "my.fasta: no such file, and not a sequence either"),
+        (["fold", "./", *QUICK], ".: can't be read (Is a directory)"),
         (["fold", "--fasta", "none.fasta"], "none.fasta: can't be read (No such file or dir"),
         (["fold", "--fasta", os.devnull], f"{os.devnull}: no sequence in this FASTA file"),
         (["fold", "MQ", "--loops", "-1"], "--loops must be at least 0; got -1"),
@@ -252,6 +256,30 @@ def test_the_real_command_folds_with_all_76_sites():
     (record,) = json.loads(stdout)["folds"]
     assert record["sites"] == {"swapped": 76, "total": 76}
     assert Path(record["pdb"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "mend"),
+    [
+        ("ascii", "1.0 A of ?", "-> do this"),
+        ("cp1252", "1.0 Å of ?", "-> do this"),
+        ("utf-8", "1.0 Å of 蛋", "→ do this"),
+    ],
+)
+def test_the_command_prints_in_any_encoding(encoding, text, mend):
+    script = """
+from esmfold2_trimul_tools import cli, doctor
+doctor.examine = lambda _: [doctor.Finding("Triton", "warning", "1.0 Å of 蛋", "do this")]
+cli.main()
+"""
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT / "tools" / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "doctor"], capture_output=True,
+        env={**os.environ, **environment, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    printed = done.stdout.decode(encoding)
+    assert text in printed and mend in printed
 
 
 def test_the_real_command_is_quiet_when_interrupted():

@@ -1,3 +1,6 @@
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +30,12 @@ def machine(monkeypatch):
 
     def change(**changes):
         versions = {**VERSIONS, **{name: changes.pop(name) for name in VERSIONS if name in changes}}
+        cache_fault = changes.pop("cache_fault", "")
+        monkeypatch.setattr(doctor.triton_cache, "cache_folder", lambda: Path("the", "cache"))
+        monkeypatch.setattr(doctor.triton_cache, "cache_fault", lambda folder: cache_fault)
         probes = {
+            "triton_version": (versions.pop("triton"), ""),
+            "triton_distribution": "triton",
             "gpu": None,
             "gpu_description": "a GPU",
             "nvidia_driver_present": False,
@@ -73,6 +81,30 @@ def test_a_machine_without_faults_can_fold(machine):
         ({"triton": None}, "Triton", "note", "not installed: the ATen path", ""),
         ({"triton": None, "gpu": "cuda"}, "Triton", "warning", "not installed", "pip install tri"),
         ({"triton": "3.5.1"}, "Triton", "warning", "3.5.1: the kernels need 3.6", "triton>=3.6"),
+        (
+            {"triton": "3.5", "triton_distribution": "triton-windows"},
+            "Triton", "warning", "3.5: the kernels need 3.6", 'pip install "triton-windows>=3.6"',
+        ),
+        (
+            {"triton": "3.5", "triton_distribution": "triton-xpu"},
+            "Triton", "warning", "3.5: the kernels need 3.6", "a newer torch, which brings a newer",
+        ),
+        (
+            {"triton_version": (None, "no libz")},
+            "Triton", "note", "can't be imported (no libz): the ATen path", "reinstall triton",
+        ),
+        (
+            {"triton_version": (None, "no libz"), "gpu": "cuda"},
+            "Triton", "warning", "can't be imported (no libz)", "reinstall triton",
+        ),
+        (
+            {"cache_fault": "is read-only"},
+            "Triton's cache", "note", "the/cache is read-only; needed only", "TRITON_CACHE_DIR",
+        ),
+        (
+            {"cache_fault": "is read-only", "gpu": "xpu"},
+            "Triton's cache", "problem", "the/cache is read-only", "TRITON_CACHE_DIR",
+        ),
         (
             {"triton": "3.6.0", "numpy": "2.4.1"},
             "NumPy", "warning", "2.4.1: Triton 3.6's interpreter", "numpy<2.4",
@@ -126,6 +158,58 @@ def test_newer_triton_needs_no_compiler(machine):
     assert doctor.can_fold(findings.values())
 
 
+@pytest.mark.parametrize(
+    ("found", "numbers"),
+    [
+        ("3.9.0", (3, 9)),
+        ("3.9rc1", (3, 9)),
+        ("3.10.0.post26", (3, 10)),
+        ("3.9.0+git1a2b3c", (3, 9)),
+        ("4", (4,)),
+    ],
+)
+def test_versions_of_any_form_are_read(machine, found, numbers):
+    assert doctor._numbers(found) == numbers
+    findings = machine(triton=found, gpu="cuda", c_compiler=None)
+    assert findings["Triton"].value == f"{found}, from triton"
+    assert findings["Triton's launcher"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    ["triton-windows", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-xpu"],
+)
+def test_triton_of_any_distribution_is_found(monkeypatch, distribution):
+    module = pytest.importorskip("triton")
+
+    def version(name):
+        if "triton" in name and name != distribution:
+            raise PackageNotFoundError(name)
+        return "0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"triton": [distribution]})
+    (finding,) = doctor._triton("cuda")
+    assert finding.status == "ok"
+    assert finding.value == f"{module.__version__}, from {distribution}"
+
+
+def test_what_is_no_triton_is_not_taken_for_it(monkeypatch):
+    def find(spec):
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
+        return doctor._triton_version()
+
+    assert find(None) == (None, "")
+    assert find(ModuleSpec("triton", None, is_package=True)) == (None, "")  # a folder
+
+    def fail(name):
+        raise ImportError("libtriton.so: cannot open\nand more")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", fail)
+    found = find(ModuleSpec("triton", None, origin="triton/__init__.py"))
+    assert found == (None, "libtriton.so: cannot open")
+
+
 def test_intel_gpus_need_no_cuda_headers(machine):
     assert "CUDA headers" not in machine(gpu="xpu", cuda_header=None)
 
@@ -175,6 +259,13 @@ def test_the_compiler_is_the_one_triton_would_call(monkeypatch, tmp_path):
     monkeypatch.delenv("CC")
     (tmp_path / "clang").unlink()
     assert doctor._c_compiler() is None
+    # triton-windows brings one.
+    spec = ModuleSpec("triton", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
+    brought = tmp_path / "runtime" / "tcc" / "tcc.exe"
+    brought.parent.mkdir(parents=True)
+    brought.write_text("")
+    assert doctor._c_compiler() == str(brought)
 
 
 def test_the_python_header_is_looked_for_where_the_compiler_would(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_af40fb8367"
+_BUILD_ID = "_esmfold2_trimul_kernel_43d370f573"
 
 
 def _load_package() -> ModuleType:

@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -55,15 +57,50 @@ def test_progress_counts_every_site_call_that_was_promised(tiny, loops, samples)
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
-def test_no_hook_stays_behind(tiny, monkeypatch):
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("full"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_no_hook_stays_behind(tiny, monkeypatch, error):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError("full")
+        raise error
 
     fold(tiny, SHORT, QUICK, lambda *_: None)
     monkeypatch.setattr(EsmFold2Model, "fold", fail)
     with pytest.raises(UserError, match="short: 12 residues and 1 samples do not fit into the mem"):
         fold(tiny, SHORT, QUICK, lambda *_: None)
     assert not any(site._forward_hooks for site in triangle_modules(tiny).values())
+
+
+def test_another_fault_is_not_taken_for_a_lack_of_memory(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(EsmFold2Model, "fold", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fold(tiny, SHORT, QUICK)
+
+
+def test_a_failure_keeps_nothing_of_the_fold(tiny, monkeypatch):
+    held = []
+
+    def fail(*_, **__):
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError("shapes differ") if len(held) > 1 else torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(EsmFold2Model, "fold", fail)
+    failures = fold_records(tiny, [SHORT, SHORT], QUICK, "off")
+    for failure, words in zip(failures, ("do not fit", "RuntimeError: shapes differ"), strict=True):
+        assert words in failure.message
+        gc.collect()
+        assert held[-1]() is None
 
 
 def test_equal_seeds_give_equal_folds_and_other_seeds_do_not(tiny):

@@ -1,14 +1,29 @@
 """The commands `esmfold2-trimul fold` and `validate`."""
 
 import json
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 from cli_runner import refusal, run
-from esmfold2_trimul_tools.folding import model, validate
+from esmfold2_trimul_tools import cli
+from esmfold2_trimul_tools.console import ProgressBar
+from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
+from esmfold2_trimul_tools.folding import fold, model, plots, validate
 from esmfold2_trimul_tools.folding.sequences import Record
-from folding import QUICK, SHORT, TINY_SITES, ZERO_LAYER, tiny_config, write_kernel_repository
+from folding import (
+    QUICK,
+    SHORT,
+    STOCK_LAYER,
+    TINY_SITES,
+    ZERO_LAYER,
+    tiny_config,
+    write_kernel_repository,
+)
 from matplotlib.image import imread
+from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,7 +95,148 @@ def test_fold_json_is_all_there_is_on_stdout(tiny, tmp_path):
 
 def test_files_that_cant_be_written_are_named(tiny):
     Path("out/sequence.pdb").mkdir(parents=True)
-    assert refusal("fold", "MQIF", *QUICK) == "--out out: can't be written to (Is a directory)"
+    message = "--out out/sequence.pdb: can't be written to (Is a directory)"
+    assert refusal("fold", "MQIF", *QUICK) == message
+
+
+def test_fold_reads_standard_input(tiny):
+    for name in (["-"], ["--fasta", "-"]):
+        result = CliRunner().invoke(cli.app, ["fold", *name, *QUICK, "--json"], input=">p\nMQIF*\n")
+        assert result.exit_code == 0, result.output
+        (one,) = json.loads(result.stdout)["folds"]
+        assert (one["name"], one["residues"]) == ("p", 4)
+
+
+def test_fold_reads_a_pipe(tiny, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=[">p\nMQIF\n"])
+    writer.start()
+    result = run("fold", tmp_path / "pipe", *QUICK, "--json")
+    writer.join()
+    assert json.loads(result.stdout)["folds"][0]["name"] == "p"
+
+
+def test_a_folder_of_a_sequences_name_is_no_file(tiny):
+    Path("MQIF").mkdir()
+    assert run("fold", "MQIF", *QUICK).exit_code == 0
+    assert refusal("fold", "./MQIF", *QUICK) == "MQIF: can't be read (Is a directory)"
+
+
+def test_a_single_residue_is_refused_before_a_model_is_made(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(model, "random_model", fail)
+    (tmp_path / "my.fasta").write_text(">one\nMQIF\n>two\nX\n")
+    message = "a fold takes at least 2 residues; got"
+    assert refusal("fold", "g", *QUICK) == f"sequence: {message} 'G'"
+    assert refusal("fold", "my.fasta", *QUICK) == f"two: {message} 'X'"
+    assert not Path("out").exists()
+
+
+THREE = ">one\nMQIFVK\n>big\nMQIFV\n>three\nMQIF\n"
+
+
+@pytest.fixture
+def failing(tiny, monkeypatch):
+    """failing(error): three proteins in a file, of which `big` fails with the error."""
+    real = fold.fold
+
+    def arrange(error):
+        def fold_but_for_one(loaded, record, *others, **keywords):
+            if record.name == "big":
+                raise error
+            return real(loaded, record, *others, **keywords)
+
+        monkeypatch.setattr(fold, "fold", fold_but_for_one)
+        Path("three.fasta").write_text(THREE)
+
+    return arrange
+
+
+FAILURES = [
+    (UserError("big: does not fit"), 2, "big: does not fit"),
+    (BrokenFoldError("big: not finite"), 1, "big: not finite"),
+    (ZeroDivisionError("a bug\nand more"), 1, "big: the fold failed (ZeroDivisionError: a bug)"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "message"), FAILURES, ids=["memory", "NaN", "fault"])
+@pytest.mark.parametrize("more", [[], ["--json"], ["--compare"]], ids=" ".join)
+def test_a_protein_that_fails_costs_the_others_nothing(failing, error, status, message, more):
+    failing(error)
+    result = run("fold", "three.fasta", *QUICK, *more)
+    assert result.exit_code == status
+    assert result.stderr.endswith(f"error: {message}\n")
+    # The traceback of a fault of our own is there, and of nothing else.
+    assert result.stderr.startswith("Traceback" if status == 1 and "bug" in message else "error: ")
+    assert sorted(path.stem for path in Path("out").glob("*.pdb")) == ["one", "three"]
+    if more == ["--json"]:
+        document = json.loads(result.stdout)
+        assert [one["name"] for one in document["folds"]] == ["one", "three"]
+        assert document["failures"] == [{"name": "big", "error": message}]
+    else:
+        assert "one, 6 residues" in result.stdout and "three, 4 residues" in result.stdout
+
+
+def test_a_comparison_is_warmed_up_by_the_first_protein_that_folds(failing, monkeypatch):
+    failing(UserError("big: does not fit"))
+    Path("three.fasta").write_text(">big\nMQIFV\n>three\nMQIF\n")
+    labels = []
+    monkeypatch.setattr(ProgressBar, "__call__", lambda _, label, *__: labels.append(label))
+    result = run("fold", "three.fasta", *QUICK, "--compare")
+    assert result.exit_code == 2
+    assert list(dict.fromkeys(labels)) == ["three, warming up", "three, ours", "three, stock path"]
+
+
+def test_a_kernel_that_cant_be_had_is_said_once(failing, tmp_path):
+    failing(UserError("big: does not fit"))
+    root = write_kernel_repository(tmp_path / "kernel", STOCK_LAYER)
+    (root / "build" / "torch-universal" / "__init__.py").write_text("class layers:\n    pass\n")
+    message = refusal("fold", "three.fasta", *QUICK, "--kernel-root", root)
+    assert message.startswith(f"the kernel build in {root} can't be used; ")
+
+
+def test_a_file_that_cant_be_written_costs_the_others_nothing(tiny):
+    Path("three.fasta").write_text(THREE)
+    Path("out/big.pdb").mkdir(parents=True)
+    result = run("fold", "three.fasta", *QUICK, "--json")
+    message = "--out out/big.pdb: can't be written to (Is a directory)"
+    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+    document = json.loads(result.stdout)
+    assert [one["name"] for one in document["folds"]] == ["one", "three"]
+    assert document["failures"] == [{"name": "big", "error": message}]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such colour\nat all"), MemoryError(), "a folder"], ids=repr
+)
+def test_a_picture_that_cant_be_drawn_costs_no_result(tiny, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    if error == "a folder":
+        Path("out/sequence.png").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(plots, "plot_fold", fail)
+    result = run("fold", "MQIF", *QUICK)
+    assert result.exit_code == 1
+    assert "Wrote out/sequence.pdb\n" in result.stdout and "Mean pLDDT" in result.stdout
+    assert result.stderr.startswith("error: out/sequence.png: can't be drawn (")
+    assert result.stderr.endswith("); out/sequence.pdb is whole\n")
+    assert Path("out/sequence.pdb").stat().st_size > 0
+    document = json.loads(run("fold", "MQIF", *QUICK, "--json").stdout)
+    (one,) = document["folds"]
+    assert (one["pdb"], one["png"]) == ("out/sequence.pdb", None)
+    assert [failure["name"] for failure in document["failures"]] == ["sequence"]
+
+
+def test_a_machine_without_matplotlib_folds(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "esmfold2_trimul_tools.folding.plots", None)
+    result = run("fold", "MQIF", *QUICK)
+    assert result.exit_code == 1
+    assert "Wrote out/sequence.pdb\n" in result.stdout
+    assert "error: out/sequence.png: can't be drawn (import of " in result.stderr
 
 
 def test_names_are_printed_as_they_are(tiny, tmp_path):

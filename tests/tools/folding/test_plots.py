@@ -1,9 +1,13 @@
+import warnings
+
+import matplotlib
 import pytest
 import torch
 from esmfold2_trimul_tools.folding import plots
 from esmfold2_trimul_tools.folding.fold import Fold
 from esmfold2_trimul_tools.folding.memory import PeakMemory
 from esmfold2_trimul_tools.folding.sequences import Record
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -39,6 +43,29 @@ def test_picture_is_written_for_any_length(tmp_path, length):
     plots.plot_fold(fake_fold(length), path, "a note")
     height, width, _ = imread(path).shape
     assert (height, width) == (720, 1650)
+
+
+# matplotlib would read the first three as formulas: two that are wrong, and one that isn't.
+NAMES = ["Ba$$in", "lib$a_{$b", "$x^2$", r"a\b", "a_b^c", "{x", "%s#&~", "日本語", "n" * 300]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("settings", [{}, {"text.usetex": True}], ids=["as it is", "TeX"])
+def test_names_are_drawn_as_they_are(tmp_path, monkeypatch, name, settings):
+    drawn = []
+    real = RendererAgg.draw_text
+
+    def draw_text(renderer, context, x, y, text, *others, **keywords):
+        drawn.append(text)
+        return real(renderer, context, x, y, text, *others, **keywords)
+
+    monkeypatch.setattr(RendererAgg, "draw_text", draw_text)
+    fold = fake_fold(3)
+    fold.record = Record(name, "AAA")
+    with warnings.catch_warnings(), matplotlib.rc_context(settings):
+        warnings.simplefilter("error")
+        plots.plot_fold(fold, tmp_path / "fold.png")
+    assert any(text.startswith(f"{name}, 3 residues") for text in drawn)
 
 
 def test_picture_says_what_it_shows(tmp_path, monkeypatch):

@@ -1,3 +1,10 @@
+import bz2
+import gzip
+import io
+import lzma
+import sys
+from pathlib import Path
+
 import pytest
 from esmfold2_trimul_tools.errors import UserError
 from esmfold2_trimul_tools.folding.sequences import Record, file_stems, parse_sequence, read_fasta
@@ -12,13 +19,31 @@ def test_lower_case_and_white_space_are_read_as_plain_residues():
     assert parse_sequence(" mqif\n vk ", "soft") == Record("soft", "MQIFVK")
 
 
-@pytest.mark.parametrize("letter", ["Z", "B", "U", "*", "-", "1", "é"])
+@pytest.mark.parametrize("letter", ["Z", "B", "U", "*", "1", "é"])
 def test_unknown_residue_is_named_with_its_position(letter):
     with pytest.raises(UserError, match=r"unknown residue .* at position 3; the residues are ACD"):
         parse_sequence(f"MQ{letter}I")
 
 
-@pytest.mark.parametrize("text", ["", " \n "])
+@pytest.mark.parametrize("gap", ["-", ".", "~"])
+def test_gaps_of_an_alignment_are_named(gap):
+    with pytest.raises(UserError, match=f"one: a gap '{gap}' at position 3, as aligned sequences"):
+        parse_sequence(f"MQ{gap}I", "one")
+
+
+def test_a_stop_codon_at_the_end_is_dropped():
+    assert parse_sequence("MQIF*\n").sequence == "MQIF"
+    with pytest.raises(UserError, match="unknown residue '\\*' at position 5"):
+        parse_sequence("MQIF**")
+
+
+@pytest.mark.parametrize("residue", ["G", "X", "g*"])
+def test_a_single_residue_is_refused(residue):
+    with pytest.raises(UserError, match="one: a fold takes at least 2 residues; got '[GX]'"):
+        parse_sequence(residue, "one")
+
+
+@pytest.mark.parametrize("text", ["", " \n ", "*"])
 def test_empty_sequence_is_refused(text):
     with pytest.raises(UserError, match="sequence: the sequence is empty"):
         parse_sequence(text)
@@ -26,12 +51,76 @@ def test_empty_sequence_is_refused(text):
 
 def test_fasta_records_keep_order_names_and_wrapped_lines(tmp_path):
     path = tmp_path / "two.fasta"
-    path.write_bytes(b">first a description\r\nMQI\r\nFVK\r\n\r\n>\r\nggg\r\n>sp|P0|X\nX")
+    path.write_bytes(b">first a description\r\nMQI\r\nFVK\r\n\r\n>\r\nggg\r\n>sp|P0|X\nXX")
     assert read_fasta(path) == [
         Record("first", "MQIFVK"),
         Record("record-2", "GGG"),
-        Record("sp|P0|X", "X"),
+        Record("sp|P0|X", "XX"),
     ]
+
+
+TEXT = ">né first\nMQIF\nVK\n>two\nTLTG*\n"
+PROTEINS = [Record("né", "MQIFVK"), Record("two", "TLTG")]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
+)
+def test_fasta_in_any_unicode(tmp_path, encoding, ends):
+    path = tmp_path / "my.fasta"
+    path.write_bytes(TEXT.replace("\n", ends).encode(encoding))
+    assert read_fasta(path) == PROTEINS
+
+
+def test_marks_in_files_that_were_joined(tmp_path):
+    path = tmp_path / "joined.fasta"
+    path.write_bytes(b"".join(f">{name}\nMQ\n".encode("utf-8-sig") for name in "ab"))
+    assert read_fasta(path) == [Record("a", "MQ"), Record("b", "MQ")]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_packed_fasta(tmp_path, pack, encoding):
+    path = tmp_path / "no-ending-tells"
+    packed = pack(TEXT.encode(encoding))
+    path.write_bytes(packed)
+    assert read_fasta(path) == PROTEINS
+    for broken in (packed[:-9], packed[:20], packed[:20] + b"\0" * 20 + packed[40:]):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"no-ending-tells: not all of a (gzip|bzip2|xz) file"):
+            read_fasta(path)
+
+
+def test_fasta_of_several_packed_parts(tmp_path):
+    path = tmp_path / "parts.fasta.gz"
+    path.write_bytes(gzip.compress(b">a\nMQ\n") + gzip.compress(b">b\nIF\n"))
+    assert [record.name for record in read_fasta(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TEXT.encode("utf-16"), None),
+        (gzip.compress(TEXT.encode()), None),
+        (b"MQIF\n", "standard input: a FASTA file starts with '>', this one with 'MQIF'"),
+        (b"", "standard input: no sequence in this FASTA file"),
+    ],
+)
+def test_fasta_from_standard_input(monkeypatch, content, message):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    if message is None:
+        assert read_fasta(Path("-")) == PROTEINS
+    else:
+        with pytest.raises(UserError, match=message):
+            read_fasta(Path("-"))
+
+
+def test_a_closed_standard_input_holds_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input: no sequence in this FASTA file"):
+        read_fasta(Path("-"))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +131,10 @@ def test_fasta_records_keep_order_names_and_wrapped_lines(tmp_path):
         (b"MQIFVK\n", "starts with '>', this one with 'MQIFVK'"),
         (b">a\n>b\nMQ\n", "a: the sequence is empty"),
         (b">a\nMQ\n>b\nMQJ\n", "b: unknown residue 'J' at position 3"),
-        (b"\xff\xfe\x00", "not a text file"),
+        (b"\xff\xfe\x00", r"not a text file in UTF-8 or UTF-16 \(truncated data at byte 2\)"),
+        (b">caf\xe9\nMQ\n", r"not a text file .*\(invalid continuation byte at byte 4\)"),
+        (b"PK\x03\x04 and more", "packed with zip; unpack it first"),
+        (b"\x28\xb5\x2f\xfd and more", "packed with Zstandard; unpack it first"),
     ],
 )
 def test_fasta_that_holds_no_proteins_is_refused(tmp_path, content, message):

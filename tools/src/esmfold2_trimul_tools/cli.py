@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from .bench.command import bench
 from .commands import build, doctor, resources
 from .conformance.command import conformance
+from .console import print_in_any_encoding
 from .errors import UserError
 from .folding.command import fold, validate
 from .repository import built, find_root
@@ -87,4 +88,5 @@ def _common(
 
 def main() -> None:
     """The command's entry point."""
+    print_in_any_encoding()
     app(prog_name="esmfold2-trimul")

@@ -67,7 +67,9 @@ def resources(
     a limit.
     """
     from . import resources as module
+    from .triton_cache import check_cache
 
+    check_cache()
     with ProgressBar() as report:
         try:
             rows = module.collect(

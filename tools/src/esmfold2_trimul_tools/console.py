@@ -1,5 +1,7 @@
 """The output of every command: tables, a progress bar, JSON."""
 
+import codecs
+import io
 import json
 import math
 import sys
@@ -18,6 +20,24 @@ from .heartbeat import heartbeat
 def stdout(**options: Any) -> Console:
     # Without markup: names and package extras may be in square brackets.
     return Console(markup=False, highlight=False, **options)
+
+
+_SPELLED = {"→": "->", "Å": "A"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """What stands for a character that an encoding lacks, for `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(letter, "?") for letter in lacking), error.end
+
+
+def print_in_any_encoding() -> None:
+    """From now on stdout spells what its encoding lacks; stderr has always shown it by number."""
+    codecs.register_error("esmfold2_trimul_spell", _spell)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not where another program has put its own
+        sys.stdout.reconfigure(errors="esmfold2_trimul_spell")
 
 
 class ProgressBar:

@@ -4,17 +4,22 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal
+
+from . import triton_cache
 
 Status = Literal["ok", "note", "warning", "problem"]
 
 _LAUNCHER_FROM_TRITON = (3, 8)  # from here on Triton launches without building a C stub first
+_TRITON_DISTRIBUTION = "triton-windows" if sys.platform == "win32" else "triton"
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _TRANSFORMERS_MEND = 'pip install "transformers[kernels]>=5.18"'
 
@@ -44,6 +49,7 @@ def examine(kernel_root: str | Path | None = None) -> list[Finding]:
         Finding("Python", "ok", platform.python_version()),
         *_torch_and_device(gpu),
         *_triton(gpu),
+        *_triton_cache(gpu),
         *_numpy(),
         *_swapping(),
         *_kernel_and_paths(kernel_root, gpu),
@@ -77,20 +83,40 @@ def _torch_and_device(gpu: str | None) -> Iterator[Finding]:
 
 
 def _triton(gpu: str | None) -> Iterator[Finding]:
-    found = _version("triton") or _version("pytorch-triton-xpu") or _version("pytorch-triton-rocm")
-    if found is None:
-        status, mend = ("note", "") if gpu is None else ("warning", "pip install triton")
+    found, why = _triton_version()
+    status = "note" if gpu is None else "warning"
+    if why:
+        mend = f"reinstall {_triton_distribution()}"
+        yield Finding("Triton", status, f"can't be imported ({why}): the ATen path computes", mend)
+    elif found is None:
+        mend = "" if gpu is None else f"pip install {_TRITON_DISTRIBUTION}"
         yield Finding("Triton", status, "not installed: the ATen path computes", mend)
     elif _numbers(found) < (3, 6):
-        yield Finding(
-            "Triton", "warning", f"{found}: the kernels need 3.6", 'pip install "triton>=3.6"'
-        )
+        distribution = _triton_distribution()
+        mend = f'pip install "{distribution}>=3.6"'
+        if distribution not in ("triton", "triton-windows"):  # a part of one release of torch
+            mend = f"a newer torch, which brings a newer {distribution}"
+        yield Finding("Triton", "warning", f"{found}: the kernels need 3.6", mend)
     else:
-        yield Finding("Triton", "ok", found)
+        yield Finding("Triton", "ok", f"{found}, from {_triton_distribution()}")
+
+
+def _triton_cache(gpu: str | None) -> Iterator[Finding]:
+    folder = triton_cache.cache_folder()
+    if folder is None:
+        return
+    fault = triton_cache.cache_fault(folder)
+    if not fault:
+        yield Finding("Triton's cache", "ok", str(folder))
+    elif gpu is not None:
+        yield Finding("Triton's cache", "problem", f"{folder} {fault}", triton_cache.MEND)
+    else:
+        value = f"{folder} {fault}; needed only where kernels are compiled"
+        yield Finding("Triton's cache", "note", value, triton_cache.MEND)
 
 
 def _numpy() -> Iterator[Finding]:
-    found, triton = _version("numpy"), _version("triton")
+    found, (triton, _) = _version("numpy"), _triton_version()
     if found is None:
         yield Finding("NumPy", "problem", "not installed", "pip install numpy")
     elif _numbers(found) >= (2, 4) and triton and _numbers(triton) == (3, 6):
@@ -153,7 +179,7 @@ def _explain_call(kernel: Any, device: Any, dtype: Any) -> Any:
 
 def _launcher(gpu: str | None) -> Iterator[Finding]:
     """What Triton needs to build its C launcher on the first launch on a GPU."""
-    triton = _version("triton")
+    triton, _ = _triton_version()
     if triton is None:
         return
     if _numbers(triton) >= _LAUNCHER_FROM_TRITON:
@@ -200,9 +226,29 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _numbers(found: str) -> tuple[int, int]:
-    major, minor = found.split(".")[:2]
-    return int(major), int(minor)
+def _numbers(found: str) -> tuple[int, ...]:
+    """The first two: (3, 9) of "3.9.0", of "3.9rc1" and of "3.9.0+git1a2b"."""
+    return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+
+
+def _triton_version() -> tuple[str | None, str]:
+    """Triton's version, or None; and why it can't be imported, empty where it can or isn't there.
+
+    The module is asked: triton-windows, pytorch-triton, pytorch-triton-rocm, triton-rocm and
+    triton-xpu are distributions of it too.
+    """
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # a folder of that name is no Triton
+        return None, ""
+    try:
+        return importlib.import_module("triton").__version__, ""
+    except Exception as error:  # whatever a broken installation raises
+        return None, (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _triton_distribution() -> str:
+    """The name of the distribution that Triton is of, for pip."""
+    return next(iter(packages_distributions().get("triton", ())), _TRITON_DISTRIBUTION)
 
 
 def _gpu() -> str | None:
@@ -258,9 +304,16 @@ def _build_problems(root: Path) -> list[str]:
 
 
 def _c_compiler() -> str | None:
-    """The compiler that Triton would call: $CC, else gcc, else clang."""
+    """The compiler that Triton would call: $CC, else triton-windows' own, else gcc, else clang."""
     named = os.environ.get("CC")
-    return shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    if named:
+        return shutil.which(named)
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        brought = Path(triton.origin).parent / "runtime" / "tcc" / "tcc.exe"
+        if brought.is_file():
+            return str(brought)
+    return shutil.which("gcc") or shutil.which("clang")
 
 
 def _python_header() -> str | None:

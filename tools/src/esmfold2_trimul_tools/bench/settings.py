@@ -24,6 +24,7 @@ from ..options import (
     writable_folder,
 )
 from ..repository import find_root
+from ..triton_cache import check_cache
 from .case import DIRECTIONS, MASKS, PASSES, Case
 from .rivals import OURS, RIVALS, Rival
 
@@ -207,6 +208,8 @@ class Settings:
         device = resolve_device(self.device)
         if device.type not in _LENGTHS:
             raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
+        if device.type != "cpu":
+            check_cache()
         lengths = _QUICK_LENGTHS if self.quick else _LENGTHS
         dtype = str(resolve_dtype(None, device)).removeprefix("torch.")
         check_up_to = _CHECK_UP_TO[device.type] if self.check_up_to is None else self.check_up_to

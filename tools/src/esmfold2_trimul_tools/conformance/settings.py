@@ -18,6 +18,7 @@ from ..options import (
     writable_file,
 )
 from ..repository import find_root
+from ..triton_cache import check_cache
 from . import implementations
 from .cases import CASES, DTYPES, Case
 from .implementations import Implementation
@@ -95,7 +96,10 @@ class Settings:
         find_root(self.kernel_root)  # before torch is imported
         from ..folding.model import resolve_device
 
-        return replace(self, device=resolve_device(self.device))
+        device = resolve_device(self.device)
+        if device.type != "cpu":
+            check_cache()
+        return replace(self, device=device)
 
 
 def read_settings(**given: Any) -> Settings:

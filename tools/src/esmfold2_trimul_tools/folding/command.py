@@ -1,6 +1,7 @@
 """The commands fold and validate."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..console import ProgressBar, print_json, stdout
 from ..errors import UserError
 from ..options import AsJson, KernelRoot, checked, writable_folder
 from ..repository import find_root
+from ..triton_cache import check_cache
 from .options import (
     DeviceName,
     DtypeName,
@@ -25,10 +27,10 @@ from .options import (
     Settings,
     Steps,
 )
-from .sequences import file_stems, parse_sequence, read_fasta
+from .sequences import STDIN, Record, file_stems, parse_sequence, read_fasta
 
 if TYPE_CHECKING:
-    from .fold import Outcome
+    from .fold import Failure, Fold, Outcome
     from .memory import PeakMemory
     from .validate import Validation
 
@@ -44,12 +46,17 @@ def fold(
         str | None,
         typer.Argument(
             help="One letter per residue, upper or lower case; X for an unknown one. "
-            "Or a FASTA file.",
+            "Or a FASTA file; - is standard input.",
             show_default=False,
         ),
     ] = None,
     fasta: Annotated[
-        Path | None, typer.Option("--fasta", help="A FASTA file: every protein in it is folded.")
+        Path | None,
+        typer.Option(
+            "--fasta",
+            help="A FASTA file, also packed with gzip, bzip2 or xz, or - for standard input: "
+            "every protein in it is folded.",
+        ),
     ] = None,
     model: ModelName = None,
     random_weights: RandomWeights = False,
@@ -76,43 +83,52 @@ def fold(
 
     Writes a PDB file (B-factors: pLDDT from 0 to 100) and a PNG (pLDDT by
     residue, expected distances) per protein, and prints time, peak memory,
-    mean pLDDT and pTM.
+    mean pLDDT and pTM. A protein that fails costs the others nothing, but
+    the exit status says so.
     """
     if (sequence is None) == (fasta is None):
         raise UserError("give either SEQUENCE or --fasta FILE")
     if compare and kernel == "off":
         raise UserError("--compare needs a kernel beside the stock path: --kernel ours or hub")
-    if sequence is not None and os.path.isfile(sequence):
-        fasta = Path(sequence)
-    records = [parse_sequence(sequence)] if fasta is None else read_fasta(fasta)
-
+    records = _records(sequence) if fasta is None else read_fasta(fasta)
     settings = Settings(loops, samples, steps, seed)
     settings.check()
     setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root)
-    from .fold import fold_records, write_pdb
-    from .plots import plot_fold
+    from .fold import Failure, fold_records
 
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
     loaded = setup.load()
     note = RANDOM_NOTE if random_weights else ""
-    folded = []
+    folded, failures = [], []
     with ProgressBar() as report:
         outcomes = fold_records(
             loaded, records, settings, setup.kernel, setup.root, compare, report
         )
         for stem, outcome in zip(file_stems(records), outcomes, strict=True):
-            pdb, png = out / f"{stem}.pdb", out / f"{stem}.png"
-            with _writing(out):
-                write_pdb(outcome.fold, pdb, [note.upper()] if note else [])
-                plot_fold(outcome.fold, png, note)
-            files = {"pdb": str(pdb), "png": str(png)}
-            folded.append(outcome.summary() | files)
-            if not as_json:
+            if isinstance(outcome, Failure):
+                failed = [outcome]
+            else:
+                files, failed = _write(outcome.fold, out / stem, note)
+                if files["pdb"] is not None:
+                    folded.append(outcome.summary() | files)
+                    if not as_json:
+                        with report.hidden():
+                            _print_outcome(outcome, setup, files)
+            for failure in failed:
                 with report.hidden():
-                    _print_outcome(outcome, setup, files)
+                    print(f"{failure.trace}error: {failure.message}", file=sys.stderr)
+            failures += failed
     if as_json:
-        print_json({**setup.summary(settings.resolved(loaded.config)), "folds": folded})
+        print_json(
+            {
+                **setup.summary(settings.resolved(loaded.config)),
+                "folds": folded,
+                "failures": [failure.summary() for failure in failures],
+            }
+        )
+    if failures:
+        raise typer.Exit(max(failure.exit_status for failure in failures))
 
 
 @checked
@@ -194,12 +210,22 @@ class Setup:
             check_swappable()
 
     def load(self) -> Any:
-        """The model on its device."""
+        """The model on its device.
+
+        Raises:
+            UserError: it can't be had, or Triton can't write to its cache.
+        """
         from .model import load_model, random_model
 
+        if self.device.type != "cpu" and self._compiles():
+            check_cache()
         if self.random_weights:
             return random_model(self.device, self.dtype, self.seed)
         return load_model(self.name, self.device, self.dtype)
+
+    def _compiles(self) -> bool:
+        """Whether Triton compiles the kernel on an accelerator."""
+        return self.kernel == "hub" or (self.kernel == "ours" and self.path()[0] == "triton")
 
     def path(self) -> tuple[str, str]:
         """Which implementation our kernel takes here, and why."""
@@ -231,15 +257,52 @@ class Setup:
         }
 
 
+def _records(sequence: str) -> list[Record]:
+    """What the argument SEQUENCE stands for: a FASTA file if there is one of that name."""
+    is_path = len(sequence) < 512 and any(mark in sequence for mark in "./\\")
+    # A pipe is a file too; a folder may have the name of a sequence.
+    is_file = os.path.exists(sequence) and (is_path or not os.path.isdir(sequence))
+    if is_file or sequence == str(STDIN):
+        return read_fasta(Path(sequence))
+    try:
+        return [parse_sequence(sequence)]
+    except UserError as error:
+        if is_path:
+            raise UserError(f"{sequence}: no such file, and not a sequence either") from error
+        raise
+
+
+def _write(result: "Fold", stem: Path, note: str) -> "tuple[dict[str, str | None], list[Failure]]":
+    """The files that were written, by their kinds, and what could not be."""
+    from .fold import Failure, write_pdb
+
+    pdb, png = Path(f"{stem}.pdb"), Path(f"{stem}.png")
+    try:
+        with _writing(pdb):
+            write_pdb(result, pdb, [note.upper()] if note else [])
+    except UserError as error:
+        failure = Failure(result.record, str(error), error.exit_status)
+        return {"pdb": None, "png": None}, [failure]
+    try:
+        from .plots import plot_fold
+
+        plot_fold(result, png, note)
+    except Exception as error:  # whatever a drawing library raises: the fold itself is there
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failure = Failure(result.record, f"{png}: can't be drawn ({words}); {pdb} is whole")
+        return {"pdb": str(pdb), "png": None}, [failure]
+    return {"pdb": str(pdb), "png": str(png)}, []
+
+
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {folder}: can't be written to ({error.strerror})") from error
+        raise UserError(f"--out {path}: can't be written to ({error.strerror})") from error
 
 
-def _print_outcome(outcome: "Outcome", setup: Setup, files: dict[str, str]) -> None:
+def _print_outcome(outcome: "Outcome", setup: Setup, files: dict[str, str | None]) -> None:
     result, stock, differences = outcome.fold, outcome.stock, outcome.differences
     console = stdout(soft_wrap=True)
     record = result.record
@@ -284,7 +347,7 @@ def _print_outcome(outcome: "Outcome", setup: Setup, files: dict[str, str]) -> N
     if stock is not None:
         console.print("Differences are absolute; those of the distogram are of probabilities")
     console.print(f"Memory: {result.memory.meaning}; in brackets, above the fold's start")
-    console.print(f"Wrote {files['pdb']} and {files['png']}")
+    console.print("Wrote " + " and ".join(filter(None, files.values())))
 
 
 def _print_validation(result: "Validation", setup: Setup) -> None:

@@ -1,6 +1,7 @@
 """Fold proteins on transformers' stock path or with a kernel swapped in, and compare two folds."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,13 +134,15 @@ def fold(
             )
             ptm = output.ptm.float().cpu()  # waits for the device
             seconds = time.perf_counter() - start
-    except torch.OutOfMemoryError as error:
+    except torch.linalg.LinAlgError as error:  # the sampler's superposition of coordinates
+        raise _broken(record, model.dtype) from error
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
         raise UserError(
             f"{record.name}: {len(record.sequence)} residues and {settings.samples} samples do not "
             f"fit into the memory of {model.device}"
         ) from error
-    except torch.linalg.LinAlgError as error:  # the sampler's superposition of coordinates
-        raise _broken(record, model.dtype) from error
 
     plddt = output.plddt.float().cpu()
     coords = output.sample_atom_coords.float().cpu()
@@ -186,6 +189,22 @@ class Outcome(NamedTuple):
         }
 
 
+class Failure(NamedTuple):
+    """One protein that could not be folded: why, in a line, and the exit status that it asks for.
+
+    trace: of an error that nobody foresaw, in words: a traceback would keep the fold's tensors.
+    """
+
+    record: Record
+    message: str
+    exit_status: int = 1
+    trace: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """What the JSON output says of the protein."""
+        return {"name": self.record.name, "error": self.message}
+
+
 def fold_records(
     model: "EsmFold2Model",
     records: list[Record],
@@ -194,17 +213,17 @@ def fold_records(
     root: Path | None = None,
     compare_with_stock: bool = False,
     progress: LabelledProgress | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome | Failure]:
     """Fold each protein with the kernel, and once more on the stock path to compare if asked.
 
-    Both paths are warmed up before a comparison, so that its times exclude one-time costs:
-    compiling kernels, starting thread pools.
+    A protein that can't be folded costs the others nothing. Both paths are warmed up before a
+    comparison, so that its times exclude one-time costs: compiling kernels, starting thread pools.
 
     Args:
         kernel, root: as for `model.swap_in`.
 
     Raises:
-        UserError: the kernel can't be had, or a fold can't be made.
+        UserError: the kernel can't be had.
     """
 
     def fold_with(path: Kernel, record: Record, name: str, settings: Settings) -> tuple[Swap, Fold]:
@@ -212,19 +231,33 @@ def fold_records(
         report = None if progress is None else partial(progress, f"{record.name}, {name}")
         return swap, fold(model, record, settings, report)
 
-    if compare_with_stock:
-        cheapest = Settings(loops=0, samples=1, steps=1)
-        for path in ("off", kernel):
-            fold_with(path, records[0], "warming up", cheapest)
+    def fold_one(record: Record) -> Outcome:
+        nonlocal warm
+        if not warm:
+            cheapest = Settings(loops=0, samples=1, steps=1)
+            for path in ("off", kernel):
+                fold_with(path, record, "warming up", cheapest)
+            warm = True
+        name = "stock path" if kernel == "off" else kernel
+        swap, result = fold_with(kernel, record, name, settings)
+        if not compare_with_stock:
+            return Outcome(swap, result)
+        _, stock = fold_with("off", record, "stock path", settings)
+        return Outcome(swap, result, stock, compare(result, stock))
+
+    warm = not compare_with_stock
+    swap_in(model, kernel, root)  # a kernel that can't be had is no protein's failure
     for record in records:
-        swap, result = fold_with(
-            kernel, record, "stock path" if kernel == "off" else kernel, settings
-        )
-        if compare_with_stock:
-            _, stock = fold_with("off", record, "stock path", settings)
-            yield Outcome(swap, result, stock, compare(result, stock))
-        else:
-            yield Outcome(swap, result)
+        outcome: Outcome | Failure
+        try:
+            outcome = fold_one(record)
+        except UserError as error:
+            outcome = Failure(record, str(error), error.exit_status)
+        except Exception as error:  # a fault of ours or of a library: the others may be well
+            words = (str(error).strip() or "no message").splitlines()[0]
+            message = f"{record.name}: the fold failed ({type(error).__name__}: {words})"
+            outcome = Failure(record, message, trace=traceback.format_exc())
+        yield outcome
 
 
 def compare(one: Fold, other: Fold) -> Differences:
@@ -281,6 +314,14 @@ def write_pdb(result: Fold, path: Path, remarks: list[str]) -> None:
 def _broken(record: Record, dtype: torch.dtype) -> BrokenFoldError:
     hint = "; float16 overflows where bfloat16 does not" if dtype == torch.float16 else ""
     return BrokenFoldError(f"{record.name}: the fold gave numbers that are not finite{hint}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """A CPU's and a library's are plain RuntimeErrors."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error)
+        for words in ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+    )
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The picture of a fold: pLDDT by residue, and the map of expected distances."""
 
+import warnings
 from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -16,6 +18,8 @@ PLDDT_BANDS = (
     (0, "#ff7d45", "very low (below 50)"),
 )
 _DOTS_PER_INCH = 150
+# Names are drawn as they are: a $ begins no formula, whatever a matplotlibrc says.
+_PLAIN_TEXT = {"text.parse_math": False, "text.usetex": False}
 
 
 def band_colour(plddt: float) -> str:
@@ -23,6 +27,7 @@ def band_colour(plddt: float) -> str:
     return next((colour for edge, colour, _ in PLDDT_BANDS if plddt >= edge), PLDDT_BANDS[-1][1])
 
 
+@matplotlib.rc_context(_PLAIN_TEXT)
 def plot_fold(result: Fold, path: Path, note: str = "") -> None:
     """Write the picture of the fold's best sample as a PNG.
 
@@ -40,7 +45,10 @@ def plot_fold(result: Fold, path: Path, note: str = "") -> None:
     confidence, distances = figure.subplots(1, 2, width_ratios=(1.35, 1))
     _draw_plddt(confidence, 100 * result.plddt[result.best].numpy())
     _draw_distances(distances, result.expected_distances.numpy())
-    figure.savefig(path, dpi=_DOTS_PER_INCH)
+    with warnings.catch_warnings():
+        # A box stands for a letter that the font lacks; a warning for each would say no more.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
 def _draw_plddt(axes, plddt) -> None:

@@ -2,17 +2,36 @@
 
 The twenty standard residues are accepted, and X, which ESMFold2 folds as a residue with backbone
 atoms only. Any other letter would be turned into X by the model without a word, so it is refused
-here. Lower case (soft-masked FASTA) is accepted and read as upper case; white space is dropped.
+here. Lower case (soft-masked FASTA) is accepted and read as upper case; white space is dropped, and
+so is a `*` at the end, the stop codon of a translated gene.
 """
 
+import bz2
+import gzip
+import json
+import lzma
 import re
+import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
 
+STDIN = Path("-")
 RESIDUES = "ACDEFGHIKLMNPQRSTVWYX"
+# Residues; of a single one transformers' language-model encoder squeezes the axis away.
+SHORTEST = 2
+_GAPS = "-.~"  # of aligned FASTA, A2M and MSF
+# What a compressed file starts with: its format, and what unpacks it where Python can.
+_PACKED = (
+    (b"\x1f\x8b", "gzip", gzip.decompress),
+    (b"BZh", "bzip2", bz2.decompress),
+    (b"\xfd7zXZ\0", "xz", lzma.decompress),
+    (b"\x28\xb5\x2f\xfd", "Zstandard", None),
+    (b"PK\x03\x04", "zip", None),
+)
 _STEM_LENGTH = 80  # characters; leaves room for a suffix within every file system's limit
 
 
@@ -27,46 +46,83 @@ def parse_sequence(text: str, name: str = "sequence") -> Record:
     """The protein written in `text`, one letter per residue.
 
     Raises:
-        UserError: nothing in it, or a letter that is no residue (named with its position, from 1).
+        UserError: nothing in it, a single residue, or a letter that is no residue (named with its
+            position, from 1).
     """
-    sequence = "".join(text.split()).upper()
+    sequence = "".join(text.split()).upper().removesuffix("*")
     if not sequence:
         raise UserError(f"{name}: the sequence is empty")
     for position, letter in enumerate(sequence, start=1):
+        if letter in _GAPS:
+            raise UserError(
+                f"{name}: a gap {letter!r} at position {position}, as aligned sequences have them; "
+                "take the gaps out"
+            )
         if letter not in RESIDUES:
             raise UserError(
                 f"{name}: unknown residue {letter!r} at position {position}; "
                 f"the residues are {RESIDUES[:-1]}, and X for any other"
             )
+    if len(sequence) < SHORTEST:
+        raise UserError(f"{name}: a fold takes at least {SHORTEST} residues; got {sequence!r}")
     return Record(name, sequence)
 
 
 def read_fasta(path: Path) -> list[Record]:
-    """Every protein of a FASTA file, in its order.
+    """Every protein of a FASTA file, in its order; "-" is standard input.
+
+    The text is UTF-8, UTF-16 or UTF-32, with a mark or without, and may be packed with gzip, bzip2
+    or xz.
 
     Raises:
         UserError: the file can't be read, holds no record, or a record is empty or has an unknown
             residue.
     """
+    source = "standard input" if path == STDIN else str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file ({error.reason})") from error
+        content = _standard_input() if path == STDIN else path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+        raise UserError(f"{source}: can't be read ({error.strerror})") from error
+    text = _text(content, source)
 
     header, *records = re.split(r"^>", text, flags=re.MULTILINE)
     if header.strip():
         start = header.strip()[:20]
-        raise UserError(f"{path}: a FASTA file starts with '>', this one with {start!r}")
+        raise UserError(f"{source}: a FASTA file starts with '>', this one with {start!r}")
     if not records:
-        raise UserError(f"{path}: no sequence in this FASTA file")
+        raise UserError(f"{source}: no sequence in this FASTA file")
     parsed = []
     for number, record in enumerate(records, start=1):
         title, _, residues = record.partition("\n")
         name = title.split()[0] if title.split() else f"record-{number}"
         parsed.append(parse_sequence(residues, name))
     return parsed
+
+
+def _standard_input() -> bytes:
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()  # None where it is closed
+
+
+def _text(content: bytes, source: str) -> str:
+    """The text of a file, unpacked and decoded, its lines ended by newlines alone."""
+    for start, name, unpack in _PACKED:
+        if content.startswith(start):
+            if unpack is None:
+                raise UserError(f"{source}: packed with {name}; unpack it first")
+            try:
+                content = unpack(content)
+            except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+                raise UserError(f"{source}: not all of a {name} file ({error})") from error
+            break
+    try:
+        # What JSON's readers do: a mark tells, else where the first characters have zero bytes.
+        text = content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source}: not a text file in UTF-8 or UTF-16 ({error.reason} at byte {error.start})"
+        ) from error
+    # Files that were joined have marks in the middle.
+    return re.sub(r"\r\n?", "\n", text.replace("\ufeff", ""))
 
 
 def file_stems(records: Iterable[Record]) -> list[str]:

@@ -21,6 +21,7 @@ from .. import oracle
 from ..environment import checkout_commit, driver_version
 from ..errors import UserError
 from ..repository import load_kernel, submodule
+from ..triton_cache import check_cache
 from .candidates import CLASSES, STAGES, WIDTHS, Job, candidates
 
 # Relative L2 error of one stage in 16 bits; see docs/numerics.md.
@@ -170,10 +171,11 @@ def search(
         was wrong is in "failed", with no time.
 
     Raises:
-        UserError: there is no NVIDIA GPU.
+        UserError: there is no NVIDIA GPU, or Triton can't write to its cache.
     """
     if not torch.cuda.is_available() or torch.version.hip is not None:
         raise UserError("tune needs an NVIDIA GPU: torch.cuda finds none")
+    check_cache()
     if jobs is None:
         descriptors = torch.cuda.get_device_capability(0) >= (9, 0)
         jobs = [
