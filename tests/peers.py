@@ -21,6 +21,8 @@ from helpers import seeded
 from torch import nn
 
 MODULES = {
+    "accelerate": "accelerate",
+    "peft": "peft",
     "boltz": "boltz.model.layers.triangular_mult",
     "openfold3": "openfold3.core.model.layers.triangular_multiplicative_update",
     "protenix": "protenix.model.triangular.triangular",
@@ -30,7 +32,7 @@ _ABSENT = ("biotite", "gemmi", "ml_collections", "optree", "scipy")
 
 
 def peer(name: str) -> ModuleType:
-    """The module of a peer with its triangle multiplications; skips the test where it is absent."""
+    """The module of a peer that the tests use; skips the test where it is absent."""
     with _importable():
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed; make env installs it where it can be")

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_43d370f573"
+_NAMESPACE = "_esmfold2_trimul_kernel_dc1f935676"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -96,8 +96,13 @@ def say_plain(reason: str) -> None:
     say_once(f"runs in plain PyTorch: {reason}")
 
 
-# As torch.compiler.assume_constant_result does, without importing Dynamo and Triton.
-say_plain._dynamo_marked_constant = True
+def say_own(reason: str) -> None:
+    """As `say_plain`, where the module that was swapped runs its own forward."""
+    say_once(f"runs the module's own forward: {reason}")
+
+
+# As torch.compiler.assume_constant_result does, without its import of Dynamo and Triton.
+say_plain._dynamo_marked_constant = say_own._dynamo_marked_constant = True
 
 
 @functools.cache

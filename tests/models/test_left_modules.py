@@ -1,5 +1,7 @@
 """The modules that `patch` leaves as they are, and the reasons that it gives."""
 
+import re
+
 import pytest
 import torch
 from peer_modules import (
@@ -69,13 +71,22 @@ def wrap(module: nn.Module) -> None:
 
 LINEAR = "linear_z must be a linear layer of a floating-point weight, maybe a bias, and nothing "
 NORM = "layer_norm_in must be a LayerNorm of an eps, maybe a weight and a bias, and nothing besides"
-ALONE = "linear_z has a hook or a forward of its own, which would not run"
+HOOK, FORWARD = (
+    f"linear_z has {what}, which would not run" for what in ("a hook", "a forward of its own")
+)
+ADAPTED = "linear_z must have a weight, maybe a bias, and nothing besides; got ['lora_a']"
 LEFT = {
-    "adapter": (changed(lambda m: setattr(m, "linear_z", Adapted())), LINEAR),
+    "adapter": (changed(lambda m: setattr(m, "linear_z", Adapted())), ADAPTED),
     "other linear": (changed(lambda m: setattr(m, "linear_z", VariableLinear(8, 16))), LINEAR),
     "wrapped": (changed(lambda m: setattr(m, "linear_z", nn.Sequential(m.linear_z))), LINEAR),
-    "integers": (changed(quantise), LINEAR),
-    "tensor class": (changed(wrap), LINEAR),
+    "integers": (
+        changed(quantise),
+        "linear_z.weight must be a plain floating-point tensor; got Parameter of torch.int8",
+    ),
+    "tensor class": (
+        changed(wrap),
+        "linear_z.weight must be a plain floating-point tensor; got WrappedTensor of torch.float32",
+    ),
     "parametrised": (
         changed(lambda m: nn.utils.parametrizations.weight_norm(m.linear_z)), LINEAR,
     ),
@@ -122,12 +133,12 @@ LEFT = {
         "module._outgoing must be a bool; got 'yes'",
     ),
     "hook of a part": (
-        changed(lambda m: m.linear_z.register_forward_hook(lambda *_: None)), ALONE,
+        changed(lambda m: m.linear_z.register_forward_hook(lambda *_: None)), HOOK,
     ),
     "gradient hook of a part": (
-        changed(lambda m: m.linear_z.register_full_backward_hook(lambda *_: None)), ALONE,
+        changed(lambda m: m.linear_z.register_full_backward_hook(lambda *_: None)), HOOK,
     ),
-    "forward of a part": (changed(lambda m: setattr(m.linear_z, "forward", abs)), ALONE),
+    "forward of a part": (changed(lambda m: setattr(m.linear_z, "forward", abs)), FORWARD),
     "forward replaced": (
         changed(lambda m: setattr(m, "forward", m.projections)),
         "its forward has been replaced by another library's",
@@ -190,5 +201,5 @@ def test_an_adapter_put_in_after_the_patch_is_noticed(kernel):
     module = make("openfold")
     with kernel.patch(module):
         module.linear_z = Adapted()
-        with pytest.raises(TypeError, match=LINEAR):
+        with pytest.raises(TypeError, match=re.escape(ADAPTED)):
             module(make_pair(1))

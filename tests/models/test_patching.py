@@ -72,7 +72,7 @@ def test_adding_in_place_keeps_the_dtype_of_z(kernel, name):
 def test_adding_in_place_to_strided_memory(kernel, strided):
     module, pair = make("protenix"), make_pair(1)
     pair = pair.transpose(1, 2) if strided else pair
-    wanted, mask = pair + module(pair), torch.ones(LENGTH)  # a mask that broadcasts
+    wanted, mask = pair + module(pair), torch.ones(LENGTH, LENGTH)  # a mask that broadcasts
     with kernel.patch(module):
         assert distance(module(pair, mask, True, True), wanted) <= 1e-5
 

@@ -9,11 +9,14 @@ import os
 import torch
 from torch import nn
 
+from .models.parts import fault_of_parts, weight_of
+from .paths import say_own
 from .trimul_with_residual import triangle_multiplicative_update_with_residual
 from .validation import check_memory, check_recompute
 
 MEMORY_VARIABLE = "ESMFOLD2_TRIMUL_MEMORY"
 RECOMPUTE_VARIABLE = "ESMFOLD2_TRIMUL_RECOMPUTE"
+_LINEARS, _NORMS = ("proj_bundle", "proj_emit", "proj_gate"), ("norm_start", "norm_mix")
 
 
 class ESMFold2TriangleMultiplication(nn.Module):
@@ -37,20 +40,30 @@ class ESMFold2TriangleMultiplication(nn.Module):
         `memory`: "lean" trades time for memory. ESMFOLD2_TRIMUL_RECOMPUTE, "product" by default, is
         its `recompute`: with "all" nothing but the inputs is kept for the backward.
 
+        Where a part of the module is not plain (a hook, a quantised or offloaded weight, an adapter
+        other than LoRA), the module's own forward runs, and the log says why once. LoRA on a plain
+        linear layer is merged into its weight for the call.
+
         Returns:
             [B, L, L, C] in the dtype of the computation.
 
         Raises:
             ValueError, TypeError: shapes, dtypes or devices that don't fit each other, or a word
                 in ESMFOLD2_TRIMUL_MEMORY or ESMFOLD2_TRIMUL_RECOMPUTE that the function doesn't
-                know.
+                know; a part that is not plain in a module without a forward of its own.
         """
         memory = os.environ.get(MEMORY_VARIABLE, "auto")
         check_memory(memory, MEMORY_VARIABLE)
         recompute = os.environ.get(RECOMPUTE_VARIABLE, "product")
         check_recompute(recompute, RECOMPUTE_VARIABLE)
-        bundle = self.proj_bundle.weight
-        emit, gate = self.proj_emit.weight, self.proj_gate.weight
+        fault = fault_of_parts(self, _LINEARS, _NORMS)
+        if fault is not None:
+            own = type(self).forward
+            if own is ESMFold2TriangleMultiplication.forward:
+                raise TypeError(fault)
+            say_own(fault)
+            return own(self, pair_grid, visibility)
+        bundle, emit, gate = [weight_of(self._modules[name]) for name in _LINEARS]
         if torch.is_autocast_enabled(pair_grid.device.type):
             dtype = torch.get_autocast_dtype(pair_grid.device.type)
             pair_grid, bundle = pair_grid.to(dtype), bundle.to(dtype)

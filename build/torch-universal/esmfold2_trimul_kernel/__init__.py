@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_43d370f573"
+_BUILD_ID = "_esmfold2_trimul_kernel_dc1f935676"
 
 
 def _load_package() -> ModuleType:

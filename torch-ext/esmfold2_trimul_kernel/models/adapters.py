@@ -6,43 +6,23 @@ Each function reads one module of a family by the names of its parameters and gi
 and every weight and bias, None where the module has none. The tensors are the module's parameters
 themselves, or are put together from them anew in each call: gradients reach the parameters, and
 nothing goes stale when they change. A module whose parts are not those of its family (a layer that
-is quantised or wrapped by an adapter, a part more or less) is refused, because its weights alone
-would not say what it computes. With `dtype` the projections are cast to it, as a call under
-torch.autocast needs it; biases and norms stay as they are.
+is quantised or has a hook, an adapter other than LoRA, a part more or less) is refused, because its
+weights alone would not say what it computes: see parts.py. With `dtype` the projections are cast to
+it, as a call under torch.autocast needs it; biases and norms stay as they are.
 
 `patch` of patching.py calls these for every module of a model.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..validation import DIRECTIONS
+from .parts import Linear, Norm, describe, fault_of_linear, fault_of_norm, linear_of, norm_of
 
-# Classes that compute x @ weight.T + bias, and LayerNorms: by name, as nothing is imported.
-_LINEAR_CLASSES = ("Linear", "OpenfoldLinear", "EsmFoldLinear")
-_NORM_CLASSES = (
-    "LayerNorm",
-    "FusedLayerNorm",
-    "OpenFoldLayerNorm",
-    "EsmFoldLayerNorm",
-    "EsmFold2LayerNorm",
-)
-_TENSOR_CLASSES = (nn.Parameter, Tensor)
 _NAMES_SHOWN = 8  # in an error: a whole model has thousands
-
-
-class _Linear(NamedTuple):
-    weight: Tensor  # [out, in]
-    bias: Tensor | None  # [out]
-
-
-class _Norm(NamedTuple):
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
 
 
 def from_openfold(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -129,8 +109,8 @@ def from_esmfold2(module: nn.Module, dtype: torch.dtype | None = None) -> dict[s
     return _arguments(
         flow,
         _norm(module, "norm_start"),
-        _Linear(bundle.weight[:half], None if no_bias else bundle.bias[:half]),
-        _Linear(bundle.weight[half:], None if no_bias else bundle.bias[half:]),
+        Linear(bundle.weight[:half], None if no_bias else bundle.bias[:half]),
+        Linear(bundle.weight[half:], None if no_bias else bundle.bias[half:]),
         _norm(module, "norm_mix"),
         _linear(module, "proj_emit"),
         _linear(module, "proj_gate"),
@@ -208,12 +188,12 @@ def from_chai(
     outgoing, incoming = (
         _arguments(
             direction,
-            _Norm(norm_weight, norm_bias, 1e-5),
-            _Linear(values[start : start + 2 * hidden], None),
-            _Linear(gates[start : start + 2 * hidden], None),
-            _Norm(None, None, 1e-5),
-            _Linear(output, None),
-            _Linear(gates[4 * hidden :], None),
+            Norm(norm_weight, norm_bias, 1e-5),
+            Linear(values[start : start + 2 * hidden], None),
+            Linear(gates[start : start + 2 * hidden], None),
+            Norm(None, None, 1e-5),
+            Linear(output, None),
+            Linear(gates[4 * hidden :], None),
             dtype,
         )
         for direction, start in (("outgoing", 0), ("incoming", 2 * hidden))
@@ -242,52 +222,21 @@ def _check_parts(module: nn.Module, wanted: tuple[str, ...]) -> None:
         )
 
 
-def _linear(module: nn.Module, name: str) -> _Linear:
-    layer = module._modules[name]
-    if isinstance(layer, nn.Linear) and type(layer).__name__ in _LINEAR_CLASSES:
-        weight, bias = layer.weight, layer.bias
-        if _is_all_of(layer, weight, bias):
-            if getattr(layer, "precision", None) is None:
-                return _Linear(weight, bias)
-            raise TypeError(f"{name}.precision must be None; got {layer.precision}")
-    raise TypeError(
-        f"{name} must be a linear layer of a floating-point weight, maybe a bias, and nothing "
-        f"besides; got {describe(layer)}"
-    )
+def _linear(module: nn.Module, name: str) -> Linear:
+    part = module._modules[name]
+    if (fault := fault_of_linear(name, part)) is not None:
+        raise TypeError(fault)
+    return linear_of(part)
 
 
-def _norm(module: nn.Module, name: str) -> _Norm:
-    layer = module._modules[name]
-    eps = getattr(layer, "eps", None)
-    if isinstance(eps, float) and type(layer).__name__ in _NORM_CLASSES:
-        weight, bias = layer.weight, layer.bias
-        if _is_all_of(layer, weight, bias):
-            return _Norm(weight, bias, eps)
-    raise TypeError(
-        f"{name} must be a LayerNorm of an eps, maybe a weight and a bias, and nothing besides; "
-        f"got {describe(layer)}"
-    )
+def _norm(module: nn.Module, name: str) -> Norm:
+    part = module._modules[name]
+    if (fault := fault_of_norm(name, part)) is not None:
+        raise TypeError(fault)
+    return norm_of(part)
 
 
-def _is_all_of(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the two are all of the layer's state, and plain floating-point tensors.
-
-    Quantised weights are of integers or of tensor classes that are not torch's; adapters add
-    parameters or wrap the layer.
-    """
-    if layer._modules or layer._buffers or not layer._parameters.keys() <= {"weight", "bias"}:
-        return False
-    for tensor in (weight, bias):
-        if tensor is not None and not (
-            tensor.is_floating_point()
-            # Of torch's own are fake and sharded tensors too; Dynamo knows the first two.
-            and (type(tensor) in _TENSOR_CLASSES or type(tensor).__module__.startswith("torch."))
-        ):
-            return False
-    return True
-
-
-def _stacked(module: nn.Module, name_a: str, name_b: str) -> _Linear:
+def _stacked(module: nn.Module, name_a: str, name_b: str) -> Linear:
     """The layers that make a and b as one, of rows [0, D) and [D, 2D)."""
     a, b = _linear(module, name_a), _linear(module, name_b)
     if a.weight.shape != b.weight.shape or (a.bias is None) != (b.bias is None):
@@ -296,17 +245,17 @@ def _stacked(module: nn.Module, name_a: str, name_b: str) -> _Linear:
             f"{tuple(b.weight.shape)}, biases {a.bias is not None} and {b.bias is not None}"
         )
     bias = None if a.bias is None else torch.cat([a.bias, b.bias])
-    return _Linear(torch.cat([a.weight, b.weight]), bias)
+    return Linear(torch.cat([a.weight, b.weight]), bias)
 
 
 def _arguments(
     direction: str,
-    norm_in: _Norm,
-    p_in: _Linear,
-    g_in: _Linear,
-    norm_out: _Norm,
-    p_out: _Linear,
-    g_out: _Linear,
+    norm_in: Norm,
+    p_in: Linear,
+    g_in: Linear,
+    norm_out: Norm,
+    p_out: Linear,
+    g_out: Linear,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     if norm_in.eps != norm_out.eps:
@@ -341,11 +290,3 @@ def _arguments(
         "g_out_bias": g_out.bias,
         "eps": norm_in.eps,
     }
-
-
-def describe(module: nn.Module) -> str:
-    """The module's class, and for one of TorchScript the class that it was made from."""
-    kind = type(module)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    original = getattr(module, "original_name", None)
-    return name if original is None else f"{name} of {original}"

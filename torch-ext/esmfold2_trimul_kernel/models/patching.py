@@ -15,13 +15,13 @@ from ..trimul_with_residual import (
 )
 from ..validation import check_memory, check_recompute
 from .adapters import (
-    describe,
     from_boltz,
     from_esmfold2,
     from_openfold,
     from_openfold3,
     from_protenix,
 )
+from .parts import describe, fault_of_call
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,6 @@ _FAMILIES = (
         "esmfold2", ("EsmFold2TriangleMultiplicativeUpdate",), from_esmfold2, _esmfold2_forward
     ),
 )
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
 
 
@@ -283,8 +282,8 @@ def _recognise(module: nn.Module, chosen: list[str]) -> _Family:
     if changed:
         raise TypeError(f"its class {describe(module)} changes {', '.join(changed)}")
     for name, part in module.named_children():
-        if "forward" in vars(part) or any(vars(part)[hooks] for hooks in _HOOKS):
-            raise TypeError(f"{name} has a hook or a forward of its own, which would not run")
+        if (fault := fault_of_call(name, part)) is not None:
+            raise TypeError(fault)
     family.read(module)
     return family
 
