@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_dc1f935676"
+_BUILD_ID = "_esmfold2_trimul_kernel_20d5d3cea6"
 
 
 def _load_package() -> ModuleType:

@@ -152,7 +152,7 @@ def load_weight(
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        ptrs = weight + (offs_n * stride_n)[:, None] + offs_k[None, :]
+        ptrs = weight + (offs_n.to(tl.int64) * stride_n)[:, None] + offs_k[None, :]
         if N % BLOCK_N == 0 and K % BLOCK_K == 0:
             return tl.load(ptrs)
         else:
