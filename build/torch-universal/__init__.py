@@ -8,7 +8,8 @@ Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels befor
 call would do: its path, settings and memory.
 
 `patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
-and the functions `from_...` give one of its modules, or of Chai-1's, as arguments.
+`unpatch` takes it out of one or of any copy of it, and the functions `from_...` give one of its
+modules, or of Chai-1's, as arguments.
 """
 
 from . import layers
@@ -23,7 +24,7 @@ from .models.adapters import (
     from_openfold3,
     from_protenix,
 )
-from .models.patching import patch
+from .models.patching import patch, unpatch
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
@@ -45,5 +46,6 @@ __all__ = [
     "patch",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
+    "unpatch",
     "warmup",
 ]

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_bdbb12334a"
+_NAMESPACE = "_esmfold2_trimul_kernel_b91d10eccf"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

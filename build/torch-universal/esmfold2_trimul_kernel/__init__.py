@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_bdbb12334a"
+_BUILD_ID = "_esmfold2_trimul_kernel_b91d10eccf"
 
 
 def _load_package() -> ModuleType:
