@@ -35,6 +35,7 @@ PUBLIC_NAMES = [
     "patch",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
+    "unpatch",
     "warmup",
 ]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_20d5d3cea6"
+_NAMESPACE = "_esmfold2_trimul_kernel_6374fcef85"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,6 +1,7 @@
 """`patch`: what a patched model computes, and that it is a model like any other."""
 
 import copy
+import functools
 import io
 import pickle
 from dataclasses import FrozenInstanceError
@@ -248,7 +249,85 @@ def test_undo_leaves_what_another_library_put_there(kernel):
     assert "forward" not in vars(model[0]) and vars(model[1])["forward"] == other
 
 
+def copies(model):
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    return {
+        "": model,
+        "deep": copy.deepcopy(model),
+        "deep of deep": copy.deepcopy(copy.deepcopy(model)),
+        "shallow": nn.ModuleDict({"trunk": nn.Sequential(copy.copy(model["trunk"][0]))}),
+        "average": average.module,
+        "loaded": torch.load(stored, weights_only=False),
+        "loaded, then deep": copy.deepcopy(pickle.loads(pickle.dumps(model))),
+        "deep, then loaded": pickle.loads(pickle.dumps(copy.deepcopy(model))),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["boltz", "openfold"])
+def test_unpatch_takes_back_any_copy(kernel, name):
+    model = nn.ModuleDict({"trunk": nn.Sequential(make(name)), "other": nn.Linear(2, 2)})
+    pair, mask = make_pair(1), make_mask(1)
+    wanted = model["trunk"][0](pair, mask)
+    report = kernel.patch(model)
+    for how, other in copies(model).items():
+        module = other["trunk"][0]
+        assert kernel.unpatch(other) == ["trunk.0"], how
+        assert kernel.unpatch(other) == [], how
+        assert not any("forward" in vars(one) for one in other.modules())
+        assert torch.equal(module(pair, mask), wanted), how
+        with kernel.patch(other) as again:
+            assert again.swapped == {"trunk.0": name}, how
+            assert not torch.equal(module(pair, mask), wanted), how
+    report.undo()  # has nothing left to do
+
+
+@torch.no_grad()
+def test_unpatch_of_a_model_itself_and_of_a_compiled_one(kernel):
+    module, pair = make("openfold3"), make_pair(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    original = compiled(pair)
+    kernel.patch(module)
+    assert not torch.equal(compiled(pair), original)
+    assert kernel.unpatch(compiled) == ["_orig_mod"]
+    assert torch.equal(compiled(pair), original)
+    kernel.patch(module)
+    assert kernel.unpatch(module) == [""]
+
+
+def test_unpatch_leaves_what_another_library_put_there(kernel):
+    """The error names a wrapper of the patch; what never was one stays without a word."""
+    model = nn.ModuleList([make("openfold") for _ in range(4)] + [nn.Linear(2, 2)])
+    model.append(torch.jit.script(nn.Linear(2, 2)))
+    model[0].forward = before = model[0].projections
+    model[4].forward = own = model[4].forward  # as hooks leave it which have been removed
+    kernel.patch(model)
+    for i, method in (1, False), (2, True):
+
+        @functools.wraps(model[i].forward)
+        def wrapper(*arguments, **keywords):
+            raise AssertionError
+
+        model[i].forward = wrapper.__get__(model[i]) if method else wrapper
+    wrappers = [vars(model[i])["forward"] for i in (1, 2)]
+    with pytest.raises(RuntimeError) as caught:
+        kernel.unpatch(model)
+    assert str(caught.value) == (
+        "the forward of a module must be the one that patch put there, for unpatch; "
+        "wrapped since: 1, 2"
+    )
+    assert [vars(model[i])["forward"] for i in (0, 1, 2, 4)] == [before, *wrappers, own]
+    assert "forward" not in vars(model[3])
+
+
 def test_messages_of_patch(kernel):
+    with pytest.raises(TypeError) as caught:
+        kernel.unpatch("model")
+    assert str(caught.value) == "model must be a torch.nn.Module; got str"
     with pytest.raises(TypeError) as caught:
         kernel.patch("model")
     assert str(caught.value) == "model must be a torch.nn.Module; got str"

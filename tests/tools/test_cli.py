@@ -185,8 +185,8 @@ ROW = {
 def test_resources_prints_rows_and_problems(monkeypatch):
     asked = []
 
-    def collect(targets, progress):
-        asked.append(targets)
+    def collect(targets, progress, check_descriptors):
+        asked.append((targets, check_descriptors))
         progress(1, 1, "stage for sm_90")
         return [ROW]
 
@@ -198,7 +198,8 @@ def test_resources_prints_rows_and_problems(monkeypatch):
         assert text in result.stdout
     result = run("resources", "--json", "--target", "sm_90", "--target", "gfx942")
     assert json.loads(result.stdout) == [ROW]
-    assert asked == [None, ["sm_90", "gfx942"]]
+    assert run("resources", "--check-descriptors").exit_code == 0
+    assert asked == [(None, False), (["sm_90", "gfx942"], False), (None, True)]
 
     monkeypatch.setattr(resources, "problems", lambda rows: ["stage spills in a loop"])
     result = run("resources", "--json")

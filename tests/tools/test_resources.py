@@ -43,7 +43,8 @@ COLLECT = """
 import json, sys
 from esmfold2_trimul_tools.resources import CASES, collect
 target, *cases = sys.argv[1:]
-print(json.dumps(collect([target], cases=[case for case in CASES if str(case) in cases])))
+cases = [case for case in CASES if str(case) in cases]
+print(json.dumps(collect([target], cases=cases, check_descriptors=target == "sm_90")))
 """
 
 COUNT = """
@@ -94,6 +95,7 @@ def assert_settings_fit(target, cases, **options):
             assert row["bulk_copies"] > 0, row
             # Wider rows than 256 are read in blocks, between whose products there is other work.
             assert row["pipelined"] or "C=512" in row["case"], row
+        assert row["descriptor_faults"] == ([] if target == "sm_90" else None)
 
 
 @pytest.mark.parametrize("target", QUICK)
@@ -133,6 +135,9 @@ def test_problems_name_what_is_over_a_limit():
     assert problems([{**fine, "spill_bytes": 16, "spills_in_loop": True}]) == []
     assert problems([{**fine, "spill_bytes": 20, "spills_in_loop": True}]) == [
         "k on sm_86 (c): registers spill inside a loop"
+    ]
+    assert problems([{**fine, "descriptor_faults": ["wgmma at 0x10: no"]}]) == [
+        "k on sm_86 (c): wgmma at 0x10: no"
     ]
 
 

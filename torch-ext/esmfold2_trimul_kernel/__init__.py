@@ -7,8 +7,9 @@ Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels befor
 `lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
 path, settings and memory without running it.
 
-`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2.
-The functions `from_...` turn a module of such a model, or of Chai-1, into arguments.
+`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
+and `unpatch` takes it out of one or of any copy of it. The functions `from_...` turn a module of
+such a model, or of Chai-1, into arguments.
 """
 
 from . import layers
@@ -23,7 +24,7 @@ from .models.adapters import (
     from_openfold3,
     from_protenix,
 )
-from .models.patching import patch
+from .models.patching import patch, unpatch
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
@@ -45,5 +46,6 @@ __all__ = [
     "patch",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
+    "unpatch",
     "warmup",
 ]

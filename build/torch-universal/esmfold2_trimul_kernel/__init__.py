@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_20d5d3cea6"
+_BUILD_ID = "_esmfold2_trimul_kernel_6374fcef85"
 
 
 def _load_package() -> ModuleType:

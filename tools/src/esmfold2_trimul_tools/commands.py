@@ -59,6 +59,13 @@ def resources(
         typer.Option("--target", help="Compile for this architecture only; may be repeated."),
         _targets,
     ] = None,
+    check_descriptors: Annotated[
+        bool,
+        typer.Option(
+            "--check-descriptors",
+            help="Look for descriptors of wgmma (sm_90) that ptxas made wrongly, too.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel and shipped setting ahead of time, without a GPU.
@@ -73,7 +80,9 @@ def resources(
     with ProgressBar() as report:
         try:
             rows = module.collect(
-                target or None, lambda done, total, label: report(label, done, total)
+                target or None,
+                lambda done, total, label: report(label, done, total),
+                check_descriptors=check_descriptors,
             )
         except (ImportError, ValueError) as error:
             raise UserError(str(error)) from error

@@ -16,13 +16,14 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from .descriptors import faults
 from .repository import find_root, load_kernel, submodule
 
 # Outside a loop: one more block on a multiprocessor made up for them (stage 1 on an H200).
@@ -171,6 +172,7 @@ class MachineCode:
     matrix_instructions: int
     bulk_copies: int  # TMA loads and stores
     pipelined: bool  # fewer waits for wgmma than wgmma instructions
+    descriptor_faults: tuple[str, ...] | None = None  # of wgmma, where they were looked for
 
 
 def _nvidia_tool(name: str) -> str:
@@ -183,15 +185,16 @@ def _run_tool(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_machine_code(binaries: Sequence) -> list[MachineCode]:
+def read_machine_code(binaries: Sequence, check_descriptors: bool = False) -> list[MachineCode]:
     """Reads kernels of one target: their cubins, or the text of AMD kernels."""
     if any("amdgcn" in binary.asm for binary in binaries):
         return [_read_amdgcn(binary.asm["amdgcn"], binary.metadata.shared) for binary in binaries]
     distinct = {binary.asm["cubin"]: binary for binary in binaries}  # launches share kernels
-    read = {
-        cubin: _read_cubin(cubin, sass, distinct[cubin].metadata.shared)
-        for cubin, sass in zip(distinct, _disassemble(list(distinct.values())), strict=True)
-    }
+    read = {}
+    for cubin, sass in zip(distinct, _disassemble(list(distinct.values())), strict=True):
+        read[cubin] = _read_cubin(cubin, sass, distinct[cubin].metadata.shared)
+        if check_descriptors:
+            read[cubin] = replace(read[cubin], descriptor_faults=tuple(faults(sass)))
     return [read[binary.asm["cubin"]] for binary in binaries]
 
 
@@ -299,6 +302,7 @@ def collect(
     progress: Callable[[int, int, str], None] | None = None,
     kernel: ModuleType | None = None,
     cases: Sequence[Case] = CASES,
+    check_descriptors: bool = False,
 ) -> list[dict]:
     """Compiles the shipped settings of every stage for `targets` (all of them by default).
 
@@ -307,12 +311,15 @@ def collect(
         progress: called with (done, total, what) before each compilation.
         kernel: the loaded kernel package; the checkout's own by default.
         cases: the calls to compile for.
+        check_descriptors: whether to look for wgmma descriptors that ptxas made wrongly
+            (`descriptors.faults`), which takes a tenth of a second for a kernel of sm_90.
 
     Returns:
         One dict for each kernel, target and class of calls: kernel, target, case, config, registers
         (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
-        matrix_instructions, bulk_copies, pipelined, shared_limit (bytes of a block there); if it
-        could not be compiled, error in place of the last eight.
+        matrix_instructions, bulk_copies, pipelined, descriptor_faults (None where they were not
+        looked for), shared_limit (bytes of a block there); if it could not be compiled, error in
+        place of the last nine.
 
     Raises:
         ValueError: a target without a table, or a process with TRITON_INTERPRET set.
@@ -345,7 +352,7 @@ def collect(
                 ({"kernel": stage, **where, "config": config}, binary)
                 for stage, binary, config in found
             ]
-        codes = read_machine_code([binary for _, binary in compiled])
+        codes = read_machine_code([binary for _, binary in compiled], check_descriptors)
         limit = {"shared_limit": tables.settings_of(target)["shared_bytes"]}
         rows += [
             {**row, **asdict(code), **limit}
@@ -371,4 +378,5 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{where}: {row['spill_bytes']} bytes of spills, of {MAX_SPILL_BYTES}")
         if row["spills_in_loop"] and row["spill_bytes"] > MAX_LOOP_SPILL_BYTES:
             found.append(f"{where}: registers spill inside a loop")
+        found += [f"{where}: {fault}" for fault in row.get("descriptor_faults") or ()]
     return found

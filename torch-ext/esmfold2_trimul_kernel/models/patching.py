@@ -28,7 +28,8 @@ from .parts import describe, fault_of_call
 class PatchReport:
     """What `patch` did, by the modules' dotted names. Prints as a list; `undo` takes it back.
 
-    As a context manager it takes the patch back at the end of the block.
+    As a context manager it takes the patch back at the end of the block. Copies of the model that
+    were made meanwhile stay patched: `unpatch` is for them.
     """
 
     swapped: dict[str, str]  # name: family
@@ -149,6 +150,53 @@ def patch(
         report.swapped[name] = family.name
         report._forwards[name] = (module, forward)
     return report
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Gives every swapped module of the model its own forward back, whoever holds the report.
+
+    The model may be a copy of the one that was patched, such as the average of its weights that EMA
+    and SWA keep. Modules that were pickled while swapped run their own forward once they are
+    loaded, but hold it as an attribute: they lose that, and are named too.
+
+    Returns:
+        The dotted names of the modules that were swapped.
+
+    Raises:
+        TypeError: a model that is no torch.nn.Module.
+        RuntimeError: another library has wrapped the forward of a swapped module, and says so as
+            functools.wraps does. The others have theirs back all the same.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    swapped, covered = [], []
+    for name, module in model.named_modules():
+        present = vars(module).get("forward")
+        if _is_patch(present) or _is_loaded_patch(module, present):
+            del module.forward
+            swapped.append(name)
+        elif getattr(present, "_is_trimul_patch", False):
+            covered.append(name)
+    if covered:
+        raise RuntimeError(
+            "the forward of a module must be the one that patch put there, for unpatch; "
+            f"wrapped since: {', '.join(name or 'the model' for name in covered)}"
+        )
+    return swapped
+
+
+def _is_patch(forward: Any) -> bool:
+    """Whether `patch` made this forward. A wrapper has its marks too, but tells what it wraps."""
+    function = _function(forward)
+    return getattr(function, "_is_trimul_patch", False) and not hasattr(function, "__wrapped__")
+
+
+def _is_loaded_patch(module: nn.Module, forward: Any) -> bool:
+    """Whether this forward is what pickling leaves of a patch; other modules may hold their own."""
+    known = any(
+        kind.__name__ in family.classes for kind in type(module).__mro__ for family in _FAMILIES
+    )
+    return known and _is_own(module, forward)
 
 
 def _openfold_forward(run: Callable) -> Callable:
