@@ -13,7 +13,7 @@ help:
 	@echo "make fold      fold ubiquitin with the kernel and without it; the results go to out/"
 	@echo "make test      run the test suite, but for the tests marked slow"
 	@echo "make test-all  run every test, and hold the settings to the newest Triton too"
-	@echo "make test-isa  numeric tests with other instruction sets, threads and seeds: an hour"
+	@echo "make test-isa  numeric tests with other instruction sets, threads and seeds: 90 minutes"
 	@echo "make fuzz      10,000 random calls; CASES=500 SEED=7 says how many and which"
 	@echo "make env       set up $(VENV) alone; fold, test, build and lint do it when needed"
 	@echo "make build     write build/torch-universal from torch-ext"
