@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6374fcef85"
+_NAMESPACE = "_esmfold2_trimul_kernel_cef39fc713"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,6 +1,5 @@
 """Compiles beforehand the kernels that the first calls of a process would wait for."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable
 
@@ -10,7 +9,7 @@ from ._call import Call, Weights
 from .paths import execution_path, path_module
 from .triton_parts.device import DeviceTarget, device_target, standing_in
 from .triton_parts.settings import class_lengths
-from .validation import COMPUTE_DTYPES, DIRECTIONS, check_memory, resolve_precision
+from .validation import COMPUTE_DTYPES, check_memory, resolve_precision
 
 _LONGEST_OF_OTHER_GROUPS = 1024  # longer ones are cut into as many groups of channels as this one
 
@@ -71,9 +70,10 @@ def warmup(
     if memory == "auto":
         raise ValueError("memory must be 'default' or 'lean' for warmup; got 'auto'")
     try:
-        device = torch.empty(0, device=device).device  # with its index
+        there = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device must be one of this machine; got {device!r}") from error
+    device = there.device  # with its index
     path = execution_path(device, dtype)
     if path.name != "triton":
         raise ValueError(f"device must run the Triton kernels: {path.reason}; got {device}")
@@ -91,11 +91,9 @@ def warmup(
         tensor(hidden, dtype=norm_dtype), tensor(hidden, dtype=norm_dtype),
         tensor(channels, hidden), None, tensor(channels, channels), None,
     )  # fmt: skip
-    needs = frozenset(
-        ["x", *[name for name, value in weights._asdict().items() if value is not None]]
-    )
     sizes = functools.partial(module.group_size, hidden) if training else None
-    with standing_in(target), _current(device):
+    plan = module.plan_training if training else lambda call: module.plan(call).launches
+    with standing_in(target), module.current_device(there):
         for length in _lengths_of_each_kind(lengths, target, sizes):
             x = tensor(1, length, length, channels)
             for mask_dtype in mask_dtypes:
@@ -114,20 +112,8 @@ def warmup(
                     inplace=False,
                     lengths=None,
                 )
-                launches = module.plan(call).launches
-                if training:
-                    for direction in DIRECTIONS:
-                        turned = call._replace(direction=direction)
-                        launches += module.plan_backward(turned, needs)
-                for launch, tensors in launches:
+                for launch, tensors in plan(call):
                     launch.compile(**tensors)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which `device` is the current one, for which Triton compiles."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, device.type).device(device)
 
 
 def _lengths_of_each_kind(

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import nn
 
-from .models.parts import fault_of_parts, weight_of
+from .models.parts import fault_of_parts, linear_of
 from .paths import say_own
 from .trimul_with_residual import triangle_multiplicative_update_with_residual
 from .validation import check_memory, check_recompute
@@ -63,7 +63,7 @@ class ESMFold2TriangleMultiplication(nn.Module):
                 raise TypeError(fault)
             say_own(fault)
             return own(self, pair_grid, visibility)
-        bundle, emit, gate = [weight_of(self._modules[name]) for name in _LINEARS]
+        bundle, emit, gate = [linear_of(self._modules[name]).weight for name in _LINEARS]
         if torch.is_autocast_enabled(pair_grid.device.type):
             dtype = torch.get_autocast_dtype(pair_grid.device.type)
             pair_grid, bundle = pair_grid.to(dtype), bundle.to(dtype)

@@ -1,4 +1,4 @@
-"""The Triton path: the five functions of a path (see `paths`), and the plan of its backward.
+"""The Triton path: the five functions of a path (see `paths`), and the plan of a training step.
 
 Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 
@@ -25,7 +25,7 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import rehearsal, twin
 from ..triton_parts.tiles import padded_pitch
-from ..validation import torch_allows_tf32
+from ..validation import DIRECTIONS, torch_allows_tf32
 from .gradients import group_size as group_size
 from .gradients import run_backward
 from .launches import launches_of
@@ -35,7 +35,7 @@ from .lean import run_lean
 def forward(call: Call) -> Tensor:
     """The output [B, L, L, C], in the mode `call.memory`."""
     call = _for_kernels(call)
-    with _current_device(call.x):
+    with current_device(call.x):
         if call.memory != "lean":
             try:
                 return _run_default(call, launches_of(call, "default"))[0]
@@ -50,7 +50,7 @@ def forward(call: Call) -> Tensor:
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(output, product, moments) of the default mode, see `_run_default`."""
     call = _for_kernels(call)
-    with _current_device(call.x):
+    with current_device(call.x):
         return _run_default(call, launches_of(call, "default"))
 
 
@@ -101,7 +101,7 @@ def backward(
     """The gradients that `needs` names."""
     call = _for_kernels(call)
     # Autocast would lower the precision of the vendor's GEMMs.
-    with torch.autocast(call.x.device.type, enabled=False), _current_device(call.x):
+    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         return run_backward(call, grad_out, product, moments, needs)
 
 
@@ -141,16 +141,28 @@ def plan(call: Call) -> Plan:
     return found
 
 
-def plan_backward(call: Call, needs: frozenset[str]) -> list:
-    """The launches of `backward` after `forward_saving`, in the form of `Plan.launches`."""
+def plan_training(call: Call) -> list:
+    """The launches of `plan`, and of `backward` in both directions, as `Plan.launches`.
+
+    The backward gives the gradients of x and of all parameters.
+    """
+    launches = plan(call).launches
+    for direction in DIRECTIONS:
+        launches += _plan_backward(call._replace(direction=direction))
+    return launches
+
+
+def _plan_backward(call: Call) -> list:
+    """The launches of `backward` after `forward_saving`."""
     call = _for_kernels(_twin_of(call))
+    needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:
         product, moments = (
             torch.empty(shape, dtype=dtype, device="meta")
             for shape, dtype in zip(saved_shapes(call), (x.dtype, torch.float32), strict=True)
         )
-        run_backward(call, x, product, moments, needs, launches)
+        run_backward(call, x, product, moments, frozenset({"x", *needs}), launches)
     return launches.launched
 
 
@@ -175,7 +187,7 @@ def _for_kernels(call: Call) -> Call:
     return call._replace(weights=weights, precision=precision)
 
 
-def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
+def current_device(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which x's device is the current one, on which Triton launches."""
     if x.device.type == "cpu":
         return contextlib.nullcontext()

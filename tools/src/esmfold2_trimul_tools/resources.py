@@ -109,14 +109,12 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list[tuple[str,
     path = submodule(kernel, "triton_path")
     device = submodule(kernel, "triton_parts.device")
     call = _call_of(kernel, case)
-    names = [name for name, value in call.weights._asdict().items() if value is not None]
     compiled = {}
     with _compiling_for(target), device.standing_in(device.target_of(target, "any")):
-        launches = path.plan(call).launches
         if case in BACKWARD_CASES:
-            for direction in ("outgoing", "incoming"):
-                turned = call._replace(direction=direction)
-                launches += path.plan_backward(turned, frozenset(["x", *names]))
+            launches = path.plan_training(call)
+        else:
+            launches = path.plan(call).launches
         for launch, tensors in launches:
             name = _name_of(launch)
             if name not in compiled:

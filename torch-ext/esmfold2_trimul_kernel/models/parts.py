@@ -64,8 +64,9 @@ def fault_of_norm(name: str, part: nn.Module) -> str | None:
 
 def linear_of(part: nn.Module) -> Linear:
     """The layer, of which `fault_of_linear` is None; of LoRA with the adapters in its weight."""
-    if "weight" in part._parameters:
-        return Linear(part.weight, part.bias)
+    parameters = part._parameters
+    if "weight" in parameters:
+        return Linear(parameters["weight"], parameters["bias"])
     base = part.base_layer
     weight = base.weight
     # In the adapter's dtype, float32 as a rule: the sum is rounded to the layer's once.
@@ -77,12 +78,6 @@ def linear_of(part: nn.Module) -> Linear:
                 weight.to(dtype), up.to(dtype), down.to(dtype), alpha=part.scaling[adapter]
             )
     return Linear(weight.to(base.weight.dtype), base.bias)
-
-
-def weight_of(part: nn.Module) -> Tensor:
-    """The weight of `linear_of`."""
-    weight = part._parameters.get("weight")
-    return linear_of(part).weight if weight is None else weight
 
 
 def norm_of(part: nn.Module) -> Norm:
