@@ -1,6 +1,7 @@
 """Runs the command-line tool in this process."""
 
 from esmfold2_trimul_tools import cli
+from esmfold2_trimul_tools.options import read
 from typer.testing import CliRunner
 
 
@@ -15,3 +16,8 @@ def refusal(*arguments):
     assert result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     return result.stderr[len("error: ") : -1]
+
+
+def ready(options, **given):
+    """The dataclass of a command's options from their text, as on this machine."""
+    return read(options, **given).on_this_machine()

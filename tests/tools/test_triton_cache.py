@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import refusal
+from cli_runner import ready, refusal
 from esmfold2_trimul_tools import triton_cache
-from esmfold2_trimul_tools.bench.settings import read_settings as bench_settings
-from esmfold2_trimul_tools.conformance.settings import read_settings as conformance_settings
+from esmfold2_trimul_tools.bench.settings import Settings as BenchSettings
+from esmfold2_trimul_tools.conformance.settings import Settings as ConformanceSettings
 from esmfold2_trimul_tools.folding.command import Setup
 
 pytest.importorskip("triton")
@@ -79,8 +79,8 @@ def test_a_command_that_compiles_names_the_folder(gpu, barred, monkeypatch, tmp_
 
 
 def test_what_compiles_nothing_needs_no_cache(gpu, barred, monkeypatch):
-    assert bench_settings(device="cpu").device.type == "cpu"
-    assert conformance_settings(device="cpu").device.type == "cpu"
+    assert ready(BenchSettings, device="cpu").device.type == "cpu"
+    assert ready(ConformanceSettings, device="cpu").device.type == "cpu"
     monkeypatch.setattr(triton_cache, "cache_folder", lambda: None)  # Triton is not installed
     triton_cache.check_cache()
-    assert bench_settings(device="cuda").device.type == "cuda"
+    assert ready(BenchSettings, device="cuda").device.type == "cuda"

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 from bench_fakes import CASE, CEILINGS, TINY, example_results, row_of
+from cli_runner import ready
 from esmfold2_trimul_tools.bench import plots as bench_plots
 from esmfold2_trimul_tools.bench import report as bench_report
 from esmfold2_trimul_tools.bench.case import Case, stage_floors
 from esmfold2_trimul_tools.bench.rivals import Sources
-from esmfold2_trimul_tools.bench.settings import read_settings
+from esmfold2_trimul_tools.bench.settings import Settings
 from esmfold2_trimul_tools.environment import describe_environment
 
 
@@ -22,7 +23,7 @@ def test_training_rows_have_no_floor_and_groups_of_their_own(sources, tmp_path):
     both = row_of("ours", dataclasses.replace(CASE, passes="training"), milliseconds=6.0)
     assert both["floor_ms"] is both["floor_share"] is None and forward["floor_share"]
     del forward["passes"]  # as results of before have it
-    environment = describe_environment(read_settings(**TINY), sources, "the command", "abc")
+    environment = describe_environment(ready(Settings, **TINY), sources, "the command", "abc")
     results = {"environment": environment, "ceilings": CEILINGS, "rows": [forward, both]}
     names = [name for name, _ in bench_report.groups(results)]
     assert names == ["float32, outgoing, bool mask",

@@ -15,12 +15,13 @@ from bench_fakes import (
     good,
     raises_when_made,
 )
+from cli_runner import ready
 from esmfold2_trimul_tools.bench import clock as bench_clock
 from esmfold2_trimul_tools.bench import report as bench_report
 from esmfold2_trimul_tools.bench import run as bench
 from esmfold2_trimul_tools.bench.results import ours_is_right, read_results
 from esmfold2_trimul_tools.bench.rivals import Call, Rival, Sources
-from esmfold2_trimul_tools.bench.settings import read_settings
+from esmfold2_trimul_tools.bench.settings import Settings
 from esmfold2_trimul_tools.documents import write_document
 from esmfold2_trimul_tools.environment import describe_environment
 from esmfold2_trimul_tools.errors import UserError
@@ -35,7 +36,7 @@ def test_run_measures_every_rival_at_every_shape(monkeypatch, tmp_path):
     log, saved, seen = [], [], []
     bad = Rival("bad", raises_when_made, on_cpu=True)
     fake_rivals(monkeypatch, good("ours", log), bad, good("in-tree, chunk 64", log))
-    settings = read_settings(**TINY)
+    settings = ready(Settings, **TINY)
     results = bench.start(settings, "the command")
     bench.run(
         settings, results,
@@ -73,7 +74,7 @@ def test_environment_on_a_gpu(kernel, monkeypatch, tmp_path):
     smi.write_text("#!/bin/sh\necho 580.1\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    settings = read_settings(device="cuda", dtypes="bfloat16,float32")
+    settings = ready(Settings, device="cuda", dtypes="bfloat16,float32")
     environment = describe_environment(settings, Sources(kernel, tmp_path), "the command", "abc")
     assert (environment["device"], environment["driver"]) == ("A GPU", "580.1")
     assert (environment["commands"], environment["commit"]) == (["the command"], "abc")
@@ -90,7 +91,7 @@ def test_a_device_that_a_rival_broke_ends_the_run(monkeypatch):
 
     fake_rivals(monkeypatch, good("ours"))
     monkeypatch.setattr(bench, "make_clock", lambda device: Clock())
-    settings = read_settings(**TINY)
+    settings = ready(Settings, **TINY)
     results, saved = bench.start(settings, ""), []
     with pytest.raises(UserError, match="ours at C=16 L=8.* broke the device: .*access was enc"):
         bench.run(settings, results, save=lambda results: saved.append(len(results["rows"])))
@@ -110,7 +111,7 @@ def test_an_interrupted_run_leaves_a_whole_file_and_can_be_resumed(monkeypatch, 
         monkeypatch, good("ours", log), Rival("in-tree, chunk 64", interrupted, on_cpu=True)
     )
     with pytest.raises(KeyboardInterrupt):
-        bench.bench(read_settings(**TINY), "first", out)
+        bench.bench(ready(Settings, **TINY), "first", out)
     partial = read_results(out)
     assert [(row["rival"], row["L"]) for row in partial["rows"]] == [
         ("ours", 8), ("in-tree, chunk 64", 8), ("ours", 9),
@@ -118,7 +119,7 @@ def test_an_interrupted_run_leaves_a_whole_file_and_can_be_resumed(monkeypatch, 
     assert list(out.parent.iterdir()) == [out]
 
     fake_rivals(monkeypatch, good("ours", log), good("in-tree, chunk 64", log))
-    results = bench.bench(read_settings(**TINY), "second", out, resumed=True)
+    results = bench.bench(ready(Settings, **TINY), "second", out, resumed=True)
     assert log == [("ours", 8), ("ours", 9), ("in-tree, chunk 64", 9)]
     assert results == read_results(out)
     assert results["rows"][:3] == [*partial["rows"][:2], results["rows"][2]]
@@ -130,9 +131,9 @@ def test_an_interrupted_run_leaves_a_whole_file_and_can_be_resumed(monkeypatch, 
 def test_resuming_gives_the_absent_another_chance(monkeypatch, tmp_path):
     out = tmp_path / "results.json"
     fake_rivals(monkeypatch, good("ours"), Rival("late", absent, on_cpu=True))
-    bench.bench(read_settings(**TINY), "", out)
+    bench.bench(ready(Settings, **TINY), "", out)
     fake_rivals(monkeypatch, good("ours"), good("late"))
-    results = bench.bench(read_settings(**TINY), "", out, resumed=True)
+    results = bench.bench(ready(Settings, **TINY), "", out, resumed=True)
     assert [(row["rival"], row["status"]) for row in results["rows"]] == [
         ("ours", "measured"), ("ours", "measured"), ("late", "measured"), ("late", "measured"),
     ]  # fmt: skip
@@ -142,12 +143,12 @@ def test_resuming_gives_the_absent_another_chance(monkeypatch, tmp_path):
 def test_results_of_elsewhere_are_not_added_to(monkeypatch, tmp_path, name):
     out = tmp_path / "results.json"
     fake_rivals(monkeypatch, good("ours"))
-    results = bench.bench(read_settings(**TINY), "", out)
+    results = bench.bench(ready(Settings, **TINY), "", out)
     results["environment"][name] = "another"
     write_document(results, out)
     before = out.read_text()
     with pytest.raises(UserError, match=f"--resume: {name} was 'another' in .* another file"):
-        bench.bench(read_settings(**TINY), "", out, resumed=True)
+        bench.bench(ready(Settings, **TINY), "", out, resumed=True)
     assert out.read_text() == before
 
 
@@ -167,7 +168,7 @@ def test_busy_loops_run_beside_the_measurement_alone(monkeypatch):
     monkeypatch.setattr(bench_clock.subprocess, "Popen", record)
     fake_rivals(monkeypatch, good("ours"))
     results = bench.bench(
-        read_settings(**TINY, busy=2), "", progress=lambda *_: during.append(running())
+        ready(Settings, **TINY, busy=2), "", progress=lambda *_: during.append(running())
     )
     assert len(started) == 2 and set(during) == {2} and running() == 0
     assert results["environment"]["busy_loops"] == 2

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from bench_fakes import TINY
+from cli_runner import ready
 from esmfold2_trimul_tools.bench.case import Case
 from esmfold2_trimul_tools.bench.rivals import RIVALS
-from esmfold2_trimul_tools.bench.settings import read_settings
+from esmfold2_trimul_tools.bench.settings import Settings
 from esmfold2_trimul_tools.errors import UserError
 
 
@@ -29,17 +30,17 @@ from esmfold2_trimul_tools.errors import UserError
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        read_settings(**options)
+        ready(Settings, **options)
 
 
 def test_dtypes_have_short_names():
-    settings = read_settings(**TINY, dtypes="bf16,bfloat16,fp16,fp32")
+    settings = ready(Settings, **TINY, dtypes="bf16,bfloat16,fp16,fp32")
     assert settings.dtypes == ("bfloat16", "float16", "float32")
 
 
 def test_options_choose_the_rivals(monkeypatch):
     def names(**options):
-        return [rival.name for rival in read_settings(**options).rivals]
+        return [rival.name for rival in ready(Settings, **options).rivals]
 
     basic = ["ours", "in-tree, chunk 64", "in-tree, unchunked"]
     assert names(device="cpu") == basic
@@ -58,8 +59,8 @@ def test_options_choose_the_rivals(monkeypatch):
         "ours", "ours, torch.compile", "ours, recompute all", *basic[1:], "published",
         "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
     ]  # fmt: skip
-    settings = read_settings(device="cuda", compile_lengths="384")
+    settings = ready(Settings, device="cuda", compile_lengths="384")
     assert settings.dtypes == ("bfloat16",) and len(settings.cases()) == 30
     at = {length: settings.rivals_at(Case(128, length, "bfloat16")) for length in (384, 512)}
     assert len(at[384]) - len(at[512]) == 1 and "ours, torch.compile" in str(at[384])
-    assert read_settings(device="cuda", quick=True).lengths == (76, 256, 512, 1024)
+    assert ready(Settings, device="cuda", quick=True).lengths == (76, 256, 512, 1024)

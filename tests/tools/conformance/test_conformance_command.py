@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from cli_runner import run
+from cli_runner import ready, run
 from conformance_cases import BY_NAME, CPU, implementation, outcome, rounded, turned, unmasked
 from conftest import ROOT
 from esmfold2_trimul_tools.bench.rivals import Sources
@@ -13,7 +13,7 @@ from esmfold2_trimul_tools.conformance import implementations
 from esmfold2_trimul_tools.conformance import run as conformance
 from esmfold2_trimul_tools.conformance.implementations import Implementation
 from esmfold2_trimul_tools.conformance.report import markdown, read_results
-from esmfold2_trimul_tools.conformance.settings import read_settings
+from esmfold2_trimul_tools.conformance.settings import Settings
 from esmfold2_trimul_tools.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +37,7 @@ def only(monkeypatch):
 def test_what_breaks_the_device_breaks_no_other(only, sources, monkeypatch):
     only(BY_NAME["ours, ATen path"], implementation(rounded),
          dataclasses.replace(implementation(rounded), name="after it"))  # fmt: skip
-    settings = read_settings(device="cpu", cases=["direction: outgoing"])
+    settings = ready(Settings, device="cpu", cases=["direction: outgoing"])
     settings = dataclasses.replace(settings, device=torch.device("meta"))
     monkeypatch.setattr(Implementation, "device", lambda one, device: CPU if one.ours else device)
     monkeypatch.setattr(conformance, "check", lambda one, posed, sources, device: {

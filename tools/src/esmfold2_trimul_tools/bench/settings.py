@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,6 @@ from ..options import (
     Published,
     at_least,
     device_name,
-    read,
     writable_file,
     writable_folder,
 )
@@ -253,12 +252,3 @@ class Settings:
             if case.passes in rival.passes
             and (not rival.slow or lengths is None or case.length in lengths)
         ]
-
-
-def read_settings(**given: Any) -> Settings:
-    """The settings from the options' text; lists are separated by commas.
-
-    Raises:
-        UserError: text that can't be read, or something that this machine lacks.
-    """
-    return read(Settings, **given).on_this_machine()

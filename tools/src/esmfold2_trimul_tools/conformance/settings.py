@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from ..options import (
     Published,
     at_least,
     device_name,
-    read,
     writable_file,
 )
 from ..repository import find_root
@@ -100,12 +99,3 @@ class Settings:
         if device.type != "cpu":
             check_cache()
         return replace(self, device=device)
-
-
-def read_settings(**given: Any) -> Settings:
-    """The settings from the options' text.
-
-    Raises:
-        UserError: an option that names something unknown.
-    """
-    return read(Settings, **given).on_this_machine()
