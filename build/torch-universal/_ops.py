@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_cef39fc713"
+_NAMESPACE = "_esmfold2_trimul_kernel_068651fcc2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

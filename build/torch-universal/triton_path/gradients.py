@@ -57,6 +57,7 @@ from .fused_ln_residual_backward import (
 )
 from .launches import launches_of
 from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
+from .parameter_gradients import Totals, parameter_gradients
 from .row_products import add_row_products, prepare_row_products
 
 # The most chunks and groups of a sequence, and the fewest pairs of a chunk and elements of a
@@ -86,15 +87,6 @@ class _Wanted(NamedTuple):
     def projections(self) -> bool:
         """Whether dp, dg and dq are wanted: for dz, or for the parameters."""
         return self.x or self.parameters
-
-
-class _Totals(NamedTuple):
-    """Sums over all pairs of the batch, in fp32."""
-
-    emit_products: Tensor  # S [C, D]
-    emit_sums: Tensor  # [C]
-    in_products: Tensor  # H [4D + C, C]
-    in_sums: Tensor  # [4D + C]
 
 
 @torch.no_grad()
@@ -134,7 +126,7 @@ def run_backward(
     if wanted.parameters:
         rows = 4 * hidden + channels
         shapes = (channels, hidden), (channels,), (rows, channels), (rows,)
-        totals = _Totals(*[
+        totals = Totals(*[
             torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes
         ])
         if grad_q is None:
@@ -159,7 +151,7 @@ def run_backward(
                 None if moments is None else moments[sequence],
             )
     if wanted.parameters:
-        gradients |= _parameter_gradients(totals, weights, stacked, needs)
+        gradients |= parameter_gradients(totals, weights, stacked, needs)
     return gradients
 
 
@@ -169,7 +161,7 @@ class _Sequence(NamedTuple):
     call: Call  # x [1, L, L, C]
     launches: Launches
     wanted: _Wanted
-    totals: _Totals | None  # if the parameters' gradients are wanted
+    totals: Totals | None  # if the parameters' gradients are wanted
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
     grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if dx is wanted
     stacked: Tensor  # [Wp; Wg; Wo], [4D + C, C]
@@ -388,49 +380,6 @@ def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None
     scaled = emit if weights.norm_out_weight is None else emit * weights.norm_out_weight
     shift = weights.norm_out_bias
     return scaled.mean(1), None if shift is None else (emit * shift).sum(1)
-
-
-def _parameter_gradients(
-    totals: _Totals, weights: Weights, stacked: Tensor, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    """The parameters' gradients from the sums over all pairs, in the parameters' dtypes."""
-    hidden = weights.p_out_weight.shape[1]
-    middle, end = 2 * hidden, 4 * hidden
-    gradients = {}
-    for projection, products, sums, norm_weight, norm_bias, parts in (
-        (
-            weights.p_out_weight, totals.emit_products, totals.emit_sums,
-            "norm_out_weight", "norm_out_bias",
-            (("p_out_weight", "p_out_bias", slice(None)),),
-        ),
-        (
-            stacked, totals.in_products, totals.in_sums,
-            "norm_in_weight", "norm_in_bias",
-            (
-                ("p_in_weight", "p_in_bias", slice(0, middle)),
-                ("g_in_weight", "g_in_bias", slice(middle, end)),
-                ("g_out_weight", "g_out_bias", slice(end, None)),
-            ),
-        ),
-    ):  # fmt: skip
-        scale, shift = getattr(weights, norm_weight), getattr(weights, norm_bias)
-        for weight, bias, rows in parts:
-            if weight in needs:
-                gradient = products[rows] if scale is None else products[rows] * scale
-                if shift is not None:
-                    gradient = gradient.addcmul(sums[rows, None], shift.float())
-                gradients[weight] = gradient
-            if bias in needs:
-                gradients[bias] = sums[rows]
-        if norm_weight in needs:
-            gradients[norm_weight] = (products * projection).sum(0)
-        if norm_bias in needs:
-            gradients[norm_bias] = (sums[:, None] * projection).sum(0)
-    # Copied even if fp32: some are views of the sums.
-    return {
-        name: gradient.to(getattr(weights, name).dtype, copy=True)
-        for name, gradient in gradients.items()
-    }
 
 
 @contextlib.contextmanager
