@@ -107,6 +107,8 @@ def test_fasta_of_several_packed_parts(tmp_path):
         (b"MQIF\n", "standard input: a FASTA file starts with '>', this one with 'MQIF'"),
         (b"", "standard input: no sequence in this FASTA file"),
     ],
+    # gzip's output holds the time: as an id it would differ between test processes.
+    ids=["utf-16", "gzip", "no FASTA", "nothing"],
 )
 def test_fasta_from_standard_input(monkeypatch, content, message):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
