@@ -33,6 +33,7 @@ PUBLIC_NAMES = [
     "layers",
     "lengths_from_mask",
     "patch",
+    "swiglu_transition",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "unpatch",

@@ -1,4 +1,4 @@
-"""One checked call of the triangle multiplication, the argument of all code behind the checks."""
+"""One checked call of a public function, the argument of all code behind the checks."""
 
 from typing import Any, NamedTuple
 
@@ -92,3 +92,66 @@ class Call(NamedTuple):
 _WEIGHTS = Call._fields.index("weights")
 # The names of `flat()`.
 FLAT = (*Call._fields[:_WEIGHTS], *Weights._fields, *Call._fields[_WEIGHTS + 1 :])
+
+
+class TransitionWeights(NamedTuple):
+    """The parameters of one transition; C channels, H hidden channels."""
+
+    norm_weight: Tensor | None  # [C]
+    norm_bias: Tensor | None  # [C]
+    gate_weight: Tensor  # [H, C]
+    gate_bias: Tensor | None  # [H]
+    up_weight: Tensor  # [H, C]
+    up_bias: Tensor | None  # [H]
+    down_weight: Tensor  # [C, H]
+    down_bias: Tensor | None  # [C]
+
+
+class Transition(NamedTuple):
+    """The arguments of `swiglu_transition`, checked and in one form."""
+
+    x: Tensor  # [B, I, J, C]
+    residual: Tensor | None  # like x
+    weights: TransitionWeights
+    eps: float
+    precision: str  # one of the kernels' words, or "default" for torch's setting
+    inplace: bool  # the output is written over the residual
+    lengths: Tensor | None  # [B] int32, of sequences with padding on the right; then I = J
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields in the order of the ops' schemas, the parameters one by one."""
+        return (
+            self.x, self.residual, *self.weights, self.eps, self.precision, self.inplace,
+            self.lengths,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> "Transition":
+        """The call whose `flat()` this is."""
+        end = _TRANSITION_WEIGHTS + len(TransitionWeights._fields)
+        weights = TransitionWeights._make(flat[_TRANSITION_WEIGHTS:end])
+        return cls._make((*flat[:_TRANSITION_WEIGHTS], weights, *flat[end:]))
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.weights.down_weight.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd must record the call."""
+        return torch.is_grad_enabled() and any([
+            tensor is not None and tensor.requires_grad
+            for tensor in (self.x, self.residual, *self.weights)
+        ])
+
+
+# The transition's arguments with a gradient of their own; the residual's is the output's.
+TRANSITION_DIFFERENTIABLE = ("x", *TransitionWeights._fields)
+_TRANSITION_WEIGHTS = Transition._fields.index("weights")
+# The names of `Transition.flat()`.
+TRANSITION_FLAT = (
+    *Transition._fields[:_TRANSITION_WEIGHTS],
+    *TransitionWeights._fields,
+    *Transition._fields[_TRANSITION_WEIGHTS + 1 :],
+)

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_068651fcc2"
+_NAMESPACE = "_esmfold2_trimul_kernel_f59b5efecd"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -25,6 +25,7 @@ from .models.adapters import (
     from_protenix,
 )
 from .models.patching import patch, unpatch
+from .swiglu_transition import swiglu_transition
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
@@ -44,6 +45,7 @@ __all__ = [
     "layers",
     "lengths_from_mask",
     "patch",
+    "swiglu_transition",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "unpatch",

@@ -1,4 +1,4 @@
-"""The registered ops, their autograd, and the only place that chooses among them.
+"""The triangle's registered ops, their autograd, and the only place that chooses among them.
 
     trimul_fwd          a call that needs no gradient
     trimul_fwd_         the same, written over the residual
@@ -195,21 +195,27 @@ _GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 # Library.define rather than custom_op, whose calls take ten times the Python time. Calls without a
 # gradient have ops of their own, without an Autograd kernel.
 _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
-for _schema, _function, _fake in (
-    (f"trimul_fwd({_READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake),
-    (f"trimul_fwd_({_WRITTEN}) -> ()", _trimul_fwd_, _trimul_fwd__fake),
-    (
-        f"trimul_fwd_saving({_READ}) -> (Tensor, Tensor, Tensor)",
-        _trimul_fwd_saving, _trimul_fwd_saving_fake,
-    ),
-    (f"trimul_bwd({_KEPT}, {_READ}) -> {_GRADIENTS}", _trimul_bwd, _trimul_bwd_fake),
-):  # fmt: skip
-    _name = _schema.split("(")[0]
-    _library.define(_schema)
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
-for _name, _autograd_function in (
-    ("trimul_fwd_saving", TriangleMultiplication),
-    ("trimul_bwd", TriangleMultiplicationGradients),
-):
-    _library.impl(_name, _autograd_kernel(_autograd_function, _name), "Autograd")
+
+
+def register(
+    schema: str, function: Callable, fake: Callable, autograd: type[Function] | None = None
+) -> None:
+    """Registers an op by its schema, with the fake kernel that tracers run."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
+    if autograd is not None:
+        _library.impl(name, _autograd_kernel(autograd, name), "Autograd")
+
+
+register(f"trimul_fwd({_READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake)
+register(f"trimul_fwd_({_WRITTEN}) -> ()", _trimul_fwd_, _trimul_fwd__fake)
+register(
+    f"trimul_fwd_saving({_READ}) -> (Tensor, Tensor, Tensor)",
+    _trimul_fwd_saving, _trimul_fwd_saving_fake, TriangleMultiplication,
+)  # fmt: skip
+register(
+    f"trimul_bwd({_KEPT}, {_READ}) -> {_GRADIENTS}",
+    _trimul_bwd, _trimul_bwd_fake, TriangleMultiplicationGradients,
+)  # fmt: skip

@@ -11,6 +11,9 @@ A path is a module with five functions, which take a `Call` whose x is not empty
     backward(call, grad_out, product, moments, needs)       gradients by name
     saved_shapes(call)                                      the shapes of product and moments
     plan(call)                                              the launches and buffers
+
+Its submodule `transition` has three for a `Transition`: forward(call), plan(call), and
+backward(call, grad_out, needs).
 """
 
 import functools
@@ -23,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._call import Call
+from ._call import Call, Transition
 from .validation import COMPUTE_DTYPES
 
 _logger = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
     return ExecutionPath("triton", f"Triton {version} on {device.type}")
 
 
-def path_of(call: Call) -> ModuleType:
+def path_of(call: Call | Transition) -> ModuleType:
     """The module that runs `call`."""
     x = call.x
     path = execution_path(x.device, x.dtype)

@@ -196,7 +196,7 @@ def call_with_residual(
     check_direction(direction)
     check_pair("pair", pair, leading="B")
     check_weights("pair", pair, weights)
-    check_residual(residual, pair)
+    check_residual(residual, "pair", pair)
     check_eps("eps", eps)
     if eps_out is not None:
         check_eps("eps_out", eps_out)
@@ -217,7 +217,9 @@ def call_with_residual(
         inplace=inplace,
         lengths=broadcast_lengths(lengths, "pair", pair),
     )
-    check_inplace(inplace, pair, residual, (mask, drop_mask, lengths, *weights))
+    if inplace is not False:
+        others = {"mask": mask, "drop_mask": drop_mask, "lengths": lengths, **weights._asdict()}
+        check_inplace(inplace, "pair", pair, residual, others)
     return call
 
 

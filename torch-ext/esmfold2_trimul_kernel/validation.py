@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ._call import Weights
+from ._call import TransitionWeights, Weights
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elements
@@ -57,10 +57,18 @@ def check_pair(name: str, pair: Tensor, leading: str) -> None:
             f"{name} may have at most {MAX_LENGTH} residues, as one plane of L * L elements is "
             f"indexed in 32 bits; got L = {pair.shape[-2]}"
         )
-    if pair.dtype not in COMPUTE_DTYPES:
-        raise TypeError(
-            f"{name} must be torch.bfloat16, torch.float16 or torch.float32; got {pair.dtype}"
-        )
+    _check_dtype(name, pair)
+
+
+def check_rows(x: Tensor, of_pairs: bool) -> None:
+    """The rows x [..., C] of a transition, which must be [..., L, L, C] if they are `of_pairs`."""
+    if of_pairs:
+        check_pair("x", x, leading="...")
+        return
+    _check_is_tensor("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be [..., C] with C of at least 1; got {tuple(x.shape)}")
+    _check_dtype("x", x)
 
 
 # Each parameter in the order of Weights: its axes, whether it is required, and whether it is a
@@ -83,8 +91,7 @@ _PARAMETERS = (
 
 def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
     """Shapes, dtypes and devices of all parameters against the pair tensor."""
-    channels, dtype, device = pair.shape[-1], pair.dtype, pair.device
-    p_in = weights.p_in_weight
+    channels, p_in = pair.shape[-1], weights.p_in_weight
     _check_is_tensor("p_in_weight", p_in)
     if p_in.ndim != 2 or p_in.shape[0] % 2 or p_in.shape[0] == 0 or p_in.shape[1] != channels:
         raise ValueError(
@@ -100,7 +107,46 @@ def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
         "[C, D]": (channels, hidden),
         "[C, C]": (channels, channels),
     }
-    for (name, axes, required, is_vector), value in zip(_PARAMETERS, weights, strict=True):
+    _check_parameters(_PARAMETERS, weights, shapes, pair_name, pair)
+
+
+_TRANSITION_PARAMETERS = (
+    ("norm_weight", "[C]", False, True),
+    ("norm_bias", "[C]", False, True),
+    ("gate_weight", "[H, C]", True, False),
+    ("gate_bias", "[H]", False, True),
+    ("up_weight", "[H, C]", True, False),
+    ("up_bias", "[H]", False, True),
+    ("down_weight", "[C, H]", True, False),
+    ("down_bias", "[C]", False, True),
+)
+
+
+def check_transition_weights(x: Tensor, weights: TransitionWeights) -> None:
+    """Shapes, dtypes and devices of all parameters of a transition against x."""
+    channels, gate = x.shape[-1], weights.gate_weight
+    _check_is_tensor("gate_weight", gate)
+    if gate.ndim != 2 or gate.shape[0] == 0 or gate.shape[1] != channels:
+        raise ValueError(
+            f"gate_weight must be [H, C] with C = {channels}, the channels of x; "
+            f"got {tuple(gate.shape)}"
+        )
+    hidden = gate.shape[0]
+    shapes = {
+        "[C]": (channels,),
+        "[H]": (hidden,),
+        "[H, C]": (hidden, channels),
+        "[C, H]": (channels, hidden),
+    }
+    _check_parameters(_TRANSITION_PARAMETERS, weights, shapes, "x", x)
+
+
+def _check_parameters(
+    table: tuple, weights: tuple, shapes: dict[str, tuple[int, ...]], name_of_x: str, x: Tensor
+) -> None:
+    """The weights against a table like `_PARAMETERS`, with the shapes of its axes."""
+    dtype, device = x.dtype, x.device
+    for (name, axes, required, is_vector), value in zip(table, weights, strict=True):
         if value is None and not required:
             continue
         if not isinstance(value, Tensor):
@@ -116,10 +162,10 @@ def check_weights(pair_name: str, pair: Tensor, weights: Weights) -> None:
                 )
         elif value.dtype != dtype:
             raise TypeError(
-                f"{name} must have the dtype of {pair_name}, {dtype}; got {value.dtype}"
+                f"{name} must have the dtype of {name_of_x}, {dtype}; got {value.dtype}"
             )
         if value.device != device:
-            _refuse_device(name, value, pair_name, pair)
+            _refuse_device(name, value, name_of_x, x)
 
 
 def default_projections(pair: Tensor, weights: Weights) -> Weights:
@@ -265,17 +311,18 @@ def pairs_within(lengths: Tensor, length: int) -> Tensor:
     return within[..., :, None] & within[..., None, :]
 
 
-def check_residual(residual: Tensor | None, pair: Tensor) -> None:
+def check_residual(residual: Tensor | None, name: str, x: Tensor) -> None:
+    """The residual against the tensor `name`, whose update is added to it."""
     if residual is None:
         return
     _check_is_tensor("residual", residual)
-    if residual.shape != pair.shape:
+    if residual.shape != x.shape:
         raise ValueError(
-            f"residual must have the shape of pair, {list(pair.shape)}; got {tuple(residual.shape)}"
+            f"residual must have the shape of {name}, {list(x.shape)}; got {tuple(residual.shape)}"
         )
-    if residual.dtype != pair.dtype:
-        raise TypeError(f"residual must have the dtype of pair, {pair.dtype}; got {residual.dtype}")
-    _check_device("residual", residual, "pair", pair)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual must have the dtype of {name}, {x.dtype}; got {residual.dtype}")
+    _check_device("residual", residual, name, x)
 
 
 def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
@@ -306,11 +353,10 @@ def check_recompute(recompute: str, name: str = "recompute") -> None:
         raise ValueError(f"{name} must be 'product' or 'all'; got {recompute!r}")
 
 
-_BESIDE_RESIDUAL = ("mask", "drop_mask", "lengths", *Weights._fields)
-
-
-def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: tuple) -> None:
-    """Raises if the result can't be written over `residual`; `others` are `_BESIDE_RESIDUAL`."""
+def check_inplace(
+    inplace: bool, name: str, x: Tensor, residual: Tensor | None, others: dict[str, Tensor | None]
+) -> None:
+    """Raises if the result can't be written over `residual`, with x, called `name`, and others."""
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace must be a bool; got {type(inplace).__name__}")
     if not inplace:
@@ -327,15 +373,14 @@ def check_inplace(inplace: bool, pair: Tensor, residual: Tensor | None, others: 
         return
     if _is_traced(residual):
         return  # tensors without addresses; the traced op writes over the residual all the same
-    same = residual.data_ptr() == pair.data_ptr() and residual.stride() == pair.stride()
+    same = residual.data_ptr() == x.data_ptr() and residual.stride() == x.stride()
     memory = residual.untyped_storage().data_ptr()
-    others = (None if same else pair, *others)
-    for name, other in zip(("pair", *_BESIDE_RESIDUAL), others, strict=True):
+    for other_name, other in ((name, None if same else x), *others.items()):
         # Other types are refused by their own checks.
         if isinstance(other, Tensor) and other.untyped_storage().data_ptr() == memory:
             raise ValueError(
-                "residual must be pair itself, or share no memory with another argument, with "
-                f"inplace=True; got memory of {name}"
+                f"residual must be {name} itself, or share no memory with another argument, with "
+                f"inplace=True; got memory of {other_name}"
             )
 
 
@@ -382,6 +427,13 @@ def torch_allows_tf32() -> bool:
 
 def _is_word(value: str, words: tuple[str, ...]) -> bool:
     return isinstance(value, str) and value in words
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"{name} must be torch.bfloat16, torch.float16 or torch.float32; got {x.dtype}"
+        )
 
 
 def _check_is_tensor(name: str, value: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._call import Call
 from .._plan import Plan, note_on_gradients
 from ..validation import pairs_within
+from . import transition as transition
 from .blocks import saved_shape, trimul_differentiable, trimul_inference, trimul_saving
 from .gradients import trimul_backward
 
