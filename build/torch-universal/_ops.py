@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f4cd9b6dc4"
+_NAMESPACE = "_esmfold2_trimul_kernel_00626ce0d7"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -181,7 +181,8 @@ def prepare_row_linear(
             N=channels, K=width,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
-            DESCRIPTORS=descriptors, PRECISION=dot_precision(precision, device.fp32_dots),
+            DESCRIPTORS=descriptors,
+            PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),
         ),
         options=config.options(),
     )  # fmt: skip

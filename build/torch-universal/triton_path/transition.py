@@ -8,7 +8,8 @@ channels of a chunk, of x's size or less (64 MiB where that is more).
 
 The backward keeps nothing of the forward. In chunks of rows, with G the output's gradient:
 
-    swiglu_hidden_bwd   h, dp, du, x^ and the moments of x
+    swiglu_hidden       p = z Wg^T + bg, u = z Wu^T + bu, x^, and the moments of x
+    swiglu_bwd          h, and dp and du over p and u
     row_products        dWd += G^T h, and P += [dp, du]^T x^, from which the other gradients come
     row_linear          dz = [dp, du] [Wg; Wu]
     norm_in_bwd         dx
@@ -33,12 +34,8 @@ from .norm_backward import norm_in_bwd, prepare_norm_in_bwd
 from .parameter_gradients import gradients_of_projections, in_their_dtypes
 from .row_linear import prepare_row_linear, row_linear
 from .row_products import add_row_products, prepare_row_products
+from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
 from .swiglu_hidden import swiglu_hidden
-from .swiglu_hidden_backward import (
-    HiddenGradients,
-    prepare_swiglu_hidden_bwd,
-    swiglu_hidden_bwd,
-)
 
 # The bytes that a chunk makes: those of x (a backward: twice those of x) within these bounds. On an
 # H200 at C = 256 and L = 512, chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %.
@@ -158,47 +155,44 @@ def _run_backward(
             grad = torch.where(within, grad, 0)
         grad = grad.reshape(count, channels).contiguous()
         kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)
+        # p and u, then dp and du.
+        pair = empty(count, 2 * hidden)
+        moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
+        hat_x = empty(count, channels) if of_parameters else None
+        swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
         prepared = launches.of(
-            ("swiglu_hidden_bwd", *kind), prepare_swiglu_hidden_bwd, part, down_turned
-        )
-        made = HiddenGradients(
-            grads=empty(count, 2 * hidden),
-            moments=torch.empty(2, count, dtype=torch.float32, device=x.device),
-            hidden=empty(count, hidden) if "down_weight" in needs else None,
-            hat_x=empty(count, channels) if of_parameters else None,
-            sums=torch.empty(
-                prepared.programs, 2 * hidden, dtype=torch.float32, device=x.device
-            ) if of_parameters else None,
+            ("swiglu_bwd", count, grad.data_ptr() % 16),
+            prepare_swiglu_bwd, grad, down_turned, call.precision,
         )  # fmt: skip
-        swiglu_hidden_bwd(part, grad, down_turned, prepared, made)
-        if of_parameters:
-            sums.add_(made.sums.sum(0))
+        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
+        swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
+        if "down_bias" in needs:
             down_sums.add_(grad.sum(0, dtype=torch.float32))
-            pairs = [("in", products, made.grads, made.hat_x)]
-            if "down_weight" in needs:
-                pairs.append(("down", down_products, grad, made.hidden))
-            for which, total, left, right in pairs:
-                prepared = launches.of(
-                    ("row_products", which, count, left.data_ptr() % 16),
-                    prepare_row_products, left, right, call.precision,
-                )  # fmt: skip
-                add_row_products(total, left, right, prepared)
+        of = [("in", products, pair, hat_x, sums)] if of_parameters else []
+        if "down_weight" in needs:
+            of.append(("down", down_products, grad, hidden_rows, None))
+        for which, total, left, right, total_sums in of:
+            prepared = launches.of(
+                ("row_products", which, count, left.data_ptr() % 16),
+                prepare_row_products, left, right, call.precision,
+            )  # fmt: skip
+            add_row_products(total, left, right, prepared, total_sums)
         if "x" in needs:
             grad_z, grad_x = empty(count, channels), found["x"][entries, rows]
             prepared = launches.of(
                 ("row_linear", count),
-                prepare_row_linear, made.grads, turned, None, (count, 1), call.precision,
+                prepare_row_linear, pair, turned, None, (count, 1), call.precision,
             )  # fmt: skip
-            row_linear(made.grads, turned, None, None, None, grad_z, prepared)
+            row_linear(pair, turned, None, None, None, grad_z, prepared)
             # One sequence [R, J, C] to the kernel: the entries of a chunk are whole where several.
-            rows_x, moments = part.x.flatten(0, 1), made.moments.view(2, -1, part.x.shape[2])
+            rows_x, moments = part.x.flatten(0, 1), moments.view(2, -1, x.shape[2])
             prepared = launches.of(
                 ("norm_in_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
                 prepare_norm_in_bwd, rows_x, moments,
             )  # fmt: skip
             norm_in_bwd(grad_z, rows_x, moments, weights.norm_weight, grad_x, prepared)
             del grad_z
-        del made  # freed before the next chunk's is allocated
+        del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
     if of_parameters:
         gradients = gradients_of_projections(
             stacked, products, sums, weights.norm_weight, weights.norm_bias,

@@ -1,6 +1,7 @@
 """Products of two tall matrices, summed over their rows, for the parameters' gradients.
 
     total [N, K] += left^T right        left [M, N], right [M, K]; total and all sums in fp32
+    sums [N]     += sum over m of left
 
 M is the number of pairs, thousands of times N and K, so the rows are cut into enough parts to
 occupy the device. The parts' products are written separately and added in a fixed order: equal
@@ -31,13 +32,15 @@ _LEAST_ROWS = 256  # of a part: fewer are not worth a program
 
 @triton.jit(do_not_specialize=["M", "part"])
 def _row_products_kernel(
-    left_ptr, right_ptr, parts_ptr, M, part, stride_left, stride_right,
+    left_ptr, right_ptr, parts_ptr, sums_ptr, M, part, stride_left, stride_right,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
 
-    Programs of the same rows have adjacent ids, so that the rows are read from memory once.
+    Programs of the same rows have adjacent ids, so that the rows are read from memory once. If
+    there is a `sums_ptr`, left is also multiplied by ones, for its sums over the rows: a reduction
+    of its own would cost many times as much.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N * BLOCKS_K
@@ -48,6 +51,9 @@ def _row_products_kernel(
     EVEN_N: tl.constexpr = N % BLOCK_N == 0
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    if sums_ptr is not None:
+        ones = tl.full([BLOCK_M, 16], 1.0, left_ptr.dtype.element_ty)
+        sums = tl.zeros([BLOCK_N, 16], tl.float32)
     first = number * part
     for start_m in range(first, tl.minimum(first + part, M), BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -55,18 +61,34 @@ def _row_products_kernel(
         left = load_tile(left_ptr, row * stride_left, offs_n, 1, offs_m < M, N, EVEN_N)
         right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
         acc = dot(left.T, right, acc, PRECISION)
+        if sums_ptr is not None:
+            sums = dot(left.T, ones, sums, PRECISION)
     offs_out = number.to(tl.int64) * N * K + offs_n * K
     store_tile(parts_ptr, offs_out, offs_k, acc, offs_n < N, K, EVEN_K)
+    if sums_ptr is not None and tile % BLOCKS_K == 0:
+        # The 16 columns are equal.
+        total = tl.sum(sums, 1) * (1.0 / 16)
+        tl.store(sums_ptr + number.to(tl.int64) * N + offs_n, total, mask=offs_n < N)
 
 
 def add_row_products(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, prepared: PreparedLaunch
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    prepared: PreparedLaunch,
+    sums: torch.Tensor | None = None,
 ) -> None:
-    """total [N, K] += left^T right; `prepared` is from `prepare_row_products` for such rows."""
+    """total [N, K] += left^T right, and sums [N] += the sums of left.
+
+    `prepared` is from `prepare_row_products` for such rows.
+    """
     count = prepared.programs // _tiles_of(**prepared.constants)
     parts = torch.empty(count, *total.shape, dtype=torch.float32, device=total.device)
-    prepared.launch(left_ptr=left, right_ptr=right, parts_ptr=parts)
+    partial = None if sums is None else parts.new_empty(count, total.shape[0])
+    prepared.launch(left_ptr=left, right_ptr=right, parts_ptr=parts, sums_ptr=partial)
     total.add_(parts.sum(0))
+    if sums is not None:
+        sums.add_(partial.sum(0))
 
 
 def prepare_row_products(
@@ -86,7 +108,7 @@ def prepare_row_products(
     block_k = block_of(config.block_k, width_k)
     constants = dict(
         N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        PRECISION=dot_precision(precision, device.fp32_dots),
+        PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),
     )  # fmt: skip
     tiles = _tiles_of(**constants)
     if programs is None:
@@ -96,7 +118,7 @@ def prepare_row_products(
     return PreparedLaunch(
         _row_products_kernel,
         tiles * triton.cdiv(rows, part),
-        tensors=pointers("left_ptr", "right_ptr", "parts_ptr"),
+        tensors=pointers("left_ptr", "right_ptr", "parts_ptr", "sums_ptr"),
         values=dict(
             M=rows, part=part, stride_left=left.stride(0), stride_right=right.stride(0)
         ),
