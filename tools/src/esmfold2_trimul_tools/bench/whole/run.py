@@ -182,7 +182,7 @@ def _measure_fold(
         _fold(bench, features, plan.fold, loops=0, steps=1)
     with measured(bench, installed) as spans:
         output = _fold(bench, features, plan.fold, loops=0)
-        _synchronize(bench.device)
+    _synchronize(bench.device)  # a span's end must have been reached before it is read
     numbers = (output.plddt, output.ptm, output.sample_atom_coords)
     if not all(bool(one.isfinite().all()) for one in numbers):
         row |= {"status": "wrong", "note": _NOT_FINITE}
@@ -288,7 +288,6 @@ def find_longest(way: Way, bench: Bench, plan: Plan) -> Row:
                 features = _features(found, bench, plan.seed)
                 with measured(bench, installed) as spans:
                     _fold(bench, features, plan.fold, loops=0, steps=1)
-                    _synchronize(device)
                 row["peak_bytes"], row["bound_by"] = spans.peak()
     return row
 
