@@ -1,4 +1,4 @@
-"""Products of two tall 16-bit matrices, summed over their rows, for the parameters' gradients.
+"""Products of two tall matrices, summed over their rows, for the parameters' gradients.
 
     total [N, K] += left^T right        left [M, N], right [M, K]; total and all sums in fp32
 
@@ -6,7 +6,8 @@ M is the number of pairs, thousands of times N and K, so the rows are cut into e
 occupy the device. The parts' products are written separately and added in a fixed order: equal
 calls give equal bits.
 
-The vendor's GEMM is no choice: cuBLAS 13.1 omits the last rows for some M (`docs/numerics.md`).
+The vendor's GEMM is no choice: cuBLAS 13.1 omits the last rows for some M (`docs/numerics.md`), and
+how it multiplies float32 operands is a setting of the whole process.
 """
 
 import math
@@ -16,8 +17,14 @@ import triton
 import triton.language as tl
 
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import PreparedLaunch, block_of, pointers, setting_of
-from ..triton_parts.tiles import load_tile, store_tile
+from ..triton_parts.launch import (
+    PreparedLaunch,
+    block_of,
+    dot_precision,
+    pointers,
+    setting_of,
+)
+from ..triton_parts.tiles import dot, load_tile, store_tile
 
 _LEAST_ROWS = 256  # of a part: fewer are not worth a program
 
@@ -26,7 +33,7 @@ _LEAST_ROWS = 256  # of a part: fewer are not worth a program
 def _row_products_kernel(
     left_ptr, right_ptr, parts_ptr, M, part, stride_left, stride_right,
     N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
 
@@ -47,7 +54,7 @@ def _row_products_kernel(
         row = offs_m.to(tl.int64)
         left = load_tile(left_ptr, row * stride_left, offs_n, 1, offs_m < M, N, EVEN_N)
         right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
-        acc = tl.dot(left.T, right, acc)
+        acc = dot(left.T, right, acc, PRECISION)
     offs_out = number.to(tl.int64) * N * K + offs_n * K
     store_tile(parts_ptr, offs_out, offs_k, acc, offs_n < N, K, EVEN_K)
 
@@ -63,12 +70,12 @@ def add_row_products(
 
 
 def prepare_row_products(
-    left: torch.Tensor, right: torch.Tensor, programs: int | None = None
+    left: torch.Tensor, right: torch.Tensor, precision: str, programs: int | None = None
 ) -> PreparedLaunch:
     """The launch of `add_row_products` for rows like these: left [M, N] and right [M, K].
 
-    Rows have unit stride. About `programs` programs share the work, by default one for each
-    multiprocessor of the device.
+    Rows have unit stride and one dtype; `precision` is a word of the kernels, for float32. About
+    `programs` programs share the work, by default one for each multiprocessor of the device.
     """
     rows, width_n = left.shape
     width_k = right.shape[1]
@@ -77,7 +84,10 @@ def prepare_row_products(
     block_m = config.block_m
     block_n = block_of(config.block_n, width_n)
     block_k = block_of(config.block_k, width_k)
-    constants = dict(N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
+    constants = dict(
+        N=width_n, K=width_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        PRECISION=dot_precision(precision, device.fp32_dots),
+    )  # fmt: skip
     tiles = _tiles_of(**constants)
     if programs is None:
         programs = device.multiprocessors
@@ -95,6 +105,6 @@ def prepare_row_products(
     )
 
 
-def _tiles_of(N: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int) -> int:
+def _tiles_of(N: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int | str) -> int:
     """The tiles of the product, which is also the number of programs for one part."""
     return triton.cdiv(N, BLOCK_N) * triton.cdiv(K, BLOCK_K)

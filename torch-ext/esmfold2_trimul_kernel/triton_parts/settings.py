@@ -18,7 +18,7 @@ from pathlib import Path
 FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 STAGES = (
     *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
-    "row_products", "norm_in_bwd",
+    "row_products", "norm_in_bwd", "swiglu_hidden", "row_linear", "swiglu_hidden_bwd",
 )  # fmt: skip
 _BOUNDS = ("max_width", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"
