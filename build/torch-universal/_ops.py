@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e852b97e91"
+_NAMESPACE = "_esmfold2_trimul_kernel_359d838574"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._call import Call, Weights
+from ._call import Call
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
     Launches,
@@ -270,7 +270,7 @@ def fused_dual_gemm_fwd(
         lengths_ptr=call.lengths,
         norm_weight_ptr=weights.norm_in_weight,
         norm_bias_ptr=weights.norm_in_bias,
-        weight_pair=lower_projection(weights),
+        weight_pair=lowest(weights.p_in_weight, weights.g_in_weight),
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
         a=planes[0],
@@ -286,22 +286,24 @@ def with_axes_of_x(moments: Tensor, direction: str) -> Tensor:
 
 
 class ProjectionPair(NamedTuple):
-    """The two projections [2D, C] as one operand of a kernel."""
+    """A projection and its gate's, [parts * D, C] each, as one operand of a kernel."""
 
     gate_first: bool  # whether the gate's projection has the lower address
     gap: int  # elements from the first to the second
     strides: tuple[int, int]  # from row to row of the first and of the second
     alignment: int  # elements in 16 bytes if both are aligned to 16 bytes, else 1
-    descriptor: TensorDescriptor | None  # of [2, 2, D, C], if one is legal
+    descriptor: TensorDescriptor | None  # of [2, parts, D, C], if one is legal
 
 
 def projection_pair(
-    weights: Weights, block_n: int, block_k: int, descriptors: bool
+    value: Tensor, gate: Tensor, parts: int, block_n: int, block_k: int, descriptors: bool
 ) -> ProjectionPair:
-    """The pair for tiles [2, 1, block_n, block_k]; with a descriptor if wanted and legal."""
-    first = lower_projection(weights)
-    gate_first = first is weights.g_in_weight
-    second = weights.p_in_weight if gate_first else weights.g_in_weight
+    """The projections [parts * D, C], for tiles [2, 1, block_n, block_k].
+
+    With a descriptor if wanted and legal.
+    """
+    gate_first = gate.data_ptr() < value.data_ptr()
+    first, second = (gate, value) if gate_first else (value, gate)
     elements = 16 // first.element_size()
     gap_bytes = second.data_ptr() - first.data_ptr()
     gap = gap_bytes // first.element_size()
@@ -312,13 +314,13 @@ def projection_pair(
         and aligned
         and has_descriptor(first)
         and first.stride() == second.stride()
-        and gap_bytes < _MAX_DESCRIPTOR_STRIDE
+        and 0 < gap_bytes < _MAX_DESCRIPTOR_STRIDE
     ):
-        hidden, channels = first.shape[0] // 2, first.shape[1]
+        hidden, channels = first.shape[0] // parts, first.shape[1]
         stride_n = first.stride(0)
         descriptor = descriptor_of(
             first,
-            [2, 2, hidden, channels],
+            [2, parts, hidden, channels],
             [gap, hidden * stride_n, stride_n, 1],
             [2, 1, block_n, block_k],
         )
@@ -331,9 +333,8 @@ def projection_pair(
     )
 
 
-def lower_projection(weights: Weights) -> Tensor:
-    """The projection with the lower address."""
-    value, gate = weights.p_in_weight, weights.g_in_weight
+def lowest(value: Tensor, gate: Tensor) -> Tensor:
+    """The projection with the lower address, which a kernel is given for both."""
     return gate if gate.data_ptr() < value.data_ptr() else value
 
 
@@ -363,7 +364,9 @@ def prepare_dual_gemm(
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
-    pair = projection_pair(weights, block_n, block_k, config.descriptors)
+    pair = projection_pair(
+        weights.p_in_weight, weights.g_in_weight, 2, block_n, block_k, config.descriptors
+    )
     split = shared_by(config.split, 2 * triton.cdiv(size, block_n))
     descriptors = pair.descriptor is not None
     plane_size = rows * pitch

@@ -18,7 +18,8 @@ from pathlib import Path
 FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 STAGES = (
     *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
-    "row_products", "norm_in_bwd",
+    "row_products", "norm_in_bwd", "swiglu_hidden", "row_linear", "swiglu_projections",
+    "swiglu_bwd",
 )  # fmt: skip
 _BOUNDS = ("max_width", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"
@@ -38,6 +39,7 @@ class LaunchConfig:
     maxnreg: int | None = None  # NVIDIA only
     persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
     split: int = 1  # stages 1 and 3, forward: programs that share the output channels of a tile
+    fp32_dot: str = ""  # the fp32-accurate word for dots, if not the target's first
     kernel: str = ""  # the variant of the stage; "" is the stage's own
 
     def options(self) -> dict[str, int]:

@@ -10,12 +10,10 @@ Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 Both also hold the moments of x, 8 bytes for each pair of residues.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from .._call import Call, Weights
+from .._call import Call
 from .._plan import Plan, note_on_gradients
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_fwd
@@ -25,16 +23,18 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import rehearsal, twin
 from ..triton_parts.tiles import padded_pitch
-from ..validation import DIRECTIONS, torch_allows_tf32
+from ..validation import DIRECTIONS
+from . import transition as transition
 from .gradients import group_size as group_size
 from .gradients import run_backward
-from .launches import launches_of
+from .launches import current_device as current_device
+from .launches import for_kernels, launches_of
 from .lean import run_lean
 
 
 def forward(call: Call) -> Tensor:
     """The output [B, L, L, C], in the mode `call.memory`."""
-    call = _for_kernels(call)
+    call = for_kernels(call)
     with current_device(call.x):
         if call.memory != "lean":
             try:
@@ -49,7 +49,7 @@ def forward(call: Call) -> Tensor:
 
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(output, product, moments) of the default mode, see `_run_default`."""
-    call = _for_kernels(call)
+    call = for_kernels(call)
     with current_device(call.x):
         return _run_default(call, launches_of(call, "default"))
 
@@ -99,9 +99,8 @@ def backward(
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
-    call = _for_kernels(call)
-    # Autocast would lower the precision of the vendor's GEMMs.
-    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
+    call = for_kernels(call)
+    with current_device(call.x):
         return run_backward(call, grad_out, product, moments, needs)
 
 
@@ -112,7 +111,7 @@ def plan(call: Call) -> Plan:
     """
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
-    kernels_call = _for_kernels(_twin_of(call))
+    kernels_call = for_kernels(_twin_of(call))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
         (run_lean if lean else _run_default)(kernels_call, launches)
     buffers, notes = launches.buffers, []
@@ -154,7 +153,7 @@ def plan_training(call: Call) -> list:
 
 def _plan_backward(call: Call) -> list:
     """The launches of `backward` after `forward_saving`."""
-    call = _for_kernels(_twin_of(call))
+    call = for_kernels(_twin_of(call))
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:
@@ -169,26 +168,3 @@ def _plan_backward(call: Call) -> list:
 def _twin_of(call: Call) -> Call:
     """The call on the meta device."""
     return Call.of(tuple([twin(v) if isinstance(v, Tensor) else v for v in call.flat()]))
-
-
-def _for_kernels(call: Call) -> Call:
-    """The call with one of the kernels' precisions, and parameters with unit last stride."""
-    weights, precision = call.weights, call.precision
-    if precision == "default":
-        precision = "tf32" if torch_allows_tf32() else "fp32"
-    # The kernels have no stride for a parameter's last axis. It would cost more than a copy, and
-    # for transposed tiles ptxas 12.8 (Triton 3.6 to 3.7.1) generated sm_90 code that read shared
-    # memory at the wrong addresses: see docs/fuzzing.md.
-    if not all([v is None or v.is_contiguous() for v in weights]):
-        values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
-        weights = Weights(*values)
-    elif precision == call.precision:
-        return call
-    return call._replace(weights=weights, precision=precision)
-
-
-def current_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """A context in which x's device is the current one, on which Triton launches."""
-    if x.device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, x.device.type).device_of(x)

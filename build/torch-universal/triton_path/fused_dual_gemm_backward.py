@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .._call import Weights
-from ..fused_dual_gemm import lower_projection, project_pair, projection_pair
+from ..fused_dual_gemm import lowest, project_pair, projection_pair
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
@@ -216,7 +216,7 @@ def fused_dual_gemm_bwd(
         sums_ptr=out.sums,
         norm_weight_ptr=weights.norm_in_weight,
         norm_bias_ptr=weights.norm_in_bias,
-        weight_pair=lower_projection(weights),
+        weight_pair=lowest(weights.p_in_weight, weights.g_in_weight),
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
     )
@@ -251,7 +251,9 @@ def prepare_dual_gemm_bwd(
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
-    pair = projection_pair(weights, block_n, block_k, config.descriptors)
+    pair = projection_pair(
+        weights.p_in_weight, weights.g_in_weight, 2, block_n, block_k, config.descriptors
+    )
     elements = 16 // x.element_size()
     return PreparedLaunch(
         _fused_dual_gemm_bwd_kernel,

@@ -25,13 +25,9 @@ over all pairs, in fp32. No atomics: partial sums are written separately and add
 so equal calls give equal bits. In padded batches the kernels skip pairs beyond a length and write
 zeros; the weight-gradient products still run over all rows.
 
-`row_products` computes S and H of 16-bit rows. The vendor's GEMM computes dz, and S and H of
-float32 rows. In float32 it follows the call's precision: "tf32" and "bf16" allow TF32, every other
-word means full float32. Where torch's global setting differs, it is changed for the backward.
+All products are kernels of ours, in the call's precision: no setting of torch's applies to them.
 """
 
-import contextlib
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -43,7 +39,6 @@ from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
 from ..triton_parts.tiles import padded_pitch
-from ..validation import torch_allows_tf32
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
     fused_dual_gemm_bwd,
@@ -58,6 +53,7 @@ from .fused_ln_residual_backward import (
 from .launches import launches_of
 from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
 from .parameter_gradients import Totals, parameter_gradients
+from .row_linear import prepare_row_linear, row_linear
 from .row_products import add_row_products, prepare_row_products
 
 # The most chunks and groups of a sequence, and the fewest pairs of a chunk and elements of a
@@ -132,24 +128,24 @@ def run_backward(
         if grad_q is None:
             grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
     stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
+    turned = stacked.t().contiguous()
     emit_means = _emit_means(weights, call.precision)
-    with _vendor_precision(call.precision, x.dtype):
-        for entry in range(batch if length else 0):
-            sequence = slice(entry, entry + 1)
-            _Sequence(
-                call.of_entry(entry),
-                launches,
-                wanted,
-                totals,
-                {name: gradient[entry] for name, gradient in gradients.items()},
-                None if grad_q is None else grad_q[entry],
-                stacked,
-                emit_means,
-            ).run(
-                grad_out[entry],
-                None if product is None else product[sequence],
-                None if moments is None else moments[sequence],
-            )
+    for entry in range(batch if length else 0):
+        sequence = slice(entry, entry + 1)
+        _Sequence(
+            call.of_entry(entry),
+            launches,
+            wanted,
+            totals,
+            {name: gradient[entry] for name, gradient in gradients.items()},
+            None if grad_q is None else grad_q[entry],
+            turned,
+            emit_means,
+        ).run(
+            grad_out[entry],
+            None if product is None else product[sequence],
+            None if moments is None else moments[sequence],
+        )
     if wanted.parameters:
         gradients |= parameter_gradients(totals, weights, stacked, needs)
     return gradients
@@ -164,7 +160,7 @@ class _Sequence(NamedTuple):
     totals: Totals | None  # if the parameters' gradients are wanted
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
     grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if dx is wanted
-    stacked: Tensor  # [Wp; Wg; Wo], [4D + C, C]
+    turned: Tensor  # [Wp; Wg; Wo]^T, [C, 4D + C]
     emit_means: tuple[Tensor, Tensor | None]
 
     def run(self, grad_out: Tensor, product: Tensor | None, moments: Tensor | None) -> None:
@@ -339,12 +335,19 @@ class _Sequence(NamedTuple):
             if wanted.parameters:
                 self._add_product(self.totals.in_products, out.grads, out.hat_x, "in")
             if wanted.x:
-                grad_z, grad_x = torch.mm(out.grads, self.stacked), self.gradients["x"][chunk]
+                grad_z, grad_x = self._rows(count, channels), self.gradients["x"][chunk]
+                prepared = self.launches.of(
+                    ("row_linear", count), prepare_row_linear, out.grads, self.turned, None,
+                    (count, 1), call.precision,
+                )  # fmt: skip
+                row_linear(out.grads, self.turned, None, None, None, grad_z, prepared)
                 prepared = self.launches.of(
                     ("norm_in_bwd", count, first_row, *_alignments(x, grad_x)),
                     prepare_norm_in_bwd, x, x_moments, first_row,
                 )  # fmt: skip
-                norm_in_bwd(grad_z, x, x_moments, weights, grad_x, prepared, call.lengths)
+                norm_in_bwd(
+                    grad_z, x, x_moments, weights.norm_in_weight, grad_x, prepared, call.lengths
+                )
                 del grad_z
             del out  # freed before the next chunk's is allocated
 
@@ -352,12 +355,10 @@ class _Sequence(NamedTuple):
         self, total: Tensor, left: Tensor, right: Tensor, which: str
     ) -> None:
         """total [N, K] in fp32 += left^T right of a chunk's rows [M, N] and [M, K]."""
-        if left.dtype == torch.float32:
-            total.addmm_(left.t(), right)
-            return
         prepared = self.launches.of(
-            ("row_products", which, left.shape[0]), prepare_row_products, left, right
-        )
+            ("row_products", which, left.shape[0]),
+            prepare_row_products, left, right, self.call.precision,
+        )  # fmt: skip
         add_row_products(total, left, right, prepared)
 
 
@@ -380,28 +381,6 @@ def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None
     scaled = emit if weights.norm_out_weight is None else emit * weights.norm_out_weight
     shift = weights.norm_out_bias
     return scaled.mean(1), None if shift is None else (emit * shift).sum(1)
-
-
-@contextlib.contextmanager
-def _vendor_precision(precision: str, dtype: torch.dtype) -> Iterator[None]:
-    """A context in which torch's float32 GEMMs may take TF32 if `precision` allows it."""
-    wanted = precision in ("tf32", "bf16")
-    if dtype != torch.float32 or torch_allows_tf32() == wanted:
-        yield
-        return
-    words = ("highest", "high")
-    switch = torch.set_float32_matmul_precision
-    try:
-        previous = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch 2.9's setting was used before, and then no other may be
-        words = ("ieee", "tf32")
-        switch = functools.partial(setattr, torch.backends.cuda.matmul, "fp32_precision")
-        previous = torch.backends.cuda.matmul.fp32_precision
-    switch(words[wanted])
-    try:
-        yield
-    finally:
-        switch(previous)
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

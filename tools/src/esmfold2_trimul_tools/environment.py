@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from .bench.rivals import Sources
+from .errors import UserError
 
 
 class RunSettings(Protocol):
@@ -73,6 +74,26 @@ def describe_environment(
         "date": datetime.date.today().isoformat(),
         "commands": [command],
     }
+
+
+def check_same(
+    before: dict[str, Any], here: dict[str, Any], names: tuple[str, ...], path: Path
+) -> None:
+    """Refuses to add to the results in a file what was measured elsewhere.
+
+    Args:
+        before, here: the environment of those results, and that of now.
+        names: the entries that must agree.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name in names:
+        if before.get(name) != here[name]:
+            raise UserError(
+                f"--resume: {name} was {before.get(name)!r} in {path} and is {here[name]!r} here: "
+                "measure into another file"
+            )
 
 
 def cpu_name() -> str:

@@ -177,12 +177,14 @@ def descriptor_of(
     return descriptor
 
 
-def dot_precision(precision: str, fp32_dots: tuple[str, ...]) -> str:
+def dot_precision(precision: str, fp32_dots: tuple[str, ...], fastest: str = "") -> str:
     """Triton's word for an fp32 dot on a target that has `fp32_dots`, its fp32-accurate one first.
 
-    "fp32", and a word that the target lacks, give the first.
+    "fp32", and a word that the target lacks, give the first, or `fastest`, the setting's own.
     """
-    return precision if precision in fp32_dots or precision == "bf16" else fp32_dots[0]
+    if precision in fp32_dots or precision == "bf16":
+        return precision
+    return fastest or fp32_dots[0]
 
 
 def shared_by(programs: int, blocks: int) -> int:

@@ -37,6 +37,14 @@ def positions(start, pitch, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def pairs_of_rows(start, R, J, BLOCK_M: tl.constexpr):
+    """(b, i, j) of the rows start + [0, BLOCK_M) of [B, R, J], m = (b * R + i) * J + j."""
+    row, j = positions(start, J, BLOCK_M)
+    b = row // R
+    return b, row - b * R, j
+
+
+@triton.jit
 def length_of(lengths_ptr, batch, L):
     """The length of a sequence without its padding; L if there are no lengths."""
     if lengths_ptr is None:
@@ -49,6 +57,13 @@ def length_of(lengths_ptr, batch, L):
 def within_length(lengths_ptr, batch, i, j, L):
     """Whether neither residue of the pairs (i, j) of a sequence is padding."""
     length = length_of(lengths_ptr, batch, L)
+    return (i < length) & (j < length)
+
+
+@triton.jit
+def within_lengths(lengths_ptr, b, i, j, valid_m, L):
+    """As `within_length` for pairs of several sequences b [M]."""
+    length = tl.minimum(tl.load(lengths_ptr + b, mask=valid_m, other=0), L)
     return (i < length) & (j < length)
 
 

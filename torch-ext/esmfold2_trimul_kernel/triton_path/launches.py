@@ -1,15 +1,21 @@
 """A cache of prepared launches, by all that the launches of a call depend on."""
 
-from .._call import Call
+import contextlib
+
+import torch
+from torch import Tensor
+
+from .._call import Call, Transition
 from ..triton_parts.launch import Launches
+from ..validation import torch_allows_tf32
 
 _MOST_KINDS = 1024
 _launches: dict[tuple, Launches] = {}
 
 
-def launches_of(call: Call, *what: object) -> Launches:
+def launches_of(call: Call | Transition, *what: object) -> Launches:
     """The launches for calls of this kind; `what` is the rest of the cache key."""
-    key = (what, *_kind(call))
+    key = (what, *(_kind if isinstance(call, Call) else _kind_of_transition)(call))
     found = _launches.get(key)
     if found is None:
         if len(_launches) >= _MOST_KINDS:
@@ -40,3 +46,45 @@ def _kind(call: Call) -> tuple:
             for t in (x, call.mask, call.residual, call.drop_mask, *weights)
         ],
     )
+
+
+def _kind_of_transition(call: Transition) -> tuple:
+    """As `_kind`."""
+    x, weights = call.x, call.weights
+    return (
+        x.shape,
+        x.device,
+        call.eps,
+        call.precision,
+        call.inplace,
+        call.lengths is None,
+        weights.down_weight.shape[1],
+        weights.gate_weight.data_ptr() - weights.up_weight.data_ptr(),
+        *[
+            None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16)
+            for t in (x, call.residual, *weights)
+        ],
+    )
+
+
+def for_kernels(call: Call | Transition) -> Call | Transition:
+    """The call with one of the kernels' precisions, and parameters with unit last stride."""
+    weights, precision = call.weights, call.precision
+    if precision == "default":
+        precision = "tf32" if torch_allows_tf32() else "fp32"
+    # The kernels have no stride for a parameter's last axis. It would cost more than a copy, and
+    # for transposed tiles ptxas 12.8 (Triton 3.6 to 3.7.1) generated sm_90 code that read shared
+    # memory at the wrong addresses: see docs/fuzzing.md.
+    if not all([v is None or v.is_contiguous() for v in weights]):
+        values = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in weights]
+        weights = type(weights)(*values)
+    elif precision == call.precision:
+        return call
+    return call._replace(weights=weights, precision=precision)
+
+
+def current_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which x's device is the current one, on which Triton launches."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, x.device.type).device_of(x)

@@ -247,7 +247,7 @@ def norm_in_bwd(
     grad: torch.Tensor,
     x: torch.Tensor,
     moments: torch.Tensor,
-    weights: Weights,
+    norm_weight: torch.Tensor | None,
     grad_x: torch.Tensor,
     prepared: PreparedLaunch,
     lengths: torch.Tensor | None = None,
@@ -262,7 +262,7 @@ def norm_in_bwd(
         x_ptr=x,
         moments_ptr=moments,
         lengths_ptr=lengths,
-        norm_weight_ptr=weights.norm_in_weight,
+        norm_weight_ptr=norm_weight,
         grad_x_ptr=grad_x,
     )
 

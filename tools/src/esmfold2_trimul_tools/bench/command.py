@@ -12,20 +12,26 @@ from ..errors import UserError
 from ..options import takes
 from .report import caption, groups, markdown, notes, table
 from .results import ours_is_right, read_results
-from .settings import Settings
+from .whole.command import bench_whole
+from .whole.settings import Options
 
 
-@takes(Settings)
-def bench(options: Settings) -> None:
+@takes(Options)
+def bench(options: Options) -> None:
     """Measure the kernel beside its rivals: time, peak memory, error, share of the floor.
 
+    With --whole: whole folds, by part, in the full-size architecture with random weights.
     Exit status 1 if the kernel itself fails or gives a wrong result.
     """
+    options.check_together()
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the file to add to")
+    if options.whole:
+        bench_whole(options)
+        return
     if options.results is not None:
         measured = read_results(options.results)
     else:
-        if options.resume and options.out is None:
-            raise UserError("--resume needs --out, the file to add to")
         settings = options.on_this_machine()
         from .run import bench as measure
 

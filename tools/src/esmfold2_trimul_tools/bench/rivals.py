@@ -317,7 +317,7 @@ def find_published(folder: Path | None) -> ModuleType | str:
         folder: the package's; None for the package that transformers would fetch.
     """
     try:
-        with _settings_kept():
+        with settings_kept():
             return _import_published(folder)
     except Exception as error:  # whatever the network or somebody's package raises
         return first_line(error)
@@ -339,7 +339,7 @@ def _import_published(folder: Path | None) -> ModuleType:
 
 
 @contextmanager
-def _settings_kept() -> Iterator[None]:
+def settings_kept() -> Iterator[None]:
     """Restores the environment and the warning filters.
 
     Importing the published package changes both, and cuEquivariance reads its settings from the

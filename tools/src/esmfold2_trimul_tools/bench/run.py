@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..documents import write_document
-from ..environment import describe_environment
+from ..environment import check_same, describe_environment
 from ..errors import UserError
 from ..folding.memory import measure_peak_memory
 from ..repository import load_kernel
@@ -249,12 +249,7 @@ def resume(settings: Settings, path: Path, command: str, commit: str | None = No
     sources = Sources(load_kernel(settings.root), settings.published)
     here = _environment(settings, sources, command, commit)
     before = results["environment"]
-    for name in _SAME_WHEN_RESUMED:
-        if before.get(name) != here[name]:
-            raise UserError(
-                f"--resume: {name} was {before.get(name)!r} in {path} and is {here[name]!r} here: "
-                "measure into another file"
-            )
+    check_same(before, here, _SAME_WHEN_RESUMED, path)
     results["rows"] = [row for row in results["rows"] if row["status"] != "absent"]
     before["commands"].append(command)
     before["paths"] |= here["paths"]

@@ -52,7 +52,9 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _words(known: tuple[str, ...], short: Mapping[str, str] = MappingProxyType({})) -> Check:
+def words(known: tuple[str, ...], short: Mapping[str, str] = MappingProxyType({})) -> Check:
+    """The check of a list of words, separated by commas."""
+
     def check(option: str, text: str) -> tuple[str, ...]:
         words = [word.strip() for word in text.split(",")]
         words = tuple(dict.fromkeys(short.get(word, word) for word in words))
@@ -109,16 +111,16 @@ class Settings:
             help="Of float32, bfloat16 and float16, or fp32, bf16 and fp16. "
             "Default: bfloat16 on a GPU, float32 on a CPU."
         ),
-        _words(DTYPES, SHORT_DTYPES),
+        words(DTYPES, SHORT_DTYPES),
     ] = None
     directions: Annotated[
-        str, typer.Option(help="Of outgoing and incoming."), _words(DIRECTIONS)
+        str, typer.Option(help="Of outgoing and incoming."), words(DIRECTIONS)
     ] = "outgoing"
-    masks: Annotated[str, typer.Option(help="Of bool, float and none."), _words(MASKS)] = "bool"
+    masks: Annotated[str, typer.Option(help="Of bool, float and none."), words(MASKS)] = "bool"
     passes: Annotated[
         str,
         typer.Option(help="Of forward and training, which is forward and backward."),
-        _words(PASSES),
+        words(PASSES),
     ] = "forward"
     rivals: Annotated[
         list[str] | None,

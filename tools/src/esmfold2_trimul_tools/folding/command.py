@@ -18,6 +18,7 @@ from ..triton_cache import check_cache
 from .options import (
     DeviceName,
     DtypeName,
+    FullSize,
     KernelName,
     Loops,
     ModelName,
@@ -60,6 +61,7 @@ def fold(
     ] = None,
     model: ModelName = None,
     random_weights: RandomWeights = False,
+    full_size: FullSize = False,
     kernel: KernelName = "ours",
     compare: Annotated[
         bool,
@@ -88,12 +90,14 @@ def fold(
     """
     if (sequence is None) == (fasta is None):
         raise UserError("give either SEQUENCE or --fasta FILE")
+    if full_size and not random_weights:
+        raise UserError("--full-size is for --random-weights; a checkpoint has its own size")
     if compare and kernel == "off":
         raise UserError("--compare needs a kernel beside the stock path: --kernel ours or hub")
     records = _records(sequence) if fasta is None else read_fasta(fasta)
     settings = Settings(loops, samples, steps, seed)
     settings.check()
-    setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root)
+    setup = Setup(model, random_weights, kernel, device, dtype, seed, kernel_root, full_size)
     from .fold import Failure, fold_records
 
     with _writing(out):
@@ -188,6 +192,7 @@ class Setup:
         dtype: str | None,
         seed: int,
         kernel_root: Path | None,
+        full_size: bool = False,
     ) -> None:
         if random_weights and model is not None:
             raise UserError("give either --model or --random-weights")
@@ -203,8 +208,10 @@ class Setup:
         self.device = resolve_device(device)
         self.kernel = check_kernel(kernel, self.device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.name = "random weights" if random_weights else model or HUB_MODEL
+        drawn = "random weights, full size" if full_size else "random weights"
+        self.name = drawn if random_weights else model or HUB_MODEL
         self.random_weights = random_weights
+        self.full_size = full_size
         self.seed = seed
         if self.kernel != "off":
             check_swappable()
@@ -213,12 +220,16 @@ class Setup:
         """The model on its device.
 
         Raises:
-            UserError: it can't be had, or Triton can't write to its cache.
+            UserError: it can't be had or does not fit, or Triton can't write to its cache.
         """
         from .model import load_model, random_model
 
         if self.device.type != "cpu" and self._compiles():
             check_cache()
+        if self.full_size:
+            from .full_size import full_size_model
+
+            return full_size_model(self.device, self.dtype, self.seed)
         if self.random_weights:
             return random_model(self.device, self.dtype, self.seed)
         return load_model(self.name, self.device, self.dtype)
@@ -245,6 +256,7 @@ class Setup:
         return {
             "model": self.name,
             "random_weights": self.random_weights,
+            "full_size": self.full_size,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kernel": self.kernel,

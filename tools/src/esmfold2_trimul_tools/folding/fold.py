@@ -137,7 +137,7 @@ def fold(
     except torch.linalg.LinAlgError as error:  # the sampler's superposition of coordinates
         raise _broken(record, model.dtype) from error
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"{record.name}: {len(record.sequence)} residues and {settings.samples} samples do not "
@@ -316,7 +316,7 @@ def _broken(record: Record, dtype: torch.dtype) -> BrokenFoldError:
     return BrokenFoldError(f"{record.name}: the fold gave numbers that are not finite{hint}")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """A CPU's and a library's are plain RuntimeErrors."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 _STATM = Path("/proc/self/statm")
+_MEMINFO = Path("/proc/meminfo")
 _SAMPLING_INTERVAL = 0.002  # seconds; a fold's pair-sized temporaries live several times as long
 
 
@@ -46,6 +47,16 @@ def measure_peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         yield result
     result.peak_bytes, start, result.meaning = numbers
     result.added_bytes = max(0, result.peak_bytes - start)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a new tensor on `device` can have; None where the system does not tell."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).mem_get_info(device)[0]
+    if not _MEMINFO.exists():
+        return None
+    (line,) = (line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvai"))
+    return int(line.split()[1]) * 1024
 
 
 @contextmanager

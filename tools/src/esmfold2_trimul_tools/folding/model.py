@@ -78,8 +78,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> "EsmFold2
     Raises:
         UserError: it can't be had: no such folder, no network and no cached copy, another model.
     """
-    model_class = _esmfold2_model_class()
-    _silence_transformers(but_for_bars=sys.stderr.isatty())
+    model_class = esmfold2_model_class()
+    silence_transformers(but_for_bars=sys.stderr.isatty())
     folder = Path(model_name("--model", name)).expanduser()
     source, offline = str(folder), False
     if not folder.is_dir():
@@ -112,7 +112,7 @@ def random_config(
         side_layers: layers of the language-model encoder, the MSA encoder and the confidence head.
         coda_layers: layers after the last loop.
     """
-    _esmfold2_model_class()
+    esmfold2_model_class()
     from transformers import EsmFold2Config
 
     token_width = 64
@@ -173,8 +173,8 @@ def random_model(
         seed: of the weights. torch's own random state is left as it was.
         config: the architecture; `random_config()` without one.
     """
-    model_class = _esmfold2_model_class()
-    _silence_transformers()
+    model_class = esmfold2_model_class()
+    silence_transformers()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config or random_config())
@@ -314,8 +314,15 @@ def _draw_every_weight(model: nn.Module) -> None:
             nn.init.normal_(part.weight, mean=1.0, std=0.1)
             if part.bias is not None:
                 nn.init.normal_(part.bias, std=0.1)
+    draw_heads(model)
+
+
+def draw_heads(model: nn.Module) -> None:
+    """Random weights of the outputs and of the language model's mixture.
+
+    Logits are a few units wide: neither flat nor certain, so that the outputs follow the trunk.
+    """
     nn.init.normal_(model.language_model.layer_weights)
-    # Logits a few units wide: neither flat nor certain, so that the outputs follow the trunk.
     head = model.confidence_head
     for weight in (head.plddt_weight, head.resolved_weight):
         nn.init.normal_(weight, std=3 * weight.shape[1] ** -0.5)
@@ -329,7 +336,8 @@ def _to_device(model: "EsmFold2Model", device: torch.device) -> "EsmFold2Model":
         raise UserError(f"the model does not fit into the memory of {device}") from error
 
 
-def _esmfold2_model_class() -> type["EsmFold2Model"]:
+def esmfold2_model_class() -> type["EsmFold2Model"]:
+    """transformers' class. Raises UserError where the installed transformers has none."""
     try:
         from transformers import EsmFold2Model
     except ImportError as error:
@@ -341,7 +349,7 @@ def _esmfold2_model_class() -> type["EsmFold2Model"]:
 
 
 def _site_class() -> type[nn.Module]:
-    _esmfold2_model_class()
+    esmfold2_model_class()
     from transformers.models.esmfold2 import modeling_esmfold2
 
     return modeling_esmfold2.EsmFold2TriangleMultiplicativeUpdate
@@ -356,7 +364,7 @@ def _kernels_version() -> str:
         return "no kernels library at all"
 
 
-def _silence_transformers(but_for_bars: bool = False) -> None:
+def silence_transformers(but_for_bars: bool = False) -> None:
     """No hints and no loading bars: this package checks and reports what matters of them."""
     from transformers.utils import logging
 

@@ -53,6 +53,14 @@ RandomWeights = Annotated[
         help="Fold with a small random model made on the spot: no download, and no biology either.",
     ),
 ]
+FullSize = Annotated[
+    bool,
+    typer.Option(
+        "--full-size",
+        help="With --random-weights: the default architecture, 6.5 billion parameters "
+        "(12.2 GiB in bfloat16), drawn on the device.",
+    ),
+]
 KernelName = Annotated[
     str,
     typer.Option(

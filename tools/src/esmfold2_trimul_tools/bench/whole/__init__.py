@@ -1,0 +1,1 @@
+"""Whole folds beside each other: seconds, peak memory, and the time of each part."""

@@ -1,0 +1,192 @@
+"""The options of whole folds: their checks, and their defaults on this machine."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...errors import UserError
+from ...options import at_least, read
+from ...repository import find_root
+from ...triton_cache import check_cache
+from ..settings import Settings, words
+from .ways import OURS, STOCK, WAYS, Way
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...folding.options import Settings as FoldSettings
+
+_LENGTHS = {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)}
+TWICE_BELOW = 5.0  # seconds of a fold that is timed twice
+_LONGEST_WAYS = (STOCK, OURS)
+# The options of the benchmark of single calls that a benchmark of folds has too.
+_SHARED = {
+    "device", "lengths", "dtypes", "published", "seed", "kernel_root", "commit", "out", "resume",
+    "results", "as_markdown", "as_json",
+}  # fmt: skip
+
+
+def _esm(option: str, folder: Path) -> Path:
+    if not (folder / "esm" / "models" / "esmfold2" / "layers.py").is_file():
+        raise UserError(f"{option} {folder}: holds no package esm with models/esmfold2/layers.py")
+    return folder
+
+
+def _above_zero(option: str, value: float) -> float:
+    if not value > 0:
+        raise UserError(f"{option} must be above 0; got {value}")
+    return value
+
+
+def _check_longest(gib: float, device: "torch.device") -> None:
+    import torch
+
+    if device.type == "cpu":
+        raise UserError("--longest needs a CUDA device: it limits what torch may allocate there")
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gib > total:
+        raise UserError(f"--longest must be at most the {total:.1f} GiB of {device}; got {gib:g}")
+
+
+@dataclass(frozen=True)
+class WholeOptions:
+    """The options that only whole folds have."""
+
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole",
+            help="Measure whole folds of the full-size architecture with random weights instead of "
+            "single calls. --lengths: 256 to 2048 by default.",
+        ),
+    ] = False
+    ways: Annotated[
+        str | None,
+        typer.Option(
+            help=f"With --whole: of {', '.join(way.name for way in WAYS)}. Default: all; with "
+            f"--longest {' and '.join(_LONGEST_WAYS)}."
+        ),
+        words(tuple(way.name for way in WAYS)),
+    ] = None
+    esm: Annotated[
+        Path | None,
+        typer.Option(
+            "--esm", help="With --whole: the folder that holds biohub's package, esm (3.4.1)."
+        ),
+        _esm,
+    ] = None
+    longest: Annotated[
+        float | None,
+        typer.Option(
+            help="With --whole: find the longest L whose fold fits into this many GiB of a GPU, "
+            "and measure nothing else."
+        ),
+        _above_zero,
+    ] = None
+    small: Annotated[
+        bool,
+        typer.Option("--small", help="With --whole: the small architecture of `fold`, for trials."),
+    ] = False
+    loops: Annotated[
+        int | None,
+        typer.Option(help="With --whole: refinements. Default: the model's own."),
+        at_least(0),
+    ] = None
+    samples: Annotated[
+        int | None,
+        typer.Option(help="With --whole: structures drawn. Default: the model's own."),
+        at_least(1),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(help="With --whole: length of the noise schedule. Default: the model's own."),
+        at_least(1),
+    ] = None
+    fold_seconds: Annotated[
+        float,
+        typer.Option(
+            help="With --whole: a fold that would take longer is timed with fewer loops, and its "
+            "row has the time with all of them by extrapolation."
+        ),
+        _above_zero,
+    ] = 15.0
+    as_readme: Annotated[
+        bool, typer.Option("--readme", help="With --whole: print the table of README.md.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Options(WholeOptions, Settings):
+    """The options of the command: of single calls, and of whole folds."""
+
+    def check_together(self) -> None:
+        """Raises UserError for an option that the chosen benchmark does not have."""
+        default = read(Options)
+        only_whole = {one.name for one in fields(WholeOptions)} - {"whole"}
+        only_calls = {one.name for one in fields(Settings)} - _SHARED
+        for name in only_calls if self.whole else only_whole:
+            if getattr(self, name) != getattr(default, name):
+                named = {"rivals": "rival", "as_readme": "readme"}.get(name, name)
+                option = named.replace("_", "-")
+                raise UserError(f"--{option} is {'not ' if self.whole else ''}for --whole")
+        if self.whole and self.dtypes is not None and len(self.dtypes) > 1:
+            raise UserError(f"--dtypes must be one with --whole; got {', '.join(self.dtypes)}")
+
+    def plan(self) -> "Plan":
+        """What is to be measured on this machine.
+
+        Raises:
+            UserError: no such device; --longest without a GPU.
+        """
+        root = find_root(self.kernel_root)  # before torch is imported
+        from ...folding.model import resolve_device, resolve_dtype
+        from ...folding.options import Settings as FoldSettings
+
+        device = resolve_device(self.device)
+        if device.type not in _LENGTHS:
+            raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
+        if self.longest is not None:
+            _check_longest(self.longest, device)
+        if device.type != "cpu":
+            check_cache()
+        named = self.ways or (_LONGEST_WAYS if self.longest is not None else None)
+        return Plan(
+            device=device,
+            dtype=resolve_dtype(self.dtypes and self.dtypes[0], device),
+            lengths=self.lengths or _LENGTHS[device.type],
+            ways=tuple(way for way in WAYS if named is None or way.name in named),
+            fold=FoldSettings(self.loops, self.samples, self.steps, self.seed),
+            small=self.small,
+            longest=self.longest,
+            fold_seconds=self.fold_seconds,
+            root=root,
+            published=self.published,
+            esm=self.esm,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options, checked and resolved: the `RunSettings` of the results' environment."""
+
+    device: "torch.device"
+    dtype: "torch.dtype"
+    lengths: tuple[int, ...]
+    ways: tuple[Way, ...]
+    fold: "FoldSettings"
+    small: bool
+    longest: float | None
+    fold_seconds: float
+    root: Path
+    published: Path | None
+    esm: Path | None
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return (str(self.dtype).removeprefix("torch."),)
+
+    @property
+    def seed(self) -> int:
+        return self.fold.seed

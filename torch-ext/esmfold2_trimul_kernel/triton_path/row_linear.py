@@ -1,0 +1,188 @@
+"""A linear layer over rows, with a residual: the second stage of the transition.
+
+    out = residual + rows W^T + bias                   rows [M, K], W [N, K], out [M, N]
+
+rows and out are contiguous, W has unit stride along k, all in one dtype; sums in fp32. The residual
+and the lengths belong to rows m = (b * R + i) * J + j of [B, R, J, N]. With lengths, a row of a
+padded pair is its residual, or 0.
+
+The backward takes it for the gradients of normalised rows. No setting of torch's applies to it: the
+call's precision alone decides how float32 operands are multiplied, and equal calls give equal bits.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import (
+    PreparedLaunch,
+    block_of,
+    descriptor_of,
+    dot_precision,
+    has_descriptor,
+    is_aligned,
+    named_strides,
+    pointers,
+    setting_of,
+    strides,
+)
+from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.tiles import (
+    add_bias,
+    any_of,
+    dot,
+    load_tile,
+    load_weight,
+    pairs_of_rows,
+    quarters,
+    store_tile,
+    within_lengths,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "R", "J", "first_row", "lengths_ptr",
+        "stride_residual_b", "stride_residual_i", "stride_residual_j",
+    ]
+)  # fmt: skip
+def _row_linear_kernel(
+    rows_ptr, rows, weight, bias_ptr, residual_ptr, lengths_ptr, out_ptr,
+    M, R, J, first_row, stride_weight,
+    stride_residual_b, stride_residual_i, stride_residual_j, stride_residual_c,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RESIDUAL_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_M, BLOCK_N] tile of residual + rows W^T + bias. K is summed in blocks.
+
+    The tiles of the same rows have adjacent ids, so that the rows are read from memory once.
+    """
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile_m = tl.program_id(0) // TILES_N
+    start_n = (tl.program_id(0) - tile_m * TILES_N) * BLOCK_N
+    start_m = tile_m * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    valid_m = offs_m < M
+    within = valid_m
+    if lengths_ptr is not None:
+        b, i, j = pairs_of_rows(start_m, R, J, BLOCK_M)
+        within = valid_m & within_lengths(lengths_ptr, b, first_row + i, j, valid_m, J)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    end_k = K
+    if lengths_ptr is not None:
+        end_k = tl.where(any_of(within), K, 0)
+    offs_rows = offs_m.to(tl.int64) * K
+    for start_k in range(0, end_k, BLOCK_K):
+        if DESCRIPTORS:
+            left = rows.load([start_m, start_k])
+        else:
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            left = load_tile(rows_ptr, offs_rows, offs_k, 1, valid_m, K, K % BLOCK_K == 0)
+        right = load_weight(
+            weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
+        )
+        acc = dot(left, right.T, acc, PRECISION)
+
+    # A quarter of the columns at a time: see stage 3.
+    parts = quarters(acc)
+    WIDTH: tl.constexpr = parts[0].shape[1]
+    for quarter in tl.static_range(len(parts)):
+        offs_n = start_n + quarter * WIDTH + tl.arange(0, WIDTH)
+        tile = add_bias(parts[quarter], bias_ptr, offs_n, N)
+        if lengths_ptr is not None:
+            # Beyond the length the operands may be NaN.
+            tile = tl.where(within[:, None], tile, 0.0)
+        if residual_ptr is not None:
+            b, i, j = pairs_of_rows(start_m, R, J, BLOCK_M)
+            offs_residual = (
+                b.to(tl.int64) * stride_residual_b
+                + i.to(tl.int64) * stride_residual_i
+                + j.to(tl.int64) * stride_residual_j
+            )
+            offs_residual = tl.multiple_of(offs_residual, RESIDUAL_ALIGNMENT)
+            residual = load_tile(
+                residual_ptr, offs_residual, offs_n, stride_residual_c, valid_m, N,
+                N % BLOCK_N == 0,
+            )  # fmt: skip
+            tile += residual.to(tl.float32)
+        store_tile(
+            out_ptr, offs_m.to(tl.int64) * N, offs_n, tile.to(out_ptr.dtype.element_ty), valid_m,
+            N, N % BLOCK_N == 0,
+        )  # fmt: skip
+
+
+def row_linear(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    prepared: PreparedLaunch,
+) -> None:
+    """Fills out [M, N]; `prepared` is from `prepare_row_linear` for tensors like these."""
+    prepared.launch(
+        rows_ptr=rows,
+        rows=rows,
+        weight=weight,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        lengths_ptr=lengths,
+        out_ptr=out,
+    )
+
+
+def prepare_row_linear(
+    rows: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    pairs: tuple[int, int],
+    precision: str,
+    first_row: int = 0,
+    config: LaunchConfig | None = None,
+) -> PreparedLaunch:
+    """The launch of `row_linear` for rows [M, K] and weight [N, K].
+
+    Args:
+        residual: [B, R, J, N], any strides; it may be the memory of the output.
+        pairs: (R, J), which matter only with a residual or lengths.
+        precision: a word of the kernels, for float32.
+        first_row: row i is row first_row + i of its sequence, which matters only with lengths.
+        config: a setting in place of the shipped one.
+    """
+    (count, width), channels = rows.shape, weight.shape[0]
+    device = device_target(rows.device)
+    if config is None:
+        config = setting_of("row_linear", rows, channels, math.isqrt(count))
+    block_n = block_of(config.block_n, channels)
+    block_k = block_of(config.block_k, width)
+    descriptors = config.descriptors and has_descriptor(weight) and has_descriptor(rows)
+    rows_arg = weight_arg = None
+    if descriptors:
+        rows_arg = descriptor_of(rows, rows.shape, rows.stride(), [config.block_m, block_k])
+        weight_arg = descriptor_of(weight, weight.shape, weight.stride(), [block_n, block_k])
+    residual_strides = (0, 0, 0, 1) if residual is None else strides(residual)
+    elements = 16 // rows.element_size()
+    return PreparedLaunch(
+        _row_linear_kernel,
+        triton.cdiv(count, config.block_m) * triton.cdiv(channels, block_n),
+        tensors=pointers("rows_ptr", "bias_ptr", "residual_ptr", "lengths_ptr", "out_ptr")
+        | {"rows": rows_arg, "weight": weight_arg},
+        values=dict(
+            M=count, R=pairs[0], J=pairs[1], first_row=first_row, stride_weight=weight.stride(0),
+            **named_strides("residual", "bijc", residual_strides),
+        ),
+        constants=dict(
+            N=channels, K=width,
+            BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
+            DESCRIPTORS=descriptors,
+            PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),
+        ),
+        options=config.options(),
+    )  # fmt: skip

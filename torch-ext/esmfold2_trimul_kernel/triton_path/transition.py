@@ -1,0 +1,276 @@
+"""The transition on the Triton path: two stages, over chunks of rows.
+
+    swiglu_hidden   h = silu(z Wg^T + bg) * (z Wu^T + bu)   [rows of a chunk, H]
+    row_linear      out = residual + h Wd^T + bd
+
+Peak memory beyond the arguments: the output, unless it is written over the residual, and the hidden
+channels of a chunk, of x's size or less (64 MiB where that is more).
+
+The backward keeps nothing of the forward. In chunks of rows, with G the output's gradient:
+
+    swiglu_hidden       p = z Wg^T + bg, u = z Wu^T + bu, x^, and the moments of x
+    swiglu_bwd          h, and dp and du over p and u
+    row_products        dWd += G^T h, and P += [dp, du]^T x^, from which the other gradients come
+    row_linear          dz = [dp, du] [Wg; Wu]
+    norm_in_bwd         dx
+
+Peak beyond the arguments: dx and a chunk's rows, at most two more tensors of x's size (or 64 MiB).
+Sums over rows are in fp32, in a fixed order.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._call import Transition, TransitionWeights
+from .._plan import Plan
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import Launches
+from ..triton_parts.rehearsal import rehearsal, twin
+from ..validation import pairs_within
+from .launches import current_device, for_kernels, launches_of
+from .norm_backward import norm_in_bwd, prepare_norm_in_bwd
+from .parameter_gradients import gradients_of_projections, in_their_dtypes
+from .row_linear import prepare_row_linear, row_linear
+from .row_products import add_row_products, prepare_row_products
+from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
+from .swiglu_hidden import swiglu_hidden
+
+# The bytes that a chunk makes: those of x (a backward: twice those of x) within these bounds. On an
+# H200 at C = 256 and L = 512, chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %.
+_LEAST_CHUNK, _MOST_CHUNK = 2**26, 2**28
+# The kernels find a row's pair by a division in fp32, exact up to this many columns.
+_MOST_COLUMNS = 2**17
+_TILE = 128  # a multiple of every setting's rows
+
+
+def forward(call: Transition) -> Tensor:
+    """The output [B, I, J, C]."""
+    merged = for_kernels(_merged(call))
+    with current_device(call.x):
+        return _run(merged, launches_of(merged, "transition")).view(call.x.shape)
+
+
+def _run(call: Transition, launches: Launches) -> Tensor:
+    x, weights, channels = call.x, call.weights, call.x.shape[3]
+    out = call.residual
+    if not call.inplace:
+        out = launches.empty("output", x.shape, x.dtype, x.device)
+    memory = None
+    for entries, rows in _chunks(call, call.hidden, call.x.nbytes):
+        part = _part(call, entries, rows)
+        count = part.x.shape[:3].numel()
+        if memory is None:  # the first chunk is the largest
+            memory = launches.empty("hidden", (count, call.hidden), x.dtype, x.device)
+        hidden, made = memory[:count], out[entries, rows].view(count, channels)
+        first_row = 0 if call.lengths is None else rows.start
+        swiglu_hidden(part, launches, hidden, first_row)
+        alignments = [0 if t is None else t.data_ptr() % 16 for t in (part.residual, made)]
+        prepared = launches.of(
+            ("row_linear", part.x.shape, first_row, *alignments),
+            prepare_row_linear, hidden, weights.down_weight, part.residual, part.x.shape[1:3],
+            call.precision, first_row,
+        )  # fmt: skip
+        row_linear(
+            hidden, weights.down_weight, weights.down_bias, part.residual, part.lengths, made,
+            prepared,
+        )  # fmt: skip
+    return out
+
+
+def _part(call: Transition, entries: slice, rows: slice) -> Transition:
+    """The call on a chunk."""
+    return call._replace(
+        x=call.x[entries, rows],
+        residual=None if call.residual is None else call.residual[entries, rows],
+        lengths=None if call.lengths is None else call.lengths[entries],
+    )
+
+
+def _chunks(call: Transition, width: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts x [B, I, J, C] into chunks, whole entries or rows of one entry, the largest first.
+
+    A chunk makes rows of `width` channels, of `size` bytes in all if the bounds allow it.
+    """
+    batch, rows, columns, _ = call.x.shape
+    wanted = min(max(size, _LEAST_CHUNK), _MOST_CHUNK) // (width * call.x.element_size())
+    together = wanted // (rows * columns)
+    if together:
+        for start in range(0, batch, together):
+            yield slice(start, min(start + together, batch)), slice(0, rows)
+        return
+    parts = -(-rows * columns // max(wanted, 1))
+    step = -(-rows // parts)
+    if columns == 1:  # whole tiles of the kernels
+        step = -(-step // _TILE) * _TILE
+    for entry in range(batch):
+        for start in range(0, rows, step):
+            yield slice(entry, entry + 1), slice(start, min(start + step, rows))
+
+
+@torch.no_grad()
+def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+    """The gradients that `needs` names, each with the dtype and shape of its tensor."""
+    shape = call.x.shape
+    call = for_kernels(_merged(call._replace(residual=grad_out)))
+    call, grad_out = call._replace(residual=None), call.residual
+    with current_device(call.x):
+        launches = launches_of(call, "transition_bwd", needs, grad_out.stride())
+        found = _run_backward(call, grad_out, needs, launches)
+    if "x" in needs:
+        found["x"] = found["x"].view(shape)
+    return found
+
+
+def _run_backward(
+    call: Transition, grad_out: Tensor, needs: frozenset[str], launches: Launches
+) -> dict[str, Tensor]:
+    x, weights = call.x, call.weights
+    channels, hidden = x.shape[3], call.hidden
+    of_parameters = not needs.isdisjoint(TransitionWeights._fields)
+    stacked = torch.cat([weights.gate_weight, weights.up_weight])
+    turned, down_turned = stacked.t().contiguous(), weights.down_weight.t().contiguous()
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+    found = {}
+    if "x" in needs:
+        found["x"] = empty(*x.shape)
+    if of_parameters:
+        down_products, down_sums = zeros(channels, hidden), zeros(channels)
+        products, sums = zeros(2 * hidden, channels), zeros(2 * hidden)
+    # The rows that a chunk makes: dp and du, h, x^, and dz or a copy of G.
+    for entries, rows in _chunks(call, 3 * hidden + 2 * channels, 2 * x.nbytes):
+        part, grad = _part(call, entries, rows), grad_out[entries, rows]
+        count = part.x.shape[:3].numel()
+        if call.lengths is not None:
+            # Without padding's numbers, which may be NaN, its gradients are zeros.
+            within = pairs_within(part.lengths, x.shape[2])[:, rows, :, None]
+            part = part._replace(x=torch.where(within, part.x, 0))
+            grad = torch.where(within, grad, 0)
+        grad = grad.reshape(count, channels).contiguous()
+        kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)
+        # p and u, then dp and du.
+        pair = empty(count, 2 * hidden)
+        moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
+        hat_x = empty(count, channels) if of_parameters else None
+        swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
+        prepared = launches.of(
+            ("swiglu_bwd", count, grad.data_ptr() % 16),
+            prepare_swiglu_bwd, grad, down_turned, call.precision,
+        )  # fmt: skip
+        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
+        swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
+        if "down_bias" in needs:
+            down_sums.add_(grad.sum(0, dtype=torch.float32))
+        of = [("in", products, pair, hat_x, sums)] if of_parameters else []
+        if "down_weight" in needs:
+            of.append(("down", down_products, grad, hidden_rows, None))
+        for which, total, left, right, total_sums in of:
+            prepared = launches.of(
+                ("row_products", which, count, left.data_ptr() % 16),
+                prepare_row_products, left, right, call.precision,
+            )  # fmt: skip
+            add_row_products(total, left, right, prepared, total_sums)
+        if "x" in needs:
+            grad_z, grad_x = empty(count, channels), found["x"][entries, rows]
+            prepared = launches.of(
+                ("row_linear", count),
+                prepare_row_linear, pair, turned, None, (count, 1), call.precision,
+            )  # fmt: skip
+            row_linear(pair, turned, None, None, None, grad_z, prepared)
+            # One sequence [R, J, C] to the kernel: the entries of a chunk are whole where several.
+            rows_x, moments = part.x.flatten(0, 1), moments.view(2, -1, x.shape[2])
+            prepared = launches.of(
+                ("norm_in_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
+                prepare_norm_in_bwd, rows_x, moments,
+            )  # fmt: skip
+            norm_in_bwd(grad_z, rows_x, moments, weights.norm_weight, grad_x, prepared)
+            del grad_z
+        del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
+    if of_parameters:
+        gradients = gradients_of_projections(
+            stacked, products, sums, weights.norm_weight, weights.norm_bias,
+            ("norm_weight", "norm_bias"),
+            (
+                ("gate_weight", "gate_bias", slice(0, hidden)),
+                ("up_weight", "up_bias", slice(hidden, None)),
+            ), needs,
+        )  # fmt: skip
+        down = {"down_weight": down_products, "down_bias": down_sums}
+        gradients |= {name: value for name, value in down.items() if name in needs}
+        found |= in_their_dtypes(gradients, weights)
+    return found
+
+
+def _merged(call: Transition) -> Transition:
+    """The call with the rows of x along one axis [1, M, 1, C] where that is a view."""
+    if call.lengths is None and _is_one_axis(call.x) and (
+        call.residual is None or _is_one_axis(call.residual)
+    ):
+        x, residual = call.x, call.residual
+        shape = (1, x.shape[:3].numel(), 1, x.shape[3])
+        return call._replace(
+            x=_along_one_axis(x, shape),
+            residual=None if residual is None else _along_one_axis(residual, shape),
+        )
+    if call.x.shape[2] <= _MOST_COLUMNS:
+        return call
+    residual = None if call.residual is None else call.residual.contiguous()
+    return _merged(call._replace(x=call.x.contiguous(), residual=residual))
+
+
+def _is_one_axis(x: Tensor) -> bool:
+    """Whether the rows of x [B, I, J, C] lie at equal distances."""
+    axes = [
+        (size, stride)
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        if size != 1
+    ]
+    return all([
+        stride == below[0] * below[1]
+        for (_, stride), below in zip(axes[:-1], axes[1:], strict=True)
+    ])
+
+
+def _along_one_axis(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x [B, I, J, C], of which `_is_one_axis`, as a view of this shape."""
+    steps = [x.stride(axis) for axis in range(3) if x.shape[axis] != 1]
+    return x.as_strided(shape, (0, steps[-1] if steps else 0, 0, x.stride(3)))
+
+
+def plan(call: Transition) -> Plan:
+    """The launches and buffers of `forward`."""
+    kernels_call = for_kernels(_merged(_twin_of(call)))
+    with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
+        _run(kernels_call, launches)
+    notes = []
+    found = Plan(None, None, launches.launched, launches.buffers, launches.peak, 0, notes)
+    if call.needs_grad:
+        notes.append("nothing is kept for the backward, which makes the hidden channels again")
+    if call.lengths is not None:
+        notes.append("tiles beyond the lengths are skipped; the programs above are all")
+    if call.x.dtype == torch.float32:
+        found = found._replace(precision=found.stages["swiglu_hidden"].constants["PRECISION"])
+        if kernels_call.precision == "fp32":
+            notes.append("products are those of float32, as nothing allowed TF32")
+    return found
+
+
+def plan_training(call: Transition) -> list:
+    """The launches of `plan` and of `backward`, as `Plan.launches`, for all gradients."""
+    names = [name for name, value in call.weights._asdict().items() if value is not None]
+    backward_call = for_kernels(_merged(_twin_of(call._replace(residual=None))))
+    with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
+        _run_backward(backward_call, backward_call.x, frozenset({"x", *names}), launches)
+    return plan(call).launches + launches.launched
+
+
+def _twin_of(call: Transition) -> Transition:
+    """The call on the meta device."""
+    return Transition.of(tuple([twin(v) if isinstance(v, Tensor) else v for v in call.flat()]))
