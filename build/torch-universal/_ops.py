@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_00626ce0d7"
+_NAMESPACE = "_esmfold2_trimul_kernel_459ba4783a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

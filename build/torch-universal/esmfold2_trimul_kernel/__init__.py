@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_00626ce0d7"
+_BUILD_ID = "_esmfold2_trimul_kernel_459ba4783a"
 
 
 def _load_package() -> ModuleType:

@@ -53,7 +53,7 @@ def forward(call: Transition) -> Tensor:
 
 
 def _run(call: Transition, launches: Launches) -> Tensor:
-    x, weights, channels = call.x, call.weights, call.x.shape[3]
+    x, weights = call.x, call.weights
     out = call.residual
     if not call.inplace:
         out = launches.empty("output", x.shape, x.dtype, x.device)
@@ -63,7 +63,7 @@ def _run(call: Transition, launches: Launches) -> Tensor:
         count = part.x.shape[:3].numel()
         if memory is None:  # the first chunk is the largest
             memory = launches.empty("hidden", (count, call.hidden), x.dtype, x.device)
-        hidden, made = memory[:count], out[entries, rows].view(count, channels)
+        hidden, made = memory[:count], _cut(out, entries, rows)
         first_row = 0 if call.lengths is None else rows.start
         swiglu_hidden(part, launches, hidden, first_row)
         alignments = [0 if t is None else t.data_ptr() % 16 for t in (part.residual, made)]
@@ -81,11 +81,22 @@ def _run(call: Transition, launches: Launches) -> Tensor:
 
 def _part(call: Transition, entries: slice, rows: slice) -> Transition:
     """The call on a chunk."""
-    return call._replace(
-        x=call.x[entries, rows],
-        residual=None if call.residual is None else call.residual[entries, rows],
-        lengths=None if call.lengths is None else call.lengths[entries],
-    )
+    x = _cut(call.x, entries, rows)
+    if x is call.x:
+        return call
+    residual = call.residual
+    if residual is not None:
+        residual = x if residual is call.x else _cut(residual, entries, rows)
+    lengths = None if call.lengths is None else call.lengths[entries]
+    return call._replace(x=x, residual=residual, lengths=lengths)
+
+
+def _cut(x: Tensor, entries: slice, rows: slice) -> Tensor:
+    """A chunk of x [B, I, J, C]; x itself if that is all."""
+    batch, count = x.shape[:2]
+    if rows.stop - rows.start == count:
+        return x if entries.stop - entries.start == batch else x[entries]
+    return x[:, rows] if batch == 1 else x[entries, rows]
 
 
 def _chunks(call: Transition, width: int, size: int) -> Iterator[tuple[slice, slice]]:
@@ -210,36 +221,36 @@ def _run_backward(
 
 def _merged(call: Transition) -> Transition:
     """The call with the rows of x along one axis [1, M, 1, C] where that is a view."""
-    if call.lengths is None and _is_one_axis(call.x) and (
-        call.residual is None or _is_one_axis(call.residual)
+    x, residual = call.x, call.residual
+    if call.lengths is None and _is_one_axis(x) and (
+        residual is None or residual is x or _is_one_axis(residual)
     ):
-        x, residual = call.x, call.residual
-        shape = (1, x.shape[:3].numel(), 1, x.shape[3])
-        return call._replace(
-            x=_along_one_axis(x, shape),
-            residual=None if residual is None else _along_one_axis(residual, shape),
-        )
-    if call.x.shape[2] <= _MOST_COLUMNS:
+        rows = _along_one_axis(x)
+        if residual is not None:
+            residual = rows if residual is x else _along_one_axis(residual)
+        return call._replace(x=rows, residual=residual)
+    if x.shape[2] <= _MOST_COLUMNS:
         return call
-    residual = None if call.residual is None else call.residual.contiguous()
-    return _merged(call._replace(x=call.x.contiguous(), residual=residual))
+    residual = None if residual is None else residual.contiguous()
+    return _merged(call._replace(x=x.contiguous(), residual=residual))
 
 
 def _is_one_axis(x: Tensor) -> bool:
     """Whether the rows of x [B, I, J, C] lie at equal distances."""
-    axes = [
-        (size, stride)
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-        if size != 1
-    ]
+    if x.is_contiguous():
+        return True
+    axes = [(x.shape[axis], x.stride(axis)) for axis in range(3) if x.shape[axis] != 1]
     return all([
         stride == below[0] * below[1]
         for (_, stride), below in zip(axes[:-1], axes[1:], strict=True)
     ])
 
 
-def _along_one_axis(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x [B, I, J, C], of which `_is_one_axis`, as a view of this shape."""
+def _along_one_axis(x: Tensor) -> Tensor:
+    """x [B, I, J, C], of which `_is_one_axis`, as a view [1, M, 1, C]."""
+    shape = (1, x.shape[:3].numel(), 1, x.shape[3])
+    if x.is_contiguous():
+        return x.view(shape)
     steps = [x.stride(axis) for axis in range(3) if x.shape[axis] != 1]
     return x.as_strided(shape, (0, steps[-1] if steps else 0, 0, x.stride(3)))
 
