@@ -167,7 +167,7 @@ def _run_backward(
         if call.lengths is not None:
             # Without padding's numbers, which may be NaN, its gradients are zeros.
             within = pairs_within(part.lengths, x.shape[2])[:, rows, :, None]
-            part = part._replace(x=torch.where(within, part.x, 0))
+            part = part._replace(x=torch.where(within, part.x, 0), lengths=None)
             grad = torch.where(within, grad, 0)
         grad = grad.reshape(count, channels).contiguous()
         kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)
