@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_359d838574"
+_NAMESPACE = "_esmfold2_trimul_kernel_5cd4235857"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -92,9 +92,12 @@ def transition_call(
     if inplace is not False:
         others = {"lengths": lengths, **weights._asdict()}
         check_inplace(inplace, "x", x, residual, others)
+    rows = _four_axes(x)
+    if residual is not None:
+        residual = rows if residual is x else _four_axes(residual)
     return Transition(
-        x=_four_axes(x),
-        residual=None if residual is None else _four_axes(residual),
+        x=rows,
+        residual=residual,
         weights=weights,
         eps=eps,
         precision=resolve_precision(precision, "x", x),
@@ -105,6 +108,8 @@ def transition_call(
 
 def _four_axes(x: Tensor) -> Tensor:
     """x [..., C] as [B, I, J, C]: the leading axes before the last two are merged."""
+    if x.ndim == 4:
+        return x
     leading = x.shape[:-1]
     shape = (1,) * (3 - len(leading)) + tuple(leading)
     return x.reshape(torch.Size(shape[:-2]).numel(), *shape[-2:], x.shape[-1])

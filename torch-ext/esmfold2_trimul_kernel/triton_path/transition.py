@@ -14,8 +14,8 @@ The backward keeps nothing of the forward. In chunks of rows, with G the output'
     row_linear          dz = [dp, du] [Wg; Wu]
     norm_in_bwd         dx
 
-Peak beyond the arguments: dx and a chunk's rows, at most two more tensors of x's size (or 64 MiB).
-Sums over rows are in fp32, in a fixed order.
+Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 256 MiB). Sums
+over rows are in fp32, in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,11 @@ from .row_products import add_row_products, prepare_row_products
 from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
 from .swiglu_hidden import swiglu_hidden
 
-# The bytes that a chunk makes: those of x (a backward: twice those of x) within these bounds. On an
-# H200 at C = 256 and L = 512, chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %.
-_LEAST_CHUNK, _MOST_CHUNK = 2**26, 2**28
+# The bytes that a chunk makes: a multiple of those of x, within bounds. On an H200 at C = 256 and
+# L = 512, forward chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %. A backward's
+# chunks make more, with more launches.
+_FORWARD_CHUNK = (1.0, 2**26, 2**28)
+_BACKWARD_CHUNK = (2.8, 2**28, 2**30)
 # The kernels find a row's pair by a division in fp32, exact up to this many columns.
 _MOST_COLUMNS = 2**17
 _TILE = 128  # a multiple of every setting's rows
@@ -53,17 +55,17 @@ def forward(call: Transition) -> Tensor:
 
 
 def _run(call: Transition, launches: Launches) -> Tensor:
-    x, weights, channels = call.x, call.weights, call.x.shape[3]
+    x, weights = call.x, call.weights
     out = call.residual
     if not call.inplace:
         out = launches.empty("output", x.shape, x.dtype, x.device)
     memory = None
-    for entries, rows in _chunks(call, call.hidden, call.x.nbytes):
+    for entries, rows in _chunks(call, call.hidden, *_FORWARD_CHUNK):
         part = _part(call, entries, rows)
         count = part.x.shape[:3].numel()
         if memory is None:  # the first chunk is the largest
             memory = launches.empty("hidden", (count, call.hidden), x.dtype, x.device)
-        hidden, made = memory[:count], out[entries, rows].view(count, channels)
+        hidden, made = memory[:count], _cut(out, entries, rows)
         first_row = 0 if call.lengths is None else rows.start
         swiglu_hidden(part, launches, hidden, first_row)
         alignments = [0 if t is None else t.data_ptr() % 16 for t in (part.residual, made)]
@@ -81,20 +83,34 @@ def _run(call: Transition, launches: Launches) -> Tensor:
 
 def _part(call: Transition, entries: slice, rows: slice) -> Transition:
     """The call on a chunk."""
-    return call._replace(
-        x=call.x[entries, rows],
-        residual=None if call.residual is None else call.residual[entries, rows],
-        lengths=None if call.lengths is None else call.lengths[entries],
-    )
+    x = _cut(call.x, entries, rows)
+    if x is call.x:
+        return call
+    residual = call.residual
+    if residual is not None:
+        residual = x if residual is call.x else _cut(residual, entries, rows)
+    lengths = None if call.lengths is None else call.lengths[entries]
+    return call._replace(x=x, residual=residual, lengths=lengths)
 
 
-def _chunks(call: Transition, width: int, size: int) -> Iterator[tuple[slice, slice]]:
+def _cut(x: Tensor, entries: slice, rows: slice) -> Tensor:
+    """A chunk of x [B, I, J, C]; x itself if that is all."""
+    batch, count = x.shape[:2]
+    if rows.stop - rows.start == count:
+        return x if entries.stop - entries.start == batch else x[entries]
+    return x[:, rows] if batch == 1 else x[entries, rows]
+
+
+def _chunks(
+    call: Transition, width: int, share: float, least: int, most: int
+) -> Iterator[tuple[slice, slice]]:
     """Cuts x [B, I, J, C] into chunks, whole entries or rows of one entry, the largest first.
 
-    A chunk makes rows of `width` channels, of `size` bytes in all if the bounds allow it.
+    A chunk makes rows of `width` channels, of `share` times the bytes of x, within the bounds.
     """
     batch, rows, columns, _ = call.x.shape
-    wanted = min(max(size, _LEAST_CHUNK), _MOST_CHUNK) // (width * call.x.element_size())
+    size = int(share * call.x.nbytes)
+    wanted = min(max(size, least), most) // (width * call.x.element_size())
     together = wanted // (rows * columns)
     if together:
         for start in range(0, batch, together):
@@ -145,13 +161,13 @@ def _run_backward(
         down_products, down_sums = zeros(channels, hidden), zeros(channels)
         products, sums = zeros(2 * hidden, channels), zeros(2 * hidden)
     # The rows that a chunk makes: dp and du, h, x^, and dz or a copy of G.
-    for entries, rows in _chunks(call, 3 * hidden + 2 * channels, 2 * x.nbytes):
+    for entries, rows in _chunks(call, 3 * hidden + 2 * channels, *_BACKWARD_CHUNK):
         part, grad = _part(call, entries, rows), grad_out[entries, rows]
         count = part.x.shape[:3].numel()
         if call.lengths is not None:
             # Without padding's numbers, which may be NaN, its gradients are zeros.
             within = pairs_within(part.lengths, x.shape[2])[:, rows, :, None]
-            part = part._replace(x=torch.where(within, part.x, 0))
+            part = part._replace(x=torch.where(within, part.x, 0), lengths=None)
             grad = torch.where(within, grad, 0)
         grad = grad.reshape(count, channels).contiguous()
         kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)
@@ -160,11 +176,11 @@ def _run_backward(
         moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
         hat_x = empty(count, channels) if of_parameters else None
         swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
+        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
         prepared = launches.of(
             ("swiglu_bwd", count, grad.data_ptr() % 16),
-            prepare_swiglu_bwd, grad, down_turned, call.precision,
+            prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
         )  # fmt: skip
-        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
         swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
         if "down_bias" in needs:
             down_sums.add_(grad.sum(0, dtype=torch.float32))
@@ -210,36 +226,36 @@ def _run_backward(
 
 def _merged(call: Transition) -> Transition:
     """The call with the rows of x along one axis [1, M, 1, C] where that is a view."""
-    if call.lengths is None and _is_one_axis(call.x) and (
-        call.residual is None or _is_one_axis(call.residual)
+    x, residual = call.x, call.residual
+    if call.lengths is None and _is_one_axis(x) and (
+        residual is None or residual is x or _is_one_axis(residual)
     ):
-        x, residual = call.x, call.residual
-        shape = (1, x.shape[:3].numel(), 1, x.shape[3])
-        return call._replace(
-            x=_along_one_axis(x, shape),
-            residual=None if residual is None else _along_one_axis(residual, shape),
-        )
-    if call.x.shape[2] <= _MOST_COLUMNS:
+        rows = _along_one_axis(x)
+        if residual is not None:
+            residual = rows if residual is x else _along_one_axis(residual)
+        return call._replace(x=rows, residual=residual)
+    if x.shape[2] <= _MOST_COLUMNS:
         return call
-    residual = None if call.residual is None else call.residual.contiguous()
-    return _merged(call._replace(x=call.x.contiguous(), residual=residual))
+    residual = None if residual is None else residual.contiguous()
+    return _merged(call._replace(x=x.contiguous(), residual=residual))
 
 
 def _is_one_axis(x: Tensor) -> bool:
     """Whether the rows of x [B, I, J, C] lie at equal distances."""
-    axes = [
-        (size, stride)
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-        if size != 1
-    ]
+    if x.is_contiguous():
+        return True
+    axes = [(x.shape[axis], x.stride(axis)) for axis in range(3) if x.shape[axis] != 1]
     return all([
         stride == below[0] * below[1]
         for (_, stride), below in zip(axes[:-1], axes[1:], strict=True)
     ])
 
 
-def _along_one_axis(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x [B, I, J, C], of which `_is_one_axis`, as a view of this shape."""
+def _along_one_axis(x: Tensor) -> Tensor:
+    """x [B, I, J, C], of which `_is_one_axis`, as a view [1, M, 1, C]."""
+    shape = (1, x.shape[:3].numel(), 1, x.shape[3])
+    if x.is_contiguous():
+        return x.view(shape)
     steps = [x.stride(axis) for axis in range(3) if x.shape[axis] != 1]
     return x.as_strided(shape, (0, steps[-1] if steps else 0, 0, x.stride(3)))
 
