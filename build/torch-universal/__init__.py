@@ -7,9 +7,10 @@ Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels befor
 `lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
 path, settings and memory without running it.
 
-`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
-and `unpatch` takes it out of one or of any copy of it. The functions `from_...` turn a module of
-such a model, or of Chai-1, into arguments.
+`patch` puts the kernels into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
+and `unpatch` takes them out of one or of any copy of it. The functions `from_...` turn a triangle
+multiplication of such a model, or of Chai-1, into arguments, and `transition_from_...` a
+transition.
 """
 
 from . import layers

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_5cd4235857"
+_NAMESPACE = "_esmfold2_trimul_kernel_6be35b9d79"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,9 +1,9 @@
 """ESMFold2's pair layers as a whole, patched: results, what runs inside, and what is left alone."""
 
 import copy
+import functools
 import io
 import pickle
-from functools import partial
 
 import pytest
 import torch
@@ -217,6 +217,24 @@ def test_hooks_of_the_layer_run_and_hooks_of_parts_are_refused(kernel, calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", [*TRIANGLES, "pair_transition"])
+def test_a_wrapper_put_around_a_swapped_modules_forward_runs(kernel, calls, name):
+    layer, pair = make_layer(), make_pair(1)
+    kernel.patch(layer)
+    part = getattr(layer, name)
+    wanted, inner = layer(pair), part.forward
+
+    @functools.wraps(inner)
+    def doubled(self, *arguments, **named):
+        return inner(*arguments, **named) * 2
+
+    calls.clear()
+    part.forward = doubled.__get__(part)
+    assert distance(layer(pair), wanted) > 1e-2
+    assert calls == ([] if name in TRIANGLES else INFERENCE[:2])
+
+
+@torch.no_grad()
 def test_a_part_that_is_not_plain_leaves_the_rest_swapped(kernel, calls):
     layer, pair = make_layer(), make_pair(1)
     layer.tri_mul_out.proj_gate.register_forward_hook(lambda module, x, out: out + 1)
@@ -358,7 +376,7 @@ def test_checkpointing(kernel, calls, kind, reentrant):
         wanted = gradients(layer, lambda x: call(layer, x, mask), pair)
         assert calls == TRAINING
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=reentrant)
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)
         if kind == "pair":  # with reentry an input that needs a gradient must be positional
             got = gradients(layer, lambda x: layer(x, mask), pair)
         else:

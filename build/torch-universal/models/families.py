@@ -25,6 +25,8 @@ from .adapters import (
 )
 from .parts import describe, fault_of_call
 
+MARK = "_is_trimul_patch"  # an attribute of the forwards that `patch` makes
+
 
 class Family(NamedTuple):
     """Modules that are read and called alike."""
@@ -183,7 +185,7 @@ def recognise(module: nn.Module, families: tuple[Family, ...], chosen: list[str]
             "from_chai gives the arguments of its two calls"
         )
     present = vars(module).get("forward")
-    if is_patch(present):
+    if getattr(function_of(present), MARK, False):
         raise TypeError("patched already")
     if present is not None and not is_own(module, present):
         raise TypeError("its forward has been replaced by another library's")
@@ -235,8 +237,9 @@ def _takes_alike(forward: Callable, family: Family) -> bool:
 
 
 def is_patch(forward: Any) -> bool:
-    """Whether `patch` made this forward, or somebody's wrapper of it, which has its marks too."""
-    return getattr(function_of(forward), "_is_trimul_patch", False)
+    """Whether `patch` made this forward. A wrapper has its mark too, but tells what it wraps."""
+    function = function_of(forward)
+    return getattr(function, MARK, False) and not hasattr(function, "__wrapped__")
 
 
 def is_own(module: nn.Module, forward: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from ..validation import check_memory, check_recompute
 from .calls import transition, triangle
 from .families import (
+    MARK,
     TRANSITIONS,
     TRIANGLES,
     Family,
@@ -195,7 +196,7 @@ def patch(
                 report.left[name] = str(error)
                 continue
             forward = family.bind(functools.partial(part.run, family, settings))
-            forward._is_trimul_patch = True
+            setattr(forward, MARK, True)
             module.forward = forward.__get__(module)
             report.swapped[name] = family.name
             report._forwards[name] = (module, forward)
@@ -233,10 +234,10 @@ def unpatch(model: nn.Module) -> list[str]:
     swapped, covered = [], []
     for name, module in model.named_modules():
         present = vars(module).get("forward")
-        if _is_unwrapped_patch(present) or _is_loaded_patch(module, present):
+        if is_patch(present) or _is_loaded_patch(module, present):
             del module.forward
             swapped.append(name)
-        elif getattr(present, "_is_trimul_patch", False):
+        elif getattr(present, MARK, False):
             covered.append(name)
     if covered:
         raise RuntimeError(
@@ -244,11 +245,6 @@ def unpatch(model: nn.Module) -> list[str]:
             f"wrapped since: {', '.join(name or 'the model' for name in covered)}"
         )
     return swapped
-
-
-def _is_unwrapped_patch(forward: Callable | None) -> bool:
-    """Whether `patch` made this forward. A wrapper has its marks too, but tells what it wraps."""
-    return is_patch(forward) and not hasattr(function_of(forward), "__wrapped__")
 
 
 def _is_loaded_patch(module: nn.Module, forward: Callable | None) -> bool:
