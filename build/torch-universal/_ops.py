@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f59b5efecd"
+_NAMESPACE = "_esmfold2_trimul_kernel_35d5342424"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

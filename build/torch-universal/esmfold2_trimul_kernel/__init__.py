@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_f59b5efecd"
+_BUILD_ID = "_esmfold2_trimul_kernel_35d5342424"
 
 
 def _load_package() -> ModuleType:
