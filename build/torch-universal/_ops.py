@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_35d5342424"
+_NAMESPACE = "_esmfold2_trimul_kernel_0a31de3782"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

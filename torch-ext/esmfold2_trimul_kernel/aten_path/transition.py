@@ -44,9 +44,10 @@ from .region import for_each, region_threads
 _BLOCK_POSITIONS = 1024
 # On a device without such caches a block only bounds the memory, and operations should be few.
 _BLOCK_POSITIONS_ELSEWHERE = 1 << 14
-# A block of the backward has five fp32 buffers of its rows' hidden channels. With at least this many
-# blocks they are less than three tensors like x of 16 bits, where H = 4 C. Smaller blocks than of
-# 512 rows took longer, by a tenth for half of it: each adds to the sums of all weights' gradients.
+# A block of the backward has four fp32 buffers of its rows' hidden channels. With at least this
+# many blocks they are less than three tensors like x of 16 bits, where H = 4 C. Smaller blocks than
+# of 512 rows took longer, by a twentieth for half of it: each adds to the sums of all gradients of
+# weights.
 _LEAST_BLOCKS = 16
 _LEAST_POSITIONS_BACKWARD = 512
 _OF_NORM = frozenset(("x", "norm_weight", "norm_bias"))
@@ -124,8 +125,9 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
             return found
         grad_hidden = torch.mm(grad, p.down_weight).to(wide)
         grad_up *= grad_hidden
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-        del gate, up, grad_hidden
+        grad_gate = grad_hidden.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        del gate, up
         grad_z = None
         for name, grad, weight in (
             ("gate", grad_gate, p.gate_weight), ("up", grad_up, p.up_weight),
