@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_0a31de3782"
+_NAMESPACE = "_esmfold2_trimul_kernel_521159a72f"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -75,13 +75,16 @@ def forward(call: Transition) -> Tensor:
         z = layer_norm(rows, p.norm_weight, p.norm_bias, call.eps).to(dtype).reshape(-1, channels)
         gate, up = _project(z, p)
         hidden = F.silu(gate, inplace=True).mul_(up).to(dtype)
-        # What is added enters the GEMM: a 16-bit sum is rounded once.
-        added = p.down_bias
+        residual = None
         if call.residual is not None:
-            added = call.residual[window].reshape(-1, channels).to(dtype)
-            added = added if p.down_bias is None else added + p.down_bias
-        down = p.down_weight.t()
-        update = hidden @ down if added is None else torch.addmm(added, hidden, down)
+            residual = call.residual[window].reshape(-1, channels).to(dtype)
+        if p.down_bias is None and residual is not None:
+            # A sum within a GEMM is rounded once.
+            update = torch.addmm(residual, hidden, p.down_weight.t())
+        else:
+            update = _linear(hidden, p.down_weight, p.down_bias)
+            if residual is not None:
+                update += residual
         out[window] = update.view(rows.shape)
 
     with torch.autocast(x.device.type, enabled=False):
@@ -206,17 +209,23 @@ def _windows(box: tuple[range, ...], positions: int) -> Iterator[tuple[slice, ..
 
 
 def _prepare(w: TransitionWeights, dtype: torch.dtype) -> TransitionWeights:
-    """The parameters in the dtypes of their use: the GEMMs', and fp32 for the norm."""
+    """The parameters in the dtypes of their use: matrices in the GEMMs', vectors in fp32."""
     wide = sum_dtype(dtype)
-    others = [cast(value, dtype) for value in w[2:]]
-    return TransitionWeights(cast(w.norm_weight, wide), cast(w.norm_bias, wide), *others)
+    return TransitionWeights(*[
+        None if value is None else value.to(dtype if value.ndim == 2 else wide) for value in w
+    ])
 
 
 def _project(z: Tensor, p: TransitionWeights) -> tuple[Tensor, Tensor]:
     """p and u [rows, H] in fp32 of z [rows, C]."""
-    wide = sum_dtype(z.dtype)
-    gate, up = F.linear(z, p.gate_weight, p.gate_bias), F.linear(z, p.up_weight, p.up_bias)
-    return gate.to(wide), up.to(wide)
+    return _linear(z, p.gate_weight, p.gate_bias), _linear(z, p.up_weight, p.up_bias)
+
+
+def _linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """value @ weight.T + bias in fp32, which the bias must be in."""
+    if bias is None or bias.dtype == value.dtype:
+        return F.linear(value, weight, bias).to(sum_dtype(value.dtype))
+    return F.linear(value, weight).to(bias.dtype).add_(bias)
 
 
 def formula(call: Transition) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_0a31de3782"
+_BUILD_ID = "_esmfold2_trimul_kernel_521159a72f"
 
 
 def _load_package() -> ModuleType:
