@@ -53,8 +53,8 @@ from wrong_calls import (  # noqa: E402
     WrongCall,
     arguments_of,
     optional_of,
+    table_of,
     wrong_calls,
-    wrong_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,9 +158,9 @@ def test_wrong_arguments(kernel, record, call):
     record.counts["wrong arguments"].update(["calls", type(error).__name__])
 
 
-@pytest.mark.parametrize("function", [UPDATE, WITH_RESIDUAL])
+@pytest.mark.parametrize("function", [UPDATE, WITH_RESIDUAL, TRANSITION])
 def test_each_wrong_argument_alone(kernel, function):
-    for key in wrong_of(function):
+    for key in table_of(function):
         for given in ((), optional_of(function)):
             assert_refused(kernel, WrongCall(function, torch.float32, given, False, (key,)))
 
