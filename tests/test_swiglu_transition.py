@@ -114,6 +114,24 @@ def test_biases(kernel, device, close, given, dtype, bias_dtype, residual):
     close(run(kernel, problem, device), problem)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_keep_digits_that_the_dtype_of_x_lacks(kernel, device, name, dtype):
+    """In 16 bits such an error is lost among the others, but for its direction."""
+    problem = make_transition((40, 40, 32), 48, dtype=dtype, residual="own", biases=BIASES)
+    width, unit = problem.biases[name].shape[0], torch.finfo(dtype).eps
+    problem.biases[name] = torch.full((width,), 1 + 0.45 * unit)
+    weight = name.replace("bias", "weight")
+    problem.weights[weight] = torch.zeros_like(problem.weights[weight])
+    rounded = dataclasses.replace(
+        problem, biases=problem.biases | {name: problem.biases[name].to(dtype)}
+    )
+    exact = reference(problem)
+    step = reference(rounded) - exact
+    off = run(kernel, problem, device).cpu().double() - exact
+    assert abs(float((off * step).sum() / step.square().sum())) < 0.5
+
+
 @pytest.mark.parametrize("norm_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_any_dtype(kernel, device, close, dtype, norm_dtype):
