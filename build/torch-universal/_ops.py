@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_fa54e5cfee"
+_NAMESPACE = "_esmfold2_trimul_kernel_6bafb93530"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
