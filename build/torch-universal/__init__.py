@@ -23,6 +23,10 @@ from .models.adapters import (
     from_openfold,
     from_openfold3,
     from_protenix,
+    transition_from_boltz,
+    transition_from_esmfold2,
+    transition_from_openfold3,
+    transition_from_protenix,
 )
 from .models.patching import patch, unpatch
 from .swiglu_transition import swiglu_transition
@@ -46,6 +50,10 @@ __all__ = [
     "lengths_from_mask",
     "patch",
     "swiglu_transition",
+    "transition_from_boltz",
+    "transition_from_esmfold2",
+    "transition_from_openfold3",
+    "transition_from_protenix",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "unpatch",

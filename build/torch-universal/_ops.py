@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6bafb93530"
+_NAMESPACE = "_esmfold2_trimul_kernel_ecb02ead3a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

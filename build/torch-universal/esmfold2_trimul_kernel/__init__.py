@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6bafb93530"
+_BUILD_ID = "_esmfold2_trimul_kernel_ecb02ead3a"
 
 
 def _load_package() -> ModuleType:
