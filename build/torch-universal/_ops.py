@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6be35b9d79"
+_NAMESPACE = "_esmfold2_trimul_kernel_68a8879f95"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
