@@ -11,7 +11,7 @@ from esmfold2_trimul_tools.oracle import transition
 from helpers import seeded
 from torch import Tensor
 
-PATHS = ("aten",)  # those that have a transition; tests of transitions run on each
+PATHS = ("aten", "triton")
 NORMS = ("norm_weight", "norm_bias")
 BIASES = ("gate_bias", "up_bias", "down_bias")
 

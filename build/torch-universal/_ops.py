@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_68a8879f95"
+_NAMESPACE = "_esmfold2_trimul_kernel_108b402ff8"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -100,7 +100,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = for_kernels(call)
-    with current_device(call.x):
+    # Autocast would choose dtypes for torch.cat and its like.
+    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         return run_backward(call, grad_out, product, moments, needs)
 
 
