@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_459ba4783a"
+_NAMESPACE = "_esmfold2_trimul_kernel_d2f3f8f61d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
