@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d2f3f8f61d"
+_NAMESPACE = "_esmfold2_trimul_kernel_df9247f6f7"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
