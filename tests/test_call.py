@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers import as_call, make_problem
-from test_swiglu_transition import PATHS
-from transitions import BIASES, as_transition, make_transition
+from transitions import BIASES, PATHS, as_transition, make_transition
 
 OPS = ("trimul_fwd", "trimul_fwd_", "trimul_fwd_saving", "trimul_bwd")
 TRANSITION_OPS = ("swiglu_fwd", "swiglu_fwd_", "swiglu_fwd_saving", "swiglu_bwd")

@@ -47,8 +47,8 @@ from fuzzing import (  # noqa: E402
 from helpers import DTYPES  # noqa: E402
 from helpers import SEED as TEST_SEED  # noqa: E402
 from hypothesis import HealthCheck, Phase  # noqa: E402
-from test_swiglu_transition import PATHS  # noqa: E402
 from torch import Tensor  # noqa: E402
+from transitions import PATHS  # noqa: E402
 from wrong_calls import (  # noqa: E402
     WrongCall,
     arguments_of,

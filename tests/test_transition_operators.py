@@ -26,7 +26,6 @@ from helpers import (
     seeded,
     with_leaves,
 )
-from test_swiglu_transition import LAYOUTS, PATHS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -34,7 +33,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from transitions import (
     BIASES,
+    LAYOUTS,
     NORMS,
+    PATHS,
     TransitionProblem,
     as_transition,
     in_tree_transition_gradients,

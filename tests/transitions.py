@@ -11,6 +11,7 @@ from esmfold2_trimul_tools.oracle import transition
 from helpers import seeded
 from torch import Tensor
 
+PATHS = ("aten", "triton")
 NORMS = ("norm_weight", "norm_bias")
 BIASES = ("gate_bias", "up_bias", "down_bias")
 
@@ -147,3 +148,33 @@ def in_tree_transition_gradients(
         "up_weight": of_ups,
         "down_weight": module.mlp.down_proj.weight.grad,
     }
+
+
+def turned(value: Tensor) -> Tensor:
+    return value.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+
+
+def sliced(value: Tensor) -> Tensor:
+    wide = torch.full((*value.shape[:-1], value.shape[-1] + 5), 99.0, dtype=value.dtype)
+    wide[..., 5:] = value.cpu()
+    return wide.to(value.device)[..., 5:]
+
+
+def between(value: Tensor) -> Tensor:
+    return torch.stack([value, torch.full_like(value, 99.0)], dim=-1)[..., 0]
+
+
+def shifted(value: Tensor) -> Tensor:
+    memory = torch.zeros(value.numel() + 1, dtype=value.dtype, device=value.device)
+    return memory[1:].view(value.shape).copy_(value)
+
+
+# Of rows [B, I, J, C].
+LAYOUTS = {
+    "residues swapped": lambda v: v.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch and channels turned": turned,
+    "sliced channels": sliced,
+    "every other channel": between,
+    "an odd offset": shifted,
+    "every other row": lambda v: v.repeat_interleave(2, dim=1)[:, ::2],
+}

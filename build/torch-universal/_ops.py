@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_df9247f6f7"
+_NAMESPACE = "_esmfold2_trimul_kernel_480ccd23da"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -14,8 +14,8 @@ The backward keeps nothing of the forward. In chunks of rows, with G the output'
     row_linear          dz = [dp, du] [Wg; Wu]
     norm_in_bwd         dx
 
-Peak beyond the arguments: dx and a chunk's rows, at most two more tensors of x's size (or 64 MiB).
-Sums over rows are in fp32, in a fixed order.
+Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 256 MiB). Sums
+over rows are in fp32, in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,11 @@ from .row_products import add_row_products, prepare_row_products
 from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
 from .swiglu_hidden import swiglu_hidden
 
-# The bytes that a chunk makes: those of x (a backward: twice those of x) within these bounds. On an
-# H200 at C = 256 and L = 512, chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %.
-_LEAST_CHUNK, _MOST_CHUNK = 2**26, 2**28
+# The bytes that a chunk makes: a multiple of those of x, within bounds. On an H200 at C = 256 and
+# L = 512, forward chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %. A backward's
+# chunks make more, with more launches.
+_FORWARD_CHUNK = (1.0, 2**26, 2**28)
+_BACKWARD_CHUNK = (2.8, 2**28, 2**30)
 # The kernels find a row's pair by a division in fp32, exact up to this many columns.
 _MOST_COLUMNS = 2**17
 _TILE = 128  # a multiple of every setting's rows
@@ -58,7 +60,7 @@ def _run(call: Transition, launches: Launches) -> Tensor:
     if not call.inplace:
         out = launches.empty("output", x.shape, x.dtype, x.device)
     memory = None
-    for entries, rows in _chunks(call, call.hidden, call.x.nbytes):
+    for entries, rows in _chunks(call, call.hidden, *_FORWARD_CHUNK):
         part = _part(call, entries, rows)
         count = part.x.shape[:3].numel()
         if memory is None:  # the first chunk is the largest
@@ -99,13 +101,16 @@ def _cut(x: Tensor, entries: slice, rows: slice) -> Tensor:
     return x[:, rows] if batch == 1 else x[entries, rows]
 
 
-def _chunks(call: Transition, width: int, size: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(
+    call: Transition, width: int, share: float, least: int, most: int
+) -> Iterator[tuple[slice, slice]]:
     """Cuts x [B, I, J, C] into chunks, whole entries or rows of one entry, the largest first.
 
-    A chunk makes rows of `width` channels, of `size` bytes in all if the bounds allow it.
+    A chunk makes rows of `width` channels, of `share` times the bytes of x, within the bounds.
     """
     batch, rows, columns, _ = call.x.shape
-    wanted = min(max(size, _LEAST_CHUNK), _MOST_CHUNK) // (width * call.x.element_size())
+    size = int(share * call.x.nbytes)
+    wanted = min(max(size, least), most) // (width * call.x.element_size())
     together = wanted // (rows * columns)
     if together:
         for start in range(0, batch, together):
@@ -126,7 +131,8 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
     shape = call.x.shape
     call = for_kernels(_merged(call._replace(residual=grad_out)))
     call, grad_out = call._replace(residual=None), call.residual
-    with current_device(call.x):
+    # Autocast would choose dtypes for torch.cat and its like.
+    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         launches = launches_of(call, "transition_bwd", needs, grad_out.stride())
         found = _run_backward(call, grad_out, needs, launches)
     if "x" in needs:
@@ -156,13 +162,13 @@ def _run_backward(
         down_products, down_sums = zeros(channels, hidden), zeros(channels)
         products, sums = zeros(2 * hidden, channels), zeros(2 * hidden)
     # The rows that a chunk makes: dp and du, h, x^, and dz or a copy of G.
-    for entries, rows in _chunks(call, 3 * hidden + 2 * channels, 2 * x.nbytes):
+    for entries, rows in _chunks(call, 3 * hidden + 2 * channels, *_BACKWARD_CHUNK):
         part, grad = _part(call, entries, rows), grad_out[entries, rows]
         count = part.x.shape[:3].numel()
         if call.lengths is not None:
             # Without padding's numbers, which may be NaN, its gradients are zeros.
             within = pairs_within(part.lengths, x.shape[2])[:, rows, :, None]
-            part = part._replace(x=torch.where(within, part.x, 0))
+            part = part._replace(x=torch.where(within, part.x, 0), lengths=None)
             grad = torch.where(within, grad, 0)
         grad = grad.reshape(count, channels).contiguous()
         kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)
@@ -171,11 +177,11 @@ def _run_backward(
         moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
         hat_x = empty(count, channels) if of_parameters else None
         swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
+        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
         prepared = launches.of(
             ("swiglu_bwd", count, grad.data_ptr() % 16),
-            prepare_swiglu_bwd, grad, down_turned, call.precision,
+            prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
         )  # fmt: skip
-        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
         swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
         if "down_bias" in needs:
             down_sums.add_(grad.sum(0, dtype=torch.float32))

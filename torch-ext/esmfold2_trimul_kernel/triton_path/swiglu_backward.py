@@ -28,12 +28,12 @@ from ..triton_parts.launch import (
     setting_of,
 )
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.tiles import dot, load_tile, load_weight, quarters, sigmoid, store_tile
+from ..triton_parts.tiles import dot, halves, load_tile, load_weight, sigmoid, store_tile
 
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_bwd_kernel(
-    grad_ptr, grad, down_turned, pair_ptr, hidden_ptr, M,
+    grad_ptr, grad, down_turned, pair, hidden, M,
     C: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
@@ -59,23 +59,36 @@ def _swiglu_bwd_kernel(
         right = load_weight(down_turned, start_n, start_k, C, H, C, BLOCK_N, BLOCK_K, DESCRIPTORS)
         acc = dot(left, right.T, acc, PRECISION)
 
-    # A quarter of the columns at a time: see stage 3.
-    dtype = pair_ptr.dtype.element_ty
+    dtype = grad_ptr.dtype.element_ty
+    # Half of the columns at a time: all would take twice the registers.
     EVEN_H: tl.constexpr = H % BLOCK_N == 0
-    parts = quarters(acc)
-    WIDTH: tl.constexpr = parts[0].shape[1]
-    for quarter in tl.static_range(len(parts)):
-        offs_n = start_n + quarter * WIDTH + tl.arange(0, WIDTH)
-        gate = load_tile(pair_ptr, row * 2 * H, offs_n, 1, valid_m, H, EVEN_H).to(tl.float32)
-        up = load_tile(pair_ptr + H, row * 2 * H, offs_n, 1, valid_m, H, EVEN_H).to(tl.float32)
+    parts = halves(acc)
+    WIDTH: tl.constexpr = BLOCK_N // 2
+    for half in tl.static_range(2):
+        first_n = start_n + half * WIDTH
+        offs_n = first_n + tl.arange(0, WIDTH)
+        if DESCRIPTORS:
+            gate = pair.load([start_m, 0, first_n]).reshape(BLOCK_M, WIDTH)
+            up = pair.load([start_m, 1, first_n]).reshape(BLOCK_M, WIDTH)
+        else:
+            gate = load_tile(pair, row * 2 * H, offs_n, 1, valid_m, H, EVEN_H)
+            up = load_tile(pair + H, row * 2 * H, offs_n, 1, valid_m, H, EVEN_H)
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
         share = sigmoid(gate, FAST_RECIPROCAL)
         silu = gate * share
-        grad_gate = parts[quarter] * up * share * (1.0 + gate * (1.0 - share))
-        grad_up = parts[quarter] * silu
-        store_tile(pair_ptr, row * 2 * H, offs_n, grad_gate.to(dtype), valid_m, H, EVEN_H)
-        store_tile(pair_ptr + H, row * 2 * H, offs_n, grad_up.to(dtype), valid_m, H, EVEN_H)
-        if hidden_ptr is not None:
-            store_tile(hidden_ptr, row * H, offs_n, (silu * up).to(dtype), valid_m, H, EVEN_H)
+        grad_gate = (parts[half] * up * share * (1.0 + gate * (1.0 - share))).to(dtype)
+        grad_up = (parts[half] * silu).to(dtype)
+        if DESCRIPTORS:
+            pair.store([start_m, 0, first_n], grad_gate.reshape(BLOCK_M, 1, WIDTH))
+            pair.store([start_m, 1, first_n], grad_up.reshape(BLOCK_M, 1, WIDTH))
+        else:
+            store_tile(pair, row * 2 * H, offs_n, grad_gate, valid_m, H, EVEN_H)
+            store_tile(pair + H, row * 2 * H, offs_n, grad_up, valid_m, H, EVEN_H)
+        if hidden is not None:
+            if DESCRIPTORS:
+                hidden.store([start_m, first_n], (silu * up).to(dtype))
+            else:
+                store_tile(hidden, row * H, offs_n, (silu * up).to(dtype), valid_m, H, EVEN_H)
 
 
 def swiglu_bwd(
@@ -97,36 +110,54 @@ def swiglu_bwd(
         grad_ptr=grad_out,
         grad=grad_out,
         down_turned=down_turned,
-        pair_ptr=pair,
-        hidden_ptr=hidden,
+        pair=pair,
+        hidden=hidden,
     )
 
 
 def prepare_swiglu_bwd(
-    grad_out: Tensor, down_turned: Tensor, precision: str, config: LaunchConfig | None = None
+    grad_out: Tensor,
+    down_turned: Tensor,
+    pair: Tensor,
+    hidden: Tensor | None,
+    precision: str,
+    config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
     """The launch of `swiglu_bwd` for tensors like these."""
-    (rows, channels), hidden = grad_out.shape, down_turned.shape[0]
+    (rows, channels), width = grad_out.shape, down_turned.shape[0]
     device = device_target(grad_out.device)
     if config is None:
         config = setting_of("swiglu_bwd", grad_out, channels, math.isqrt(rows))
-    block_n = block_of(config.block_n, hidden)
+    block_n = block_of(config.block_n, width)
     block_k = block_of(config.block_k, channels)
-    descriptors = (
-        config.descriptors and has_descriptor(grad_out) and has_descriptor(down_turned)
-    )
-    grad = turned = None
+    descriptors = config.descriptors and all([
+        has_descriptor(tensor)
+        for tensor in (grad_out, down_turned, pair, hidden)
+        if tensor is not None
+    ])
+    tensors = pointers("grad_ptr", "grad", "down_turned", "pair", "hidden")
     if descriptors:
-        grad = descriptor_of(grad_out, grad_out.shape, [channels, 1], [config.block_m, block_k])
-        turned = descriptor_of(down_turned, [hidden, channels], [channels, 1], [block_n, block_k])
+        tile = [config.block_m, block_n // 2]
+        tensors |= {
+            "grad": descriptor_of(
+                grad_out, [rows, channels], [channels, 1], [config.block_m, block_k]
+            ),
+            "down_turned": descriptor_of(
+                down_turned, [width, channels], [channels, 1], [block_n, block_k]
+            ),
+            "pair": descriptor_of(
+                pair, [rows, 2, width], [2 * width, width, 1], [tile[0], 1, tile[1]]
+            ),
+        }
+        if hidden is not None:
+            tensors["hidden"] = descriptor_of(hidden, [rows, width], [width, 1], tile)
     return PreparedLaunch(
         _swiglu_bwd_kernel,
-        triton.cdiv(rows, config.block_m) * triton.cdiv(hidden, block_n),
-        tensors=pointers("grad_ptr", "pair_ptr", "hidden_ptr")
-        | {"grad": grad, "down_turned": turned},
+        triton.cdiv(rows, config.block_m) * triton.cdiv(width, block_n),
+        tensors=tensors,
         values=dict(M=rows),
         constants=dict(
-            C=channels, H=hidden,
+            C=channels, H=width,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),
