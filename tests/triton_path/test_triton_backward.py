@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fresh_process import ROOT, python_output
 from helpers import (
     Problem,
     as_call,
@@ -13,7 +12,7 @@ from helpers import (
     seeded,
 )
 from peak_bytes import PeakBytes
-from torch.utils._python_dispatch import TorchDispatchMode
+from process_wide import NoProducts
 
 PARAMETERS = (
     "norm_in_weight", "norm_in_bias", "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias",
@@ -175,6 +174,8 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "norm_out_bwd": config(64, 16, 32, 4, 2),
         "norm_in_bwd": config(16, 1, 16, 4, 1),
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
+        "row_products": config(32, 16, 32, 4, 2),
+        "row_linear": config(32, 32, 16, 4, 2, descriptors),
     }
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
@@ -250,12 +251,12 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
         (["drop_mask"], "part of stage 3", 0),
         (["mask"], "all but the last", 0),
         (["p_in_bias"], "all but the last", 2),
-        (["x"], "all", 1),
-        (["x", "p_out_weight"], "all", 3),
+        (["x"], "all", 0),
+        (["x", "p_out_weight"], "all", 2),
     ],
 )
 def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
-    """The backward's launches, and the vendor's GEMMs."""
+    """The launches; `products` are those over all pairs. No product is torch's own."""
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     launched, launch = [], submodule("triton_parts.launch").PreparedLaunch.launch
 
@@ -264,27 +265,17 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
         launch(prepared, **tensors)
 
     monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
-    with CountedProducts() as counted:
+    with NoProducts():
         backward(problem, needs)
     wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
     wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
     if "all" in kernels:
-        wanted += ["_norm_out_bwd_kernel", "_fused_dual_gemm_fwd_kernel"]
-        wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel"]
+        of_rows = ["_row_products_kernel"] * (products // 2)
+        wanted += ["_norm_out_bwd_kernel", *of_rows, "_fused_dual_gemm_fwd_kernel"]
+        wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel", *of_rows]
     if kernels == "all":
-        wanted += ["_norm_in_bwd_kernel"]
+        wanted += ["_row_linear_kernel", "_norm_in_bwd_kernel"]
     assert launched == wanted
-    assert counted.number == products
-
-
-class CountedProducts(TorchDispatchMode):
-    """Counts matrix products within it."""
-
-    number = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,30 +331,26 @@ def test_nothing_to_sum(backward, shape):
     assert all(gradient.count_nonzero() == 0 for gradient in got.values())
 
 
-@pytest.mark.parametrize("setting", ["highest", "high"])
-@pytest.mark.parametrize(
-    "precision, wanted",
-    [("fp32", "highest"), ("ieee", "highest"), ("tf32x3", "highest"), ("tf32", "high")],
-)
+@pytest.mark.parametrize("precision", ["fp32", "ieee", "tf32x3", "tf32"])
 def test_products_follow_the_precision_of_the_call(
-    submodule, backward, monkeypatch, setting, precision, wanted
+    submodule, backward, monkeypatch, precision
 ):
-    """Whatever torch's own setting is, which is as it was afterwards."""
-    subject, seen = submodule("triton_path.gradients"), []
-    add = subject._Sequence._add_product
+    """All of them, as if the target knew each word."""
+    given, device = {}, submodule("triton_parts.device")
+    target = device.target_of("interpreter", "cpu")._replace(fp32_dots=("tf32x3", "tf32", "ieee"))
+    monkeypatch.setattr(device, "_target_of_real", lambda _: target)
+    submodule("triton_path.launches")._launches.clear()
 
-    def record(*arguments):
-        seen.append(torch.get_float32_matmul_precision())
-        add(*arguments)
+    def record(prepared, **tensors):
+        given[prepared.stage] = prepared.constants.get("PRECISION")
 
-    monkeypatch.setattr(subject._Sequence, "_add_product", record)
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
+    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
     try:
-        backward(make_problem(3, 16), ["p_out_weight"], precision=precision)
-        assert seen == [wanted] * 2 and torch.get_float32_matmul_precision() == setting
+        backward(make_problem(3, 16), precision=precision)
     finally:
-        torch.set_float32_matmul_precision(previous)
+        submodule("triton_path.launches")._launches.clear()
+    assert given.pop("norm_in_bwd") is None and len(given) == 8
+    assert set(given.values()) == {"tf32x3" if precision == "fp32" else precision}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -371,33 +358,6 @@ def test_nothing_comes_through_a_norm_of_one_channel(backward, precision):
     """Where dt cancels, its terms have seen the same roundings."""
     got = backward(make_problem(3, 24, 1), ["p_in_weight", "p_out_weight"], precision=precision)
     assert got["p_in_weight"].norm() <= 1e-2 * got["p_out_weight"].norm()
-
-
-NEWER_SETTING = """
-import importlib, sys, torch
-from pathlib import Path
-from kernels import get_local_kernel
-
-kernel = get_local_kernel(Path(sys.argv[1]))
-of = lambda name: importlib.import_module(f"{kernel.__name__}.{name}")
-matmul = torch.backends.cuda.matmul
-for setting, allowed in (("ieee", False), ("tf32", True)):
-    matmul.fp32_precision = setting
-    assert of("validation").torch_allows_tf32() is allowed
-    for word, within in (("fp32", "ieee"), ("tf32", "tf32")):
-        with of("triton_path.gradients")._vendor_precision(word, torch.float32):
-            assert matmul.fp32_precision == within, (setting, word)
-        assert matmul.fp32_precision == setting
-print("fine")
-"""
-
-
-def test_torchs_newer_setting_of_precision():
-    """In a process of its own: torch wants one of its two settings to be used, not both."""
-    pytest.importorskip("kernels")
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("torch 2.9 brought it")
-    assert python_output(NEWER_SETTING, str(ROOT)).split() == ["fine"]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -422,11 +382,11 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     grad_out = torch.zeros_like(call.x)
     with PeakBytes(call.x, grad_out, product, moments, *problem.weights.values()) as bytes_:
         subject.run_backward(call, grad_out, *saved, needs)
-    # The parameters' sums, the projections stacked and one chunk's products, of its parts and of
-    # all: from some length on they are no larger.
+    # The parameters' sums, the projections stacked and turned, and one chunk's products, of its
+    # parts and of all: from some length on they are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
     parts = max(1, min(programs // (5 * (width // 128) ** 2), length**2 // 8 // 256))
-    sums = (4 * 6 + 2 * 5 + 4 * (parts + 1) * 5) * width**2
+    sums = (4 * 6 + 2 * 10 + 4 * (parts + 1) * 5) * width**2
     assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1
 
 
