@@ -36,10 +36,12 @@ def backward(request, submodule, on_triton):
     return prepare
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("precision", ["fp32", "ieee", "tf32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, precision",
+    [(torch.float16, "fp32"), *((torch.float32, w) for w in ("fp32", "ieee", "tf32", "bf16"))],
+)
 def test_no_setting_and_no_product_of_torch(backward, monkeypatch, dtype, precision):
-    run = backward("fp32" if dtype == torch.float16 else precision, dtype)
+    run = backward(precision, dtype)
     wanted = run()
     with settings_untouched(monkeypatch), NoProducts():
         got = run()

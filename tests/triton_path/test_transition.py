@@ -202,7 +202,7 @@ def test_axes_of_one_do_not_count(subject, shape):
     assert torch.equal(subject._along_one_axis(sliced).view(shape), x)
 
 
-@pytest.mark.parametrize("x_layout, residual_layout", itertools.product(LAYOUTS, LAYOUTS))
+@pytest.mark.parametrize("x_layout, residual_layout", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_a_call_is_merged_where_both_can_be(kernel, subject, recorded, on_triton,
                                             x_layout, residual_layout):  # fmt: skip
     """The residual's rows stay beside those of x."""
