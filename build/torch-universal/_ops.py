@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_395a1cbf0e"
+_NAMESPACE = "_esmfold2_trimul_kernel_d77f9f040e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -85,11 +85,9 @@ def test_numbers_of_rows(stage, rows):
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_widths(stage, width, channels, dtype):
-    given = (
-        randn(70, width, dtype=dtype), randn(channels, width, dtype=dtype, seed=1),
-        randn(channels, dtype=torch.bfloat16, seed=2),
-        randn(7, 1, 10, channels, dtype=dtype, seed=3),
-    )  # fmt: skip
+    rows, weight = randn(70, width, dtype=dtype), randn(channels, width, dtype=dtype, seed=1)
+    bias = randn(channels, dtype=torch.bfloat16, seed=2)
+    given = rows, weight, bias, randn(7, 1, 10, channels, dtype=dtype, seed=3)
     assert_out(stage(*given), *given)
 
 

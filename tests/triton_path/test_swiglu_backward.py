@@ -40,9 +40,8 @@ def stage(submodule, on_triton):
         ]
         memory[0][:rows] = pair.to(on_triton)
         made = memory[1][:rows] if with_hidden else None
-        pair = memory[0][:rows]
-        prepared = subject.prepare_swiglu_bwd(grad, turned, pair, made, "fp32", config)
-        subject.swiglu_bwd(grad, turned, pair, made, prepared)
+        given = grad, turned, memory[0][:rows], made
+        subject.swiglu_bwd(*given, subject.prepare_swiglu_bwd(*given, "fp32", config))
         assert all(some[rows:].isnan().all() for some in memory)
         gradients = memory[0][:rows].cpu().chunk(2, dim=1)
         return [*gradients, memory[1][:rows].cpu()] if with_hidden else [*gradients]
@@ -56,8 +55,8 @@ def config_of(submodule):
 
 
 def assert_stage(got, grad, down, pair):
-    wanted_ones = in_float64(grad, down, pair)
-    for name, value, wanted in zip(("dp", "du", "h"), got, wanted_ones, strict=True):
+    expected = in_float64(grad, down, pair)
+    for name, value, wanted in zip(("dp", "du", "h"), got, expected, strict=True):
         error = relative_error(value, wanted)
         assert value.dtype == grad.dtype
         limit = STAGE_BUDGET[grad.dtype] * room(value.numel())
@@ -85,14 +84,18 @@ def test_widths(stage, channels, hidden, dtype):
 @pytest.mark.parametrize("block_n", [16, 32, 128])
 @pytest.mark.parametrize("block_k", [16, 64])
 def test_blocks(stage, config_of, block_n, block_k, descriptors):
-    """C = 40 and H = 72 are no multiples of them; a tile is made in two halves."""
+    """C = 40 and H = 72 are no multiples of them."""
     given = operands(50, 40, 72, torch.float16)
     assert_stage(stage(*given, config_of(32, block_n, block_k, 4, 2, descriptors)), *given)
 
 
-def test_without_hidden(stage):
-    given = operands(40, 16, 24, torch.float16)
-    got, wanted = stage(*given, with_hidden=False), stage(*given)
+@pytest.mark.parametrize("hidden", [24, 36])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_without_hidden(stage, config_of, hidden, descriptors):
+    """Of 36 channels u's rows begin where no descriptor may."""
+    given = operands(40, 16, hidden, torch.float16)
+    config = config_of(32, 32, 16, 4, 2, descriptors)
+    got, wanted = stage(*given, config, with_hidden=False), stage(*given, config)
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
 

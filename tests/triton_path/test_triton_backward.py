@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fresh_process import ROOT, python_output
 from helpers import (
     Problem,
     as_call,
@@ -13,7 +12,7 @@ from helpers import (
     seeded,
 )
 from peak_bytes import PeakBytes
-from torch.utils._python_dispatch import TorchDispatchMode
+from process_wide import NoProducts
 
 PARAMETERS = (
     "norm_in_weight", "norm_in_bias", "p_in_weight", "p_in_bias", "g_in_weight", "g_in_bias",
@@ -174,9 +173,9 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
         "norm_out_bwd": config(64, 16, 32, 4, 2),
         "norm_in_bwd": config(16, 1, 16, 4, 1),
-        "row_products": config(32, 32, 16, 4, 2),
-        "row_linear": config(16, 32, 16, 4, 2, descriptors),
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
+        "row_products": config(32, 16, 32, 4, 2),
+        "row_linear": config(32, 32, 16, 4, 2, descriptors),
     }
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
@@ -249,44 +248,34 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
 @pytest.mark.parametrize(
     "needs, kernels, products",
     [
-        (["drop_mask"], "part of stage 3", []),
-        (["mask"], "all but the last", []),
-        (["p_in_bias"], "all but the last", ["row_products", "row_products"]),
-        (["x"], "all", ["row_linear"]),
-        (["x", "p_out_weight"], "all", ["row_products", "row_products", "row_linear"]),
+        (["drop_mask"], "part of stage 3", 0),
+        (["mask"], "all but the last", 0),
+        (["p_in_bias"], "all but the last", 2),
+        (["x"], "all", 0),
+        (["x", "p_out_weight"], "all", 2),
     ],
 )
 def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
-    """The backward's launches; no product is torch's, whose settings are the process's."""
+    """The launches; `products` are those over all pairs. No product is torch's own."""
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     launched, launch = [], submodule("triton_parts.launch").PreparedLaunch.launch
 
     def record(prepared, **tensors):
-        launched.append(prepared.stage)
+        launched.append(prepared.kernel.__name__)
         launch(prepared, **tensors)
 
     monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
-    with CountedProducts() as counted:
+    with NoProducts():
         backward(problem, needs)
-    wanted = ["fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "fused_ln_residual_bwd"]
+    wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
+    wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
     if "all" in kernels:
-        wanted += ["norm_out_bwd", "fused_dual_gemm", "trimul_einsum", "trimul_einsum"]
-        wanted += ["fused_dual_gemm_bwd"]
+        of_rows = ["_row_products_kernel"] * (products // 2)
+        wanted += ["_norm_out_bwd_kernel", *of_rows, "_fused_dual_gemm_fwd_kernel"]
+        wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel", *of_rows]
     if kernels == "all":
-        wanted += ["norm_in_bwd"]
-    assert [stage for stage in launched if stage not in ("row_products", "row_linear")] == wanted
-    assert [stage for stage in launched if stage in ("row_products", "row_linear")] == products
-    assert counted.number == 0
-
-
-class CountedProducts(TorchDispatchMode):
-    """Counts matrix products within it."""
-
-    number = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
-        return function(*args, **(kwargs or {}))
+        wanted += ["_row_linear_kernel", "_norm_in_bwd_kernel"]
+    assert launched == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -342,48 +331,26 @@ def test_nothing_to_sum(backward, shape):
     assert all(gradient.count_nonzero() == 0 for gradient in got.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "ieee", "tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "ieee", "tf32x3", "tf32"])
 def test_products_follow_the_precision_of_the_call(
-    submodule, call_of, on_triton, monkeypatch, precision
+    submodule, backward, monkeypatch, precision
 ):
-    """Torch's own setting is neither read nor changed, so that threads can't disturb each other."""
-    launch = submodule("triton_parts.launch")
-    words = []
-    monkeypatch.setattr(
-        launch.PreparedLaunch, "launch",
-        lambda prepared, **_: words.append((prepared.stage, prepared.constants.get("PRECISION"))),
-    )
-    call = call_of(make_problem(3, 16))._replace(precision=precision)
-    shapes = submodule("triton_path").saved_shapes(call)
-    saved = [torch.zeros(shape, device=on_triton) for shape in shapes]
-    for name in ("get_float32_matmul_precision", "set_float32_matmul_precision"):
-        monkeypatch.setattr(torch, name, forbidden)
-    grad_out = torch.ones_like(call.x)
-    submodule("triton_path").backward(call, grad_out, *saved, frozenset({"x", "p_out_weight"}))
-    fp32_dots = submodule("triton_parts.device").device_target(call.x.device).fp32_dots
-    found = {stage: word for stage, word in words if word is not None}
-    assert {"row_products", "row_linear"} <= found.keys()
-    for stage, word in found.items():
-        setting = launch.setting_of(stage, call.x, 16, 3)
-        assert word == launch.dot_precision(precision, fp32_dots, setting.fp32_dot), stage
+    """All of them, as if the target knew each word."""
+    given, device = {}, submodule("triton_parts.device")
+    target = device.target_of("interpreter", "cpu")._replace(fp32_dots=("tf32x3", "tf32", "ieee"))
+    monkeypatch.setattr(device, "_target_of_real", lambda _: target)
+    submodule("triton_path.launches")._launches.clear()
 
+    def record(prepared, **tensors):
+        given[prepared.stage] = prepared.constants.get("PRECISION")
 
-def forbidden(*_):
-    raise AssertionError("a backward must leave torch's settings alone")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_deterministic_algorithms(backward, monkeypatch):
-    """Without the variable that cuBLAS wants for a product of its own."""
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    problem = make_problem(6, 16, dtype=torch.bfloat16, mask="soft")
-    wanted = backward(problem)
-    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
     try:
-        got = backward(problem)
+        backward(make_problem(3, 16), precision=precision)
     finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(gradient, wanted[name]) for name, gradient in got.items())
+        submodule("triton_path.launches")._launches.clear()
+    assert given.pop("norm_in_bwd") is None and len(given) == 8
+    assert set(given.values()) == {"tf32x3" if precision == "fp32" else precision}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -391,28 +358,6 @@ def test_nothing_comes_through_a_norm_of_one_channel(backward, precision):
     """Where dt cancels, its terms have seen the same roundings."""
     got = backward(make_problem(3, 24, 1), ["p_in_weight", "p_out_weight"], precision=precision)
     assert got["p_in_weight"].norm() <= 1e-2 * got["p_out_weight"].norm()
-
-
-NEWER_SETTING = """
-import importlib, sys, torch
-from pathlib import Path
-from kernels import get_local_kernel
-
-kernel = get_local_kernel(Path(sys.argv[1]))
-validation = importlib.import_module(f"{kernel.__name__}.validation")
-for setting, allowed in (("ieee", False), ("tf32", True)):
-    torch.backends.cuda.matmul.fp32_precision = setting
-    assert validation.torch_allows_tf32() is allowed
-print("fine")
-"""
-
-
-def test_torchs_newer_setting_of_precision():
-    """In a process of its own: torch wants one of its two settings to be used, not both."""
-    pytest.importorskip("kernels")
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("torch 2.9 brought it")
-    assert python_output(NEWER_SETTING, str(ROOT)).split() == ["fine"]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -441,7 +386,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     # parts and of all: from some length on they are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
     parts = max(1, min(programs // (5 * (width // 128) ** 2), length**2 // 8 // 256))
-    sums = (4 * 6 + 2 * 5 * 2 + 4 * (parts + 1) * 5) * width**2
+    sums = (4 * 6 + 2 * 10 + 4 * (parts + 1) * 5) * width**2
     assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_395a1cbf0e"
+_BUILD_ID = "_esmfold2_trimul_kernel_d77f9f040e"
 
 
 def _load_package() -> ModuleType:

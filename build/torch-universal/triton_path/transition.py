@@ -155,6 +155,15 @@ def _run_backward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
 
+    def add_products(
+        which: str, total: Tensor, left: Tensor, right: Tensor, total_sums: Tensor | None = None
+    ) -> None:
+        prepared = launches.of(
+            ("row_products", which, left.shape[0], left.data_ptr() % 16),
+            prepare_row_products, left, right, call.precision, None, total_sums is not None,
+        )  # fmt: skip
+        add_row_products(total, left, right, prepared, total_sums)
+
     found = {}
     if "x" in needs:
         found["x"] = empty(*x.shape)
@@ -185,15 +194,10 @@ def _run_backward(
         swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
         if "down_bias" in needs:
             down_sums.add_(grad.sum(0, dtype=torch.float32))
-        of = [("in", products, pair, hat_x, sums)] if of_parameters else []
+        if of_parameters:
+            add_products("in", products, pair, hat_x, sums)
         if "down_weight" in needs:
-            of.append(("down", down_products, grad, hidden_rows, None))
-        for which, total, left, right, total_sums in of:
-            prepared = launches.of(
-                ("row_products", which, count, left.data_ptr() % 16),
-                prepare_row_products, left, right, call.precision, None, total_sums is not None,
-            )  # fmt: skip
-            add_row_products(total, left, right, prepared, total_sums)
+            add_products("down", down_products, grad, hidden_rows)
         if "x" in needs:
             grad_z, grad_x = empty(count, channels), found["x"][entries, rows]
             prepared = launches.of(

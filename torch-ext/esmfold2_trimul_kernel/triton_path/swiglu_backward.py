@@ -130,9 +130,10 @@ def prepare_swiglu_bwd(
         config = setting_of("swiglu_bwd", grad_out, channels, math.isqrt(rows))
     block_n = block_of(config.block_n, width)
     block_k = block_of(config.block_k, channels)
+    made = pair.view(rows, 2, width)
     descriptors = config.descriptors and all([
         has_descriptor(tensor)
-        for tensor in (grad_out, down_turned, pair, hidden)
+        for tensor in (grad_out, down_turned, made, hidden)
         if tensor is not None
     ])
     tensors = pointers("grad_ptr", "grad", "down_turned", "pair", "hidden")
@@ -145,9 +146,7 @@ def prepare_swiglu_bwd(
             "down_turned": descriptor_of(
                 down_turned, [width, channels], [channels, 1], [block_n, block_k]
             ),
-            "pair": descriptor_of(
-                pair, [rows, 2, width], [2 * width, width, 1], [tile[0], 1, tile[1]]
-            ),
+            "pair": descriptor_of(made, made.shape, made.stride(), [tile[0], 1, tile[1]]),
         }
         if hidden is not None:
             tensors["hidden"] = descriptor_of(hidden, [rows, width], [width, 1], tile)
