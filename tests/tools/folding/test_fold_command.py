@@ -12,7 +12,7 @@ from cli_runner import refusal, run
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.console import ProgressBar
 from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
-from esmfold2_trimul_tools.folding import fold, memory, model, plots, validate
+from esmfold2_trimul_tools.folding import fold, memory, model, pages, plots, validate
 from esmfold2_trimul_tools.folding.sequences import Record
 from folding import (
     QUICK,
@@ -57,8 +57,8 @@ def test_fold_writes_its_files_and_says_what_it_did(tiny):
     assert "as biology this fold is meaningless" in result.stdout
     for word in ("Seconds", "Peak memory", "Mean pLDDT", "pTM"):
         assert word in result.stdout
-    wrote = "Wrote out/sequence.pdb, .cif, _summary_confidences.json, _confidences.json, .png\n"
-    assert wrote in result.stdout
+    wrote = "Wrote out/sequence.pdb, .cif, _summary_confidences.json, _confidences.json, .png, .html"
+    assert f"{wrote}\n" in result.stdout
     assert "stock" not in result.stdout and "ipTM" not in result.stdout
     pdb = Path("out/sequence.pdb").read_text()
     assert "REMARK   1 RANDOM WEIGHTS: MEANINGLESS AS BIOLOGY" in pdb
@@ -221,6 +221,26 @@ def test_a_file_that_cant_be_written_costs_the_others_nothing(tiny):
     assert document["failures"] == [{"name": "big", "error": message}]
 
 
+def test_pages_can_be_left_out(tiny):
+    Path("two.fasta").write_text(">one\nMQIF\n>two\nMQIFV\n")
+    result = run("fold", "two.fasta", *QUICK, "--no-pages")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("; out/two.pdb\n2 of 2 folded: out/summary.csv\n")
+    assert not list(Path("out").glob("*.html"))
+
+
+def test_a_machine_without_the_viewer_folds(tiny, monkeypatch):
+    pages._viewer.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("fold", "MQIF", *QUICK)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: out/sequence.html: can't be drawn (no Mol* here: pip install dash-molstar); "
+        "out/sequence.pdb is whole\n"
+    )
+    assert Path("out/sequence.png").is_file() and not Path("out/sequence.html").exists()
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("no such colour\nat all"), MemoryError(), "a folder"], ids=repr
 )
@@ -348,8 +368,8 @@ def test_many_proteins_are_folded_by_length_and_what_cant_be_is_listed(tiny, mon
     lines = result.stdout.splitlines()
     assert lines[0].startswith("To fold: 3. The longest, one, has 6 residues and takes about ")
     assert [line.split(",")[0] for line in lines[1:4]] == ["three", "cx", "one"]
-    assert lines[4:] == ["3 of 5 folded: out/summary.csv"]
-    assert "ipTM" in lines[2] and lines[2].endswith("; out/cx.pdb")
+    assert lines[4:] == ["3 of 5 folded: out/summary.csv and out/index.html"]
+    assert "ipTM" in lines[2] and lines[2].endswith("; out/cx.html")
     bad, long = (
         "bad: unknown residue 'J' at position 3; the residues are ACDEFGHIKLMNPQRSTVWY, and X for "
         "any other",
@@ -396,7 +416,7 @@ def test_what_is_done_is_skipped_and_other_settings_fold_again(folds, monkeypatc
         assert result.stdout == (
             "one: done before, in out; --force folds it again\n"
             "two: done before, in out; --force folds it again\n"
-            "2 of 2 folded: out/summary.csv\n"
+            "2 of 2 folded: out/summary.csv and out/index.html\n"
         )
         again = json.loads(run("fold", "two.fasta", *QUICK, "--json").stdout)
     for one, same in zip(first["folds"], again["folds"], strict=True):
@@ -426,11 +446,12 @@ def test_an_interruption_loses_nothing_that_was_done(folds):
     result = run("fold", "three.fasta", *QUICK)
     assert result.exit_code == 130
     assert result.stderr == "interrupted: 2 of 3 not folded; the same command goes on from here\n"
-    assert list(rows()) == ["first"]
+    assert list(rows()) == ["first"] and not Path("out/index.html").exists()
     result = run("fold", "three.fasta", *QUICK)
     assert result.exit_code == 0, result.output
     assert folds == ["first", "stop", "stop", "last"]
     assert list(rows()) == ["first", "stop", "last"]
+    assert "3 of 3 proteins folded" in Path("out/index.html").read_text()
 
 
 def test_a_fold_that_may_not_fit_takes_the_lean_mode(tiny, monkeypatch):

@@ -1,6 +1,6 @@
 import gemmi
 import pytest
-from esmfold2_trimul_tools.folding.structures import write_mmcif, write_pdb
+from esmfold2_trimul_tools.folding.structures import mmcif_of, pdb_of
 from folding import SHORT, made_up_fold
 
 NAMES = "MET GLN ILE PHE VAL LYS THR LEU THR GLY LYS UNK".split()
@@ -8,7 +8,7 @@ NAMES = "MET GLN ILE PHE VAL LYS THR LEU THR GLY LYS UNK".split()
 
 def test_pdb_holds_every_residue_with_its_confidence_from_0_to_100(tmp_path):
     result, path = made_up_fold(SHORT.sequence), tmp_path / "short.pdb"
-    write_pdb(result, 0, path, ["A REMARK"])
+    path.write_text(pdb_of(result, 0, ["A REMARK"]))
     lines = path.read_text().splitlines()
     assert lines[:2] == ["REMARK   1 A REMARK", "REMARK   1 B-FACTOR: PLDDT, 0 TO 100"]
     assert [line[:3] for line in lines[-2:]] == ["TER", "END"]
@@ -27,8 +27,8 @@ def test_pdb_holds_every_residue_with_its_confidence_from_0_to_100(tmp_path):
 @pytest.mark.parametrize("sample", [0, 1])
 def test_both_formats_hold_the_sample_and_its_chains(tmp_path, sample):
     result = made_up_fold("MQIF:TLTGK:MQIF", samples=2)
-    write_pdb(result, sample, tmp_path / "it.pdb", [])
-    write_mmcif(result, sample, tmp_path / "it.cif", "a model", [])
+    (tmp_path / "it.pdb").write_text(pdb_of(result, sample, []))
+    (tmp_path / "it.cif").write_text(mmcif_of(result, sample, "a model", []))
     for name in ("it.pdb", "it.cif"):
         (model,) = gemmi.read_structure(str(tmp_path / name))
         assert [(chain.name, len(chain)) for chain in model] == [("A", 4), ("B", 5), ("C", 4)]
@@ -42,7 +42,7 @@ def test_both_formats_hold_the_sample_and_its_chains(tmp_path, sample):
 
 def test_mmcif_has_modelcifs_records_of_quality(tmp_path):
     result = made_up_fold("MQIF:TLTGK:MQIF", samples=2, name="größe/1")
-    write_mmcif(result, 1, tmp_path / "it.cif", "biohub/ESMFold2", ["it's a remark"])
+    (tmp_path / "it.cif").write_text(mmcif_of(result, 1, "biohub/ESMFold2", ["it's a remark"]))
     block = gemmi.cif.read(str(tmp_path / "it.cif")).sole_block()
 
     def table(category, *tags):
@@ -71,6 +71,5 @@ def test_mmcif_has_modelcifs_records_of_quality(tmp_path):
     assert ["MET", "L-peptide linking"] in table("chem_comp", "id", "type")
 
 
-def test_a_single_chain_has_no_value_between_chains(tmp_path):
-    write_mmcif(made_up_fold("MQIF"), 0, tmp_path / "it.cif", "a model", [])
-    assert "ipTM" not in (tmp_path / "it.cif").read_text()
+def test_a_single_chain_has_no_value_between_chains():
+    assert "ipTM" not in mmcif_of(made_up_fold("MQIF"), 0, "a model", [])

@@ -78,14 +78,18 @@ def fold(
         bool,
         typer.Option("--force", help="Fold again what the folder already has with these settings."),
     ] = False,
+    pages: Annotated[
+        bool,
+        typer.Option(help="Write a page for each protein, of 2.5 MB, that a browser shows."),
+    ] = True,
     kernel_root: KernelRoot = None,
     as_json: AsJson = False,
 ) -> None:
     """Fold proteins with the kernel at every triangle multiplication of ESMFold2.
 
-    Writes for each protein or complex a structure (PDB, and mmCIF with its
-    confidence), the confidences as JSON in AlphaFold's layout, and a picture;
-    other samples go by their rank. Short ones are folded first. summary.csv and
+    Writes for each protein or complex a page for the browser, a structure (PDB,
+    and mmCIF with its confidence), the confidences as JSON in AlphaFold's layout,
+    and a picture; other samples go by their rank. Short ones are folded first. summary.csv and
     results.jsonl get a line as soon as a protein is done: a run that was stopped
     goes on where it was. Exit status: 0, 1 if some were not folded, 2 if nothing
     in the input can be.
@@ -110,7 +114,7 @@ def fold(
     setup = Setup(
         model, random_weights, kernel, device, dtype, seed, kernel_root, full_size, chunk_size
     )
-    Run(setup, settings, compare, out, as_json).fold(proteins, memory, force)
+    Run(setup, settings, compare, out, as_json, pages).fold(proteins, memory, force)
 
 
 @checked

@@ -6,11 +6,17 @@ from pathlib import Path
 from .alphafold import confidences, summary_confidences
 from .files import write_whole
 from .fold import Fold
-from .structures import write_mmcif, write_pdb
+from .structures import mmcif_of, pdb_of
 
 
 def write_files(
-    result: Fold, folder: Path, stem: str, model_name: str, note: str = ""
+    result: Fold,
+    folder: Path,
+    stem: str,
+    model_name: str,
+    facts: list[list[str]],
+    note: str = "",
+    page: bool = True,
 ) -> tuple[dict[str, str], list[str]]:
     """Write what a fold has to say.
 
@@ -18,7 +24,9 @@ def write_files(
 
     Args:
         model_name: the checkpoint, for the record.
+        facts: names and values of settings and timings, for the page.
         note: a remark on the weights.
+        page: whether there is to be a page.
 
     Returns:
         The names of the files by their kinds, and a line on each that could not be made although
@@ -29,29 +37,42 @@ def write_files(
     """
     files: dict[str, str] = {}
 
-    def place(kind: str, name: str) -> Path:
+    def write(kind: str, name: str, content: str) -> None:
+        write_whole(folder / name, content)
         files[kind] = name
-        return folder / name
 
     remarks = [note] if note else []
     for rank, sample in enumerate(result.ranked, start=1):
         of_rank, kind = (stem, "") if rank == 1 else (f"{stem}_rank_{rank}", f"rank_{rank}_")
-        pdb = place(f"{kind}pdb", f"{of_rank}.pdb")
-        write_pdb(result, sample, pdb, [remark.upper() for remark in remarks])
-        mmcif = place(f"{kind}mmcif", f"{of_rank}.cif")
-        write_mmcif(result, sample, mmcif, model_name, remarks)
+        pdb = pdb_of(result, sample, [remark.upper() for remark in remarks])
+        write(f"{kind}pdb", f"{of_rank}.pdb", pdb)
+        mmcif = mmcif_of(result, sample, model_name, remarks)
+        write(f"{kind}mmcif", f"{of_rank}.cif", mmcif)
         summary = json.dumps(summary_confidences(result, sample), indent=1)
-        write_whole(place(f"{kind}summary", f"{of_rank}_summary_confidences.json"), summary)
-    write_whole(place("confidences", f"{stem}_confidences.json"), confidences(result))
+        write(f"{kind}summary", f"{of_rank}_summary_confidences.json", summary)
+    write("confidences", f"{stem}_confidences.json", confidences(result))
 
-    faults = []
-    png = folder / f"{stem}.png"
-    try:
+    def draw_picture(path: Path) -> None:
         from .plots import plot_fold
 
-        plot_fold(result, png, note)
-        files["png"] = png.name
-    except Exception as error:  # whatever a drawing library raises: the fold itself is there
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        faults.append(f"{png}: can't be drawn ({words}); {folder / stem}.pdb is whole")
+        plot_fold(result, path, note)
+
+    def draw_page(path: Path) -> None:
+        from .pages import page_of
+
+        best = (folder / files["mmcif"]).read_text(encoding="utf-8")
+        write_whole(path, page_of(result, best, facts, files, note))
+
+    faults = []
+    drawn = {"png": (f"{stem}.png", draw_picture), "page": (f"{stem}.html", draw_page)}
+    for kind, (name, draw) in drawn.items():
+        if kind == "page" and not page:
+            continue
+        try:
+            draw(folder / name)
+            files[kind] = name
+        except Exception as error:  # whatever a drawing library raises: the fold itself is there
+            words = (str(error).strip() or type(error).__name__).splitlines()[0]
+            whole = folder / files["pdb"]
+            faults.append(f"{folder / name}: can't be drawn ({words}); {whole} is whole")
     return files, faults

@@ -74,14 +74,36 @@ def print_fold(outcome: "Outcome", setup: Setup, stem: Path, files: list[str]) -
     )
 
 
-def print_line(outcome: "Outcome", stem: Path) -> None:
-    """A fold in a line, as one of many."""
+def facts(outcome: "Outcome", setup: Setup) -> list[list[str]]:
+    """The settings and timings of a fold, names and values."""
+    result, stock = outcome.fold, outcome.stock
+    swapped, total = outcome.swap
+    found = [
+        ["Model", setup.name],
+        ["Computed", f"in {str(setup.dtype).removeprefix('torch.')} on {setup.device}"],
+        ["Kernel", setup.kernel_description()],
+        ["Sites swapped", f"{swapped} of {total}"],
+        *([name, str(getattr(result.settings, name.lower()))]
+          for name in ("Loops", "Samples", "Steps", "Seed")),
+        ["Seconds", f"{result.seconds:.2f}"],
+        ["Peak memory", _memory(result.memory)],
+    ]  # fmt: skip
+    if stock is not None:
+        found += [
+            ["Seconds, stock path", f"{stock.seconds:.2f}"],
+            ["Peak memory, stock path", _memory(stock.memory)],
+        ]
+    return found
+
+
+def print_line(outcome: "Outcome", file: Path) -> None:
+    """A fold in a line, as one of many. file: what to open."""
     result = outcome.fold
     between = f", ipTM {float(result.iptm[result.best]):.3f}" if result.several else ""
     stdout(soft_wrap=True).print(
         f"{result.record.name}, {result.record.length} residues: {result.seconds:.2f} s, "
         f"pLDDT {100 * result.mean_plddt:.1f}, pTM {float(result.ptm[result.best]):.3f}{between}; "
-        f"{stem}.pdb"
+        f"{file}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from .files import write_whole
 from .sequences import Record
 
-LINES, TABLE = "results.jsonl", "summary.csv"
+LINES, TABLE, INDEX = "results.jsonl", "summary.csv", "index.html"
 _COLUMNS = (
     "name", "status", "chains", "residues", "mean_plddt", "ptm", "iptm", "seconds", "peak_gib",
     "structure", "error",

@@ -11,9 +11,10 @@ import typer
 
 from ..console import ProgressBar, print_json
 from ..errors import UserError
+from .files import write_whole
 from .options import Settings
-from .report import print_fold, print_line
-from .results import TABLE, Results
+from .report import facts, print_fold, print_line
+from .results import INDEX, TABLE, Results
 from .sequences import ELSEWHERE, Failure, Record, looks_like_dna
 from .setup import Setup
 
@@ -33,16 +34,23 @@ class Run:
         compare: whether each is folded on the stock path too.
         out: the folder of the results; it is made.
         as_json: whether a JSON document is printed, and nothing else.
+        pages: whether each fold gets a page.
 
     Raises:
         UserError: the folder can't be written to.
     """
 
     def __init__(
-        self, setup: Setup, settings: Settings, compare: bool, out: Path, as_json: bool
+        self,
+        setup: Setup,
+        settings: Settings,
+        compare: bool,
+        out: Path,
+        as_json: bool,
+        pages: bool,
     ) -> None:
         self.setup, self.settings, self.compare = setup, settings, compare
-        self.out, self.as_json = out, as_json
+        self.out, self.as_json, self.pages = out, as_json, pages
         self.failures: dict[str, Failure] = {}
         with _writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -86,17 +94,28 @@ class Run:
             print(f"interrupted: {left} of {len(proteins)} not folded; the same command goes on "
                   "from here", file=sys.stderr)  # fmt: skip
             raise
+        finally:
+            self._index()
         folded = [stem for stem in records if self.results.has(stem)]
         if self.as_json:
             failures = [self.failures[stem].summary() for stem in proteins if stem in self.failures]
             folds = [self._summary(stem, stem not in todo) for stem in folded]
             print_json({**self.setup.summary(settings), "folds": folds, "failures": failures})
         elif several:
-            print(f"{len(folded)} of {len(proteins)} folded: {self.out / TABLE}")
+            index = f" and {self.out / INDEX}" if self.pages else ""
+            print(f"{len(folded)} of {len(proteins)} folded: {self.out / TABLE}{index}")
         if self.failures:
             self._list_failures(len(proteins))
             worst = min(failure.exit_status for failure in self.failures.values())
             raise typer.Exit(1 if folded else worst)
+
+    def _index(self) -> None:
+        """The page that leads to the others, where there are several."""
+        if self.pages and len(self.results.entries) > 1:
+            from .pages import index_of
+
+            with _writing(self.out):
+                write_whole(self.out / INDEX, index_of(list(self.results.entries.values())))
 
     def _skip(self, stem: str, record: Record) -> None:
         if not self.as_json:
@@ -159,7 +178,10 @@ class Run:
         note = RANDOM_NOTE if self.setup.random_weights else ""
         try:
             with _writing(self.out):
-                files, faults = write_files(outcome.fold, self.out, stem, self.setup.name, note)
+                files, faults = write_files(
+                    outcome.fold, self.out, stem, self.setup.name, facts(outcome, self.setup),
+                    note, self.pages,
+                )  # fmt: skip
                 entry = {"status": "folded", **outcome.summary(), "sequence": record.sequence}
                 self.results.add(stem, {**entry, "files": files, "faults": faults})
         except UserError as error:
@@ -167,7 +189,7 @@ class Run:
             return
         if not self.as_json:
             if several and not self.compare:
-                print_line(outcome, self.out / stem)
+                print_line(outcome, self.out / files.get("page", files["pdb"]))
             else:
                 print_fold(outcome, self.setup, self.out / stem, list(files.values()))
         for fault in faults:

@@ -4,11 +4,8 @@ The mmCIF file has ModelCIF's records of quality (`_ma_qa_metric` with global an
 which viewers know a predicted model and colour it by pLDDT.
 """
 
-from pathlib import Path
-
 import gemmi
 
-from .files import write_whole
 from .fold import Fold
 from .sequences import CHAIN_NAMES, Record
 
@@ -48,21 +45,19 @@ def structure_of(result: Fold, sample: int) -> gemmi.Structure:
     return structure
 
 
-def write_pdb(result: Fold, sample: int, path: Path, remarks: list[str]) -> None:
-    """Write a sample as a PDB file."""
+def pdb_of(result: Fold, sample: int, remarks: list[str]) -> str:
+    """A sample as a PDB file."""
     structure = structure_of(result, sample)
     structure.raw_remarks = [
         f"REMARK   1 {remark}" for remark in (*remarks, "B-FACTOR: PLDDT, 0 TO 100")
     ]
     options = gemmi.PdbWriteOptions()
     options.cryst1_record = False
-    write_whole(path, structure.make_pdb_string(options))
+    return structure.make_pdb_string(options)
 
 
-def write_mmcif(
-    result: Fold, sample: int, path: Path, model_name: str, remarks: list[str]
-) -> None:
-    """Write a sample as an mmCIF file with ModelCIF's records of quality."""
+def mmcif_of(result: Fold, sample: int, model_name: str, remarks: list[str]) -> str:
+    """A sample as an mmCIF file with ModelCIF's records of quality."""
     structure = structure_of(result, sample)
     groups = gemmi.MmcifOutputGroups(False)
     for group in ("atoms", "block_name", "chem_comp", "entity", "entity_poly",
@@ -74,7 +69,7 @@ def write_mmcif(
         linking = "peptide linking" if residue[0] == "GLY" else "L-peptide linking"
         residue[1] = gemmi.cif.quote(linking)
     _add_quality(block, structure, result, sample, model_name, remarks)
-    write_whole(path, document.as_string())
+    return document.as_string()
 
 
 def _entities(record: Record) -> list[gemmi.Entity]:
