@@ -40,6 +40,7 @@ BAD_INPUT = [
     (["fold", "MQ", "--max-length", "1"], "--max-length must be at least 2; got 1"),
     (["fold", "MQI", "--max-length", "2"], "sequence: 3 residues, more than --max-length 2"),
     (["fold", "MQ", "--memory", "small"], "--memory must be one of auto, default, lean; got 'sm"),
+    (["fold", "MQ", "--memory", "lean", "--kernel", "off"], "--memory is for --kernel ours"),
     (["fold", "MQ", "--chunk-size", "0"], "--chunk-size must be at least 1; got 0"),
     (["fold", "MQ:", *SMALL], "sequence: chain B of 2 is empty"),
     (["fold", "MQ", "--colour"], "No such option: --colour"),

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -23,6 +25,7 @@ from folding import (
     tiny_config,
     write_kernel_repository,
 )
+from fresh_process import ROOT
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -57,8 +60,8 @@ def test_fold_writes_its_files_and_says_what_it_did(tiny):
     assert "as biology this fold is meaningless" in result.stdout
     for word in ("Seconds", "Peak memory", "Mean pLDDT", "pTM"):
         assert word in result.stdout
-    wrote = "Wrote out/sequence.pdb, .cif, _summary_confidences.json, _confidences.json, .png, .html"
-    assert f"{wrote}\n" in result.stdout
+    wrote = "out/sequence.pdb, .cif, _summary_confidences.json, _confidences.json, .png, .html"
+    assert f"Wrote {wrote}\n" in result.stdout
     assert "stock" not in result.stdout and "ipTM" not in result.stdout
     pdb = Path("out/sequence.pdb").read_text()
     assert "REMARK   1 RANDOM WEIGHTS: MEANINGLESS AS BIOLOGY" in pdb
@@ -496,6 +499,21 @@ def test_dna_is_folded_as_a_protein_with_a_warning(tiny):
     )
     message = "sequence: RNA of chain B, and ESMFold2 folds proteins here; biohub's esm package"
     assert refusal("fold", "MQIF:ACGUACGU", *QUICK).startswith(message)
+
+
+def test_the_commands_of_the_document_run(tiny):
+    text = (ROOT / "docs" / "folding.md").read_text()
+    lines = text.split("```")[1].strip().splitlines()
+    assert len(lines) == 4
+    Path("my.fasta").write_text(">one\nMQIFVK\n>cx\nMQI:FV\n")
+    for line in lines:
+        command, *arguments = shlex.split(line, comments=True)
+        result = run(*arguments, *QUICK)
+        assert command == "esmfold2-trimul" and result.exit_code == 0, result.output
+    for kind in re.findall(r"^\| `NAME(\S+)`", text, flags=re.MULTILINE):
+        assert Path(f"results/one{kind}").is_file() or kind == "_rank_2.cif"
+    (named,) = re.findall(r"^\| `(index.*)` \|", text, flags=re.MULTILINE)
+    assert all(Path("results", name).is_file() for name in named.split("`, `"))
 
 
 def test_validate_runs_in_bfloat16(short_proteins):

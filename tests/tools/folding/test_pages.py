@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from transformers.models.esmfold2.protein_utils import PROTEIN_1TO3, PROTEIN_HEAVY_ATOMS
 
 FACTS = [["Model", "biohub/<ESMFold2>"], ["Seconds", "1.50"]]
-FILES = {"pdb": "it.pdb", "mmcif": "it.cif"}
+FILES = {"pdb": "it.pdb", "mmcif": "it.cif", "rank_2_mmcif": "it_rank_2.cif"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
@@ -83,8 +83,9 @@ def test_the_page_has_all_that_it_shows():
     assert "34 residues, mean pLDDT 50.0, pTM 0.800, ipTM 0.400, 2 chains" in read.text
     assert "Random weights." in read.text
     assert ["Model", "biohub/<ESMFold2>"] in read.rows and ["Seconds", "1.50"] in read.rows
-    assert ["1", "0.480", "0.800", "0.400", "50.0"] in read.rows
-    assert ["2", "0.300", "0.500", "0.250", "50.0"] in read.rows
+    assert ["1", "0.480", "0.800", "0.400", "50.0", "it.cif"] in read.rows
+    assert ["2", "0.300", "0.500", "0.250", "50.0", "it_rank_2.cif"] in read.rows
+    assert ["pdb", "it.pdb"] in read.rows and ["mmcif", "it.cif"] in read.rows
     assert ["A", "0.633"] in read.rows and ["B", "0.633"] in read.rows  # of 0.367 and 0.633
     data = json.loads(read.scripts["data"])
     assert [(chain["name"], chain["start"]) for chain in data["chains"]] == [("A", 0), ("B", 21)]

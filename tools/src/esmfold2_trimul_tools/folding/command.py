@@ -9,6 +9,7 @@ import typer
 from ..console import ProgressBar, print_json
 from ..errors import UserError
 from ..options import AsJson, KernelRoot, checked, writable_folder
+from .model_setup import Setup
 from .options import (
     ChunkSize,
     DeviceName,
@@ -28,7 +29,6 @@ from .options import (
 from .report import print_validation
 from .run import Run, print_failure
 from .sequences import STDIN, Failure, Record, file_stems, parse_sequence, read_fasta
-from .setup import Setup
 
 # torch and transformers take seconds to import, so each command first makes all checks that don't
 # need them.
@@ -100,6 +100,8 @@ def fold(
         raise UserError("--full-size is for --random-weights; a checkpoint has its own size")
     if compare and kernel == "off":
         raise UserError("--compare needs a kernel beside the stock path: --kernel ours or hub")
+    if memory is not None and kernel != "ours":
+        raise UserError("--memory is for --kernel ours; the others have one mode")
     given = _records(sequence) if fasta is None else read_fasta(fasta)
     proteins = {
         stem: _of_length(record, max_length)

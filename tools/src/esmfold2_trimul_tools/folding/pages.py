@@ -54,10 +54,11 @@ def page_of(result: Fold, mmcif: str, facts: Table, files: dict[str, str], note:
         "pae_steps": _PAE_STEPS,
         "mmcif": mmcif,
     }
-    tables = [("Settings and timings", _table(facts)), ("Samples", _samples(result))]
+    tables = [("Settings and timings", _table(facts)), ("Samples", _samples(result, files))]
     if result.several:
         tables.append(("ipTM by pair of chains", _pairs(result)))
-    tables.append(("Files", _table([[kind, _link(name)] for kind, name in files.items()], True)))
+    of_best = {kind: name for kind, name in files.items() if not kind.startswith("rank_")}
+    tables.append(("Files", _table([[kind, _link(name)] for kind, name in of_best.items()], True)))
     return _filled(
         "page.html",
         title=html.escape(f"{record.name}, folded by ESMFold2"),
@@ -117,8 +118,8 @@ def _filled(template: str, **values: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], text)
 
 
-def _samples(result: Fold) -> str:
-    head = ["rank", "score", "pTM", *(["ipTM"] if result.several else []), "mean pLDDT"]
+def _samples(result: Fold, files: dict[str, str]) -> str:
+    head = ["rank", "score", "pTM", *(["ipTM"] if result.several else []), "mean pLDDT", "file"]
     rows = [
         [
             str(rank),
@@ -126,10 +127,11 @@ def _samples(result: Fold) -> str:
             f"{float(result.ptm[sample]):.3f}",
             *([f"{float(result.iptm[sample]):.3f}"] if result.several else []),
             f"{100 * float(result.plddt[sample].mean()):.1f}",
+            _link(files["mmcif" if rank == 1 else f"rank_{rank}_mmcif"]),
         ]
         for rank, sample in enumerate(result.ranked, start=1)
     ]
-    return _table([head, *rows], head=True)
+    return _table([head, *rows], safe=True, head=True)
 
 
 def _pairs(result: Fold) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ..console import stdout
-from .setup import Setup
+from .model_setup import Setup
 
 if TYPE_CHECKING:
     from .fold import Outcome

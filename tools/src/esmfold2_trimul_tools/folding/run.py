@@ -12,11 +12,11 @@ import typer
 from ..console import ProgressBar, print_json
 from ..errors import UserError
 from .files import write_whole
+from .model_setup import Setup
 from .options import Settings
 from .report import facts, print_fold, print_line
 from .results import INDEX, TABLE, Results
 from .sequences import ELSEWHERE, Failure, Record, looks_like_dna
-from .setup import Setup
 
 if TYPE_CHECKING:
     from .fold import Outcome
