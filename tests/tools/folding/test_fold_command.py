@@ -343,7 +343,7 @@ def test_a_complex_folds_as_chains(tiny):
 
 def test_every_sample_is_written_by_its_rank(tiny):
     result = run("fold", "MQIFVK", *QUICK, "--samples", 3)
-    assert "; 2 other samples as sequence_rank_2 and so on\n" in result.stdout
+    assert "; lower ranks as sequence_rank_2 and so on\n" in result.stdout
     scores, structures = [], set()
     for rank, stem in enumerate(["sequence", "sequence_rank_2", "sequence_rank_3"], start=1):
         assert Path(f"out/{stem}.cif").is_file()
@@ -352,6 +352,11 @@ def test_every_sample_is_written_by_its_rank(tiny):
         assert summary["rank"] == rank
         scores.append(summary["ranking_score"])
     assert scores == sorted(scores, reverse=True) and len(structures) == 3
+    # Fewer samples leave none of those that are not theirs.
+    run("fold", "MQIFVK", *QUICK, "--samples", 2)
+    assert {path.name for path in Path("out").glob("*_rank_*")} == {
+        f"sequence_rank_2{ending}" for ending in (".pdb", ".cif", "_summary_confidences.json")
+    }
 
 
 MANY = ">one\nMQIFVK\n>bad\nMQJ\n>three\nMQIF\n>long\nMQIFVKTLTGK\n>cx\nMQI:FV\n"

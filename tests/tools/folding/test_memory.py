@@ -1,7 +1,10 @@
+import pytest
 import torch
 from esmfold2_trimul_tools.folding import memory
-
-CPU = torch.device("cpu")
+from esmfold2_trimul_tools.folding.fold import Settings, fold
+from esmfold2_trimul_tools.folding.model import random_config, random_model
+from esmfold2_trimul_tools.folding.sequences import Record
+from folding import CPU, tiny_model
 
 
 def test_peak_counts_what_was_freed_before_the_end():
@@ -26,3 +29,19 @@ def test_without_proc_the_peak_of_the_process_is_named_as_such(monkeypatch, tmp_
         torch.ones(1 << 20).sum()
     assert peak.peak_bytes > 1 << 20
     assert "since the process began" in peak.meaning
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_the_estimate_is_near_what_a_fold_takes(samples):
+    config = random_config(pair_width=128, trunk_layers=1, side_layers=1, coda_layers=1)
+    model = random_model(CPU, torch.float32, 0, config)
+    folded = fold(model, Record("one", "A" * 96), Settings(loops=0, samples=samples, steps=1))
+    ratio = memory.fold_bytes(model, 96, samples) / folded.memory.added_bytes
+    assert 0.5 < ratio < 2
+
+
+def test_the_estimate_grows_with_length_samples_and_dtype():
+    model, half = tiny_model(), tiny_model(dtype=torch.bfloat16)
+    one = memory.fold_bytes(model, 50, 1)
+    assert memory.fold_bytes(model, 100, 1) == 4 * one
+    assert memory.fold_bytes(model, 50, 2) > one > memory.fold_bytes(half, 50, 1)

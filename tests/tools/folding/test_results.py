@@ -74,6 +74,20 @@ def test_the_table_has_a_row_for_each_protein(folder):
     assert [row["mean_plddt"] for row in rows(folder)] == ["", "25.0"]
 
 
+def test_files_of_an_earlier_fold_do_not_stay(folder):
+    (folder / "two.cif").touch()
+    results = Results(folder, SETTINGS)
+    results.begin(["one"])
+    results.add("one", {"status": "failed", "name": "one", "error": "no"})
+    assert (folder / "one.cif").exists()
+    results = Results(folder, SETTINGS)
+    results.add("one", FOLDED)
+    results = Results(folder, SETTINGS)
+    results.begin(["one"])
+    results.add("one", {**FOLDED, "files": {"mmcif": "two.cif"}})
+    assert not (folder / "one.cif").exists() and (folder / "two.cif").exists()
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "it.txt"
     write_whole(path, "Å")

@@ -35,10 +35,11 @@ class Fold:
     """One folded protein or complex; tensors are float32 on the CPU.
 
     L residues, S samples, A heavy atoms, N chains. plddt: [S, L], 0 to 1. ptm, iptm: [S], 0 to 1;
-    iptm is 0 for a single chain. chain_iptm: [S, N, N], of each pair of chains: the best residue of
-    the second, aligned on the first; pTM within a chain on the diagonal. coords: [S, A, 3] in Å.
-    pae, pde: [L, L] in Å, of the best sample. distogram: [L, L, bins], probabilities.
-    bin_centres: [bins] in Å. seconds: wall time. settings: of the fold, none of them None.
+    iptm is 0 for a single chain. chain_iptm: [S, N, N]; [i, j] is the mean over chain i as seen
+    from the best residue of chain j, on the diagonal a chain's own. coords: [S, A, 3] in Å. pae,
+    pde: [L, L] in Å, of the best sample; a row of pae is aligned on its residue. distogram:
+    [L, L, bins], probabilities. bin_centres: [bins] in Å. seconds: wall time. settings: of the
+    fold, none of them None.
     """
 
     record: Record

@@ -65,12 +65,11 @@ def print_fold(outcome: "Outcome", setup: Setup, stem: Path, files: list[str]) -
         console.print("Differences are absolute; those of the distogram are of probabilities")
     console.print(f"Memory: {result.memory.meaning}; in brackets, above the fold's start")
     of_best = [name for name in files if not name.startswith(f"{stem.name}_rank_")]
-    others = len(result.ranked) - 1
-    samples = f"; {others} other samples as {stem.name}_rank_2 and so on" if others else ""
+    lower = f"; lower ranks as {stem.name}_rank_2 and so on" if len(result.ranked) > 1 else ""
     console.print(
         f"Wrote {stem.parent / of_best[0]}, "
         + ", ".join(name.removeprefix(stem.name) for name in of_best[1:])
-        + samples
+        + lower
     )
 
 

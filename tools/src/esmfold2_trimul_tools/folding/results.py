@@ -37,6 +37,7 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._folder, self._settings = folder, settings
         self.entries: dict[str, Entry] = {}
+        self._replaced: dict[str, Entry] = {}
         path = folder / LINES
         if path.exists():
             text = path.read_text(encoding="utf-8")
@@ -74,7 +75,8 @@ class Results:
     def begin(self, stems: list[str]) -> None:
         """Write the table anew, without the proteins that are to be folded."""
         for stem in stems:
-            self.entries.pop(stem, None)
+            if stem in self.entries:
+                self._replaced[stem] = self.entries.pop(stem)
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows(
             [_COLUMNS, *map(_row, self.entries.values())]
@@ -82,7 +84,14 @@ class Results:
         write_whole(self._folder / TABLE, table.getvalue())
 
     def add(self, stem: str, entry: Entry) -> None:
-        """Append a fold, or a failure, to both files."""
+        """Append a fold, or a failure, to both files.
+
+        What an earlier fold wrote and this one did not, such as further samples, is removed.
+        """
+        if "files" in entry:
+            earlier = self._replaced.get(stem, {}).get("files", {}).values()
+            for file in set(earlier) - set(entry["files"].values()):
+                (self._folder / file).unlink(missing_ok=True)
         entry = {"stem": stem, **entry, "settings": self._settings}
         self.entries[stem] = entry
         with (self._folder / LINES).open("a", encoding="utf-8") as lines:
