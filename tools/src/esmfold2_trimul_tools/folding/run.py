@@ -90,9 +90,10 @@ class Run:
             if todo:
                 settings = self._fold_all(todo, memory, several)
         except KeyboardInterrupt:
-            left = sum(stem not in self.results.entries for stem in todo)
-            print(f"interrupted: {left} of {len(proteins)} not folded; the same command goes on "
-                  "from here", file=sys.stderr)  # fmt: skip
+            if several:
+                left = sum(stem not in self.results.entries for stem in todo)
+                print(f"interrupted: {left} of {len(proteins)} not folded; the same command goes "
+                      "on from here", file=sys.stderr)  # fmt: skip
             raise
         finally:
             self._index()
