@@ -51,3 +51,41 @@ class Call:
             self(**changes)
         wanted = message.replace("{pair}", self.pair_name).replace("{leading}", self.leading)
         assert (caught.type, str(caught.value)) == (error, wanted)
+
+
+H = 6
+TRANSITION_SHAPES = {
+    "norm_weight": (C,),
+    "norm_bias": (C,),
+    "gate_weight": (H, C),
+    "gate_bias": (H,),
+    "up_weight": (H, C),
+    "up_bias": (H,),
+    "down_weight": (C, H),
+    "down_bias": (C,),
+}
+
+
+class TransitionCall:
+    """`swiglu_transition` with good arguments."""
+
+    def __init__(self, kernel, with_grad: bool) -> None:
+        self.function = kernel.swiglu_transition
+        self.with_grad = with_grad
+
+    def __call__(self, **changes) -> Tensor:
+        """The function's value with these arguments in place of the good ones."""
+        torch.manual_seed(0)
+        arguments = {"x": torch.randn(B, L, L, C)}
+        arguments |= {name: torch.randn(shape) for name, shape in TRANSITION_SHAPES.items()}
+        arguments |= changes
+        if self.with_grad:
+            for name, value in arguments.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    arguments[name] = value.detach().requires_grad_()
+        return self.function(**arguments)
+
+    def assert_refuses(self, error: type[Exception], message: str, **changes) -> None:
+        with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
+            self(**changes)
+        assert (caught.type, str(caught.value)) == (error, message)

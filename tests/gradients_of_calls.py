@@ -1,5 +1,7 @@
 """Gradients of one call of a public function, for tests on either path."""
 
+from collections.abc import Callable
+
 import torch
 from helpers import Problem, leaves_of, run, seeded, with_leaves
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 BF16 = torch.bfloat16
 LIMIT = 2e-5  # of the relative error of any float32 gradient
 RECOMPUTE = ("product", "all")
+HALVES = ("gate_weight", "up_weight")  # of one matrix in ESMFold2's transitions
 
 
 def grad_of_output(problem: Problem) -> Tensor:
@@ -18,15 +21,17 @@ def grad_of_output(problem: Problem) -> Tensor:
 def fresh_leaves(problem: Problem, device: str) -> dict[str, Tensor]:
     """Copies of the problem's leaves.
 
-    The input projections lie in one piece of memory, values first, as in ESMFold2. The kernels
-    begin with the lower address, and the order would show in the last bit in the interpreter, whose
-    BLAS rounds a column depending on its place in the tile.
+    The input projections lie in one piece of memory, as in ESMFold2: values first, or a
+    transition's gates. The triangle's kernels begin with the lower address, and the order would
+    show in the last bit in the interpreter, whose BLAS rounds a column depending on its place in
+    the tile.
     """
     leaves = {
         name: leaf.detach().clone().to(device) for name, leaf in leaves_of(problem).items()
     }
-    bundle = torch.cat([leaves["p_in_weight"], leaves["g_in_weight"]])
-    leaves["p_in_weight"], leaves["g_in_weight"] = (half.detach() for half in bundle.chunk(2))
+    both = ("p_in_weight", "g_in_weight") if "p_in_weight" in leaves else HALVES
+    bundle = torch.cat([leaves[name] for name in both])
+    leaves |= {name: half.detach() for name, half in zip(both, bundle.chunk(2), strict=True)}
     return leaves
 
 
@@ -35,7 +40,7 @@ def gradients(
     problem: Problem,
     device: str,
     names: tuple[str, ...] | None = None,
-    through=None,
+    through: Callable[..., Tensor] | None = None,
     **others,
 ) -> dict[str, Tensor]:
     """Gradients of the leaves `names`, or all; `through(call, leaves)` may replace the call."""
@@ -58,17 +63,18 @@ def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 class Asked(TorchDispatchMode):
-    """The gradients that the backward op was asked for."""
+    """The gradients, out of `names`, that a backward op was asked for."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], op: str = "trimul_bwd") -> None:
         super().__init__()
-        self._names = names
+        self._names, self._op = names, op
         self.names: list[set[str]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.__name__.startswith("trimul_bwd"):
-            self.names.append({n for n, need in zip(self._names, args[3], strict=True) if need})
+        if function.__name__.startswith(self._op):
+            (needs,) = [value for value in args if isinstance(value, (list, tuple))]
+            self.names.append({n for n, need in zip(self._names, needs, strict=True) if need})
             for name, gradient in zip(self._names, out, strict=True):
                 assert name in self.names[-1] or gradient.numel() == 0
         return out

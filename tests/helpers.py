@@ -34,6 +34,10 @@ PUBLIC_NAMES = [
     "lengths_from_mask",
     "patch",
     "swiglu_transition",
+    "transition_from_boltz",
+    "transition_from_esmfold2",
+    "transition_from_openfold3",
+    "transition_from_protenix",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "unpatch",
@@ -68,6 +72,25 @@ class Problem:
         biases = {name: move(value) for name, value in self.biases.items()}
         others = (move(self.mask), move(self.residual), move(self.drop_mask))
         return Problem(move(self.x), weights, self.direction, *others, self.eps, biases)
+
+    def formula(self, dtype: torch.dtype) -> Tensor:
+        """The oracle's result."""
+        return triangle_multiplication(
+            self.x, self.direction, self.weights | self.biases, mask=self.mask,
+            residual=self.residual, drop_mask=self.drop_mask, eps=self.eps, dtype=dtype,
+        )  # fmt: skip
+
+    def run(self, kernel, **others) -> Tensor:
+        """The public function that takes these arguments."""
+        if self.biases:
+            return kernel.triangle_multiplicative_update(
+                self.x, self.direction, self.mask, eps=self.eps, **self.weights, **self.biases,
+                **others,
+            )  # fmt: skip
+        return kernel.triangle_multiplicative_update_with_residual(
+            self.x, self.direction, self.residual, self.drop_mask, mask=self.mask, eps=self.eps,
+            **self.weights, **others,
+        )  # fmt: skip
 
 
 def make_problem(
@@ -136,6 +159,7 @@ def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) ->
     raise ValueError(f"kind must be 'bool', 'float', 'soft' or 'expanded'; got {kind!r}")
 
 
+# In what follows a problem may be one of `transitions` too.
 def reference(problem: Problem) -> Tensor:
     """The result in float64: see `esmfold2_trimul_tools.oracle`."""
     return formula(problem).detach()
@@ -170,28 +194,17 @@ def with_leaves(problem: Problem, leaves: dict[str, Tensor]) -> Problem:
         return {name: leaves.get(name, value) for name, value in group.items()}
 
     weights, biases = put(problem.weights), put(problem.biases)
-    return Problem(**put(vars(problem)) | {"weights": weights, "biases": biases})
+    return type(problem)(**put(vars(problem)) | {"weights": weights, "biases": biases})
 
 
 def formula(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     """The oracle's result on the CPU: every operation's in `dtype`, norms in float32 at least."""
-    p = problem.to("cpu")
-    return triangle_multiplication(
-        p.x, p.direction, p.weights | p.biases, mask=p.mask, residual=p.residual,
-        drop_mask=p.drop_mask, eps=p.eps, dtype=dtype,
-    )  # fmt: skip
+    return problem.to("cpu").formula(dtype)
 
 
 def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:
-    """The public function that takes this problem's arguments, on `device`."""
-    p = problem.to(device)
-    if p.biases:
-        return kernel.triangle_multiplicative_update(
-            p.x, p.direction, p.mask, eps=p.eps, **p.weights, **p.biases, **others
-        )
-    return kernel.triangle_multiplicative_update_with_residual(
-        p.x, p.direction, p.residual, p.drop_mask, mask=p.mask, eps=p.eps, **p.weights, **others
-    )
+    """The public function's value on `device`."""
+    return problem.to(device).run(kernel, **others)
 
 
 def as_call(types, problem: Problem, **others):

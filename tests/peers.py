@@ -31,12 +31,12 @@ _FOLDER = Path(sys.prefix, "peers")
 _ABSENT = ("biotite", "gemmi", "ml_collections", "optree", "scipy")
 
 
-def peer(name: str) -> ModuleType:
-    """The module of a peer that the tests use; skips the test where it is absent."""
+def peer(name: str, module: str | None = None) -> ModuleType:
+    """A module of a peer, its triangle's by default; skips the test where the peer is absent."""
     with _importable():
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed; make env installs it where it can be")
-        return importlib.import_module(MODULES[name])
+        return importlib.import_module(module or MODULES[name])
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -107,9 +107,10 @@ class _ConfigDict(dict):
 
     def __getattr__(self, name: str):
         try:
-            return self[name]
+            value = self[name]
         except KeyError:
             raise AttributeError(name) from None
+        return _ConfigDict(value) if type(value) is dict else value
 
 
 class _TruncatedNormal:

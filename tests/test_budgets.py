@@ -19,6 +19,7 @@ from helpers import (
     with_leaves,
 )
 from torch import Tensor
+from transitions import BIASES, TransitionProblem, in_tree_transition, make_transition
 
 
 def without(name: str):
@@ -85,6 +86,72 @@ def test_faults_are_seen_in_gradients(dtype, fault):
     assert_no_worse(exact, 1.1)
     with pytest.raises(AssertionError):
         assert_no_worse(faulty, 1.1)
+
+
+def exchanged(problem: TransitionProblem) -> TransitionProblem:
+    w = problem.weights
+    return with_leaves(problem, {"gate_weight": w["up_weight"], "up_weight": w["gate_weight"]})
+
+
+TRANSITION_FAULTS = {
+    "no norm weight": without("norm_weight"),
+    "no gate bias": without("gate_bias"),
+    "no down bias": without("down_bias"),
+    "gate and up exchanged": exchanged,
+    "no lengths": lambda problem: replace(problem, lengths=None),
+    "norms in bfloat16": rounded_norms,
+}
+TRANSITION_PLANTED = [
+    (dtype, fault)
+    for dtype in DTYPES
+    for fault in TRANSITION_FAULTS
+    if dtype == torch.float32 or fault != "norms in bfloat16"
+]
+
+
+def transition_of(dtype: torch.dtype, seed: int = 0) -> TransitionProblem:
+    return make_transition((1, 6, 6, 16), 24, dtype=dtype, biases=BIASES, lengths=(4,), seed=seed)
+
+
+@pytest.mark.parametrize("dtype, fault", TRANSITION_PLANTED)
+def test_faults_are_seen_in_outputs_of_transitions(dtype, fault):
+    problem = transition_of(dtype)
+    assert_close(formula(problem).to(dtype), problem)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(formula(TRANSITION_FAULTS[fault](problem)).to(dtype), problem)
+
+
+@pytest.mark.parametrize(
+    "dtype, fault",
+    # No gradient depends on the last bias.
+    [(dtype, fault) for dtype, fault in TRANSITION_PLANTED if fault != "no down bias"],
+)
+def test_faults_are_seen_in_gradients_of_transitions(dtype, fault):
+    exact, faulty = [], []
+    for seed in range(8):
+        problem = transition_of(dtype, seed)
+        grad_out = torch.randn(problem.x.shape, generator=seeded(5)).to(dtype)
+        wanted, plain = (of(problem, grad_out) for of in (reference_gradients, plain_gradients))
+        exact.append((wanted, plain, wanted))
+        fault_of = TRANSITION_FAULTS[fault]
+        faulty.append((reference_gradients(fault_of(problem), grad_out), plain, wanted))
+    assert_no_worse(exact, 1.1)
+    with pytest.raises(AssertionError):
+        assert_no_worse(faulty, 1.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_in_tree_transition_is_not_within_the_bounds_beside_it(dtype):
+    """With as many values as test_transition.py compares at the real width."""
+    draws = []
+    for seed in range(2):
+        problem = make_transition((1, 16, 16, 256), 1024, dtype=dtype, residual="x", seed=seed)
+        with torch.no_grad():
+            plain = in_tree_transition(problem)(problem.x)
+        draws.append((plain, plain, formula(problem)))
+    for factor in (0.85, 0.95):
+        with pytest.raises(AssertionError):
+            assert_no_worse(draws, factor)
 
 
 def test_what_was_asked_for_is_in_force():

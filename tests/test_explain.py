@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import make_problem
 from peak_bytes import PeakBytes
+from transitions import make_transition
 
 MODES = [
     ("default", False, None), ("default", True, None), ("lean", False, None),
@@ -166,7 +167,7 @@ def test_prints_as_a_page(kernel, on_triton):
     assert lines[0].startswith("outgoing, pair tensor 1x16x16x32 bfloat16 on c")
     assert lines[1].startswith("  path     triton: ")
     assert sum(line.startswith("  stage    ") for line in lines) == 3
-    assert any(line.startswith("  at once  3.12 pair tensors") for line in lines)
+    assert any(line.startswith("  at once  3.12 such tensors") for line in lines)
     assert "  note     tiles beyond the lengths are skipped; the programs above are all" in lines
 
 
@@ -177,5 +178,90 @@ def test_what_the_call_refuses_explain_refuses(kernel):
         kernel.explain(update, p.x, "up", **p.weights)
     with pytest.raises(TypeError, match="missing a required argument: 'x'"):
         kernel.explain(update)
-    with pytest.raises(TypeError, match="function must be triangle_multiplicative_update or"):
-        kernel.explain(torch.add, p.x)
+    for function in (torch.add, "swiglu_transition", [update]):
+        with pytest.raises(TypeError) as caught:
+            kernel.explain(function, p.x)
+        assert str(caught.value) == (
+            "function must be triangle_multiplicative_update, "
+            "triangle_multiplicative_update_with_residual or swiglu_transition; "
+            f"got {function!r}"
+        )
+    with pytest.raises(ValueError, match=r"x must be \[..., C\] with C of at least 1; got \(\)"):
+        transition = make_transition((3, 8), 12)
+        kernel.explain(kernel.swiglu_transition, torch.ones(()), **transition.weights)
+
+
+class TestTransition:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("inplace", [False, True])
+    @pytest.mark.parametrize("lengths", [None, (96, 40)])
+    @torch.no_grad()
+    def test_the_aten_path(self, kernel, monkeypatch, submodule, dtype, inplace, lengths):
+        problem = make_transition(
+            (2, 96, 96, 32), 64, dtype=dtype, residual="own", lengths=lengths
+        )
+        found = self.explained(kernel, problem, inplace=inplace)
+        assert found.path == "aten" and not found.stages and found.memory is None
+        assert found.call.startswith("transition, tensor 2x96x96x32")
+        assert found.buffers == ({} if inplace else {"output": 1.0})
+        aten = submodule("aten_path.transition")
+        for name in ("_BLOCK_POSITIONS", "LEAST_POSITIONS"):
+            monkeypatch.setattr(aten, name, 96)
+        given = (problem.x, problem.residual, *problem.weights.values())
+        with PeakBytes(*given) as memory:
+            problem.run(kernel, inplace=inplace)
+        assert found.peak_bytes <= memory.peak <= found.peak_bytes + 0.2 * problem.x.nbytes
+        if lengths is not None:
+            assert "each sequence is cut to its length, which the host reads" in found.notes
+
+    @staticmethod
+    def explained(kernel, problem, **others):
+        p = problem
+        return kernel.explain(
+            kernel.swiglu_transition, p.x, **p.weights, residual=p.residual, lengths=p.lengths,
+            **others,
+        )  # fmt: skip
+
+    def test_what_is_kept_for_a_backward(self, kernel):
+        problem = make_transition((16, 32), 64)
+        assert "no gradient is needed: nothing is kept" in self.explained(kernel, problem).notes
+        problem.x.requires_grad_()
+        found = self.explained(kernel, problem)
+        assert found.kept == 0.0
+        assert "the backward computes everything again, nothing is kept" in found.notes
+
+    def test_copies_of_x_and_the_residual_are_counted(self, kernel):
+        problem = make_transition((2, 3, 2, 5, 4, 16), 24, residual="own")
+        for name in ("x", "residual"):
+            value = getattr(problem, name).transpose(0, 2).contiguous().transpose(0, 2)
+            setattr(problem, name, value)
+        problem.x.requires_grad_()
+        found = self.explained(kernel, problem)
+        assert found.buffers == {"output": 1.0, "copy of x": 1.0, "copy of residual": 1.0}
+        assert (found.peak, found.kept) == (3.0, 1.0)
+        assert found.notes[-1].startswith("residual is copied")
+
+    def test_the_formula_and_vmap(self, kernel):
+        problem, seen = make_transition((3, 8), 12), []
+
+        def call(x):
+            seen.append(kernel.explain(kernel.swiglu_transition, x, **problem.weights))
+            return x
+
+        torch.func.jvp(call, (problem.x,), (problem.x,))
+        torch.vmap(call)(problem.x)
+        assert [found.path for found in seen] == ["formula", "aten"]
+        assert "explain one of them" in str(seen[1])
+
+    def test_an_empty_call(self, kernel):
+        found = self.explained(kernel, make_transition((0, 8), 12))
+        assert found.peak_bytes == 0 and "empty" in found.reason
+
+    def test_prints_as_a_page(self, kernel):
+        lines = str(self.explained(kernel, make_transition((5, 7, 16), 24))).split("\n")
+        assert lines[0] == "transition, tensor 1x5x7x16 float32 on cpu, H = 24"
+        assert lines[1] == "  path     aten: CPU tensors run the ATen path"
+        assert lines[2:4] == [
+            "  buffer   output: 1.00 such tensors",
+            "  at once  1.00 such tensors, 0.0 MiB, of which 0.00 are kept for a backward",
+        ]

@@ -1,4 +1,4 @@
-"""Random calls of the two public functions, good and wrong ones: see docs/fuzzing.md.
+"""Random calls of the three public functions, good and wrong ones: see docs/fuzzing.md.
 
 FUZZ_CASES is the number of good calls, FUZZ_SEED draws other calls than the usual ones, and
 FUZZ_SUMMARY names a file for the results.
@@ -27,12 +27,14 @@ from fuzzing import (  # noqa: E402
     GRADIENTS,
     INTERPRETER,
     NORMS,
+    TRANSITION,
     UPDATE,
     WITH_RESIDUAL,
     Call,
     Case,
     Exact,
     Oracle,
+    TransitionCase,
     calls,
     formula,
     gradients,
@@ -46,12 +48,13 @@ from helpers import DTYPES  # noqa: E402
 from helpers import SEED as TEST_SEED  # noqa: E402
 from hypothesis import HealthCheck, Phase  # noqa: E402
 from torch import Tensor  # noqa: E402
+from transitions import PATHS  # noqa: E402
 from wrong_calls import (  # noqa: E402
     WrongCall,
     arguments_of,
     optional_of,
+    table_of,
     wrong_calls,
-    wrong_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,11 +99,19 @@ class Record:
         self.counts = collections.defaultdict(collections.Counter)
         self.worst = collections.defaultdict(dict)
 
-    def passed(self, path: str, case: Case, ratios: dict[str, float], remarks: list[str]) -> None:
+    def passed(
+        self,
+        path: str,
+        case: Case | TransitionCase,
+        ratios: dict[str, float],
+        remarks: list[str],
+    ) -> None:
         dtype = str(case.dtype).removeprefix("torch.")
         self.counts[path].update(["calls", dtype, case.function, *remarks])
         for name, value in ratios.items():
             kind = f"{dtype}, {'output' if name == 'output' else 'gradients'}"
+            if case.function == TRANSITION:
+                kind += " of transitions"
             if value >= self.worst[path].get(kind, {"ratio": 0.0})["ratio"]:
                 self.worst[path][kind] = {"ratio": round(value, 3), "of": name, "case": repr(case)}
 
@@ -134,7 +145,7 @@ def test_aten(kernel, record, case):
     check(kernel, record, "aten", "cpu", case)
 
 
-@fuzz("triton", calls(GPU if torch.cuda.is_available() else INTERPRETER))
+@fuzz("triton", calls(GPU if torch.cuda.is_available() else INTERPRETER, "triton" in PATHS))
 def test_triton(kernel, record, on_triton, case):
     on_gpu = on_triton == "cuda"
     record.devices["triton"] = torch.cuda.get_device_name() if on_gpu else "Triton's interpreter"
@@ -147,9 +158,9 @@ def test_wrong_arguments(kernel, record, call):
     record.counts["wrong arguments"].update(["calls", type(error).__name__])
 
 
-@pytest.mark.parametrize("function", [UPDATE, WITH_RESIDUAL])
+@pytest.mark.parametrize("function", [UPDATE, WITH_RESIDUAL, TRANSITION])
 def test_each_wrong_argument_alone(kernel, function):
-    for key in wrong_of(function):
+    for key in table_of(function):
         for given in ((), optional_of(function)):
             assert_refused(kernel, WrongCall(function, torch.float32, given, False, (key,)))
 
@@ -173,7 +184,9 @@ def error_of(function, arguments: dict) -> Exception | None:
     return None
 
 
-def check(kernel, record: Record, path: str, device: str, case: Case) -> None:
+def check(
+    kernel, record: Record, path: str, device: str, case: Case | TransitionCase
+) -> None:
     """The call gives what the formula gives, and writes to nothing else."""
     call = make(case, device, lecun)
     found = oracle(case, call.values, path == "triton", device != "cpu")
@@ -182,7 +195,7 @@ def check(kernel, record: Record, path: str, device: str, case: Case) -> None:
     before = {name: bits(buffer) for name, buffer in call.buffers.items()}
     out = function(**call.arguments | ({} if case.function == UPDATE else {"inplace": False}))
     ratios = check_output(case, call, found, out)
-    remarks = [f"memory={case.memory}"]
+    remarks = [] if case.function == TRANSITION else [f"memory={case.memory}"]
     if leaves:
         remarks.append("with gradients")
         ratios |= check_gradients(case, found, out, leaves)
@@ -205,7 +218,9 @@ def bits(buffer: Tensor) -> Tensor:
     return buffer.detach().clone().view(torch.uint8)
 
 
-def check_output(case: Case, call: Call, found: Oracle, out: Tensor) -> dict[str, float]:
+def check_output(
+    case: Case | TransitionCase, call: Call, found: Oracle, out: Tensor
+) -> dict[str, float]:
     """The output's error in units of the allowed error, if there is one."""
     assert out.shape == found.out.shape and out.dtype == case.dtype and out.is_contiguous()
     assert out.requires_grad == bool(case.needs_grad)
@@ -228,7 +243,7 @@ def check_output(case: Case, call: Call, found: Oracle, out: Tensor) -> dict[str
 
 
 def check_gradients(
-    case: Case, found: Oracle, out: Tensor, leaves: list[Tensor]
+    case: Case | TransitionCase, found: Oracle, out: Tensor, leaves: list[Tensor]
 ) -> dict[str, float]:
     """The gradients' errors in units of the allowed error."""
     generator = torch.Generator().manual_seed(case.seed)
@@ -251,7 +266,7 @@ def check_inplace(function, call: Call, wanted: Tensor, overflows: bool) -> None
     """The same bits, in the residual's place, and nothing written beside it."""
     residual = call.arguments["residual"]
     around = {name: buffer.clone() for name, buffer in call.buffers.items()}
-    name = "x" if residual is call.arguments["pair"] else "residual"
+    name = "x" if residual is call.tensors["x"] else "residual"
     out = function(**call.arguments)
     assert out is residual
     if not overflows:

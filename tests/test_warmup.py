@@ -1,5 +1,7 @@
 """warmup: after it no call of its kind brings a kernel that is not compiled yet."""
 
+import types
+
 import pytest
 import torch
 from helpers import make_problem
@@ -127,7 +129,52 @@ def test_nothing_runs_and_nothing_is_allocated(kernel, on_triton, submodule, mon
     assert compiled == ["fused_dual_gemm", "trimul_einsum", "fused_ln_residual"]
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_transitions(kernel, kernels_of, submodule, monkeypatch, residual, training):
+    """Their launches are compiled for each kind of length, beside the triangles'."""
+    path, planned, compiled = submodule("triton_path"), [], []
+
+    class Launch:
+        def compile(self, **tensors):
+            compiled.append(tensors)
+
+    def launches(call):
+        planned.append(call)
+        return [(Launch(), {"x": call.x})]
+
+    class Transition:
+        plan_training = staticmethod(launches)
+
+        @staticmethod
+        def plan(call):
+            return types.SimpleNamespace(launches=launches(call))
+
+    monkeypatch.setattr(path, "transition", Transition, raising=False)
+    options = dict(
+        channels=32, device="cpu", dtype=torch.bfloat16, mask_dtypes=[torch.bool, None],
+        residual=residual, training=training, lengths=[20, 400],
+    )  # fmt: skip
+    triangles = kernels_of(lambda: kernel.warmup(**options))
+    assert triangles and not planned
+    assert kernels_of(lambda: kernel.warmup(**options, transition_hidden=96)) == triangles
+    assert {call.x.shape for call in planned} == {(1, 20, 20, 32), (1, 400, 400, 32)}
+    assert len(planned) == len(compiled) == 2  # once, not for each mask
+    for call in planned:
+        assert call.x.is_meta and call.x.dtype == torch.bfloat16 and call.hidden == 96
+        assert (call.residual is call.x) == residual
+        gate, up = call.weights.gate_weight, call.weights.up_weight
+        assert gate.shape == (96, 32) and gate.dtype == torch.bfloat16
+        assert gate.untyped_storage()._cdata == up.untyped_storage()._cdata
+        assert call.weights.norm_weight.dtype == torch.float32
+        assert call.weights.down_weight.shape == (32, 96) and call.weights.down_bias is None
+
+
 @pytest.mark.parametrize("changes, error, message", [
+    ({"transition_hidden": 0}, ValueError,
+     "transition_hidden must be a positive integer; got 0"),
+    ({"transition_hidden": True}, ValueError,
+     "transition_hidden must be a positive integer; got True"),
     ({"channels": 0}, ValueError, "channels must be a positive integer; got 0"),
     ({"hidden": 2.0}, ValueError, "hidden must be a positive integer; got 2.0"),
     ({"memory": "auto"}, ValueError, "memory must be 'default' or 'lean' for warmup; got 'auto'"),

@@ -7,9 +7,10 @@ Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels befor
 `lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
 path, settings and memory without running it.
 
-`patch` puts the kernel into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
-and `unpatch` takes it out of one or of any copy of it. The functions `from_...` turn a module of
-such a model, or of Chai-1, into arguments.
+`patch` puts the kernels into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
+and `unpatch` takes them out of one or of any copy of it. The functions `from_...` turn a triangle
+multiplication of such a model, or of Chai-1, into arguments, and `transition_from_...` a
+transition.
 """
 
 from . import layers
@@ -23,6 +24,10 @@ from .models.adapters import (
     from_openfold,
     from_openfold3,
     from_protenix,
+    transition_from_boltz,
+    transition_from_esmfold2,
+    transition_from_openfold3,
+    transition_from_protenix,
 )
 from .models.patching import patch, unpatch
 from .swiglu_transition import swiglu_transition
@@ -46,6 +51,10 @@ __all__ = [
     "lengths_from_mask",
     "patch",
     "swiglu_transition",
+    "transition_from_boltz",
+    "transition_from_esmfold2",
+    "transition_from_openfold3",
+    "transition_from_protenix",
     "triangle_multiplicative_update",
     "triangle_multiplicative_update_with_residual",
     "unpatch",

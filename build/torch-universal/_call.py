@@ -61,11 +61,15 @@ class Call(NamedTuple):
 
     def of_entry(self, entry: int) -> "Call":
         """The call on one sequence of the batch."""
+        return self.of_entries(slice(entry, entry + 1))
+
+    def of_entries(self, entries: slice) -> "Call":
+        """The call on some sequences of the batch."""
         names = ("x", "mask", "residual", "drop_mask", "lengths")
         tensors = {name: getattr(self, name) for name in names}
         return self._replace(
             **{
-                name: None if tensor is None else tensor[entry : entry + 1]
+                name: None if tensor is None else tensor[entries]
                 for name, tensor in tensors.items()
             }
         )

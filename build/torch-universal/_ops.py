@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e9237d23b5"
+_NAMESPACE = "_esmfold2_trimul_kernel_480ccd23da"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

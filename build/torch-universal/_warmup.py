@@ -1,12 +1,12 @@
 """Compiles beforehand the kernels that the first calls of a process would wait for."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ._call import Call, Weights
-from .paths import execution_path, path_module
+from ._call import Call, Transition, TransitionWeights, Weights
+from .paths import execution_path, module_for, path_module
 from .triton_parts.device import DeviceTarget, device_target, standing_in
 from .triton_parts.settings import class_lengths
 from .validation import COMPUTE_DTYPES, check_memory, resolve_precision
@@ -28,6 +28,7 @@ def warmup(
     precision: str | None = None,
     memory: str = "default",
     training: bool = False,
+    transition_hidden: int | None = None,
 ) -> None:
     """Compiles the kernels that calls of one kind need, so that no such call waits for a compiler.
 
@@ -48,13 +49,19 @@ def warmup(
         precision: as for `triangle_multiplicative_update_with_residual`.
         memory: "default" or "lean": the kernels of that mode.
         training: whether calls need the gradients of x and of all parameters.
+        transition_hidden: H of the transitions, which are compiled too, for the same channels,
+            dtypes, residual, lengths and precision, without biases; 1024 in ESMFold2's trunk.
+            None means none.
 
     Raises:
         ValueError: a device that doesn't run the Triton kernels, or an argument that doesn't fit.
         TypeError: a dtype that the kernels don't take.
     """
     hidden = channels if hidden is None else hidden
-    for name, value in (("channels", channels), ("hidden", hidden)):
+    widths = {"channels": channels, "hidden": hidden}
+    if transition_hidden is not None:
+        widths["transition_hidden"] = transition_hidden
+    for name, value in widths.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
     if norm_dtype is not None and norm_dtype not in COMPUTE_DTYPES:
@@ -91,28 +98,55 @@ def warmup(
         tensor(hidden, dtype=norm_dtype), tensor(hidden, dtype=norm_dtype),
         tensor(channels, hidden), None, tensor(channels, channels), None,
     )  # fmt: skip
+    transition_weights = None
+    if transition_hidden is not None:
+        gate_and_up = tensor(2 * transition_hidden, channels)  # one tensor, as in ESMFold2
+        transition_weights = TransitionWeights(
+            tensor(channels, dtype=norm_dtype), tensor(channels, dtype=norm_dtype),
+            gate_and_up[:transition_hidden], None, gate_and_up[transition_hidden:], None,
+            tensor(channels, transition_hidden), None,
+        )  # fmt: skip
+    word = resolve_precision(precision, "pair", tensor(0))
+
+    def calls(length: int) -> Iterator[Call | Transition]:
+        """The calls of this length whose kernels are compiled."""
+        x = tensor(1, length, length, channels)
+        added = x if residual else None
+        for mask_dtype in mask_dtypes:
+            yield Call(
+                x=x,
+                direction="outgoing",
+                mask=tensor(1, length, length, dtype=mask_dtype),
+                residual=added,
+                drop_mask=tensor(1, length, channels, dtype=drop_mask_dtype),
+                weights=weights,
+                eps_in=1e-5,
+                eps_out=1e-5,
+                precision=word,
+                memory=memory,
+                recompute="product",
+                inplace=False,
+                lengths=None,
+            )
+        if transition_weights is not None:
+            yield Transition(
+                x=x,
+                residual=added,
+                weights=transition_weights,
+                eps=1e-5,
+                precision=word,
+                inplace=False,
+                lengths=None,
+            )
+
     sizes = functools.partial(module.group_size, hidden) if training else None
-    plan = module.plan_training if training else lambda call: module.plan(call).launches
     with standing_in(target), module.current_device(there):
         for length in _lengths_of_each_kind(lengths, target, sizes):
-            x = tensor(1, length, length, channels)
-            for mask_dtype in mask_dtypes:
-                call = Call(
-                    x=x,
-                    direction="outgoing",
-                    mask=tensor(1, length, length, dtype=mask_dtype),
-                    residual=x if residual else None,
-                    drop_mask=tensor(1, length, channels, dtype=drop_mask_dtype),
-                    weights=weights,
-                    eps_in=1e-5,
-                    eps_out=1e-5,
-                    precision=resolve_precision(precision, "pair", x),
-                    memory=memory,
-                    recompute="product",
-                    inplace=False,
-                    lengths=None,
-                )
-                for launch, tensors in plan(call):
+            for call in calls(length):
+                of = module_for(call, path.name)
+                for launch, tensors in (
+                    of.plan_training(call) if training else of.plan(call).launches
+                ):
                     launch.compile(**tensors)
 
 

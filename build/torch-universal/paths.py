@@ -85,7 +85,13 @@ def path_of(call: Call | Transition) -> ModuleType:
     path = execution_path(x.device, x.dtype)
     if path.name == "aten" and x.device.type != "cpu":
         say_plain(path.reason)
-    return path_module(path.name)
+    return module_for(call, path.name)
+
+
+def module_for(call: Call | Transition, path: str) -> ModuleType:
+    """The part of a path, by its name, that takes calls of this kind."""
+    module = path_module(path)
+    return module.transition if isinstance(call, Transition) else module
 
 
 @functools.cache

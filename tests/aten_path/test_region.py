@@ -133,8 +133,8 @@ def several_threads(submodule, threads, monkeypatch):
     aten = submodule("aten_path.blocks")
     monkeypatch.setattr(aten, "region_threads", lambda _: threads)
     monkeypatch.setattr(aten, "_BLOCK_POSITIONS", 64)
-    monkeypatch.setattr(aten, "_LEAST_POSITIONS", 16)
-    monkeypatch.setattr(aten, "_LEAST_POSITIONS_A_THREAD", 1)
+    monkeypatch.setattr(aten, "LEAST_POSITIONS", 16)
+    monkeypatch.setattr(aten, "LEAST_POSITIONS_A_THREAD", 1)
 
 
 @pytest.mark.parametrize("hidden", [24, 40])  # in the output's memory, and beside it

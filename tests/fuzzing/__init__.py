@@ -1,14 +1,30 @@
-"""Random calls of the two public functions: how they are drawn, made, computed and judged.
+"""Random calls of the three public functions: how they are drawn, made, computed and judged.
 
-A `Case` is a call as plain values, and its repr is Python that makes it again. The call's result is
-compared with the formula in float64. The allowed error is measured on the same numbers: the formula
-runs in float64 again, with a random error wherever plain PyTorch would round (`Rounding`).
+A `Case`, or a `TransitionCase`, is a call as plain values, and its repr is Python that makes it
+again. The call's result is compared with the formula in float64. The allowed error is measured on
+the same numbers: the formula runs in float64 again, with a random error wherever plain PyTorch
+would round (`Rounding`).
 """
 
 import torch
 from cuequivariance_enums import TriMulPrecision
 
-from .case import BIASES, NORMS, PROJECTIONS, UPDATE, WITH_RESIDUAL, Case, Layout, Lengths, Mask
+from .case import (
+    BIASES,
+    NORMS,
+    PROJECTIONS,
+    TRANSITION,
+    TRANSITION_BIASES,
+    TRANSITION_NORMS,
+    TRANSITION_PROJECTIONS,
+    UPDATE,
+    WITH_RESIDUAL,
+    Case,
+    Layout,
+    Lengths,
+    Mask,
+    TransitionCase,
+)
 from .draw import ATEN, GPU, INTERPRETER, calls
 from .judge import GRADIENTS, Oracle, gradients, oracle, ratio, share_of_rounding
 from .rounding import Exact, formula
@@ -23,6 +39,10 @@ __all__ = [
     "INTERPRETER",
     "NORMS",
     "PROJECTIONS",
+    "TRANSITION",
+    "TRANSITION_BIASES",
+    "TRANSITION_NORMS",
+    "TRANSITION_PROJECTIONS",
     "UPDATE",
     "WITH_RESIDUAL",
     "Call",
@@ -32,6 +52,7 @@ __all__ = [
     "Lengths",
     "Mask",
     "Oracle",
+    "TransitionCase",
     "TriMulPrecision",
     "calls",
     "formula",

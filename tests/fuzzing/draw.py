@@ -15,18 +15,24 @@ from .case import (
     NORMS,
     PRECISIONS,
     PROJECTIONS,
+    TRANSITION_BIASES,
+    TRANSITION_NORMS,
+    TRANSITION_PROJECTIONS,
     UPDATE,
     WITH_RESIDUAL,
     Case,
     Layout,
     Lengths,
     Mask,
+    TransitionCase,
     shapes_of,
 )
 
 REAL_DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, *DTYPES, torch.float64,
 )  # fmt: skip
+# Projections whose results are multiplied by each other.
+_MULTIPLIED = ("p_in_weight", "gate_weight", "up_weight")
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,14 @@ def sometimes(draw, strategy: st.SearchStrategy, else_: object = None, one_in: i
     return draw(strategy) if draw(st.integers(1, one_in)) == one_in else else_
 
 
-def calls(sizes: Sizes) -> st.SearchStrategy[Case]:
-    """Good calls of either function."""
+def calls(sizes: Sizes, transitions: bool = True) -> st.SearchStrategy[Case | TransitionCase]:
+    """Good calls of any function; one in three is a transition."""
+    cases = _cases(sizes)
+    if transitions:
+        cases = st.sampled_from((cases, cases, _transitions(sizes))).flatmap(lambda of: of)
     # Hypothesis makes most of its examples out of earlier ones by copying parts of them to other
     # places, but not within a collection of unique elements; so each call is drawn anew.
-    return st.lists(_cases(sizes), min_size=1, max_size=1, unique_by=repr).map(lambda one: one[0])
+    return st.lists(cases, min_size=1, max_size=1, unique_by=repr).map(lambda one: one[0])
 
 
 @st.composite
@@ -79,7 +88,7 @@ def _cases(draw, sizes: Sizes) -> Case:
         mask_leading = draw(_broadcastable(leading))
     needs_grad = draw(sometimes(st.just(True), False, sizes.gradients))
     names = NORMS + (BIASES if function == UPDATE else ())
-    given = draw(_given(names, sizes.patterns))
+    given = draw(_given(names, sizes.patterns, (names, NORMS, ())))
     dtypes = st.sampled_from((torch.float32, torch.float32, torch.float32, dtype, *DTYPES))
     vectors = {name: draw(dtypes) for name in given}
     made: tuple[str, ...] = ()
@@ -105,7 +114,7 @@ def _cases(draw, sizes: Sizes) -> Case:
         rows=draw(st.sampled_from(("plain", "plain", "large means", "some constant", "constant"))),
         vectors=vectors, made=made,
         bundled=not {"p_in_weight", "g_in_weight"} & set(made) and draw(st.booleans()),
-        scales=draw(_scales(dtype, tuple(vectors))),
+        scales=draw(_scales(dtype, tuple(vectors), PROJECTIONS)),
         mask=mask, residual=residual, drop_mask=drop_mask, lengths=None,
         eps=draw(st.sampled_from((1e-5, 1e-5, 1e-8, 1e-6, 1e-3, 1.0, 1))),
         eps_out=draw(sometimes(st.sampled_from((1e-8, 1e-5, 1e-2, 1.0))))
@@ -116,12 +125,53 @@ def _cases(draw, sizes: Sizes) -> Case:
         inplace=inplace, needs_grad=(), layouts={}, seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip
     case = dataclasses.replace(case, lengths=draw(sometimes(_lengths(case), None, 3)))
+    return draw(_laid_out(case, sizes, needs_grad))
+
+
+@st.composite
+def _transitions(draw, sizes: Sizes) -> TransitionCase:
+    dtype, length = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(sizes.lengths))
+    channels, hidden = draw(_widths(sizes, length))
+    square = draw(st.booleans())
+    other = length if square else draw(st.sampled_from(sizes.lengths))
+    batch = draw(st.sampled_from(((), (), (1,), (2,), (3,), (1, 2), (2, 2), (0,), (2, 0))))
+    if math.prod(batch) > sizes.batch:
+        batch = ()
+    rows_of = (*batch, length, other)
+    if not square:  # fewer axes, too
+        rows_of = rows_of[draw(st.integers(0, len(rows_of))) :]
+    needs_grad = draw(sometimes(st.just(True), False, sizes.gradients))
+    names = TRANSITION_NORMS + TRANSITION_BIASES
+    few = (names, TRANSITION_NORMS, ())
+    given = draw(_given(names, sizes.patterns, few))
+    dtypes = st.sampled_from((torch.float32, torch.float32, torch.float32, dtype, *DTYPES))
+    vectors = {name: draw(dtypes) for name in given}
+    residual = draw(st.sampled_from((None, "tensor", "pair")))
+    case = TransitionCase(
+        dtype, rows_of, channels, hidden,
+        rows=draw(st.sampled_from(("plain", "plain", "large means", "some constant", "constant"))),
+        vectors=vectors, bundled=draw(st.booleans()),
+        scales=draw(_scales(dtype, tuple(vectors), TRANSITION_PROJECTIONS)),
+        residual=residual, lengths=None,
+        eps=draw(st.sampled_from((1e-5, 1e-5, 1e-8, 1e-6, 1e-3, 1.0, 1))),
+        precision=draw(_precisions(dtype)),
+        inplace=residual is not None and not needs_grad and draw(st.booleans()),
+        needs_grad=(), layouts={}, seed=draw(st.integers(0, 2**16)),
+    )  # fmt: skip
+    if square:
+        case = dataclasses.replace(case, lengths=draw(sometimes(_lengths(case))))
+    return draw(_laid_out(case, sizes, needs_grad))
+
+
+@st.composite
+def _laid_out(draw, case: Case | TransitionCase, sizes: Sizes, needs_grad: bool):
+    """The case with layouts of its tensors, and with the leaves that need a gradient."""
     shapes = shapes_of(case)
     layouts = {}
     for name, shape in shapes.items():
-        if case.bundled and name in ("p_in_weight", "g_in_weight"):
+        if case.bundled and name in case.halves:
             continue
-        kept = case.inplace and name in ("residual", "x" if residual == "pair" else "")
+        kept = case.inplace and name in ("residual", "x" if case.residual == "pair" else "")
         layout = draw(sometimes(_layouts(len(shape), sizes.offsets, kept)))
         if layout is not None:
             layouts[name] = layout
@@ -172,9 +222,12 @@ def _broadcastable(draw, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @st.composite
-def _given(draw, names: tuple[str, ...], patterns: bool) -> list[str]:
+def _given(
+    draw, names: tuple[str, ...], patterns: bool, few: tuple[tuple[str, ...], ...]
+) -> list[str]:
+    """Some of the names, or one of the `few` patterns."""
     if not patterns:
-        return list(draw(st.sampled_from((names, NORMS, ()))))
+        return list(draw(st.sampled_from(few)))
     absent = draw(st.sets(st.sampled_from(names)))
     return [name for name in names if name not in absent]
 
@@ -189,14 +242,16 @@ def _masks(draw, shape: tuple[int, ...]) -> Mask:
 
 
 @st.composite
-def _scales(draw, dtype: torch.dtype, vectors: tuple[str, ...]) -> dict[str, float]:
+def _scales(
+    draw, dtype: torch.dtype, vectors: tuple[str, ...], projections: tuple[str, ...]
+) -> dict[str, float]:
     """Scales other than 1, of x, the residual, the projections and the vectors."""
     scales = {}
     if draw(st.booleans()):
         return scales
-    for name in ("x", "residual", *PROJECTIONS, *vectors):
+    for name in ("x", "residual", *projections, *vectors):
         scale = draw(sometimes(st.sampled_from((1e-3, 0.03, 30.0, 1e3)), 1.0, 3))
-        if name in vectors or (dtype == torch.float16 and name == "p_in_weight"):
+        if name in vectors or (dtype == torch.float16 and name in _MULTIPLIED):
             scale = min(scale, 3.0)  # in float16 a product of larger ones would overflow
         if scale != 1.0:
             scales[name] = scale
@@ -209,7 +264,7 @@ def _precisions(dtype: torch.dtype) -> st.SearchStrategy:
 
 
 @st.composite
-def _lengths(draw, case: Case) -> Lengths:
+def _lengths(draw, case: Case | TransitionCase) -> Lengths:
     leading = tuple(case.result_leading)
     shape = draw(_broadcastable(leading))
     longest = case.length
@@ -230,6 +285,6 @@ def _layouts(draw, ndim: int, offsets: tuple[int, ...], contiguous: bool) -> Lay
     return Layout(order, draw(axes), draw(axes), draw(st.sampled_from(offsets)))
 
 
-def _may_need_grad(case: Case, name: str) -> bool:
+def _may_need_grad(case: Case | TransitionCase, name: str) -> bool:
     given = getattr(case, name) if name in ("mask", "drop_mask", "lengths") else None
     return name != "lengths" and (given is None or given.dtype.is_floating_point)

@@ -9,8 +9,8 @@ import torch
 from helpers import ERROR_BUDGET
 from torch import Tensor
 
-from .case import NORMS, Case, pairs_within
-from .rounding import FLOAT32_UNIT, Exact, Rounding, formula
+from .case import Case, TransitionCase, arithmetic, pairs_within
+from .rounding import FLOAT32_UNIT, Exact, Rounding, formula, transition
 
 # Relative L2 errors that are always allowed, from docs/numerics.md: those of whole calls, with
 # twenty-five per cent more on a CPU whose bf16 GEMMs round before each gate.
@@ -34,7 +34,8 @@ class Oracle:
 
     out: Tensor
     drawn: list[Tensor]  # the same with random errors
-    well: Tensor  # [..., L, L, 1]: the pairs whose norm of the product has digits to compare
+    # [..., L, L, 1]: the pairs whose norm of the product has digits to compare; all of a transition
+    well: Tensor
     padding: Tensor | None  # [..., L, L, 1]: the pairs with a residue beyond a length
     budget: float  # a relative L2 error that is good enough
     as_rounded: dict[str, Tensor]  # results of norms' parameters rounded to the pair's dtype
@@ -46,40 +47,43 @@ class Oracle:
         return any(rounding.overflows for rounding in self.roundings)
 
 
-def oracle(case: Case, values: dict[str, Tensor], on_triton: bool, on_gpu: bool) -> Oracle:
-    arithmetic = case.arithmetic if on_triton else "fp32"
-    if arithmetic == "tf32" and not on_gpu:
-        arithmetic = "fp32"
-    budget = NARROW_BUDGET.get(arithmetic, ERROR_BUDGET[case.dtype])
+def oracle(
+    case: Case | TransitionCase, values: dict[str, Tensor], on_triton: bool, on_gpu: bool
+) -> Oracle:
+    products = arithmetic(case) if on_triton else "fp32"
+    if products == "tf32" and not on_gpu:
+        products = "fp32"
+    budget = NARROW_BUDGET.get(products, ERROR_BUDGET[case.dtype])
     if case.dtype == torch.bfloat16 and not on_triton:
         budget *= CPU_BF16
     own = FLOAT32_UNIT if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2
-    narrow = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}[arithmetic]
+    narrow = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}[products]
     roundings = [Rounding(case.dtype, max(own, narrow), case.seed + n) for n in range(DRAWS)]
 
-    def evaluate(rounding: Rounding | Exact, **others: Tensor) -> tuple[Tensor, Tensor, list]:
+    def evaluate(
+        rounding: Rounding | Exact, **others: Tensor
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         given = {name: value.clone() for name, value in (values | others).items()}
         leaves = [given[name].requires_grad_() for name in case.needs_grad]
         weights = Rounding(case.dtype, narrow, case.seed)
         narrowed = narrow and isinstance(rounding, Rounding)
+        weights = weights if narrowed else Exact()
         with torch.set_grad_enabled(bool(leaves)):
-            out, t = formula(case, given, rounding, weights if narrowed else Exact())
+            if isinstance(case, TransitionCase):
+                return transition(case, given, rounding, weights), None, leaves
+            out, t = formula(case, given, rounding, weights)
         return out, t.detach(), leaves
 
     out, t, leaves = evaluate(Exact())
-    graphs = [(out, leaves)]
-    eps_out = case.eps if case.eps_out is None else case.eps_out
-    spread = ((t - t.mean(-1, keepdim=True)).square().mean(-1) + eps_out).sqrt()
-    apart = roundings[0].unit * t.square().mean(-1).sqrt()  # where equal channels are not alike
-    well = apart <= ILL_CONDITIONED * spread
-    for rounding in roundings:
-        some_out, some_t, some_leaves = evaluate(rounding)
-        off = some_t - t
-        off = (off - off.mean(-1, keepdim=True)).square().mean(-1).sqrt()
-        well &= off <= ILL_CONDITIONED * spread
-        graphs.append((some_out, some_leaves))
+    every = [evaluate(rounding) for rounding in roundings]
+    graphs = [(out, leaves), *[(some_out, some_leaves) for some_out, _, some_leaves in every]]
+    well = torch.ones(out.shape[:-1], dtype=torch.bool)
+    if t is not None:
+        eps_out = case.eps if case.eps_out is None else case.eps_out
+        products_of = [some_t for _, some_t, _ in every]
+        well = _well_conditioned(t, products_of, roundings[0].unit, eps_out)
     as_rounded = {}
-    for name in NORMS if _has_errors_that_differ(case) else ():
+    for name in case.norms if _has_errors_that_differ(case) else ():
         rounded = values[name].to(case.dtype).double() if name in values else None
         if rounded is not None and not torch.equal(rounded, values[name]):
             as_rounded[name] = evaluate(Exact(), **{name: rounded})[0].detach()
@@ -93,7 +97,19 @@ def oracle(case: Case, values: dict[str, Tensor], on_triton: bool, on_gpu: bool)
     )
 
 
-def _has_errors_that_differ(case: Case) -> bool:
+def _well_conditioned(t: Tensor, drawn: list[Tensor], unit: float, eps: float) -> Tensor:
+    """The pairs whose norm of the product t has digits to compare."""
+    spread = ((t - t.mean(-1, keepdim=True)).square().mean(-1) + eps).sqrt()
+    apart = unit * t.square().mean(-1).sqrt()  # where equal channels are not alike
+    well = apart <= ILL_CONDITIONED * spread
+    for some_t in drawn:
+        off = some_t - t
+        off = (off - off.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+        well &= off <= ILL_CONDITIONED * spread
+    return well
+
+
+def _has_errors_that_differ(case: Case | TransitionCase) -> bool:
     """Whether the errors of all pairs differ, so that their average means something."""
     shared = "x" in case.layouts and case.layouts["x"].shared is not None
     ordinary = case.rows in ("plain", "large means") and not case.scales
@@ -102,7 +118,7 @@ def _has_errors_that_differ(case: Case) -> bool:
 
 
 def gradients(
-    case: Case, found: Oracle, grad_out: Tensor, dtypes: list[torch.dtype]
+    case: Case | TransitionCase, found: Oracle, grad_out: Tensor, dtypes: list[torch.dtype]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Those of the leaves that need one, exact and with random errors; `dtypes` are theirs."""
     wanted, *drawn = (

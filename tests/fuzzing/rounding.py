@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import PROJECTIONS, Case, pairs_within
+from .case import PROJECTIONS, Case, TransitionCase, pairs_within
 
 # Beyond it float16 overflows, a little early as the values are not the kernels' own.
 HALF_RANGE = 6e4
@@ -162,22 +163,34 @@ class _Sigmoid(torch.autograd.Function):
         return grad * out * (1 - out), None
 
 
+def _steps(
+    values: dict[str, Tensor],
+    names: tuple[str, ...],
+    rounding: Rounding | Exact,
+    weights: Rounding | Exact,
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """linear(value, kind) and layer_norm(value, kind, eps), by the parameters' names."""
+    projections = {name: weights(values[name]) for name in names}
+
+    def linear(value: Tensor, kind: str) -> Tensor:
+        bias = values.get(f"{kind}_bias")
+        return rounding.sums(F.linear(value, projections[f"{kind}_weight"], bias))
+
+    def layer_norm(value: Tensor, kind: str, eps: float) -> Tensor:
+        value = _Normalised.apply(value, eps, rounding, kind == "norm_out")
+        weight, bias = (values.get(f"{kind}_{part}") for part in ("weight", "bias"))
+        value = value if weight is None else value * weight
+        return rounding(value if bias is None else value + bias)
+
+    return linear, layer_norm
+
+
 def formula(
     case: Case, values: dict[str, Tensor], rounding: Rounding | Exact, weights: Rounding | Exact
 ) -> tuple[Tensor, Tensor]:
     """The result and t [..., L, L, D] in the values' dtype; `weights` rounds the matrices."""
     x, v, within = values["x"], values.get, None
-    projections = {name: weights(values[name]) for name in PROJECTIONS}
-
-    def linear(value: Tensor, kind: str) -> Tensor:
-        return rounding.sums(F.linear(value, projections[f"{kind}_weight"], v(f"{kind}_bias")))
-
-    def layer_norm(value: Tensor, kind: str, eps: float) -> Tensor:
-        value = _Normalised.apply(value, eps, rounding, kind == "norm_out")
-        weight, bias = v(f"{kind}_weight"), v(f"{kind}_bias")
-        value = value if weight is None else value * weight
-        return rounding(value if bias is None else value + bias)
-
+    linear, layer_norm = _steps(values, PROJECTIONS, rounding, weights)
     z = layer_norm(x, "norm_in", case.eps)
     ab = linear(z, "p_in") * _Sigmoid.apply(linear(z, "g_in"), rounding)
     if "mask" in values:
@@ -204,3 +217,24 @@ def formula(
     if case.residual is not None:
         delta = (x if case.residual == "pair" else values["residual"]) + delta
     return rounding(delta), t
+
+
+def transition(
+    case: TransitionCase,
+    values: dict[str, Tensor],
+    rounding: Rounding | Exact,
+    weights: Rounding | Exact,
+) -> Tensor:
+    """The result in the values' dtype; `weights` rounds the matrices."""
+    x = values["x"]
+    linear, layer_norm = _steps(values, case.projections, rounding, weights)
+    z = layer_norm(x, "norm", case.eps)
+    gate = linear(z, "gate")
+    hidden = rounding(gate * _Sigmoid.apply(gate, rounding)) * linear(z, "up")
+    delta = linear(rounding(hidden), "down")
+    if case.lengths is not None:
+        lengths = values["lengths"].expand(case.result_leading)
+        delta = torch.where(pairs_within(lengths, case.length).unsqueeze(-1), delta, 0.0)
+    if case.residual is not None:
+        delta = (x if case.residual == "pair" else values["residual"]) + delta
+    return rounding(delta)

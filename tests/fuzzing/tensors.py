@@ -13,10 +13,15 @@ from .case import (
     BIASES,
     NORMS,
     PROJECTIONS,
+    TRANSITION,
+    TRANSITION_BIASES,
+    TRANSITION_NORMS,
+    TRANSITION_PROJECTIONS,
     WITH_RESIDUAL,
     Case,
     Layout,
     Mask,
+    TransitionCase,
     pairs_within,
     shapes_of,
 )
@@ -33,7 +38,10 @@ class Call:
     buffers: dict[str, Tensor]  # the memory that each lies in
 
 
-def make(case: Case, device: str, projection: Callable[..., Tensor]) -> Call:
+_VECTORS = (*NORMS, *BIASES, *TRANSITION_NORMS, *TRANSITION_BIASES)
+
+
+def make(case: Case | TransitionCase, device: str, projection: Callable[..., Tensor]) -> Call:
     """The call on `device`; `projection(shape, dtype)` draws one of those that are None."""
     generator = torch.Generator().manual_seed(case.seed)
     shapes = shapes_of(case)
@@ -49,16 +57,19 @@ def make(case: Case, device: str, projection: Callable[..., Tensor]) -> Call:
     for name, value in values.items():
         tensors[name], buffers[name] = place(value, case.layouts.get(name), device)
     if case.bundled:
-        both = torch.cat([values["g_in_weight"], values["p_in_weight"]]).to(device)
-        tensors["g_in_weight"], tensors["p_in_weight"] = both.chunk(2)
-        buffers["g_in_weight"] = buffers["p_in_weight"] = both
-    arguments = dict.fromkeys((*NORMS, *PROJECTIONS)) | tensors
-    arguments |= {
-        "direction": case.direction, "eps": case.eps, "precision": case.precision,
-        "memory": case.memory, "recompute": case.recompute,
-    }  # fmt: skip
+        both = torch.cat([values[name] for name in case.halves]).to(device)
+        tensors |= dict(zip(case.halves, both.chunk(2), strict=True))
+        buffers |= dict.fromkeys(case.halves, both)
+    arguments = dict.fromkeys((*case.norms, *case.projections)) | tensors
+    arguments |= {"eps": case.eps, "precision": case.precision}
+    residual = tensors["x"] if case.residual == "pair" else tensors.get("residual")
+    if case.function == TRANSITION:
+        arguments |= {"residual": residual, "inplace": case.inplace}
+    else:
+        arguments |= {
+            "direction": case.direction, "memory": case.memory, "recompute": case.recompute
+        }  # fmt: skip
     if case.function == WITH_RESIDUAL:
-        residual = tensors["x"] if case.residual == "pair" else tensors.get("residual")
         arguments["pair"] = arguments.pop("x")
         arguments |= {"residual": residual, "drop_mask": tensors.get("drop_mask")}
         arguments |= {"eps_out": case.eps_out, "inplace": case.inplace}
@@ -97,10 +108,10 @@ def _values(
     if name in ("mask", "drop_mask"):
         return _mask_values(getattr(case, name), generator)
     scale = case.scales.get(name, 1.0)
-    if name in NORMS or name in BIASES:
+    if name in _VECTORS:
         value = 1 + 0.2 * randn(*shape) if name.endswith("weight") else 0.3 * randn(*shape)
         return _between(value * scale, case.dtype).to(case.vectors[name])
-    if name in PROJECTIONS:
+    if name in PROJECTIONS or name in TRANSITION_PROJECTIONS:
         return (randn(*shape) * (scale * shape[1] ** -0.5)).to(case.dtype)
     value = (1.5 * randn(*shape) + 0.3) * scale
     if name == "x":

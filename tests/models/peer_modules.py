@@ -1,5 +1,6 @@
-"""Other models' triangle multiplications, small and random, and how two of them are compared."""
+"""Other models' modules, small and random, and how two of them are compared."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,56 @@ MODULES = {
     ),
     "esmfold2": (esmfold2, "from_esmfold2", "esmfold2"),
 }  # fmt: skip
+
+
+def esmfold2_part(name: str, *arguments, **named) -> nn.Module:
+    modeling = pytest.importorskip("transformers.models.esmfold2.modeling_esmfold2")
+    return getattr(modeling, name)(*arguments, **named)
+
+
+# A transition, and the adapter; the family is that of the name.
+TRANSITIONS = {
+    "boltz": (
+        lambda: peer("boltz", "boltz.model.layers.transition").Transition(CHANNELS, 24),
+        "transition_from_boltz",
+    ),
+    "openfold3": (
+        lambda: peer("openfold3", "openfold3.core.model.layers.transition").SwiGLUTransition(
+            CHANNELS, 2
+        ),
+        "transition_from_openfold3",
+    ),
+    "protenix": (
+        lambda: peer("protenix", "protenix.model.modules.primitives").Transition(CHANNELS, 3),
+        "transition_from_protenix",
+    ),
+    "esmfold2": (
+        lambda: esmfold2_part("EsmFold2Transition", CHANNELS, 24, chunk_size=3),
+        "transition_from_esmfold2",
+    ),
+}
+
+
+def make_transition(name: str, seed: int = 0) -> nn.Module:
+    return randomized(TRANSITIONS[name][0](), seed).eval()
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in this dtype, with ESMFold2's norms in float32 as its checkpoints have them."""
+    module.to(dtype)
+    for part in module.modules():
+        if type(part).__name__ == "EsmFold2LayerNorm":
+            part.float()
+    return module
+
+
+def in_float64(module: nn.Module) -> nn.Module:
+    """A copy that computes in float64, by its own code."""
+    module = copy.deepcopy(module).double()
+    for part in module.modules():
+        if type(part).__name__ == "EsmFold2LayerNorm":  # its forward casts to float32
+            part.__class__ = nn.LayerNorm
+    return module
 
 
 def make(name: str, direction: str = "outgoing", seed: int = 0) -> nn.Module:

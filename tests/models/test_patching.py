@@ -52,7 +52,7 @@ def test_update_and_sum_are_one_pass_where_they_can_be(
         return function(*arguments, **keywords)
 
     monkeypatch.setattr(
-        submodule("models.patching"), "triangle_multiplicative_update_with_residual", counting
+        submodule("models.calls"), "triangle_multiplicative_update_with_residual", counting
     )
     with kernel.patch(module), torch.set_grad_enabled(grad):
         assert module(pair, None, inplace_safe=True, _add_with_inplace=True) is pair

@@ -1,25 +1,26 @@
-"""left^T right over all rows: every row, whatever their number, in fp32 and a fixed order."""
+"""left^T right and sums over all rows: every row, whatever their number, in a fixed order."""
 
 import pytest
 import torch
 from conftest import HAS_GPU
-from helpers import relative_error, seeded
+from helpers import DTYPES, relative_error, seeded
 
-HALVES = (torch.bfloat16, torch.float16)
+BUDGET = 1e-5
 
 
 @pytest.fixture
 def product(submodule, on_triton):
-    """product(left, right, programs): onto a total that is not zero."""
+    """product(left, right, programs): onto a total that is not zero; with_sums gives both."""
     subject = submodule("triton_path.row_products")
 
-    def compute(left, right, programs=None):
+    def compute(left, right, programs=None, with_sums=False):
         left, right = left.to(on_triton), right.to(on_triton)
         shape = left.shape[1], right.shape[1]
         total = torch.full(shape, 3.0, device=on_triton)
-        prepared = subject.prepare_row_products(left, right, programs)
-        subject.add_row_products(total, left, right, prepared)
-        return total - 3.0
+        sums = torch.full(shape[:1], 5.0, device=on_triton) if with_sums else None
+        prepared = subject.prepare_row_products(left, right, "fp32", programs)
+        subject.add_row_products(total, left, right, prepared, sums)
+        return (total - 3.0, sums - 5.0) if with_sums else total - 3.0
 
     return compute
 
@@ -29,7 +30,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tor
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("programs", [None, 1, 7])
 @pytest.mark.parametrize(
     "count, width, other",
@@ -37,8 +38,19 @@ def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tor
 )
 def test_product(product, dtype, programs, count, width, other):
     left, right = rows(count, width, dtype=dtype), rows(count, other, dtype=dtype, seed=1)
-    got = product(left, right, programs)
-    assert relative_error(got, left.double().t() @ right.double()) <= 1e-5
+    got, sums = product(left, right, programs, with_sums=True)
+    assert relative_error(got, left.double().t() @ right.double()) <= BUDGET
+    assert relative_error(sums, left.double().sum(0)) <= BUDGET
+    assert torch.equal(product(left, right, programs), got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sums_of_a_row_that_is_much_larger(product, dtype):
+    """The sums are in fp32, also where an element is as large as all others together."""
+    left = rows(600, 40, dtype=dtype)
+    left[123] *= 600
+    _, sums = product(left, rows(600, 16, dtype=dtype, seed=1), 5, with_sums=True)
+    assert relative_error(sums, left.double().sum(0)) <= BUDGET
 
 
 @pytest.mark.parametrize("programs", [1, 7])
@@ -47,7 +59,7 @@ def test_columns_of_wider_rows(product, programs):
     for columns in (slice(0, 40), slice(16, 48), slice(3, 83)):
         left = wide[:, columns]
         got = product(left, right, programs)
-        assert relative_error(got, left.double().t() @ right.double()) <= 1e-5
+        assert relative_error(got, left.double().t() @ right.double()) <= BUDGET
 
 
 COUNTS = [1, 2, 65, 66, 255, 256, 257, 289, 1025]
@@ -57,14 +69,20 @@ if HAS_GPU:  # cuBLAS 13.1 leaves rows out for most of these
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_every_row_counts_once(product, count):
-    ones = torch.ones(count, 32, dtype=torch.bfloat16)
-    for width, other in ((16, 16), (32, 16)):
-        for programs in (None, 40):
-            got = product(ones[:, :width], ones[:, :other], programs)
-            assert torch.equal(got, torch.full((width, other), float(count), device=got.device))
+    for dtype in (torch.bfloat16, torch.float32):
+        ones = torch.ones(count, 32, dtype=dtype)
+        for width, other in ((16, 16), (32, 16)):
+            for programs in (None, 40):
+                given = ones[:, :width], ones[:, :other], programs
+                got, sums = product(*given, with_sums=True)
+                assert torch.equal(got, torch.full_like(got, count))
+                assert torch.equal(sums, torch.full_like(sums, count))
 
 
-def test_equal_calls_give_equal_bits(product):
-    left, right = rows(3000, 48), rows(3000, 32, seed=1)
-    first = product(left, right, 9)
-    assert all(torch.equal(product(left, right, 9), first) for _ in range(3))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_equal_calls_give_equal_bits(product, dtype):
+    left, right = rows(3000, 48, dtype=dtype), rows(3000, 32, dtype=dtype, seed=1)
+    first, sums = product(left, right, 9, with_sums=True)
+    for _ in range(3):
+        again, sums_again = product(left, right, 9, with_sums=True)
+        assert torch.equal(again, first) and torch.equal(sums_again, sums)

@@ -174,6 +174,8 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
         "norm_out_bwd": config(64, 16, 32, 4, 2),
         "norm_in_bwd": config(16, 1, 16, 4, 1),
+        "row_products": config(32, 32, 16, 4, 2),
+        "row_linear": config(16, 32, 16, 4, 2, descriptors),
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
     }
     launch = submodule("triton_parts.launch")
@@ -247,34 +249,34 @@ def test_alone_as_together(submodule, backward, call_of, on_triton):
 @pytest.mark.parametrize(
     "needs, kernels, products",
     [
-        (["drop_mask"], "part of stage 3", 0),
-        (["mask"], "all but the last", 0),
-        (["p_in_bias"], "all but the last", 2),
-        (["x"], "all", 1),
-        (["x", "p_out_weight"], "all", 3),
+        (["drop_mask"], "part of stage 3", []),
+        (["mask"], "all but the last", []),
+        (["p_in_bias"], "all but the last", ["row_products", "row_products"]),
+        (["x"], "all", ["row_linear"]),
+        (["x", "p_out_weight"], "all", ["row_products", "row_products", "row_linear"]),
     ],
 )
 def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kernels, products):
-    """The backward's launches, and the vendor's GEMMs."""
+    """The backward's launches; no product is torch's, whose settings are the process's."""
     problem = make_problem(3, 16, mask="soft", drop_mask=True, biases=True)
     launched, launch = [], submodule("triton_parts.launch").PreparedLaunch.launch
 
     def record(prepared, **tensors):
-        launched.append(prepared.kernel.__name__)
+        launched.append(prepared.stage)
         launch(prepared, **tensors)
 
     monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
     with CountedProducts() as counted:
         backward(problem, needs)
-    wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
-    wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
+    wanted = ["fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "fused_ln_residual_bwd"]
     if "all" in kernels:
-        wanted += ["_norm_out_bwd_kernel", "_fused_dual_gemm_fwd_kernel"]
-        wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel"]
+        wanted += ["norm_out_bwd", "fused_dual_gemm", "trimul_einsum", "trimul_einsum"]
+        wanted += ["fused_dual_gemm_bwd"]
     if kernels == "all":
-        wanted += ["_norm_in_bwd_kernel"]
-    assert launched == wanted
-    assert counted.number == products
+        wanted += ["norm_in_bwd"]
+    assert [stage for stage in launched if stage not in ("row_products", "row_linear")] == wanted
+    assert [stage for stage in launched if stage in ("row_products", "row_linear")] == products
+    assert counted.number == 0
 
 
 class CountedProducts(TorchDispatchMode):
@@ -340,30 +342,48 @@ def test_nothing_to_sum(backward, shape):
     assert all(gradient.count_nonzero() == 0 for gradient in got.values())
 
 
-@pytest.mark.parametrize("setting", ["highest", "high"])
-@pytest.mark.parametrize(
-    "precision, wanted",
-    [("fp32", "highest"), ("ieee", "highest"), ("tf32x3", "highest"), ("tf32", "high")],
-)
+@pytest.mark.parametrize("precision", ["fp32", "ieee", "tf32x3", "tf32", "bf16"])
 def test_products_follow_the_precision_of_the_call(
-    submodule, backward, monkeypatch, setting, precision, wanted
+    submodule, call_of, on_triton, monkeypatch, precision
 ):
-    """Whatever torch's own setting is, which is as it was afterwards."""
-    subject, seen = submodule("triton_path.gradients"), []
-    add = subject._Sequence._add_product
+    """Torch's own setting is neither read nor changed, so that threads can't disturb each other."""
+    launch = submodule("triton_parts.launch")
+    words = []
+    monkeypatch.setattr(
+        launch.PreparedLaunch, "launch",
+        lambda prepared, **_: words.append((prepared.stage, prepared.constants.get("PRECISION"))),
+    )
+    call = call_of(make_problem(3, 16))._replace(precision=precision)
+    shapes = submodule("triton_path").saved_shapes(call)
+    saved = [torch.zeros(shape, device=on_triton) for shape in shapes]
+    for name in ("get_float32_matmul_precision", "set_float32_matmul_precision"):
+        monkeypatch.setattr(torch, name, forbidden)
+    grad_out = torch.ones_like(call.x)
+    submodule("triton_path").backward(call, grad_out, *saved, frozenset({"x", "p_out_weight"}))
+    fp32_dots = submodule("triton_parts.device").device_target(call.x.device).fp32_dots
+    found = {stage: word for stage, word in words if word is not None}
+    assert {"row_products", "row_linear"} <= found.keys()
+    for stage, word in found.items():
+        setting = launch.setting_of(stage, call.x, 16, 3)
+        assert word == launch.dot_precision(precision, fp32_dots, setting.fp32_dot), stage
 
-    def record(*arguments):
-        seen.append(torch.get_float32_matmul_precision())
-        add(*arguments)
 
-    monkeypatch.setattr(subject._Sequence, "_add_product", record)
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
+def forbidden(*_):
+    raise AssertionError("a backward must leave torch's settings alone")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_algorithms(backward, monkeypatch):
+    """Without the variable that cuBLAS wants for a product of its own."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    problem = make_problem(6, 16, dtype=torch.bfloat16, mask="soft")
+    wanted = backward(problem)
+    torch.use_deterministic_algorithms(True)
     try:
-        backward(make_problem(3, 16), ["p_out_weight"], precision=precision)
-        assert seen == [wanted] * 2 and torch.get_float32_matmul_precision() == setting
+        got = backward(problem)
     finally:
-        torch.set_float32_matmul_precision(previous)
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in got.items())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -379,15 +399,10 @@ from pathlib import Path
 from kernels import get_local_kernel
 
 kernel = get_local_kernel(Path(sys.argv[1]))
-of = lambda name: importlib.import_module(f"{kernel.__name__}.{name}")
-matmul = torch.backends.cuda.matmul
+validation = importlib.import_module(f"{kernel.__name__}.validation")
 for setting, allowed in (("ieee", False), ("tf32", True)):
-    matmul.fp32_precision = setting
-    assert of("validation").torch_allows_tf32() is allowed
-    for word, within in (("fp32", "ieee"), ("tf32", "tf32")):
-        with of("triton_path.gradients")._vendor_precision(word, torch.float32):
-            assert matmul.fp32_precision == within, (setting, word)
-        assert matmul.fp32_precision == setting
+    torch.backends.cuda.matmul.fp32_precision = setting
+    assert validation.torch_allows_tf32() is allowed
 print("fine")
 """
 
@@ -422,11 +437,11 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     grad_out = torch.zeros_like(call.x)
     with PeakBytes(call.x, grad_out, product, moments, *problem.weights.values()) as bytes_:
         subject.run_backward(call, grad_out, *saved, needs)
-    # The parameters' sums, the projections stacked and one chunk's products, of its parts and of
-    # all: from some length on they are no larger.
+    # The parameters' sums, the projections stacked and turned, and one chunk's products, of its
+    # parts and of all: from some length on they are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
     parts = max(1, min(programs // (5 * (width // 128) ** 2), length**2 // 8 // 256))
-    sums = (4 * 6 + 2 * 5 + 4 * (parts + 1) * 5) * width**2
+    sums = (4 * 6 + 2 * 5 * 2 + 4 * (parts + 1) * 5) * width**2
     assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1
 
 

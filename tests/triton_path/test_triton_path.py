@@ -222,16 +222,31 @@ class TestOutOfMemory:
             call(kernel, make_problem(7, 16), on_triton, memory="default")
 
 
-@pytest.mark.parametrize("memory, limit", [("default", 3.1), ("lean", 1.5)])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("hidden, length, batch", [(256, 64, 1), (128, 96, 1), (128, 67, 3)])
+@pytest.mark.parametrize(
+    "memory, hidden, length, batch, fills, beside",
+    [
+        ("default", 256, 64, 1, True, 3.1),
+        ("default", 128, 67, 3, True, 9.3),
+        ("default", 128, 67, 4, False, 3.1),
+        ("lean", 256, 64, 1, True, None),
+        ("lean", 128, 96, 1, True, None),
+        ("lean", 128, 67, 3, True, None),
+        ("lean", 128, 67, 4, True, 1.5),
+    ],
+)
 def test_peak_memory(
-    submodule, on_triton, monkeypatch, memory, limit, inplace, hidden, length, batch
+    submodule, on_triton, monkeypatch, memory, inplace, hidden, length, batch, fills, beside
 ):
-    """Counted from the allocations of the path itself, in tensors of the pair's size."""
+    """Counted from the allocations of the path itself, in tensors of one sequence's pair size.
+
+    Where a sequence `fills` a GPU, a batch is run in groups: then all that is held `beside` the
+    output is one sequence's. In lean mode a small batch's output lies over its products.
+    """
     x, residual = (torch.zeros(batch, length, length, hidden, dtype=torch.float16) for _ in "xr")
     problem = make_problem(1, hidden, dtype=torch.float16)
     path = submodule("triton_path")
+    monkeypatch.setattr(path, "_FILLING_PAIRS", 2**18 if fills else length**2)
     problem = dataclasses.replace(problem, x=x, direction="incoming", residual=residual)
     call = as_call(submodule("_call"), problem, inplace=inplace, memory=memory)
     # Nothing runs: the interpreter keeps what it has run on alive for a while.
@@ -240,9 +255,40 @@ def test_peak_memory(
     with PeakBytes(x, residual) as bytes_:
         out = path.forward(call)
     assert out.shape == x.shape and out.is_contiguous()
+    if beside is None:
+        limit = 1.5 if inplace else 1.5 * batch
+    else:
+        together = memory == "default" and (fills or batch == 1)
+        limit = beside if inplace or together else beside + batch
     # Of a length that is no multiple of 16, the pads are memory too.
     pads = -(-length // 16) * 16 / length
-    assert 1.0 <= bytes_.peak / (x.numel() * 2) <= limit * pads
+    assert 1.0 <= bytes_.peak * batch / (x.numel() * 2) <= limit * pads
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_groups_of_sequences(kernel, submodule, on_triton, monkeypatch, together, direction):
+    """A batch in groups has the bits of the whole, with lengths too, and over the residual."""
+    problem = make_problem(
+        6, 16, batch=4, dtype=torch.float32, mask="soft", residual=True, drop_mask=True,
+        direction=direction,
+    ).to(on_triton)  # fmt: skip
+    for lengths in (None, torch.tensor([6, 3, 0, 5], device=on_triton)):
+        whole = call(kernel, problem, on_triton, lengths=lengths)
+        with monkeypatch.context() as patch:
+            path = submodule("triton_path")
+            patch.setattr(path, "_FILLING_PAIRS", together * 36)
+            assert path._sequences_together(as_call(submodule("_call"), problem)) == together
+            assert torch.equal(call(kernel, problem, on_triton, lengths=lengths), whole)
+            over = dataclasses.replace(problem, residual=problem.residual.clone())
+            made = call(kernel, over, on_triton, lengths=lengths, inplace=True)
+            assert made is over.residual and torch.equal(made, whole)
+
+
+def test_sequences_that_are_not_aligned_alike_run_together(submodule):
+    """One launch serves all groups: rows of 2 * 5 * 5 * 3 bytes begin anywhere."""
+    problem = make_problem(5, 3, batch=4, dtype=torch.float16)
+    assert submodule("triton_path")._sequences_together(as_call(submodule("_call"), problem)) == 4
 
 
 def test_a_prepared_launch_serves_the_next_call(kernel, submodule, on_triton):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._call import Call, Weights
-from .paths import execution_path, path_module
+from ._call import Call, Transition, TransitionWeights, Weights
+from .paths import execution_path, module_for
+from .swiglu_transition import swiglu_transition, transition_call
 from .trimul_with_residual import (
     call_of_any_rank,
     call_with_residual,
@@ -47,10 +48,10 @@ class Explanation:
     memory: str | None  # "default" or "lean", of the Triton path
     precision: str | None  # of the products of float32 operands, on the Triton path
     stages: dict[str, StageLaunch]  # of the Triton path, in the order of the launches
-    buffers: dict[str, float]  # what is allocated, in tensors of the pair's size
+    buffers: dict[str, float]  # what is allocated, in tensors of the size of x
     peak: float | None  # the most of them at once, the result included; None if unknown
     peak_bytes: int | None
-    kept: float  # kept for a backward beside the arguments, in tensors of the pair's size
+    kept: float  # kept for a backward beside the arguments, in tensors of the size of x
     notes: tuple[str, ...]  # why no other way was taken, one sentence each
 
     def __str__(self) -> str:
@@ -62,10 +63,10 @@ class Explanation:
         for name, stage in self.stages.items():
             lines.append(f"  stage    {name}: {stage}")
         for name, size in self.buffers.items():
-            lines.append(f"  buffer   {name}: {size:.2f} pair tensors")
+            lines.append(f"  buffer   {name}: {size:.2f} such tensors")
         if self.peak is not None:
             lines.append(
-                f"  at once  {self.peak:.2f} pair tensors, {self.peak_bytes / 2**20:,.1f} MiB, "
+                f"  at once  {self.peak:.2f} such tensors, {self.peak_bytes / 2**20:,.1f} MiB, "
                 f"of which {self.kept:.2f} are kept for a backward"
             )
         lines += [f"  note     {note}" for note in self.notes]
@@ -80,9 +81,10 @@ def explain(
         print(explain(triangle_multiplicative_update, pair, mask=mask, **weights))
 
     Args:
-        function: either public function.
+        function: any of the three public functions.
         arguments, named: those of the call; they are checked as the call would check them, which
-            copies an x whose leading dimensions can't be merged, and draws absent projections.
+            copies an x or residual whose leading dimensions can't be merged, and draws absent
+            projections.
 
     Returns:
         The forward's path and its reason, Triton launches with their settings, buffers, peak memory
@@ -95,15 +97,10 @@ def explain(
         ValueError, TypeError, NotImplementedError: as the call would raise them.
     """
     given, call = _call_of(function, arguments, named)
-    x = call.x
-    shape = "x".join(map(str, x.shape))
-    words = (
-        f"{call.direction}, pair tensor {shape} {str(x.dtype).removeprefix('torch.')} on "
-        f"{x.device}, D = {call.hidden}"
-    )
+    x, words = call.x, _in_words(call)
     nothing = dict(memory=None, precision=None, stages={}, buffers={}, kept=0.0)
     if x.numel() == 0:
-        reason = "the pair tensor is empty: nothing is computed"
+        reason = "the tensor is empty: nothing is computed"
         return Explanation(words, "aten", reason, peak=0.0, peak_bytes=0, notes=(), **nothing)
     transformed = torch._C._are_functorch_transforms_active()
     nothing |= dict(peak=None, peak_bytes=None)
@@ -114,7 +111,7 @@ def explain(
     if transformed:
         note = "vmap runs one call for each entry: explain one of them for its launches and memory"
         return Explanation(words, path.name, path.reason, notes=(note,), **nothing)
-    plan = path_module(path.name).plan(call)
+    plan = module_for(call, path.name).plan(call)
     found = Explanation(
         call=words,
         path=path.name,
@@ -131,37 +128,74 @@ def explain(
         kept=plan.kept / x.nbytes,
         notes=tuple(plan.notes),
     )
-    return found if x.data_ptr() == given.data_ptr() else _with_copy(found, call)
+    return _with_copies(found, given, call)
+
+
+def _of_update(values: dict) -> tuple[list[Tensor], Call]:
+    weights = _popped(Weights, values)
+    return [values["x"]], call_of_any_rank(weights=weights, **values)[0]
+
+
+def _with_residual(values: dict) -> tuple[list[Tensor], Call]:
+    weights = _popped(Weights, values)
+    return [values["pair"]], call_with_residual(weights=weights, **values)
+
+
+def _of_transition(values: dict) -> tuple[list[Tensor | None], Transition]:
+    weights = _popped(TransitionWeights, values)
+    return [values["x"], values["residual"]], transition_call(weights=weights, **values)
+
+
+# For each public function, what makes a call of its arguments: x, and a residual of any strides, as
+# they are given; and the checked call.
+_CALLS = {
+    triangle_multiplicative_update: _of_update,
+    triangle_multiplicative_update_with_residual: _with_residual,
+    swiglu_transition: _of_transition,
+}
+
+
+def _popped(kind: type, values: dict) -> Any:
+    """The parameters among a call's arguments."""
+    return kind(**{name: values.pop(name, None) for name in kind._fields})
 
 
 def _call_of(
     function: Callable[..., Tensor], arguments: tuple, named: dict
-) -> tuple[Tensor, Call]:
-    """The pair tensor as given, and the checked call."""
-    if function not in (
-        triangle_multiplicative_update, triangle_multiplicative_update_with_residual
-    ):
-        raise TypeError(
-            "function must be triangle_multiplicative_update or "
-            f"triangle_multiplicative_update_with_residual; got {function!r}"
-        )
+) -> tuple[list[Tensor | None], Call | Transition]:
+    """x, and a residual of any strides, as given, and the checked call."""
+    if not callable(function) or function not in _CALLS:
+        *names, last = [known.__name__ for known in _CALLS]
+        raise TypeError(f"function must be {', '.join(names)} or {last}; got {function!r}")
     bound = inspect.signature(function).bind(*arguments, **named)
     bound.apply_defaults()
-    values = bound.arguments
-    weights = Weights(**{name: values.pop(name, None) for name in Weights._fields})
-    if function is triangle_multiplicative_update:
-        return values["x"], call_of_any_rank(weights=weights, **values)[0]
-    return values["pair"], call_with_residual(weights=weights, **values)
+    return _CALLS[function](bound.arguments)
 
 
-def _with_copy(found: Explanation, call: Call) -> Explanation:
-    """`found`, and the copy of x that the call's checks make."""
-    note = "x is copied, as its leading dimensions can't be merged into one as a view"
-    return replace(
-        found,
-        buffers={**found.buffers, "copy of x": 1.0},
-        peak=found.peak + 1.0,
-        peak_bytes=found.peak_bytes + call.x.nbytes,
-        kept=found.kept + (1.0 if call.needs_grad else 0.0),
-        notes=(*found.notes, note),
-    )
+def _in_words(call: Call | Transition) -> str:
+    shape, dtype = "x".join(map(str, call.x.shape)), str(call.x.dtype).removeprefix("torch.")
+    tensor = f"tensor {shape} {dtype} on {call.x.device}"
+    if isinstance(call, Transition):
+        return f"transition, {tensor}, H = {call.hidden}"
+    return f"{call.direction}, pair {tensor}, D = {call.hidden}"
+
+
+def _with_copies(
+    found: Explanation, given: list[Tensor | None], call: Call | Transition
+) -> Explanation:
+    """`found`, and the copies of x and the residual that the call's checks make."""
+    for name, tensor in zip(("x", "residual"), given, strict=False):
+        if tensor is None or tensor.data_ptr() == getattr(call, name).data_ptr():
+            continue
+        found = replace(
+            found,
+            buffers={**found.buffers, f"copy of {name}": 1.0},
+            peak=found.peak + 1.0,
+            peak_bytes=found.peak_bytes + call.x.nbytes,
+            kept=found.kept + (1.0 if name == "x" and call.needs_grad else 0.0),
+            notes=(
+                *found.notes,
+                f"{name} is copied, as its leading dimensions can't be merged as a view",
+            ),
+        )
+    return found

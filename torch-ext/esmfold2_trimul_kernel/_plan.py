@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._call import Call
+from ._call import Call, Transition
 
 
 class Plan(NamedTuple):
@@ -27,10 +27,12 @@ class Plan(NamedTuple):
         return found
 
 
-def note_on_gradients(call: Call) -> str:
+def note_on_gradients(call: Call | Transition) -> str:
     """A sentence on what is kept for a backward."""
     if not call.needs_grad:
         return "no gradient is needed: nothing is kept"
+    if isinstance(call, Transition):
+        return "the backward computes everything again, nothing is kept"
     if call.recompute == "all":
         return "recompute='all': the backward computes everything again, nothing is kept"
     return "the product is kept for the backward, which computes the rest again"

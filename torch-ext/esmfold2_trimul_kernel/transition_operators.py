@@ -47,7 +47,7 @@ def _swiglu_fwd(*flat) -> Tensor:
     call = Transition.of(flat)
     if call.x.numel() == 0:
         return call.x.new_empty(call.x.shape)
-    return path_of(call).transition.forward(call)
+    return path_of(call).forward(call)
 
 
 def _swiglu_fwd_(*flat) -> None:
@@ -61,7 +61,7 @@ def _swiglu_bwd(grad_out: Tensor, needs: list[bool], *flat) -> tuple[Tensor, ...
         return tuple([grad.zero_() for grad in _empty_gradients(call, needs)])
     named = zip(TRANSITION_DIFFERENTIABLE, needs, strict=True)
     names = frozenset([name for name, needed in named if needed])
-    found = path_of(call).transition.backward(call, grad_out, names)
+    found = path_of(call).backward(call, grad_out, names)
     return tuple([
         found[name] if name in names else call.x.new_empty(0) for name in TRANSITION_DIFFERENTIABLE
     ])

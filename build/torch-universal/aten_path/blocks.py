@@ -28,10 +28,10 @@ from .region import for_each, region_threads
 # Positions (i, k) of a block. Measured from 256 to 2048 at C = 256, L = 160 on two cores of an AMD
 # EPYC with 1 MB of L2 each: larger blocks were faster, by a tenth in all.
 _BLOCK_POSITIONS = 2048
-_LEAST_POSITIONS = 256  # of a block, however many blocks are wanted
+LEAST_POSITIONS = 256  # of a block, however many blocks are wanted
 # Threads take turns to call operations, which must last longer the more threads there are. With
 # fewer positions per block, PyTorch's own threading was faster on 4 to 16 cores of a Xeon.
-_LEAST_POSITIONS_A_THREAD = 128
+LEAST_POSITIONS_A_THREAD = 128
 
 
 class Parameters(NamedTuple):
@@ -119,7 +119,7 @@ def blocks_of(x: Tensor, parts: int = 1) -> Blocks:
     """
     length, threads = x.shape[1], region_threads(x.device)
     positions = _positions(x, parts, threads)
-    if positions < _LEAST_POSITIONS_A_THREAD * threads:
+    if positions < LEAST_POSITIONS_A_THREAD * threads:
         threads = 1
         positions = _positions(x, parts, threads)
     rows = max(1, positions // length)
@@ -130,10 +130,10 @@ def blocks_of(x: Tensor, parts: int = 1) -> Blocks:
 def _positions(x: Tensor, parts: int, threads: int) -> int:
     """The positions of a block."""
     pairs = x.shape[1] ** 2
-    positions = max(_LEAST_POSITIONS, pairs // (parts * threads))
+    positions = max(LEAST_POSITIONS, pairs // (parts * threads))
     if x.device.type == "cpu":
         share = max(_BLOCK_POSITIONS, pairs // 8) // threads
-        positions = min(positions, _BLOCK_POSITIONS, max(_LEAST_POSITIONS, share))
+        positions = min(positions, _BLOCK_POSITIONS, max(LEAST_POSITIONS, share))
     return positions
 
 
@@ -230,29 +230,29 @@ def prepare(w: Weights, dtype: torch.dtype) -> Parameters:
         halves = (zeros if half is None else half for half in (w.p_in_bias, w.g_in_bias))
         in_bias = torch.cat([half.to(dtype) for half in halves])
     wide = sum_dtype(dtype)
-    out_weight, out_bias = w.p_out_weight.to(wide), _cast(w.p_out_bias, wide)
+    out_weight, out_bias = w.p_out_weight.to(wide), cast(w.p_out_bias, wide)
     if w.norm_out_bias is not None:
         shift = out_weight @ w.norm_out_bias.to(wide)
         out_bias = shift if out_bias is None else out_bias + shift
     if w.norm_out_weight is not None:
         out_weight = out_weight * w.norm_out_weight.to(wide)
     return Parameters(
-        _cast(w.norm_in_weight, wide),
-        _cast(w.norm_in_bias, wide),
+        cast(w.norm_in_weight, wide),
+        cast(w.norm_in_bias, wide),
         torch.cat([w.p_in_weight, w.g_in_weight]).to(dtype),
         in_bias,
         w.g_out_weight.to(dtype),
-        _cast(w.g_out_bias, dtype),
+        cast(w.g_out_bias, dtype),
         out_weight,
         out_bias,
     )
 
 
-def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else value.to(dtype)
 
 
-def _layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last axis in fp32, exact for rows of one constant value.
 
     A row's first channel is subtracted beforehand. The shift doesn't change LayerNorm, and a
@@ -270,14 +270,14 @@ def shift_rows(rows: Tensor) -> Tensor:
 
 def normalize_rows(x: Tensor, p: Parameters, eps: float) -> Tensor:
     """z [positions, C] of a block [rows, L, C], in the dtype of the GEMMs."""
-    z = _layer_norm(x.flatten(0, 1), p.norm_weight, p.norm_bias, eps)
+    z = layer_norm(x.flatten(0, 1), p.norm_weight, p.norm_bias, eps)
     return z.to(p.in_weight.dtype)
 
 
 def normalize_columns(planes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm over the first axis in fp32, without weights: [D, rows, L] to [D, positions].
 
-    As `_layer_norm` for rows, with its shift, but without a transposed copy, which takes longer
+    As `layer_norm` for rows, with its shift, but without a transposed copy, which takes longer
     than the passes here. Also returns the reciprocal standard deviations [positions].
     """
     columns = torch.sub(planes, planes[:1].to(sum_dtype(planes.dtype))).flatten(1)
@@ -302,7 +302,7 @@ def trimul_differentiable(call: Call) -> Tensor:
     def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(value, weight, None if bias is None else bias.to(dtype))
 
-    z = _layer_norm_of(call.x, w.norm_in_weight, w.norm_in_bias, call.eps_in)
+    z = layer_norm_of(call.x, w.norm_in_weight, w.norm_in_bias, call.eps_in)
     gated = linear(z, w.p_in_weight, w.p_in_bias)
     gated = gated * torch.sigmoid(linear(z, w.g_in_weight, w.g_in_bias))
     if call.mask is not None:
@@ -313,7 +313,7 @@ def trimul_differentiable(call: Call) -> Tensor:
     else:
         product = left.transpose(-1, -2) @ right
     t = product.movedim(1, -1)
-    mixed = _layer_norm_of(t, w.norm_out_weight, w.norm_out_bias, call.eps_out)
+    mixed = layer_norm_of(t, w.norm_out_weight, w.norm_out_bias, call.eps_out)
     delta = linear(mixed, w.p_out_weight, w.p_out_bias)
     delta = delta * torch.sigmoid(linear(z, w.g_out_weight, w.g_out_bias))
     if call.drop_mask is not None:
@@ -321,7 +321,7 @@ def trimul_differentiable(call: Call) -> Tensor:
     return (delta if call.residual is None else call.residual + delta).contiguous()
 
 
-def _layer_norm_of(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """`_layer_norm` with fp32 parameters, in the dtype of `value`."""
+def layer_norm_of(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` with fp32 parameters, in the dtype of `value`."""
     wide = sum_dtype(value.dtype)
-    return _layer_norm(value, _cast(weight, wide), _cast(bias, wide), eps).to(value.dtype)
+    return layer_norm(value, cast(weight, wide), cast(bias, wide), eps).to(value.dtype)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e9237d23b5"
+_BUILD_ID = "_esmfold2_trimul_kernel_480ccd23da"
 
 
 def _load_package() -> ModuleType:

@@ -217,13 +217,11 @@ def prepare_swiglu_hidden(
     pair = projection_pair(
         weights.up_weight, weights.gate_weight, 1, block_n, block_k, config.descriptors
     )
-    store = None
-    if config.descriptors and has_descriptor(hidden):
-        shape, steps, tile = [rows, call.hidden], [call.hidden, 1], [config.block_m, block_n]
-        if projections:
-            shape, steps = [rows, 2, call.hidden], [2 * call.hidden, *steps]
-            tile = [config.block_m, 1, block_n]
-        store = descriptor_of(hidden, shape, steps, tile)
+    store, made, tile = None, hidden, [config.block_m, block_n]
+    if projections:
+        made, tile = hidden.view(rows, 2, call.hidden), [config.block_m, 1, block_n]
+    if config.descriptors and has_descriptor(made):
+        store = descriptor_of(made, made.shape, made.stride(), tile)
     split = shared_by(config.split, triton.cdiv(call.hidden, block_n))
     return PreparedLaunch(
         _swiglu_hidden_kernel,

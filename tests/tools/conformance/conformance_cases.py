@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import torch
-from esmfold2_trimul_tools.conformance.cases import CASES
+from esmfold2_trimul_tools.conformance.cases import EVERY_CASE
 from esmfold2_trimul_tools.conformance.criterion import reference
 from esmfold2_trimul_tools.conformance.implementations import IMPLEMENTATIONS, Implementation
 from esmfold2_trimul_tools.conformance.run import pose
@@ -12,7 +12,7 @@ from helpers import SEED
 
 CPU = torch.device("cpu")
 BY_NAME = {one.name: one for one in IMPLEMENTATIONS}
-CASE = {case.name: case for case in CASES}
+CASE = {case.name: case for case in EVERY_CASE}
 posed = functools.cache(functools.partial(pose, seed=SEED))
 
 

@@ -14,8 +14,9 @@ from conformance_cases import BY_NAME, CASE, CPU, outcome, posed
 from conftest import HAS_GPU
 from esmfold2_trimul_tools.bench import rivals as bench_rivals
 from esmfold2_trimul_tools.bench.rivals import Sources
-from esmfold2_trimul_tools.conformance.cases import CASES, Case
+from esmfold2_trimul_tools.conformance.cases import CASES, EVERY_CASE, Case
 from esmfold2_trimul_tools.conformance.run import check
+from transitions import PATHS
 
 # Each kind of argument once: about a second a case.
 INTERPRETED = (
@@ -61,7 +62,9 @@ def small(case: Case) -> Case:
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ON_TRITON = CASES if HAS_GPU else [small(CASE[name]) for name in INTERPRETED]
+# Those of the paths that transitions have.
+ON_GPU = EVERY_CASE if "triton" in PATHS else CASES
+ON_TRITON = ON_GPU if HAS_GPU else [small(CASE[name]) for name in INTERPRETED]
 named = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: case.name)
 
 
@@ -70,7 +73,7 @@ def sources(kernel) -> Sources:
     return Sources(kernel)
 
 
-@named(CASES)
+@named(EVERY_CASE)
 def test_aten_path_conforms(sources, case):
     ours = BY_NAME["ours, ATen path"]
     assert ours.missing(CPU, sources) is None
@@ -96,7 +99,7 @@ def test_hub_layer_conforms(sources):
 def test_in_tree_module_is_measured(sources):
     """Whether it conforms is its own business; that it is held to the same is ours."""
     in_tree = BY_NAME["in-tree"]
-    for case in CASES:
+    for case in EVERY_CASE:
         row = check(in_tree, posed(case), sources, CPU)
         lacks = not case.features.isdisjoint(in_tree.lacks)
         assert (row["status"] == "not supported") == lacks

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 from conformance_cases import CASE, CPU
-from esmfold2_trimul_tools.conformance.cases import BIASES, CASES, DTYPES
+from esmfold2_trimul_tools.conformance.cases import (
+    BIASES,
+    CASES,
+    DTYPES,
+    EVERY_CASE,
+    TRANSITION_BIASES,
+    TRANSITIONS,
+)
 from esmfold2_trimul_tools.conformance.criterion import reference
 from esmfold2_trimul_tools.conformance.implementations import IMPLEMENTATIONS
 from esmfold2_trimul_tools.conformance.problem import INPUTS, LAYOUTS, MASKS, make_problem
@@ -14,8 +21,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_table_has_every_word_and_says_nothing_twice():
-    assert len(CASE) == len(CASES)
-    assert len({dataclasses.replace(case, name="") for case in CASES}) == len(CASES)
+    assert len(CASE) == len(EVERY_CASE)
+    for table in (CASES, TRANSITIONS):
+        assert len({dataclasses.replace(case, name="") for case in table}) == len(table)
     for field, known in (
         ("dtype", DTYPES),
         ("direction", ("outgoing", "incoming")),
@@ -36,8 +44,23 @@ def test_the_table_has_every_word_and_says_nothing_twice():
         assert {getattr(case, field) for case in CASES} == set(known), field
 
 
+def test_the_transitions_have_every_word():
+    for field, known in (
+        ("dtype", DTYPES),
+        ("x", INPUTS),
+        ("layout", LAYOUTS.keys() - {"every second sequence"}),
+        ("weights", ("trunk", "wide gates", "fine norms")),
+        ("norms", ("float32", "bfloat16", "absent")),
+        ("residual", ("none", "own", "pair", "overwritten")),
+        ("precision", (None, "IEEE", "TF32", "TF32x3", "bfloat16")),
+        ("lengths_dtype", ("int64", "int32")),
+        ("biases", [(), *[(name,) for name in TRANSITION_BIASES], TRANSITION_BIASES]),
+    ):
+        assert {getattr(case, field) for case in TRANSITIONS} == set(known), field
+
+
 def test_what_an_implementation_may_lack_is_asked_for():
-    asked_for = frozenset().union(*(case.features for case in CASES))
+    asked_for = frozenset().union(*(case.features for case in EVERY_CASE))
     for one in IMPLEMENTATIONS:
         assert set(one.lacks) <= asked_for, one.name
         # Ours have what their functions have: what they lack is what the module has no place for.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conformance_cases import CASE, CPU, implementation, outcome, posed, rounded, turned, unmasked
 from esmfold2_trimul_tools.bench.rivals import Absent
-from esmfold2_trimul_tools.conformance.cases import CASES
+from esmfold2_trimul_tools.conformance.cases import EVERY_CASE
 from esmfold2_trimul_tools.conformance.criterion import BUDGETS, Answer, Errors, errors, fault
 from esmfold2_trimul_tools.conformance.run import check
 from helpers import ERROR_BUDGET
@@ -21,7 +21,7 @@ def test_budgets_are_the_tests_own():
 
 def failures(run, words: str = "") -> dict[str, str]:
     """The reason by case for which an implementation fails, of the cases that have the words."""
-    cases = [case for case in CASES if words in case.name and case.length < 100]
+    cases = [case for case in EVERY_CASE if words in case.name and case.length < 100]
     rows = [check(implementation(run), posed(case), None, CPU) for case in cases]
     return {row["case"]: row["note"] for row in rows if row["status"] != "passed"}
 
@@ -46,6 +46,11 @@ def swapped_halves(problem):
 def gate_for_value(problem):
     values, gates = problem.weights["p_in_weight"], problem.weights["g_in_weight"]
     return rounded(with_weights(problem, p_in_weight=gates, g_in_weight=values))
+
+
+def gates_for_ups(problem):
+    gates, ups = problem.weights["gate_weight"], problem.weights["up_weight"]
+    return rounded(with_weights(problem, gate_weight=ups, up_weight=gates))
 
 
 def rounded_norms(problem):
@@ -138,6 +143,8 @@ def one_element_off(problem):
         (rounded_norms, "direction: outgoing, float32", "relative error"),
         (without_biases, "biases", "relative error"),
         (default_eps, "eps", "relative error"),
+        (gates_for_ups, "transition: the update", "relative error"),
+        (residual_alone, "transition: another residual", "relative error"),
         (residual_alone, "residual: alone", "relative error"),
         (padded_pairs_computed, "lengths", "are not 0 where float64's are"),
         (truncated, "direction: outgoing, bfloat16", "relative error"),

@@ -1,4 +1,5 @@
-"""The formula behind every check: AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12.
+"""The formulas behind every check: AlphaFold 2, Supplementary 1.6.5, Algorithms 11 and 12, and the
+transition beside them, Supplementary 1.6.7, with AlphaFold 3's gated unit.
 
 Plain PyTorch, line by line. Every result has the dtype of its operands, but norms run in float32 at
 least. With float64 operands it is the definition; with 16-bit operands it is what a model without
@@ -47,8 +48,30 @@ def triangle_multiplication(
     return out if residual is None else residual.to(dtype) + out
 
 
+def transition(
+    x: Tensor,
+    parameters: Parameters,
+    *,
+    residual: Tensor | None = None,
+    lengths: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The transition [..., C] of x, every operation's result in `dtype`.
+
+    With lengths x is [..., L, L, C], and a pair with a residue beyond its sequence's length gets no
+    update.
+    """
+    z = norm(x.to(dtype), parameters, "norm", eps)
+    hidden = F.silu(_linear(z, parameters, "gate")) * _linear(z, parameters, "up")
+    out = _linear(hidden, parameters, "down")
+    if lengths is not None:
+        out = out * _real_pairs(lengths, x.shape[-2]).to(dtype).unsqueeze(-1)
+    return out if residual is None else residual.to(dtype) + out
+
+
 def norm(value: Tensor, parameters: Parameters, name: str, eps: float) -> Tensor:
-    """LayerNorm over the channels; `name` is "norm_in" or "norm_out"."""
+    """LayerNorm over the channels; `name` is "norm_in", "norm_out" or a transition's "norm"."""
     wide = torch.promote_types(value.dtype, torch.float32)
     weight, bias = (_cast(parameters.get(f"{name}_{part}"), wide) for part in ("weight", "bias"))
     return F.layer_norm(value.to(wide), value.shape[-1:], weight, bias, eps).to(value.dtype)

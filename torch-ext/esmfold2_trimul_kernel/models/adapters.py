@@ -1,14 +1,16 @@
-"""Other models' triangle multiplications as arguments of `triangle_multiplicative_update`.
+"""Other models' triangle multiplications and transitions as arguments of our functions.
 
-    update = triangle_multiplicative_update(pair, mask=mask, **from_boltz(module))
+    update = triangle_multiplicative_update(pair, mask=mask, **from_boltz(triangle))
+    update = swiglu_transition(pair, **transition_from_boltz(transition))
 
-Each function reads one module of a family by the names of its parameters and gives direction, eps
-and every weight and bias, None where the module has none. The tensors are the module's parameters
-themselves, or are put together from them anew in each call: gradients reach the parameters, and
-nothing goes stale when they change. A module whose parts are not those of its family (a layer that
-is quantised or has a hook, an adapter other than LoRA, a part more or less) is refused, because its
-weights alone would not say what it computes: see parts.py. With `dtype` the projections are cast to
-it, as a call under torch.autocast needs it; biases and norms stay as they are.
+Each function reads one module of a family by the names of its parameters and gives eps, every
+weight and bias, None where the module has none, and a triangle's direction. The tensors are the
+module's parameters themselves, or are put together from them anew in each call: gradients reach the
+parameters, and nothing goes stale when they change. A module whose parts are not those of its
+family (a layer that is quantised or has a hook, an adapter other than LoRA, a part more or less) is
+refused, because its weights alone would not say what it computes: see parts.py. With `dtype` the
+projections are cast to it, as a call under torch.autocast needs it; biases and norms stay as they
+are.
 
 `patch` of patching.py calls these for every module of a model.
 """
@@ -20,9 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from ..validation import DIRECTIONS
-from .parts import Linear, Norm, describe, fault_of_linear, fault_of_norm, linear_of, norm_of
+from .parts import (
+    Linear,
+    Norm,
+    describe,
+    fault_of_call,
+    fault_of_linear,
+    fault_of_norm,
+    linear_of,
+    norm_of,
+)
 
 _NAMES_SHOWN = 8  # in an error: a whole model has thousands
+# Parts without parameters that a module may have besides, by the names of their classes.
+_ACTIVATIONS = {
+    "sigmoid": ("Sigmoid",),
+    "silu": ("SiLU",),
+    "swish": ("SiLU",),
+    "activation_fn": ("SiLU", "SiLUActivation"),
+}
 
 
 def from_openfold(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -103,14 +121,12 @@ def from_esmfold2(module: nn.Module, dtype: torch.dtype | None = None) -> dict[s
     flow = getattr(module, "flow", None)
     if flow not in DIRECTIONS:
         raise TypeError(f"module.flow must be 'outgoing' or 'incoming'; got {flow!r}")
-    bundle = _linear(module, "proj_bundle")
-    half = bundle.weight.shape[0] // 2
-    no_bias = bundle.bias is None
+    p_in, g_in = _halves(_linear(module, "proj_bundle"))
     return _arguments(
         flow,
         _norm(module, "norm_start"),
-        Linear(bundle.weight[:half], None if no_bias else bundle.bias[:half]),
-        Linear(bundle.weight[half:], None if no_bias else bundle.bias[half:]),
+        p_in,
+        g_in,
         _norm(module, "norm_mix"),
         _linear(module, "proj_emit"),
         _linear(module, "proj_gate"),
@@ -201,8 +217,79 @@ def from_chai(
     return outgoing, incoming
 
 
+def transition_from_openfold3(
+    module: nn.Module, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The arguments that say what a `SwiGLUTransition` of OpenFold 3 computes.
+
+    Args:
+        module: the transition, not the block around it. A mask of its forward multiplies the
+            update and is no argument of ours.
+        dtype: the projections' weights are cast to it; None leaves them as they are.
+
+    Returns:
+        Keyword arguments of `swiglu_transition`.
+
+    Raises:
+        TypeError: a module without the family's parts, or with a part that is not understood.
+        ValueError: shapes that don't fit each other.
+    """
+    _check_parts(module, ("layer_norm", "swiglu", "linear_out"))
+    swiglu = _block(module, "swiglu", "SwiGLU", ("linear_a", "linear_b"))
+    return _transition_arguments(
+        _norm(module, "layer_norm"),
+        _linear(swiglu, "linear_a"),
+        _linear(swiglu, "linear_b"),
+        _linear(module, "linear_out"),
+        dtype,
+    )
+
+
+def transition_from_protenix(
+    module: nn.Module, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """As `transition_from_openfold3`, of a `Transition` of Protenix."""
+    _check_parts(
+        module, ("layernorm1", "linear_no_bias_a", "linear_no_bias_b", "linear_no_bias")
+    )
+    return _transition_arguments(
+        _norm(module, "layernorm1"),
+        _linear(module, "linear_no_bias_a"),
+        _linear(module, "linear_no_bias_b"),
+        _linear(module, "linear_no_bias"),
+        dtype,
+    )
+
+
+def transition_from_boltz(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """As `transition_from_openfold3`, of a `Transition` of Boltz 1 or 2."""
+    _check_parts(module, ("norm", "fc1", "fc2", "fc3"))
+    return _transition_arguments(
+        _norm(module, "norm"),
+        _linear(module, "fc1"),
+        _linear(module, "fc2"),
+        _linear(module, "fc3"),
+        dtype,
+    )
+
+
+def transition_from_esmfold2(
+    module: nn.Module, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """As `transition_from_openfold3`, of transformers' `EsmFold2Transition`.
+
+    That module's forward adds the residual: ours does with `residual=x`.
+    """
+    _check_parts(module, ("norm", "mlp"))
+    mlp = _block(module, "mlp", "EsmFold2SwiGLU", ("gate_up_proj", "down_proj"))
+    gate, up = _halves(_linear(mlp, "gate_up_proj"))
+    return _transition_arguments(
+        _norm(module, "norm"), gate, up, _linear(mlp, "down_proj"), dtype
+    )
+
+
 def _check_parts(module: nn.Module, wanted: tuple[str, ...]) -> None:
-    """The module has these parts and no other; a sigmoid, which has no parameters, is free."""
+    """The module has these parts and no other but its activation, which has no parameters."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
     parts = module._modules
@@ -212,9 +299,11 @@ def _check_parts(module: nn.Module, wanted: tuple[str, ...]) -> None:
             f"module must have {', '.join(wanted)}; got {describe(module)} "
             f"without {', '.join(missing)}"
         )
-    others = [name for name in parts if name not in wanted]
-    if others == ["sigmoid"] and type(parts["sigmoid"]) is nn.Sigmoid:
-        others = []
+    others = [
+        name
+        for name, part in parts.items()
+        if name not in wanted and type(part).__name__ not in _ACTIVATIONS.get(name, ())
+    ]
     if others or module._parameters or module._buffers:
         raise TypeError(
             f"module must have no part but {', '.join(wanted)}; got {describe(module)} with "
@@ -234,6 +323,25 @@ def _norm(module: nn.Module, name: str) -> Norm:
     if (fault := fault_of_norm(name, part)) is not None:
         raise TypeError(fault)
     return norm_of(part)
+
+
+def _block(module: nn.Module, name: str, kind: str, wanted: tuple[str, ...]) -> nn.Module:
+    """A part of the class named `kind`, which has parts of its own."""
+    part = module._modules[name]
+    if type(part).__name__ != kind:
+        raise TypeError(f"{name} must be of a class named {kind}; got {describe(part)}")
+    if (fault := fault_of_call(name, part)) is not None:
+        raise TypeError(fault)
+    _check_parts(part, wanted)
+    return part
+
+
+def _halves(both: Linear) -> tuple[Linear, Linear]:
+    """Two layers whose rows lie after each other in one, as views."""
+    weights = both.weight.chunk(2)
+    biases = (None, None) if both.bias is None else both.bias.chunk(2)
+    first, second = map(Linear, weights, biases)
+    return first, second
 
 
 def _stacked(module: nn.Module, name_a: str, name_b: str) -> Linear:
@@ -271,22 +379,46 @@ def _arguments(
             f"[C, D] = {[channels, hidden]}, the shape of the output projection; got {shapes}"
         )
 
-    def cast(weight: Tensor) -> Tensor:
-        return weight if dtype is None else weight.to(dtype)
-
     return {
         "direction": direction,
         "norm_in_weight": norm_in.weight,
         "norm_in_bias": norm_in.bias,
-        "p_in_weight": cast(p_in.weight),
+        "p_in_weight": _cast(p_in.weight, dtype),
         "p_in_bias": p_in.bias,
-        "g_in_weight": cast(g_in.weight),
+        "g_in_weight": _cast(g_in.weight, dtype),
         "g_in_bias": g_in.bias,
         "norm_out_weight": norm_out.weight,
         "norm_out_bias": norm_out.bias,
-        "p_out_weight": cast(p_out.weight),
+        "p_out_weight": _cast(p_out.weight, dtype),
         "p_out_bias": p_out.bias,
-        "g_out_weight": cast(g_out.weight),
+        "g_out_weight": _cast(g_out.weight, dtype),
         "g_out_bias": g_out.bias,
         "eps": norm_in.eps,
     }
+
+
+def _transition_arguments(
+    norm: Norm, gate: Linear, up: Linear, down: Linear, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    channels, hidden = down.weight.shape
+    shapes = [tuple(layer.weight.shape) for layer in (gate, up)]
+    if shapes != [(hidden, channels)] * 2:
+        raise ValueError(
+            "the weights of the gate and of what it multiplies must be [H, C] with [C, H] = "
+            f"{[channels, hidden]}, the shape of the output projection; got {shapes}"
+        )
+    return {
+        "norm_weight": norm.weight,
+        "norm_bias": norm.bias,
+        "gate_weight": _cast(gate.weight, dtype),
+        "gate_bias": gate.bias,
+        "up_weight": _cast(up.weight, dtype),
+        "up_bias": up.bias,
+        "down_weight": _cast(down.weight, dtype),
+        "down_bias": down.bias,
+        "eps": norm.eps,
+    }
+
+
+def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return weight if dtype is None else weight.to(dtype)

@@ -142,28 +142,37 @@ def _fault(name: str, part: nn.Module) -> str | None:
 
 def fault_of_call(name: str, part: nn.Module) -> str | None:
     """What the part's call does besides its class's forward; None if nothing."""
-    if (
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-    ):
+    if has_hook(part):
         return f"{name} has a hook, which would not run"
     if "forward" in part.__dict__:
         return f"{name} has a forward of its own, which would not run"
     return None
 
 
-def fault_of_parts(
-    module: nn.Module, linears: tuple[str, ...], norms: tuple[str, ...]
-) -> str | None:
-    """Why the module's parts can't be read in place of being called; None if they can."""
-    if (
+def has_hook(part: nn.Module) -> bool:
+    return bool(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+    )
+
+
+def all_modules_have_hook() -> bool:
+    """Whether a hook is registered that the call of any module runs."""
+    return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
-    ):
+    )
+
+
+def fault_of_parts(
+    module: nn.Module, linears: tuple[str, ...], norms: tuple[str, ...]
+) -> str | None:
+    """Why the module's parts can't be read in place of being called; None if they can."""
+    if all_modules_have_hook():
         return "a hook of all modules is registered, which would not run for its parts"
     parts = module._modules
     if not torch.compiler.is_compiling() and _are_plain(parts, (*linears, *norms)):

@@ -1,27 +1,54 @@
-"""`patch`: the kernel in the place of every triangle multiplication of a model that it knows."""
+"""`patch`: our functions in the place of every module of a model that is understood."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..trimul_with_residual import (
-    triangle_multiplicative_update,
-    triangle_multiplicative_update_with_residual,
-)
 from ..validation import check_memory, check_recompute
-from .adapters import (
-    from_boltz,
-    from_esmfold2,
-    from_openfold,
-    from_openfold3,
-    from_protenix,
+from .calls import transition, triangle
+from .families import (
+    MARK,
+    TRANSITIONS,
+    TRIANGLES,
+    Family,
+    check_parts,
+    function_of,
+    is_own,
+    is_patch,
+    recognise,
 )
-from .parts import describe, fault_of_call
+from .pair_layers import PAIR_LAYERS, check_layer, pair_layer
+
+
+class _Part(NamedTuple):
+    """A kind of modules, and what computes them."""
+
+    title: str
+    is_named: Callable  # whether a class of this name is of the kind
+    families: tuple[Family, ...]
+    check: Callable  # raises if a module can't be swapped
+    run: Callable
+
+
+# In the order of the work: a layer's triangles and transition are swapped before it is.
+_PARTS = {
+    "triangle": _Part(
+        "triangle multiplications", lambda kind: "Triang" in kind and "Multiplic" in kind,
+        TRIANGLES, check_parts, triangle,
+    ),
+    "transition": _Part(
+        "transitions", lambda kind: kind.endswith(("Transition", "TransitionBlock")), TRANSITIONS,
+        check_parts, transition,
+    ),
+    "residual": _Part(
+        "pair layers",
+        lambda kind: any(kind in family.classes for family in PAIR_LAYERS), PAIR_LAYERS,
+        check_layer, pair_layer,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,12 +61,13 @@ class PatchReport:
 
     swapped: dict[str, str]  # name: family
     left: dict[str, str]  # name: the reason
+    parts: dict[str, str]  # name: "triangle", "transition" or "residual", of both
     _forwards: dict[str, tuple[nn.Module, Callable]] = field(repr=False)
 
     @property
     def found(self) -> list[str]:
-        """Every module that is a triangle multiplication by its class's name."""
-        return [*self.swapped, *self.left]
+        """Every module that is of one of the parts by its class's name."""
+        return [*self.parts]
 
     def undo(self) -> None:
         """Gives the swapped modules their own forward back; a second call does nothing.
@@ -51,9 +79,9 @@ class PatchReport:
         covered = []
         for name, (module, forward) in self._forwards.items():
             present = vars(module).get("forward")
-            if _function(present) is forward:
+            if function_of(present) is forward:
                 del module.forward
-            elif present is not None and not _is_own(module, present):
+            elif present is not None and not is_own(module, present):
                 covered.append(name)
         if covered:
             raise RuntimeError(
@@ -68,23 +96,31 @@ class PatchReport:
         self.undo()
 
     def __str__(self) -> str:
-        head = (
-            f"triangle multiplications: {len(self.found)} found, {len(self.swapped)} swapped, "
-            f"{len(self.left)} left"
-        )
-        lines = [f"swapped {name or 'the model'} ({kind})" for name, kind in self.swapped.items()]
-        lines += [f"left {name or 'the model'}: {reason}" for name, reason in self.left.items()]
-        return "\n  ".join([head, *lines])
+        lines = []
+        for part, (title, *_) in _PARTS.items():
+            found = [name for name, of in self.parts.items() if of == part]
+            swapped = [name for name in found if name in self.swapped]
+            left = [name for name in found if name in self.left]
+            if found:
+                lines.append(
+                    f"{title}: {len(found)} found, {len(swapped)} swapped, {len(left)} left"
+                )
+            lines += [
+                f"  swapped {name or 'the model'} ({self.swapped[name]})" for name in swapped
+            ]
+            lines += [f"  left {name or 'the model'}: {self.left[name]}" for name in left]
+        return "\n".join(lines) or "nothing found"
 
 
 def patch(
     model: nn.Module,
     families: Iterable[str] | None = None,
     *,
+    parts: Iterable[str] = ("triangle", "residual", "transition"),
     memory: str = "auto",
     recompute: str = "product",
 ) -> PatchReport:
-    """Lets every triangle multiplication of the model that is understood run our kernels.
+    """Lets the triangle multiplications and transitions that are understood run our kernels.
 
     The modules of OpenFold, OpenFold 3, Protenix, Boltz, and of ESMFold and ESMFold2 in
     transformers are known, by the class that defines their forward, its arguments, and their parts.
@@ -95,11 +131,25 @@ def patch(
             print(report)
             model(...)
 
+    The parts of a model that can be swapped:
+
+    - "triangle": every triangle multiplication. Where OpenFold adds in place (`inplace_safe` and
+      `_add_with_inplace`), so does ours; with `inplace_safe` alone ours leaves z as it is.
+    - "transition": every transition with a SwiGLU, of OpenFold 3, Protenix, Boltz and ESMFold2,
+      also of single and MSA representations and of diffusion heads. ESMFold2's adds its residual,
+      and so does ours. AlphaFold 2's, with a ReLU, is left.
+    - "residual": ESMFold2's `EsmFold2PairUpdateLayer` as a whole, and the pair half of its
+      `EsmFold2MSAEncoderLayer`: each swapped module's residual is added by its last kernel, in
+      float32, and without a gradient all but the first write over their input, which is the layer's
+      own tensor. The triangles must be swapped. While one has a hook, the layer's own code runs and
+      calls its modules; so does an MSA layer's under torch.compile. Layers of the other families
+      keep their own code, which orders dropout, residuals and attention.
+
     Each swapped module keeps its parameters, state dict, hooks and the arguments of its forward,
     training included. Of these, those that choose an implementation or a chunk size choose nothing
-    any more. Where OpenFold adds in place (`inplace_safe` and `_add_with_inplace`), so does ours;
-    with `inplace_safe` alone ours leaves z as it is. Hooks of a module's parts no longer run, so a
-    module with such hooks is left, and none may be added while it is patched.
+    any more, nor does the attribute `chunk_size`: results don't depend on it. Hooks of a module's
+    parts no longer run, so a module with such hooks is left, and none may be added while it is
+    patched.
 
     Under torch.autocast the pair tensor and the projections are cast to the autocast dtype, which
     the result has, as the original's. Without it their dtypes must agree, except that OpenFold's
@@ -115,41 +165,53 @@ def patch(
         model: searched with its submodules.
         families: names of those to swap, of "openfold", "openfold3", "protenix", "boltz" and
             "esmfold2"; None swaps all. ESMFold is of "openfold".
-        memory, recompute: as for `triangle_multiplicative_update`.
+        parts: names of those to swap, as above. What is not among them is not in the report.
+        memory, recompute: of the triangles, as for `triangle_multiplicative_update`.
 
     Raises:
-        TypeError: a model that is no torch.nn.Module, or families that are no names.
-        ValueError: a family, memory or recompute that is none.
+        TypeError: a model that is no torch.nn.Module, or families or parts that are no names.
+        ValueError: a family, part, memory or recompute that is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    known = [family.name for family in _FAMILIES]
-    if not isinstance(families, (Iterable, type(None))):
-        raise TypeError(f"families must be names or None; got {families!r}")
-    chosen = known if families is None else [families] if isinstance(families, str) else [*families]
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"families must be of {', '.join(known)}; got {name!r}")
+    known = list(dict.fromkeys(family.name for family in TRIANGLES))
+    chosen = known if families is None else _names("families", families, known, " or None")
+    wanted = _names("parts", parts, ["triangle", "residual", "transition"])
     check_memory(memory)
     check_recompute(recompute)
 
-    report = PatchReport({}, {}, {})
-    for name, module in model.named_modules():
-        kind = getattr(module, "original_name", type(module).__name__)
-        if not ("Triang" in kind and "Multiplic" in kind):
+    report = PatchReport({}, {}, {}, {})
+    settings = {"memory": memory, "recompute": recompute}
+    for part_name, part in _PARTS.items():
+        if part_name not in wanted:
             continue
-        try:
-            family = _recognise(module, chosen)
-        except (TypeError, ValueError) as error:
-            report.left[name] = str(error)
-            continue
-        run = functools.partial(_run, family.read, {"memory": memory, "recompute": recompute})
-        forward = family.bind(run)
-        forward._is_trimul_patch = True
-        module.forward = forward.__get__(module)
-        report.swapped[name] = family.name
-        report._forwards[name] = (module, forward)
+        for name, module in model.named_modules():
+            if not part.is_named(getattr(module, "original_name", type(module).__name__)):
+                continue
+            report.parts[name] = part_name
+            try:
+                family = recognise(module, part.families, chosen)
+                part.check(module, family)
+            except (TypeError, ValueError) as error:
+                report.left[name] = str(error)
+                continue
+            forward = family.bind(functools.partial(part.run, family, settings))
+            setattr(forward, MARK, True)
+            module.forward = forward.__get__(module)
+            report.swapped[name] = family.name
+            report._forwards[name] = (module, forward)
     return report
+
+
+def _names(what: str, given: Iterable[str], known: list[str], none: str = "") -> list[str]:
+    """The names given, which must be known ones; a single one may be given as it is."""
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{what} must be names{none}; got {given!r}")
+    names = [given] if isinstance(given, str) else [*given]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what} must be of {', '.join(known)}; got {name!r}")
+    return names
 
 
 def unpatch(model: nn.Module) -> list[str]:
@@ -172,10 +234,10 @@ def unpatch(model: nn.Module) -> list[str]:
     swapped, covered = [], []
     for name, module in model.named_modules():
         present = vars(module).get("forward")
-        if _is_patch(present) or _is_loaded_patch(module, present):
+        if is_patch(present) or _is_loaded_patch(module, present):
             del module.forward
             swapped.append(name)
-        elif getattr(present, "_is_trimul_patch", False):
+        elif getattr(present, MARK, False):
             covered.append(name)
     if covered:
         raise RuntimeError(
@@ -185,225 +247,12 @@ def unpatch(model: nn.Module) -> list[str]:
     return swapped
 
 
-def _is_patch(forward: Any) -> bool:
-    """Whether `patch` made this forward. A wrapper has its marks too, but tells what it wraps."""
-    function = _function(forward)
-    return getattr(function, "_is_trimul_patch", False) and not hasattr(function, "__wrapped__")
-
-
-def _is_loaded_patch(module: nn.Module, forward: Any) -> bool:
+def _is_loaded_patch(module: nn.Module, forward: Callable | None) -> bool:
     """Whether this forward is what pickling leaves of a patch; other modules may hold their own."""
     known = any(
-        kind.__name__ in family.classes for kind in type(module).__mro__ for family in _FAMILIES
+        kind.__name__ in family.classes
+        for kind in type(module).__mro__
+        for part in _PARTS.values()
+        for family in part.families
     )
-    return known and _is_own(module, forward)
-
-
-def _openfold_forward(run: Callable) -> Callable:
-    def forward(
-        self,
-        z: Tensor,
-        mask: Tensor | None = None,
-        inplace_safe: bool = False,
-        _add_with_inplace: bool = False,
-        _inplace_chunk_size: int | None = 256,
-    ) -> Tensor:
-        return run(self, z, mask, inplace_safe and _add_with_inplace)
-
-    return forward
-
-
-def _openfold3_forward(run: Callable) -> Callable:
-    def forward(
-        self,
-        z: Tensor,
-        mask: Tensor | None = None,
-        inplace_safe: bool = False,
-        use_cueq_triangle_kernels: bool = False,
-        use_triton_triangle_kernels: bool = False,
-        _add_with_inplace: bool = False,
-        _inplace_chunk_size: int | None = 256,
-    ) -> Tensor:
-        # With cuEquivariance's kernels OpenFold 3 leaves the sum to the caller, whatever it asked.
-        add = inplace_safe and _add_with_inplace and not use_cueq_triangle_kernels
-        return run(self, z, mask, add)
-
-    return forward
-
-
-def _protenix_forward(run: Callable) -> Callable:
-    def forward(
-        self,
-        z: Tensor,
-        mask: Tensor | None = None,
-        inplace_safe: bool = False,
-        _add_with_inplace: bool = False,
-        _inplace_chunk_size: int | None = 256,
-        triangle_multiplicative: str = "torch",
-    ) -> Tensor:
-        return run(self, z, mask, inplace_safe and _add_with_inplace)
-
-    return forward
-
-
-def _boltz_forward(run: Callable) -> Callable:
-    def forward(self, x: Tensor, mask: Tensor, use_kernels: bool = False) -> Tensor:
-        return run(self, x, mask, False)
-
-    return forward
-
-
-def _esmfold2_forward(run: Callable) -> Callable:
-    def forward(self, pair_grid: Tensor, visibility: Tensor | None = None) -> Tensor:
-        return run(self, pair_grid, visibility, False)
-
-    return forward
-
-
-class _Family(NamedTuple):
-    """Modules that are read and called alike."""
-
-    name: str
-    classes: tuple[str, ...]  # names of the classes that define the forward
-    read: Callable  # the module's keyword arguments of triangle_multiplicative_update
-    bind: Callable  # a forward, from what computes it
-
-
-_OPENFOLD_CLASSES = ("TriangleMultiplicativeUpdate", "FusedTriangleMultiplicativeUpdate")
-_FAMILIES = (
-    _Family(
-        "openfold",
-        (*_OPENFOLD_CLASSES, "EsmFoldTriangleMultiplicativeUpdate"),
-        from_openfold,
-        _openfold_forward,
-    ),
-    _Family("openfold3", _OPENFOLD_CLASSES, from_openfold3, _openfold3_forward),
-    _Family("protenix", _OPENFOLD_CLASSES, from_protenix, _protenix_forward),
-    _Family(
-        "boltz",
-        ("TriangleMultiplicationOutgoing", "TriangleMultiplicationIncoming"),
-        from_boltz,
-        _boltz_forward,
-    ),
-    _Family(
-        "esmfold2", ("EsmFold2TriangleMultiplicativeUpdate",), from_esmfold2, _esmfold2_forward
-    ),
-)
-_BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
-
-
-def _recognise(module: nn.Module, chosen: list[str]) -> _Family:
-    """The family that the module is of; the error says why it must be left."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(f"{describe(module)} is compiled by TorchScript and can't be changed")
-    if "merged_linear_p" in module._modules:
-        raise TypeError(
-            "Chai-1's block of both directions, whose ports differ in what their forward returns; "
-            "from_chai gives the arguments of its two calls"
-        )
-    present = vars(module).get("forward")
-    if getattr(_function(present), "_is_trimul_patch", False):
-        raise TypeError("patched already")
-    if present is not None and not _is_own(module, present):
-        raise TypeError("its forward has been replaced by another library's")
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    families = [family for family in _FAMILIES if owner.__name__ in family.classes]
-    if not families:
-        raise TypeError(
-            f"the class that defines its forward, {owner.__module__}.{owner.__qualname__}, is of "
-            "no known family"
-        )
-    families = [family for family in families if _takes_alike(owner.forward, family)]
-    if not families:
-        raise TypeError(
-            f"its forward takes {inspect.signature(owner.forward)}, which no family's does"
-        )
-    family = families[0]
-    if family.name not in chosen:
-        raise ValueError(f"families leaves {family.name} out")
-    changed = [
-        name
-        for kind in type(module).__mro__[: type(module).__mro__.index(owner)]
-        for name, value in vars(kind).items()
-        if callable(value) and not name.startswith("__")
-    ]
-    if changed:
-        raise TypeError(f"its class {describe(module)} changes {', '.join(changed)}")
-    for name, part in module.named_children():
-        if (fault := fault_of_call(name, part)) is not None:
-            raise TypeError(fault)
-    family.read(module)
-    return family
-
-
-def _takes_alike(forward: Callable, family: _Family) -> bool:
-    """Whether the family's forward takes these arguments, and maybe more after them."""
-    taken, known = (
-        [(one.name, one.default) for one in inspect.signature(function).parameters.values()]
-        for function in (forward, family.bind(None))
-    )
-    return taken == known[: len(taken)]
-
-
-def _is_own(module: nn.Module, forward: Callable) -> bool:
-    """Whether this forward is that of the module's class, as a pickled patch leaves it."""
-    return _function(forward) is type(module).forward
-
-
-def _function(method: Any) -> Any:
-    return getattr(method, "__func__", None)
-
-
-def _run(
-    read: Callable,
-    settings: dict[str, str],
-    module: nn.Module,
-    x: Tensor,
-    mask: Tensor | None,
-    add: bool,
-) -> Tensor:
-    """The update of x; with `add`, x itself once the update has been added to it."""
-    dtype = _compute_dtype(module, x)
-    weights = read(module, dtype)
-    if add and dtype in (None, x.dtype) and _fits_in_one_pass(x, mask, weights):
-        pair = x.view(x.shape[:-3].numel(), *x.shape[-3:])
-        for name in _BIASES:
-            del weights[name]
-        triangle_multiplicative_update_with_residual(
-            pair,
-            weights.pop("direction"),
-            pair,
-            None,
-            mask=None if mask is None else mask.reshape(pair.shape[:-1]),
-            inplace=True,
-            **weights,
-            **settings,
-        )
-        return x
-    update = triangle_multiplicative_update(
-        x if dtype is None else x.to(dtype), mask=mask, **weights, **settings
-    )
-    return x.add_(update) if add else update
-
-
-def _fits_in_one_pass(x: Tensor, mask: Tensor | None, weights: dict[str, Any]) -> bool:
-    """Whether the function that adds in place takes this call: no biases, no gradient, eager."""
-    return (
-        x.ndim >= 3
-        and x.is_contiguous()
-        and (mask is None or mask.shape == x.shape[:-1])
-        and all(weights[name] is None for name in _BIASES)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
-    """What x and the projections are cast to; None leaves them as they are."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    linear = module._modules.get("linear_z")
-    if x.dtype == torch.bfloat16 and linear is not None:
-        # OpenFold's linear layers have a forward of their own, which casts to this dtype alone.
-        return None if type(linear).forward is nn.Linear.forward else x.dtype
-    return None
+    return known and is_own(module, forward)

@@ -2,10 +2,13 @@
 
 Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 
-    default   a, b and the product, 3.0; then the product and the output, 2.0
+    default   a, b and the product, 3.0; then the product and the output, 2.0. Of a batch, 3.0 for
+              each of the sequences that are run at once, and the output.
     lean      1 + 3/8 + 1/16: the product; planes of one group of channels (others lie in the part
               of the product that is not yet written); and room ahead of the product, so that the
-              output can overwrite the rows already read. Over the residual: 1 + 3/8.
+              output can overwrite the rows already read. Over the residual: 1 + 3/8. Of a batch
+              that is written over the residual, 1 + 3/8 of a sequence; of four or more sequences
+              the same, and the output.
 
 Both also hold the moments of x, 8 bytes for each pair of residues.
 """
@@ -31,6 +34,9 @@ from .launches import current_device as current_device
 from .launches import for_kernels, launches_of
 from .lean import run_lean
 
+# The pairs of the sequences that are run at once, if a batch has more.
+_FILLING_PAIRS = 2**18
+
 
 def forward(call: Call) -> Tensor:
     """The output [B, L, L, C], in the mode `call.memory`."""
@@ -38,9 +44,10 @@ def forward(call: Call) -> Tensor:
     with current_device(call.x):
         if call.memory != "lean":
             try:
-                return _run_default(call, launches_of(call, "default"))[0]
+                together = _sequences_together(call)
+                return _run_default(call, launches_of(call, "default", together))
             except torch.OutOfMemoryError:
-                # Stage 3 allocates before it writes: the residual of an inplace call is intact.
+                # Memory is allocated before a write: the residual of an inplace call is intact.
                 if call.memory == "default":
                     raise
             say_once("runs in lean mode: an allocation of the default mode failed")
@@ -48,13 +55,50 @@ def forward(call: Call) -> Tensor:
 
 
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, product, moments) of the default mode, see `_run_default`."""
+    """(output, product, moments) of the default mode, see `_run_saving`."""
     call = for_kernels(call)
     with current_device(call.x):
-        return _run_default(call, launches_of(call, "default"))
+        return _run_saving(call, launches_of(call, "saving"))
 
 
-def _run_default(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
+def _run_default(call: Call, launches: Launches) -> Tensor:
+    """The output, in groups of sequences that share the memory of a, b and the product."""
+    x, hidden = call.x, call.hidden
+    batch, length = x.shape[:2]
+    size = _sequences_together(call)
+    if size == batch:
+        return _run_saving(call, launches)[0]
+    # All large memory before a write, so that the residual is intact if there is too little.
+    out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
+    shape = (size, hidden, length, padded_pitch(length))
+    planes = launches.empty("a and b", (size, 2, *shape[1:]), x.dtype, x.device)
+    product = launches.empty("product", shape, x.dtype, x.device)
+    a, b = planes.unbind(1)
+    for first in range(0, batch, size):
+        entries = slice(first, first + size)
+        part = call.of_entries(entries)
+        moments = fused_dual_gemm_fwd(part, launches, (a, b))
+        trimul_einsum_fwd(part, launches, a, b, product)
+        by_rows = with_axes_of_x(moments, call.direction)
+        fused_ln_residual_fwd(part, launches, product, by_rows, out[entries])
+        del moments, by_rows  # freed before the next group's are allocated
+    return out
+
+
+def _sequences_together(call: Call) -> int:
+    """How many sequences to run at once: few, but enough to fill a GPU; a divisor of the batch."""
+    batch, length = call.x.shape[:2]
+    if batch == 1:
+        return 1
+    size = min(batch, max(1, _FILLING_PAIRS // length**2))
+    # One launch serves all groups, whose tensors must be aligned alike.
+    for tensor in (call.x, call.residual, call.drop_mask):
+        if tensor is not None and tensor.stride(0) * tensor.element_size() % 16:
+            return batch
+    return max(divisor for divisor in range(1, size + 1) if batch % divisor == 0)
+
+
+def _run_saving(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
     """(output, product, moments).
 
     Stage 2 wrote the product [B, D, L, pitch] in the dtype of x, and stage 1 the moments
@@ -100,7 +144,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = for_kernels(call)
-    with current_device(call.x):
+    # Autocast would choose dtypes for torch.cat and its like.
+    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         return run_backward(call, grad_out, product, moments, needs)
 
 
@@ -113,7 +158,8 @@ def plan(call: Call) -> Plan:
     lean = call.memory == "lean" and not keeps
     kernels_call = for_kernels(_twin_of(call))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        (run_lean if lean else _run_default)(kernels_call, launches)
+        run = run_lean if lean else _run_saving if keeps else _run_default
+        run(kernels_call, launches)
     buffers, notes = launches.buffers, []
     kept = buffers["product"] + buffers["moments"] if keeps else 0
     mode = "lean" if lean else "default"

@@ -1,5 +1,8 @@
 """The lean mode: a and b in groups of channels, and the output written over the product.
 
+Over the residual, or for a larger batch, the output is memory of its own, and the sequences share
+the memory of one product.
+
 The product is [B, L, D, pitch] here: a row's channels lie together, so that rows of the output can
 overwrite rows of the product that have been read.
 """
@@ -17,6 +20,9 @@ from ..triton_parts.launch import Launches
 from ..triton_parts.tiles import padded_pitch
 
 _PLANES = 0.375  # scratch memory for planes, in tensors of the pair's size
+# The fewest sequences whose output has memory of its own, while one product serves them all: it
+# takes 1 + 3/8 beside the output, and a product for each sequence 3/8 + 1/16 a sequence.
+_LEAST_APART = 4
 _GROUP_MULTIPLE = 8  # channels, half a block of the smallest dot
 
 
@@ -24,17 +30,24 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
     """The output [B, L, L, C], one sequence at a time."""
     x = call.x
     batch, length = x.shape[:2]
-    sizes = _sizes_of(call)
-    size = sizes.ahead + sizes.products
-    memory = launches.empty("product and output", (size,), x.dtype, x.device)
-    products = memory[sizes.ahead :].view(batch, length, -1, padded_pitch(length))
-    out = call.residual if call.inplace else memory[: x.numel()].view(x.shape)
+    apart = call.inplace or batch >= _LEAST_APART
+    together = 1 if apart else batch  # products in memory at once
+    sizes = _sizes_of(call, together, apart)
+    name = "product" if apart else "product and output"
+    memory = launches.empty(name, (sizes.ahead + sizes.products,), x.dtype, x.device)
+    products = memory[sizes.ahead :].view(together, length, -1, padded_pitch(length))
+    if call.inplace:
+        out = call.residual
+    elif apart:
+        out = launches.empty("output", x.shape, x.dtype, x.device)
+    else:
+        out = memory[: x.numel()].view(x.shape)
     for entry in range(batch):
-        sequence = slice(entry, entry + 1)
-        of_entry = call.of_entry(entry)
-        product = products[sequence].transpose(1, 2)  # [1, D, L, pitch]
+        of_entry, product = call.of_entry(entry), products[0 if apart else entry][None]
+        product = product.transpose(1, 2)  # [1, D, L, pitch]
         moments = _product_by_groups(of_entry, launches, product, sizes.slots)
-        fused_ln_residual_by_steps(of_entry, launches, product, moments, out[sequence])
+        made = out[entry : entry + 1]
+        fused_ln_residual_by_steps(of_entry, launches, product, moments, made)
         del moments  # freed before the next sequence's are allocated
     return out
 
@@ -43,22 +56,23 @@ class _Sizes(NamedTuple):
     """Sizes of the buffers of a call."""
 
     ahead: int  # elements ahead of the products, where the output begins
-    products: int  # elements of the products of the batch
+    products: int  # elements of the products that are in memory at once
     slots: int  # planes of scratch memory for a and b
 
 
-def _sizes_of(call: Call) -> _Sizes:
-    batch, length, _, channels = call.x.shape
+def _sizes_of(call: Call, together: int, apart: bool) -> _Sizes:
+    """The sizes for products of `together` sequences; `apart` from the output, or under it."""
+    _, length, _, channels = call.x.shape
     hidden = call.hidden
-    rows, step = batch * length, rows_of_step(length)
+    rows, step = together * length, rows_of_step(length)
     row_out, row_product = length * channels, hidden * padded_pitch(length)
     ahead = 0
-    if not call.inplace:
+    if not apart:
         # The rows that a step writes must end before the first row that it reads. The first step
         # needs most room for this, or the last if a row of the output is longer than the product's.
         ahead = max(step * row_out, rows * row_out - (rows - step) * row_product)
         ahead = -(-ahead // 16) * 16  # the product stays aligned
-    slots = min(max(2 * _GROUP_MULTIPLE, int(_PLANES * batch * channels)), 2 * hidden)
+    slots = min(max(2 * _GROUP_MULTIPLE, int(_PLANES * together * channels)), 2 * hidden)
     return _Sizes(ahead, rows * row_product, slots)
 
 

@@ -52,7 +52,8 @@ def _row_products_kernel(
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     if sums_ptr is not None:
-        ones = tl.full([BLOCK_M, 16], 1.0, left_ptr.dtype.element_ty)
+        # From float32, because the interpreter has no constants in bfloat16.
+        ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(left_ptr.dtype.element_ty)
         sums = tl.zeros([BLOCK_N, 16], tl.float32)
     first = number * part
     for start_m in range(first, tl.minimum(first + part, M), BLOCK_M):

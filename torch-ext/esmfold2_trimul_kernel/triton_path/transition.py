@@ -131,7 +131,8 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
     shape = call.x.shape
     call = for_kernels(_merged(call._replace(residual=grad_out)))
     call, grad_out = call._replace(residual=None), call.residual
-    with current_device(call.x):
+    # Autocast would choose dtypes for torch.cat and its like.
+    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         launches = launches_of(call, "transition_bwd", needs, grad_out.stride())
         found = _run_backward(call, grad_out, needs, launches)
     if "x" in needs:
@@ -167,7 +168,7 @@ def _run_backward(
         if call.lengths is not None:
             # Without padding's numbers, which may be NaN, its gradients are zeros.
             within = pairs_within(part.lengths, x.shape[2])[:, rows, :, None]
-            part = part._replace(x=torch.where(within, part.x, 0))
+            part = part._replace(x=torch.where(within, part.x, 0), lengths=None)
             grad = torch.where(within, grad, 0)
         grad = grad.reshape(count, channels).contiguous()
         kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)

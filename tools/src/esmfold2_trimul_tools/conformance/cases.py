@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
+TRANSITION_BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,65 @@ class Case:
             "precision": self.precision is not None,
             "lengths": self.lengths is not None,
             "lean memory": self.memory == "lean",
+        }
+        return frozenset(feature for feature, wanted in needed.items() if wanted)
+
+
+@dataclass(frozen=True)
+class TransitionCase:
+    """One call of the transition, in the words of a `Case`.
+
+    rows: the dimensions of x before its channels; they end in L, L where there are lengths.
+    residual: "none", "own", "pair" (x itself) or "overwritten" (the result is written over it).
+    """
+
+    name: str
+    dtype: str = "bfloat16"
+    channels: int = 64
+    hidden: int = 160
+    rows: tuple[int, ...] = (1, 33, 33)
+    x: str = "trunk"
+    scale: float = 1.0
+    layout: str = "contiguous"
+    weights: str = "trunk"
+    norms: str = "float32"
+    biases: tuple[str, ...] = ()
+    residual: str = "pair"
+    eps: float = EPS
+    precision: str | None = None
+    lengths: tuple[int, ...] | None = None
+    lengths_dtype: str = "int64"
+
+    mask_expanded = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The dimensions of x before [L, L, C]."""
+        return self.rows[:-2]
+
+    @property
+    def length(self) -> int:
+        """The last dimension but the channels: L, where there are lengths."""
+        return self.rows[-1] if self.rows else 1
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features that an implementation must have to take part."""
+        needed = {
+            self.dtype: True,
+            "transition": True,
+            "linear biases": bool(self.biases),
+            "absent norm weights": self.norms == "absent",
+            "16-bit norm weights": self.norms in ("bfloat16", "float16"),
+            "result over the residual": self.residual == "overwritten",
+            "precision": self.precision is not None,
+            "lengths": self.lengths is not None,
         }
         return frozenset(feature for feature, wanted in needed.items() if wanted)
 
@@ -259,3 +319,58 @@ CASES: tuple[Case, ...] = (
     ),
     *_for_each(_BFLOAT16, "lengths: none leading", lengths=(20,), leading=(), mask="none"),
 )  # fmt: skip
+
+
+def _transitions(dtypes: str, name: str, **words: object) -> Iterator[TransitionCase]:
+    for dtype in dtypes.split():
+        yield TransitionCase(f"transition: {name}, {dtype}", dtype, **words)
+
+
+TRANSITIONS: tuple[TransitionCase, ...] = (
+    *_transitions(_ALL, "of pairs"),
+    *_transitions(_ALL, "the update alone", residual="none"),
+    *_transitions(_TWO, "another residual", residual="own", rows=(2, 33, 33)),
+    *_transitions(_TWO, "over the residual", residual="overwritten"),
+    *_transitions(_BFLOAT16, "C = 256, H = 1024", channels=256, hidden=1024, rows=(1, 20, 20)),
+    *_transitions(_BFLOAT16, "C = 128, H = 512", channels=128, hidden=512),
+    *_transitions(_TWO, "C = 77, H = 41", channels=77, hidden=41),
+    *_transitions(_BFLOAT16, "C = 250, H = 1000", channels=250, hidden=1000, rows=(9, 31)),
+    *_transitions(_FLOAT32, "one row", rows=()),
+    *_transitions(_TWO, "2,049 rows", rows=(2049,)),
+    *_transitions(_TWO, "leading dimensions 2 x 3", rows=(2, 3, 9, 9)),
+    *_transitions(_BFLOAT16, "a rectangle", rows=(1, 65, 17)),
+    *(
+        case
+        for name in TRANSITION_BIASES
+        for case in _transitions(_BFLOAT16, f"biases: {name} alone", biases=(name,))
+    ),
+    *_transitions(_ALL, "biases: all", biases=TRANSITION_BIASES, residual="none"),
+    *_transitions(_BFLOAT16, "norms: of the dtype of x", norms="bfloat16"),
+    *_transitions(_TWO, "norms: absent", norms="absent"),
+    *_transitions(_ALL, "norms: digits beyond bfloat16", weights="fine norms", residual="none"),
+    *_transitions(_TWO, "gates: open and shut", weights="wide gates", residual="none"),
+    *(
+        case
+        for word in ("IEEE", "TF32", "TF32x3", "bfloat16")
+        for case in _transitions(_FLOAT32, f"precision: {word}", precision=word, residual="none")
+    ),
+    *_transitions(_ALL, "scale: 1e-3", scale=1e-3, residual="none"),
+    *_transitions(_ALL, "scale: 1e3", scale=1e3, residual="none"),
+    *_transitions(_ALL, "heavy tails: Cauchy", x="cauchy", residual="none"),
+    *_transitions(_ALL, "constant rows to 3e4", x="constant rows", residual="none"),
+    *_transitions(_TWO, "constant rows: up to 3e38", x="huge constant rows", residual="none"),
+    *_transitions(_TWO, "means: 25 deviations", x="means of 25 deviations", residual="none"),
+    *_transitions(_FLOAT32, "means: 1000 deviations", x="means of 1000 deviations"),
+    *_transitions(_TWO, "eps: 0.1", eps=0.1, residual="none"),
+    *_transitions(_BFLOAT16, "strides: channels first", layout="channels first"),
+    *_transitions(_BFLOAT16, "strides: residues swapped", layout="residues swapped"),
+    *_transitions(_TWO, "strides: sliced channels", layout="sliced channels"),
+    *_transitions(
+        _TWO, "lengths: 0, 1, some, L", lengths=(0, 1, 20, 33), rows=(4, 33, 33), residual="none"
+    ),
+    *_transitions(
+        _BFLOAT16, "lengths: over the residual", lengths=(17, 0), rows=(2, 33, 33),
+        residual="overwritten", lengths_dtype="int32",
+    ),
+)  # fmt: skip
+EVERY_CASE = (*CASES, *TRANSITIONS)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..oracle import triangle_multiplication
-from .cases import Case
+from ..oracle import transition, triangle_multiplication
+from .cases import Case, TransitionCase
 from .problem import Problem
 
 # From tests/helpers.py, and from docs/numerics.md for the other words of `precision`.
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
     limits: Errors
 
 
-def budget(case: Case) -> float:
+def budget(case: Case | TransitionCase) -> float:
     """B of the case."""
     if case.dtype == "float32" and case.precision is not None:
         return PRECISION_BUDGETS[case.precision]
@@ -81,6 +81,11 @@ def reference(problem: Problem) -> Tensor:
 def formula(problem: Problem, dtype: torch.dtype) -> Tensor:
     """The oracle's output, every operation's result in `dtype`, but norms in float32 at least."""
     p = problem
+    if isinstance(p.case, TransitionCase):
+        return transition(
+            p.x, p.weights | p.biases, residual=p.residual, lengths=p.lengths, eps=p.case.eps,
+            dtype=dtype,
+        )  # fmt: skip
     return triangle_multiplication(
         p.x, p.case.direction, p.weights | p.biases, mask=p.mask, residual=p.residual,
         drop_mask=p.drop_mask, lengths=p.lengths, eps=p.case.eps, dtype=dtype,

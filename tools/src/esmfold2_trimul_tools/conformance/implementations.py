@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..bench import case as bench_case
 from ..bench import rivals as bench_rivals
 from ..bench.rivals import Absent, Sources, first_line
+from .cases import TransitionCase
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of the triangle multiplication.
+    """One implementation of the triangle multiplication, of the transition or of both.
 
     run: its output for a problem on its device; raises `Absent` for one that it doesn't take.
     missing: why it can't run on a device here, or None if it can. lacks: features of `cases` that
@@ -50,6 +51,12 @@ class Implementation:
 def _ours(problem: Problem, sources: Sources) -> Tensor:
     """The public function; the one with a residual where the case needs that."""
     case = problem.case
+    if isinstance(case, TransitionCase):
+        return sources.kernel.swiglu_transition(
+            problem.x, **problem.weights, **problem.biases, residual=problem.residual,
+            eps=case.eps, precision=case.precision, lengths=problem.lengths,
+            inplace=case.residual == "overwritten",
+        )  # fmt: skip
     options = {
         "mask": problem.mask, "eps": case.eps, "precision": case.precision, "memory": case.memory,
     }  # fmt: skip
@@ -73,6 +80,29 @@ def _our_layer(problem: Problem, sources: Sources) -> Tensor:
 
 def _rival(make: bench_rivals.Maker, problem: Problem, sources: Sources) -> Tensor:
     return make(_for_benchmark(problem), sources)()
+
+
+def _in_tree(problem: Problem, sources: Sources) -> Tensor:
+    """transformers' module; a transition that adds another tensor than x is called by its parts."""
+    if not isinstance(problem.case, TransitionCase):
+        return _rival(bench_rivals.in_tree, problem, sources)
+    import torch
+    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2Transition
+
+    case, w = problem.case, problem.weights
+    module = EsmFold2Transition(case.channels, case.hidden, None)
+    values = {
+        "norm.weight": w["norm_weight"],
+        "norm.bias": w["norm_bias"],
+        "mlp.gate_up_proj.weight": torch.cat([w["gate_weight"], w["up_weight"]]),
+        "mlp.down_proj.weight": w["down_weight"],
+    }
+    module.load_state_dict(values, assign=True)  # each in its own dtype
+    module.norm.eps = case.eps
+    if case.residual == "pair" and case.rows:
+        return module(problem.x)
+    update = module.mlp(module.norm(problem.x))
+    return update if problem.residual is None else problem.residual + update
 
 
 def _published(problem: Problem, sources: Sources) -> Tensor:
@@ -147,6 +177,7 @@ _ONE_BATCH = {
     "x broadcast to the mask": "takes a mask [B, L, L]",
 }
 _NO_RESIDUAL = {"residual": "has no residual and no drop mask"}
+_TRIANGLES_ALONE = {"transition": "is no transition"}
 _MODULE_LACKS = {
     **_OURS_ALONE,
     **_ONE_BATCH,
@@ -157,12 +188,15 @@ _MODULE_LACKS = {
     "precision": "has no precision",
 }
 _IN_TREE_LACKS = {**_MODULE_LACKS, "16-bit norm weights": "keeps its norms in float32"}
+_LAYER_LACKS = {**_MODULE_LACKS, **_TRIANGLES_ALONE}
 _PUBLISHED_LACKS = {
+    **_TRIANGLES_ALONE,
     **{feature: reason for feature, reason in _MODULE_LACKS.items() if feature != "residual"},
     "float16": "computes in bfloat16 alone",
     "float32": "computes in bfloat16 alone",
 }
 _CUEQUIVARIANCE_LACKS = {
+    **_TRIANGLES_ALONE,
     **_OURS_ALONE,
     **_NO_RESIDUAL,
     "broadcast mask": "takes a mask [..., L, L]",
@@ -179,10 +213,8 @@ IMPLEMENTATIONS = (
         "ours, ATen path", _ours, partial(_not_on_path, "aten"), ours=True, on_cpu=True
     ),
     Implementation("ours, Triton path", _ours, partial(_not_on_path, "triton"), ours=True),
-    Implementation("ours, Hub layer", _our_layer, _no_transformers, _MODULE_LACKS, ours=True),
-    Implementation(
-        "in-tree", partial(_rival, bench_rivals.in_tree), _no_transformers, _IN_TREE_LACKS
-    ),
+    Implementation("ours, Hub layer", _our_layer, _no_transformers, _LAYER_LACKS, ours=True),
+    Implementation("in-tree", _in_tree, _no_transformers, _IN_TREE_LACKS),
     Implementation("published", _published, _no_published, _PUBLISHED_LACKS),
     Implementation(
         "cuequivariance, fp32 norms", partial(_cuequivariance, "float32"), _no_cuequivariance,

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import Case, TransitionCase
 
 _OTHER_TENSORS = ("mask", "residual", "drop_mask", "lengths")  # of a problem: neither x nor weights
 _HIDDEN_RESIDUES = 3
@@ -24,12 +24,12 @@ _LARGEST_INPUT = 65504.0  # float16's largest number, so that all dtypes get the
 class Problem:
     """A case's tensors.
 
-    x: [..., L, L, C]. weights: the eight parameters by their public names, norms None where absent.
-    biases: those of the linear layers that the case has. mask: broadcastable to the output without
-    its channels.
+    x: [..., L, L, C], or [..., C] of a transition. weights: the parameters by their public names,
+    norms None where absent. biases: those of the linear layers that the case has. mask:
+    broadcastable to the output without its channels.
     """
 
-    case: Case
+    case: Case | TransitionCase
     x: Tensor
     weights: dict[str, Tensor | None]
     biases: dict[str, Tensor]
@@ -66,7 +66,7 @@ class Problem:
 class _Draw:
     """Random tensors of one case, from one generator."""
 
-    def __init__(self, case: Case, seed: int) -> None:
+    def __init__(self, case: Case | TransitionCase, seed: int) -> None:
         self.case = case
         self.generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + seed)
 
@@ -158,9 +158,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def make_problem(case: Case, seed: int = 0) -> Problem:
+def make_problem(case: Case | TransitionCase, seed: int = 0) -> Problem:
     """The case's tensors on the CPU, with x and the mask not yet in the case's strides."""
     draw = _Draw(case, seed)
+    if isinstance(case, TransitionCase):
+        return _transition_problem(case, draw)
     channels, hidden, length, dtype = case.channels, case.hidden, case.length, case.torch_dtype
     shape = (*case.leading, length, length, channels)
     x = (INPUTS[case.x](draw, shape) * case.scale).to(dtype)
@@ -185,25 +187,56 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         weights["norm_in_weight"] = torch.full((channels,), 1.0035)
         weights["norm_in_bias"] = torch.full((channels,), 2.007)
         weights["g_out_weight"] = (weights["g_out_weight"] * 0.1 - 3 / channels).to(dtype)
-    for name in [name for name in weights if name.startswith("norm_")]:
-        if case.norms == "absent":
-            weights[name] = None
-        else:
-            weights[name] = weights[name].to(getattr(torch, case.norms))
+    _set_norms(case, weights)
     of_hidden = {"p_in_bias": 2 * hidden, "g_in_bias": 2 * hidden}
     biases = {
         name: (0.3 * draw.normal(of_hidden.get(name, channels))).to(dtype) for name in case.biases
     }
     mask = None if case.mask == "none" else MASKS[case.mask](draw, case.mask_shape)
-    lengths = None
-    if case.lengths is not None:
-        lengths = torch.tensor(case.lengths, dtype=getattr(torch, case.lengths_dtype))
-        lengths = lengths.view(case.leading)
     residual, drop_mask = _residual(case, draw, x), _drop_mask(case, draw, x)
-    return Problem(case, x, weights, biases, mask, residual, drop_mask, lengths)
+    return Problem(case, x, weights, biases, mask, residual, drop_mask, _lengths(case))
 
 
-def _residual(case: Case, draw: _Draw, x: Tensor) -> Tensor | None:
+def _transition_problem(case: TransitionCase, draw: _Draw) -> Problem:
+    channels, hidden, dtype = case.channels, case.hidden, case.torch_dtype
+    x = (INPUTS[case.x](draw, (*case.rows, channels)) * case.scale).to(dtype)
+    wide = 8.0 if case.weights == "wide gates" else 1.0
+    gate_and_up = draw.normal(2 * hidden, channels) * channels**-0.5
+    weights = {
+        "norm_weight": 1 + 0.2 * draw.normal(channels),
+        "norm_bias": 0.2 * draw.normal(channels),
+        "gate_weight": (gate_and_up[:hidden] * wide).to(dtype),
+        "up_weight": gate_and_up[hidden:].to(dtype),
+        "down_weight": (draw.normal(channels, hidden) * hidden**-0.5).to(dtype),
+    }
+    if case.weights == "fine norms":  # as for the triangle, here in the logits of all gates
+        weights["norm_weight"] = torch.full((channels,), 1.0035)
+        weights["norm_bias"] = torch.full((channels,), 2.007)
+        weights["gate_weight"] = (weights["gate_weight"] * 0.1 - 3 / channels).to(dtype)
+    _set_norms(case, weights)
+    widths = {"gate_bias": hidden, "up_bias": hidden, "down_bias": channels}
+    biases = {name: (0.3 * draw.normal(widths[name])).to(dtype) for name in case.biases}
+    residual = _residual(case, draw, x)
+    return Problem(case, x, weights, biases, None, residual, None, _lengths(case))
+
+
+def _set_norms(case: Case | TransitionCase, weights: dict[str, Tensor | None]) -> None:
+    """The norms' parameters in the case's dtype, or None where they are absent."""
+    for name in [name for name in weights if name.startswith("norm_")]:
+        if case.norms == "absent":
+            weights[name] = None
+        else:
+            weights[name] = weights[name].to(getattr(torch, case.norms))
+
+
+def _lengths(case: Case | TransitionCase) -> Tensor | None:
+    if case.lengths is None:
+        return None
+    lengths = torch.tensor(case.lengths, dtype=getattr(torch, case.lengths_dtype))
+    return lengths.view(case.leading)
+
+
+def _residual(case: Case | TransitionCase, draw: _Draw, x: Tensor) -> Tensor | None:
     if case.residual == "none":
         return None
     return x if case.residual == "pair" else draw.normal(*x.shape).to(x.dtype)

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 ROW = {
     "implementation": "its name in implementations.IMPLEMENTATIONS",
-    "case": "its name in cases.CASES",
+    "case": "its name in cases.EVERY_CASE",
     "status": "passed, failed or not supported",
     "note": "why it isn't passed",
     "error": "relative L2 error against float64; None for what is no finite number, here and below",

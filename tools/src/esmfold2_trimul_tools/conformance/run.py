@@ -19,7 +19,7 @@ from ..bench.rivals import Absent, Sources, first_line
 from ..documents import write_document
 from ..environment import describe_environment
 from ..repository import load_kernel
-from .cases import Case
+from .cases import Case, TransitionCase
 from .criterion import Answer, answer, errors, fault
 from .implementations import Implementation
 from .problem import Problem, make_problem
@@ -41,7 +41,7 @@ class Posed(NamedTuple):
     same_bits: Problem | None
 
 
-def pose(case: Case, seed: int = 0) -> Posed:
+def pose(case: Case | TransitionCase, seed: int = 0) -> Posed:
     """The case, ready to be given to any implementation."""
     problem = make_problem(case, seed)
     return Posed(problem, answer(problem), problem.without_constant_rows())

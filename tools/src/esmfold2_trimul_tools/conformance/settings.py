@@ -19,7 +19,7 @@ from ..options import (
 from ..repository import find_root
 from ..triton_cache import check_cache
 from . import implementations
-from .cases import CASES, DTYPES, Case
+from .cases import DTYPES, EVERY_CASE, Case, TransitionCase
 from .implementations import Implementation
 
 
@@ -33,12 +33,14 @@ def _implementations(option: str, chosen: list[str]) -> tuple[Implementation, ..
     return tuple(one for one in every if not chosen or one.name in chosen)
 
 
-def _cases(option: str, parts: list[str]) -> tuple[Case, ...]:
+def _cases(option: str, parts: list[str]) -> tuple[Case | TransitionCase, ...]:
     """The cases whose name contains one of the parts, or all without parts."""
     for part in parts:
-        if not any(part in case.name for case in CASES):
+        if not any(part in case.name for case in EVERY_CASE):
             raise UserError(f"--case must be a part of a case's name; got {part!r}, in none")
-    return tuple(case for case in CASES if not parts or any(part in case.name for part in parts))
+    return tuple(
+        case for case in EVERY_CASE if not parts or any(part in case.name for part in parts)
+    )
 
 
 @dataclass(frozen=True)
