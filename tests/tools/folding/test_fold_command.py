@@ -386,7 +386,7 @@ def test_many_proteins_are_folded_by_length_and_what_cant_be_is_listed(tiny, mon
     assert result.stderr.splitlines() == [
         f"error: {bad}", f"error: {long}", "2 of 5 with errors:", f"  {bad}", f"  {long}",
     ]  # fmt: skip
-    assert whole == [(1, 3), (2, 3), (3, 3)]
+    assert whole == [(0, 3), (1, 3), (2, 3), (3, 3)]
     table = rows()
     assert list(table) == ["bad", "long", "three", "cx", "one"]
     assert [row["status"] for row in table.values()] == ["failed"] * 2 + ["folded"] * 3

@@ -135,6 +135,8 @@ class Run:
             ProgressBar("Proteins" if several else None) as report,
             _memory_mode(memory or ("lean" if tight else None)),
         ):
+            if several:
+                report.overall(0, len(records))
             outcomes = fold_records(
                 model, list(records.values()), self.settings, setup.kernel, setup.root,
                 self.compare, report,
