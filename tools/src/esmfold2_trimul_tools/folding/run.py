@@ -156,7 +156,8 @@ class Run:
         from .memory import fold_bytes, free_bytes
 
         longest = records[-1]
-        needed = fold_bytes(model, longest.length, samples)
+        path = "off" if self.compare else self.setup.kernel
+        needed = fold_bytes(model, longest.length, samples, path)
         free = free_bytes(self.setup.device)
         if len(records) > 1 and not self.as_json:
             room = "" if free is None else f" of {_gib(free)} that are free"
