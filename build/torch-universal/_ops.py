@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_480ccd23da"
+_NAMESPACE = "_esmfold2_trimul_kernel_395a1cbf0e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

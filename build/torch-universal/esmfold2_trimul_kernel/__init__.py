@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_480ccd23da"
+_BUILD_ID = "_esmfold2_trimul_kernel_395a1cbf0e"
 
 
 def _load_package() -> ModuleType:

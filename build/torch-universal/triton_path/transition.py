@@ -191,7 +191,7 @@ def _run_backward(
         for which, total, left, right, total_sums in of:
             prepared = launches.of(
                 ("row_products", which, count, left.data_ptr() % 16),
-                prepare_row_products, left, right, call.precision,
+                prepare_row_products, left, right, call.precision, None, total_sums is not None,
             )  # fmt: skip
             add_row_products(total, left, right, prepared, total_sums)
         if "x" in needs:
