@@ -187,6 +187,16 @@ def random_model(
     return _to_device(model.eval(), device)
 
 
+def set_chunk_size(model: nn.Module, rows: int) -> None:
+    """Rows of the pair tensor that transformers' transitions and triangles take at once.
+
+    Where a part takes all rows at once by design, it goes on to do so.
+    """
+    for part in model.modules():
+        if getattr(part, "chunk_size", None) is not None:
+            part.chunk_size = rows
+
+
 def triangle_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every triangle-multiplication module of the model by its name: the sites of a swap."""
     site_class = _site_class()
