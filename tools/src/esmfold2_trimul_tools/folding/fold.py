@@ -69,7 +69,7 @@ class Fold:
     @property
     def ranked(self) -> list[int]:
         """The samples, the one with the highest score first."""
-        return self.ranking_scores.argsort(descending=True, stable=True).tolist()
+        return _ranked(self.ranking_scores)
 
     @property
     def best(self) -> int:
@@ -172,7 +172,7 @@ def fold(
         ) from error
 
     iptm, plddt = _on_host(output.iptm), _on_host(output.plddt)
-    best = int(ranking_scores(ptm, iptm, len(record.chains)).argmax())
+    best = _ranked(ranking_scores(ptm, iptm, len(record.chains)))[0]
     coords = _on_host(output.sample_atom_coords)
     pae, pde = _on_host(output.pae[best]), _on_host(output.pde[best])
     distogram = _on_host(output.distogram_logits[0]).softmax(-1)
@@ -324,6 +324,11 @@ def distogram_bin_centres(config: "EsmFold2Config") -> Tensor:
     inner = torch.linspace(head.min_dist, head.max_dist, bins - 1)
     edges = torch.cat([inner[:1] - 1, inner, inner[-1:] + 5])
     return (edges[:-1] + edges[1:]) / 2
+
+
+def _ranked(scores: Tensor) -> list[int]:
+    """Where the scores are, the highest first; of equal ones the first first."""
+    return scores.argsort(descending=True, stable=True).tolist()
 
 
 def _on_host(values: Tensor) -> Tensor:
