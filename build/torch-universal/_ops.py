@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8ebf01f7a4"
+_NAMESPACE = "_esmfold2_trimul_kernel_137488feb7"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

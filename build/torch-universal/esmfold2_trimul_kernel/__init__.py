@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_8ebf01f7a4"
+_BUILD_ID = "_esmfold2_trimul_kernel_137488feb7"
 
 
 def _load_package() -> ModuleType:

@@ -12,10 +12,11 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -336,6 +337,39 @@ def _import_published(folder: Path | None) -> ModuleType:
     layer = get_kernel_mapping_transformers()[_HUB_NAME]["cuda"][Mode.INFERENCE].load()
     package = layer.__module__.rpartition(".")[0]
     return importlib.import_module(f"{package}.trimul_with_residual")
+
+
+@functools.cache
+def find_esm(folder: Path | None) -> ModuleType | str:
+    """The module of biohub's package that has the layers, or why there is none.
+
+    Imported alone: the packages above it import all of the package, and so an older transformers.
+    """
+    if folder is None:
+        return "not given: --esm names the folder that holds the package esm"
+    packages = ("esm", "esm.models", "esm.models.esmc", "esm.models.esmfold2")
+    with ExitStack() as undo:
+        for name in packages:
+            if name not in sys.modules:
+                sys.modules[name] = ModuleType(name)
+                sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")))]
+                undo.callback(sys.modules.pop, name)
+        try:
+            with settings_kept():
+                found = importlib.import_module("esm.models.esmfold2.layers")
+        except Exception as error:  # whatever somebody's package raises
+            return first_line(error)
+        undo.pop_all()  # its kernels are imported by their names
+    return found
+
+
+def esm_version(folder: Path | None) -> str | None:
+    """What the package in the folder says of itself."""
+    if folder is None:
+        return None
+    text = (folder / "esm" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    return found and found[1]
 
 
 @contextmanager
