@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from ..rivals import Absent, Sources, esm_version, find_esm, first_line, settings_kept
+from ..rivals import Absent, Sources, esm_version, first_line, fused_esm, settings_kept
 
 if TYPE_CHECKING:
     import torch
@@ -155,11 +155,7 @@ def esm(bench: Bench) -> Iterator[Installed]:
 
     if bench.dtype != torch.bfloat16:
         raise Absent("its fused kernels compute in bfloat16 alone")
-    theirs = find_esm(bench.esm)
-    if isinstance(theirs, str):
-        raise Absent(theirs)
-    if not theirs.TRITON_KERNELS_AVAILABLE:
-        raise Absent("its fused kernels can't be imported here")
+    theirs = fused_esm(bench.esm)
     config = bench.model.config
     ratio = config.pair_transition_intermediate_size // config.pairwise_hidden_size
     blocks = {}
