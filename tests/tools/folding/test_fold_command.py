@@ -315,7 +315,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_a_hub_model_that_cant_be_had_is_refused(monkeypatch):
-    monkeypatch.setattr(model, "_hub_answers", lambda: False)
+    monkeypatch.setattr(model, "hub_answers", lambda: False)
     message = refusal("fold", "MQ", "--model", "biohub/no-such-model", "--device", "cpu")
     assert message.startswith("model biohub/no-such-model: not in the local cache, and the Hub")
 
