@@ -17,7 +17,7 @@ SHORT = Record("short", "MQIFVKTLTGKX")
 QUICK = ["--random-weights", "--device", "cpu", "--steps", "2"]
 TINY_SITES = 10  # of tiny_config: two in each of its five layers
 
-# Layers of a stand-in kernel, by what they compute. `type(self)` is the adopting module's class.
+# Triangles of a stand-in kernel, by what they compute. `type(self)` is the adopting module's class.
 STOCK_LAYER = "return type(self).forward(self, pair_grid, visibility)"
 ZERO_LAYER = "return pair_grid * 0"
 NAN_LAYER = "return pair_grid * float('nan')"
@@ -64,7 +64,7 @@ def made_up_fold(sequence: str = "MQIFVKTLTGKX", samples: int = 1, name: str = "
 
 
 def write_kernel_repository(root: Path, body: str) -> Path:
-    """A kernel repository at `root` with one layer, whose forward has this body."""
+    """A kernel repository at `root` whose `patch` gives triangles a forward with this body."""
     variant = root / "build" / "torch-universal"
     variant.mkdir(parents=True)
     (root / "torch-ext").mkdir()
@@ -76,14 +76,15 @@ def write_kernel_repository(root: Path, body: str) -> Path:
         }}"""
     )
     source = f"""
-        from torch import nn
+        def forward(self, pair_grid, visibility=None):
+            {body}
 
-        class ESMFold2TriangleMultiplication(nn.Module):
-            def forward(self, pair_grid, visibility=None):
-                {body}
+        forward._is_trimul_patch = True
 
-        class layers:
-            ESMFold2TriangleMultiplication = ESMFold2TriangleMultiplication
+        def patch(model, memory):
+            for part in model.modules():
+                if hasattr(part, "proj_bundle"):
+                    part.forward = forward.__get__(part)
 
         class paths:
             @staticmethod

@@ -8,10 +8,10 @@ from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
 from esmfold2_trimul_tools.folding import fold as subject
 from esmfold2_trimul_tools.folding.fold import Settings, compare, fold, fold_records
 from esmfold2_trimul_tools.folding.model import (
+    pair_layers,
     random_model,
     restore_stock,
     swap_in,
-    triangle_modules,
 )
 from esmfold2_trimul_tools.folding.sequences import Record
 from esmfold2_trimul_tools.repository import find_root
@@ -50,7 +50,7 @@ def test_progress_counts_every_site_call_that_was_promised(tiny, loops, samples)
     # Six of the ten sites run in every pass; those of the coda and the confidence head run once.
     total = 6 * (loops + 1) + 4
     assert subject.site_calls(tiny, loops) == total
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert seen == [(done, total) for done in range(2, total + 1, 2)]  # two in a layer
 
 
 OUT_OF_MEMORY = [
@@ -71,7 +71,7 @@ def test_no_hook_stays_behind(tiny, monkeypatch, error):
     monkeypatch.setattr(EsmFold2Model, "fold", fail)
     with pytest.raises(UserError, match="short: 12 residues and 1 samples do not fit into the mem"):
         fold(tiny, SHORT, QUICK, lambda *_: None)
-    assert not any(site._forward_hooks for site in triangle_modules(tiny).values())
+    assert not any(layer._forward_hooks for layer in pair_layers(tiny))
 
 
 def test_another_fault_is_not_taken_for_a_lack_of_memory(tiny, monkeypatch):

@@ -2,7 +2,6 @@ import json
 import sys
 
 import huggingface_hub
-import kernels
 import pytest
 import torch
 from esmfold2_trimul_tools.errors import UserError
@@ -180,11 +179,12 @@ def test_kernels():
 def test_our_layer_reaches_every_site_and_leaves_it_again(tiny):
     stock = forwards(tiny)
     assert swap_in(tiny, "ours", find_root()) == Swap(TINY_SITES, TINY_SITES)
-    (swapped,) = set(forwards(tiny))
-    assert swapped.__qualname__ == "ESMFold2TriangleMultiplication.forward"
-    assert swapped is not stock[0]
+    assert all(forward._is_trimul_patch for forward in forwards(tiny))
+    # Transitions and layers as a whole are swapped too, and given back.
+    others = [part for part in tiny.modules() if "forward" in vars(part)]
+    assert len(others) > TINY_SITES
     assert swap_in(tiny, "off") == Swap(0, TINY_SITES)
-    assert forwards(tiny) == stock
+    assert forwards(tiny) == stock and not any("forward" in vars(part) for part in others)
 
 
 def test_another_repositorys_layer_takes_the_place_of_ours(tiny, tmp_path):
@@ -196,7 +196,7 @@ def test_another_repositorys_layer_takes_the_place_of_ours(tiny, tmp_path):
 
 
 def test_a_build_that_cant_be_used_is_refused(tiny, tmp_path):
-    with pytest.raises(UserError, match="can't be used; remake it: esmfold2-trimul build"):
+    with pytest.raises(UserError, match="has no build/torch-universal: run `esmfold2-trimul bu"):
         swap_in(tiny, "ours", tmp_path)
     (tmp_path / "a").mkdir()
     root = write_kernel_repository(tmp_path / "a", "return (")
@@ -205,7 +205,7 @@ def test_a_build_that_cant_be_used_is_refused(tiny, tmp_path):
 
 
 def test_a_swap_that_changes_nothing_is_refused(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "kernelize", lambda *_, **__: None)
+    monkeypatch.setattr(subject, "_swap_in_ours", lambda *_: None)
     with pytest.raises(UserError, match=f"only 0 of {TINY_SITES} sites took the kernel's layer"):
         swap_in(tiny, "ours", find_root())
 
@@ -214,8 +214,8 @@ def test_a_layer_from_elsewhere_does_not_count_as_ours(tiny, monkeypatch, tmp_pa
     elsewhere = write_kernel_repository(tmp_path, STOCK_LAYER)
     swap_in(tiny, "ours", elsewhere)
     layer = {name: site.forward for name, site in triangle_modules(tiny).items()}
-    monkeypatch.setattr(subject, "_swap_in_ours", lambda sites, _: [
-        setattr(site, "forward", layer[name]) for name, site in sites.items()
+    monkeypatch.setattr(subject, "_swap_in_ours", lambda model, _: [
+        setattr(site, "forward", layer[name]) for name, site in triangle_modules(model).items()
     ])  # fmt: skip
     assert swap_in(tiny, "ours", elsewhere).swapped == TINY_SITES
     with pytest.raises(UserError, match=f"only 0 of {TINY_SITES} sites"):
@@ -225,7 +225,8 @@ def test_a_layer_from_elsewhere_does_not_count_as_ours(tiny, monkeypatch, tmp_pa
 def test_versions_that_dont_fit_are_named_with_the_mend(tiny, monkeypatch):
     monkeypatch.delattr(EsmFold2TriangleMultiplicativeUpdate, "kernel_layer_name")
     with pytest.raises(UserError, match=r"transformers 5\S+ does not work with kernels .*pip inst"):
-        swap_in(tiny, "ours", find_root())
+        swap_in(tiny, "hub")
+    assert swap_in(tiny, "ours", find_root()).swapped == TINY_SITES  # by patch, which needs neither
     monkeypatch.setenv("USE_HUB_KERNELS", "0")
     with pytest.raises(UserError, match="USE_HUB_KERNELS turns kernels off in transformers"):
         subject.check_swappable()
@@ -242,7 +243,7 @@ def test_the_hubs_kernel_is_had_through_use_kernels(tiny, monkeypatch, tmp_path)
 
     def set_use_kernels(model, use_kernels):
         assert use_kernels
-        subject._swap_in_ours(triangle_modules(model), root)
+        subject._swap_in_ours(model, root)
 
     monkeypatch.setattr(EsmFold2Model, "set_use_kernels", set_use_kernels)
     assert swap_in(tiny, "hub") == Swap(TINY_SITES, TINY_SITES)

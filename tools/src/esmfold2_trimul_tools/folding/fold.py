@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BrokenFoldError, UserError
 from .complexes import features_of
 from .memory import PeakMemory, measure_peak_memory
-from .model import Swap, swap_in, triangle_modules
+from .model import Swap, pair_layers, swap_in, triangle_modules
 from .options import Kernel, Settings
 from .sequences import Failure, Record
 
@@ -350,7 +350,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def _counted_sites(model: "EsmFold2Model", total: int, progress: Progress | None) -> Iterator[None]:
-    """Report every call of a triangle multiplication within the block to `progress`."""
+    """Report the calls of triangle multiplications within the block to `progress`.
+
+    By hooks of the layers that call two of them: a patched layer calls no module.
+    """
     if progress is None:
         yield
         return
@@ -358,10 +361,10 @@ def _counted_sites(model: "EsmFold2Model", total: int, progress: Progress | None
 
     def count(*_: Any) -> None:
         nonlocal done
-        done += 1
+        done += 2
         progress(done, total)
 
-    handles = [site.register_forward_hook(count) for site in triangle_modules(model).values()]
+    handles = [layer.register_forward_hook(count) for layer in pair_layers(model)]
     try:
         yield
     finally:

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..options import device_name, dtype_name
-from .options import Kernel, kernel_name, model_name
+from ..repository import load_kernel
+from .options import MEMORY_VARIABLE, Kernel, kernel_name, model_name
 
 if TYPE_CHECKING:
     from transformers import EsmFold2Config, EsmFold2Model
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 HUB_MODEL = "biohub/ESMFold2"
 HUB_KERNEL = "biohub/esmfold2-trimul"  # what transformers fetches for use_kernels=True
 SITE_NAME = "EsmFold2TriangleMultiplication"  # transformers' name for the layer
-LAYER_NAME = "ESMFold2TriangleMultiplication"  # the layer in a kernel repository
-_BACKENDS = ("cpu", "cuda", "rocm", "xpu")  # the kernels library's names
 _CONNECT_TIMEOUT = 5  # seconds
 
 
@@ -197,6 +196,11 @@ def set_chunk_size(model: nn.Module, rows: int) -> None:
             part.chunk_size = rows
 
 
+def pair_layers(model: nn.Module) -> list[nn.Module]:
+    """Every pair-update layer of the model; each has two triangle multiplications."""
+    return [part for part in model.modules() if hasattr(part, "tri_mul_out")]
+
+
 def triangle_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every triangle-multiplication module of the model by its name: the sites of a swap."""
     site_class = _site_class()
@@ -240,10 +244,11 @@ def check_kernel(name: str, device: torch.device) -> Kernel:
 
 
 def swap_in(model: nn.Module, kernel: Kernel, root: Path | None = None) -> Swap:
-    """Put the kernel's layer at every site of the model and verify it, module by module.
+    """Put the kernel at every site of the model and verify it, module by module.
 
     Args:
-        kernel: "ours" (the build in the repository at `root`), "hub" (what transformers fetches for
+        kernel: "ours" (`patch` of the build in the repository at `root`: pair-update layers as a
+            whole, and transitions), "hub" (the layer that transformers fetches for
             use_kernels=True) or "off" (the stock path).
         root: our kernel repository; not needed for the other two.
 
@@ -254,10 +259,10 @@ def swap_in(model: nn.Module, kernel: Kernel, root: Path | None = None) -> Swap:
     sites = triangle_modules(model)
     if kernel == "off":
         return Swap(0, len(sites))
-    check_swappable()
     if kernel == "ours":
-        _swap_in_ours(sites, root)
+        _swap_in_ours(model, root)
     else:
+        check_swappable()
         _swap_in_hubs(model)
     origin = root if kernel == "ours" else None
     swapped = sum(_runs_another_forward(site, origin) for site in sites.values())
@@ -269,23 +274,18 @@ def swap_in(model: nn.Module, kernel: Kernel, root: Path | None = None) -> Swap:
 def restore_stock(model: nn.Module) -> None:
     """Undo every swap: each layer runs transformers' own forward again."""
     for part in model.modules():
+        function = getattr(vars(part).get("forward"), "__func__", None)
+        if getattr(function, "_is_trimul_patch", False):  # of whichever build
+            del part.forward
         # kernelize leaves the replaced forward on the instance, or on a function it holds.
         for target in (part, *getattr(part, "_kernel_funcs", {}).values()):
             if hasattr(type(target), "kernel_layer_name"):
                 target.__dict__.pop("forward", None)
 
 
-def _swap_in_ours(sites: dict[str, nn.Module], root: Path) -> None:
-    from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
-
-    layer = LocalLayerRepository(repo_path=root, layer_name=LAYER_NAME)
-    mapping = {SITE_NAME: {backend: {Mode.INFERENCE: layer} for backend in _BACKENDS}}
-    with (
-        _blaming(f"the kernel build in {root} can't be used; remake it: esmfold2-trimul build"),
-        use_kernel_mapping(mapping, inherit_mapping=False),
-    ):
-        for site in sites.values():
-            kernelize(site, mode=Mode.INFERENCE)
+def _swap_in_ours(model: nn.Module, root: Path) -> None:
+    with _blaming(f"the kernel build in {root} can't be used; remake it: esmfold2-trimul build"):
+        load_kernel(root).patch(model, memory=os.environ.get(MEMORY_VARIABLE, "auto"))
 
 
 def _swap_in_hubs(model: "EsmFold2Model") -> None:

@@ -45,7 +45,7 @@ class Setup:
         self.full_size = full_size
         self.seed = seed
         self.chunk_size = chunk_size
-        if self.kernel != "off":
+        if self.kernel == "hub":
             check_swappable()
 
     def load(self) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import EsmFold2Config
 
 Kernel = Literal["ours", "hub", "off"]
+MEMORY_VARIABLE = "ESMFOLD2_TRIMUL_MEMORY"  # the mode of our kernel, as its layer takes it
 Memory = Literal["auto", "default", "lean"]
 
 kernel_name = one_of(*get_args(Kernel))

@@ -13,7 +13,7 @@ from ..console import ProgressBar, print_json
 from ..errors import UserError
 from .files import write_whole
 from .model_setup import Setup
-from .options import Settings
+from .options import MEMORY_VARIABLE, Settings
 from .report import facts, print_fold, print_line
 from .results import INDEX, TABLE, Results
 from .sequences import ELSEWHERE, Failure, Record, looks_like_dna
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .fold import Outcome
 
 RANDOM_NOTE = "random weights: meaningless as biology"
-_MEMORY_VARIABLE = "ESMFOLD2_TRIMUL_MEMORY"
 
 
 class Run:
@@ -231,17 +230,17 @@ def print_failure(failure: Failure) -> None:
 
 @contextmanager
 def _memory_mode(mode: str | None) -> Iterator[None]:
-    """The mode of our layer, which reads it from the environment; None leaves it as it is."""
-    before = os.environ.get(_MEMORY_VARIABLE)
+    """The mode of our kernel, which `swap_in` reads from the environment; None leaves it."""
+    before = os.environ.get(MEMORY_VARIABLE)
     if mode is not None:
-        os.environ[_MEMORY_VARIABLE] = mode
+        os.environ[MEMORY_VARIABLE] = mode
     try:
         yield
     finally:
         if before is not None:
-            os.environ[_MEMORY_VARIABLE] = before
+            os.environ[MEMORY_VARIABLE] = before
         else:
-            os.environ.pop(_MEMORY_VARIABLE, None)
+            os.environ.pop(MEMORY_VARIABLE, None)
 
 
 @contextmanager
