@@ -297,3 +297,21 @@ def test_on_the_triton_path(kernel, calls, on_triton, memory):
             got = block(pair, mask)
     assert calls == INFERENCE
     assert_no_worse([(got.cpu(), original.cpu(), exact.cpu())], 1.1)
+
+
+@pytest.mark.parametrize("module, name", [
+    ("model", "EsmFold2Model"), ("experimental", "EsmFold2ExperimentalModel"),
+])  # fmt: skip
+def test_a_whole_model(kernel, module, name):
+    """All but the conditioned transitions of the diffusion head, which the report names."""
+    config = esm_peer("config").EsmFold2Config()
+    with torch.device("meta"):
+        model = getattr(esm_peer(module), name)(config)
+    report = kernel.patch(model)
+    kinds = {name: type(model.get_submodule(name)).__name__ for name in report.found}
+    assert {kinds[name] for name in report.left} == {"ConditionedTransitionBlock"}
+    blocks = [part for part in model.modules() if isinstance(part, esm_peer().PairUpdateBlock)]
+    counts = [[*kinds.values()].count(kind) for kind in ("PairUpdateBlock", "Transition")]
+    assert counts == [len(blocks)] * 2 and len(blocks) >= 24
+    triangles = [name for name in report.swapped if report.parts[name] == "triangle"]
+    assert len(triangles) == 2 * len(blocks)

@@ -161,6 +161,12 @@ FAKE_ESM = """
 """
 
 
+def without_esm() -> dict:
+    """Takes every module of esm out of those that are imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "esm"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 @pytest.fixture
 def esm_folder(tmp_path):
     """A folder with a package whose own __init__ can't be imported."""
@@ -169,9 +175,10 @@ def esm_folder(tmp_path):
     (tmp_path / "esm" / "__init__.py").write_text('__version__ = "3.4.1"\nimport no_such_thing\n')
     (folder / "__init__.py").write_text("import no_such_thing")
     (folder / "layers.py").write_text(textwrap.dedent(FAKE_ESM))
+    real = without_esm()  # of tests that ran before
     yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] == "esm"]:
-        del sys.modules[name]
+    without_esm()
+    sys.modules.update(real)
 
 
 def test_esms_layers_are_imported_alone_and_read_the_models_own_weights(kernel, esm_folder):
