@@ -85,7 +85,7 @@ def fold(
     kernel_root: KernelRoot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold proteins with the kernel at every triangle multiplication of ESMFold2.
+    """Fold proteins with the kernels in every pair-update layer of ESMFold2.
 
     Writes for each protein or complex a page for the browser, a structure (PDB,
     and mmCIF with its confidence), the confidences as JSON in AlphaFold's layout,

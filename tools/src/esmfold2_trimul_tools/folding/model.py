@@ -1,9 +1,9 @@
-"""The ESMFold2 model of a fold: load it or make a random one, and swap our layer in.
+"""The ESMFold2 model of a fold: load it or make a random one, and swap a kernel in.
 
-The swap goes through the kernels library, as in production: transformers names its triangle
-multiplication `EsmFold2TriangleMultiplication`, and `kernelize` replaces the forward of every
-module of that name by the one of the layer that a mapping gives. Nothing complains when a mapping
-or a name is missing, so every swap is verified here, module by module.
+Ours is swapped by `patch`. The Hub's goes through the kernels library: transformers names its
+triangle multiplication `EsmFold2TriangleMultiplication`, and `kernelize` replaces the forward of
+every module of that name by a layer's. Nothing complains there when a mapping or a name is missing,
+so every swap is verified here, module by module.
 """
 
 import os
