@@ -42,7 +42,7 @@ $(INSTALLED): $(REQUIREMENTS)
 	@touch $@
 
 fold: env
-	$(VENV)/bin/esmfold2-trimul fold --fasta $(UBIQUITIN) --random-weights --compare --out out
+	$(VENV)/bin/esmfold2-trimul fold --fasta $(UBIQUITIN) --random-weights --compare --out out --force
 
 test: env
 	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow"

@@ -4,7 +4,10 @@ import textwrap
 from pathlib import Path
 
 import torch
+from esmfold2_trimul_tools.folding.fold import Fold
+from esmfold2_trimul_tools.folding.memory import PeakMemory
 from esmfold2_trimul_tools.folding.model import random_config, random_model
+from esmfold2_trimul_tools.folding.options import Settings
 from esmfold2_trimul_tools.folding.sequences import Record
 from helpers import SEED
 
@@ -27,6 +30,37 @@ def tiny_config():
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32):
     return random_model(CPU, dtype, 1000 * SEED + seed, tiny_config())
+
+
+def made_up_fold(sequence: str = "MQIFVKTLTGKX", samples: int = 1, name: str = "made-up") -> Fold:
+    """A fold that no model made; the second sample is the best, where there are several.
+
+    PAE of residues i and j is i + j / 10 Å.
+    """
+    from transformers.models.esmfold2.protein_utils import PROTEIN_1TO3, PROTEIN_HEAVY_ATOMS
+
+    record, bins = Record(name, sequence), 8
+    length, chains = record.length, len(record.chains)
+    residues = "".join(record.chains)
+    atoms = sum(len(PROTEIN_HEAVY_ATOMS[PROTEIN_1TO3[letter]]) for letter in residues)
+    scores = torch.tensor([0.5, 0.8, 0.2])[:samples]
+    counted = torch.arange(float(length))
+    drawn = torch.randn(samples, atoms, 3, generator=torch.Generator().manual_seed(0))
+    return Fold(
+        record=record,
+        plddt=torch.linspace(0, 1, length).repeat(samples, 1),
+        ptm=scores,
+        iptm=scores / 2 * (chains > 1),
+        chain_iptm=torch.linspace(0.1, 0.9, chains**2).view(chains, chains).repeat(samples, 1, 1),
+        coords=10 * drawn,
+        pae=counted[:, None] + counted / 10,
+        pde=torch.zeros(length, length),
+        distogram=torch.full((length, length, bins), 1 / bins),
+        bin_centres=torch.arange(float(bins)),
+        seconds=1.5,
+        memory=PeakMemory(2**30, 2**20, "a test"),
+        settings=Settings(1, samples, 2, 3),
+    )
 
 
 def write_kernel_repository(root: Path, body: str) -> Path:

@@ -5,6 +5,7 @@ without what they depend on: a triangle multiplication needs torch alone, but th
 import more. Where such a package is missing, something empty stands in for it during the import.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -17,6 +18,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from esmfold2_trimul_tools.bench.rivals import find_esm
 from helpers import seeded
 from torch import nn
 
@@ -27,6 +29,8 @@ MODULES = {
     "openfold3": "openfold3.core.model.layers.triangular_multiplicative_update",
     "protenix": "protenix.model.triangular.triangular",
 }
+# Not in requirements-peers.txt: pip refuses it for Python 3.10 and 3.11.
+_ESM_MEND = "pip install --no-deps --target .venv/peers esm==3.4.1, with Python 3.12 or newer"
 _FOLDER = Path(sys.prefix, "peers")
 _ABSENT = ("biotite", "gemmi", "ml_collections", "optree", "scipy")
 
@@ -37,6 +41,24 @@ def peer(name: str, module: str | None = None) -> ModuleType:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed; make env installs it where it can be")
         return importlib.import_module(module or MODULES[name])
+
+
+def esm_peer(name: str = "layers") -> ModuleType:
+    """A module of biohub's esm, without the packages above it, which import all that it needs."""
+    folder = _esm_folder()
+    layers = "no package of that name" if folder is None else find_esm(folder)
+    if isinstance(layers, str):
+        pytest.skip(f"biohub's esm is not here ({layers}); {_ESM_MEND}")
+    sys.modules["esm.models.esmc"].EsmcModel = object  # the language model, which no test runs
+    with _importable():
+        return pytest.importorskip(f"esm.models.esmfold2.{name}", exc_type=ImportError)
+
+
+@functools.cache
+def _esm_folder() -> Path | None:
+    with _importable():
+        found = importlib.util.find_spec("esm")
+    return None if found is None or found.origin is None else Path(found.origin).parents[1]
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:

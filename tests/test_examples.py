@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fresh_process import ROOT, python_output
-from peers import peer
+from peers import esm_peer, peer
 
 pytest.importorskip("kernels")
 
@@ -91,6 +91,23 @@ def test_other_models_with_their_own_modules():
     for name, output in zip(examples, outputs, strict=True):
         assert output.startswith(f"modules: of {name}\n")
         assert_agrees(output, *((4, 4) if name == "boltz" else (2, 2)))
+
+
+def test_esm_with_its_own_modules():
+    folder = Path(esm_peer().__file__).parents[3]
+    imports = f"sys.path += [{str(folder)!r}]; from peers import esm_peer; esm_peer()"
+    (output,) = printed_by_each(["in_esm"], imports)
+    for found in ("multiplications: 4", "transitions: 2", "layers: 2"):
+        assert re.search(rf"{found} found, {found[-1]} swapped, 0 left\n", output)
+    differences = re.findall(rf"largest relative difference {NUMBER}", output)
+    assert len(differences) == 3
+    assert all(0 < float(difference) <= 1e-5 for difference in differences)
+
+
+def test_esm_that_is_not_there_is_asked_for():
+    script = "import runpy, sys; sys.modules['esm'] = None; runpy.run_path(sys.argv[1])"
+    with pytest.raises(AssertionError, match="status 1.*\n*.*pip install esm==3.4.1"):
+        python_output(script, str(ROOT / "examples" / "in_esm.py"))
 
 
 def test_finetune(tmp_path):

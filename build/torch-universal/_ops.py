@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_3192d894d9"
+_NAMESPACE = "_esmfold2_trimul_kernel_690f72d0c6"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,13 +1,15 @@
 """Other models' modules, small and random, and how two of them are compared."""
 
 import copy
+import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import seeded
-from peers import peer, randomized
+from peers import esm_peer, peer, randomized
 from torch import Tensor, nn
 
 CHANNELS, HIDDEN, LENGTH = 16, 8, 7
@@ -112,6 +114,13 @@ def esmfold2(outgoing: bool) -> nn.Module:
     return modeling.EsmFold2TriangleMultiplicativeUpdate(config, outgoing)
 
 
+def esm(outgoing: bool) -> nn.Module:
+    flow = "outgoing" if outgoing else "incoming"
+    module = esm_peer().TriangleMultiplicativeBlock(CHANNELS, HIDDEN, flow)
+    module.set_chunk_size(3)
+    return module
+
+
 def of(package: str, name: str):
     return lambda outgoing: getattr(peer(package), name)(CHANNELS, HIDDEN, _outgoing=outgoing)
 
@@ -134,6 +143,7 @@ MODULES = {
         "from_openfold", "openfold",
     ),
     "esmfold2": (esmfold2, "from_esmfold2", "esmfold2"),
+    "esm": (esm, "from_esm", "esm"),
 }  # fmt: skip
 
 
@@ -142,7 +152,17 @@ def esmfold2_part(name: str, *arguments, **named) -> nn.Module:
     return getattr(modeling, name)(*arguments, **named)
 
 
-# A transition, and the adapter; the family is that of the name.
+def esm_transition(module: str, name: str):
+    def build() -> nn.Module:
+        transition = getattr(esm_peer(module), name)(CHANNELS, 2)
+        if hasattr(transition, "set_chunk_size"):
+            transition.set_chunk_size(3)
+        return transition
+
+    return build
+
+
+# A transition, and the adapter; the family is the first word of the name.
 TRANSITIONS = {
     "boltz": (
         lambda: peer("boltz", "boltz.model.layers.transition").Transition(CHANNELS, 24),
@@ -162,7 +182,14 @@ TRANSITIONS = {
         lambda: esmfold2_part("EsmFold2Transition", CHANNELS, 24, chunk_size=3),
         "transition_from_esmfold2",
     ),
-}
+    "esm": (esm_transition("layers", "Transition"), "transition_from_esm"),
+    "esm pair": (esm_transition("model", "PairTransition"), "transition_from_esm"),
+    "esm experimental": (
+        esm_transition("experimental", "_TransitionFFN"), "transition_from_esm"
+    ),
+    "esm diffusion": (esm_transition("layers", "TransitionLayer"), "transition_from_esm"),
+}  # fmt: skip
+ADDING = ("esmfold2", "esm")  # those whose forward adds the residual
 
 
 def make_transition(name: str, seed: int = 0) -> nn.Module:
@@ -184,7 +211,14 @@ def in_float64(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if type(part).__name__ == "EsmFold2LayerNorm":  # its forward casts to float32
             part.__class__ = nn.LayerNorm
+        if type(part).__name__ == "TriangleMultiplicativeBlock":  # so does this one's
+            part.forward = functools.partial(_without_casts, part)
     return module
+
+
+def _without_casts(module: nn.Module, *arguments, **named) -> Tensor:
+    with mock.patch.object(Tensor, "float", Tensor.double):
+        return type(module).forward(module, *arguments, **named)
 
 
 def make(name: str, direction: str = "outgoing", seed: int = 0) -> nn.Module:

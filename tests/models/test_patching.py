@@ -13,7 +13,7 @@ from peers import randomized
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPENFOLD_NAMES = [name for name in MODULES if name not in ("boltz", "esmfold2")]
+OPENFOLD_NAMES = [name for name in MODULES if name not in ("boltz", "esmfold2", "esm")]
 
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
@@ -336,7 +336,7 @@ def test_messages_of_patch(kernel):
     with pytest.raises(TypeError, match="families must be names or None; got 3"):
         kernel.patch(nn.Identity(), families=3)
     assert str(caught.value) == (
-        "families must be of openfold, openfold3, protenix, boltz, esmfold2; got 'alphafold'"
+        "families must be of openfold, openfold3, protenix, boltz, esmfold2, esm; got 'alphafold'"
     )
     with pytest.raises(ValueError, match="memory must be"):
         kernel.patch(nn.Identity(), memory="none")

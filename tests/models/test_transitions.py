@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_no_worse, seeded
 from peer_modules import (
+    ADDING,
     CHANNELS,
     TRANSITIONS,
     assert_near,
@@ -30,12 +31,16 @@ LINEARS = {
     "openfold3": ("swiglu.linear_a", "swiglu.linear_b", "linear_out"),
     "protenix": ("linear_no_bias_a", "linear_no_bias_b", "linear_no_bias"),
     "esmfold2": ("mlp.gate_up_proj", "mlp.down_proj"),
+    "esm": ("ffn.w12", "ffn.w3"),
+    "esm pair": ("ffn.w12", "ffn.w3"),
+    "esm experimental": ("ffn.w12", "ffn.w3"),
+    "esm diffusion": ("a_proj", "b_proj", "out_proj"),
 }
 
 
 def by_arguments(kernel, name: str, module: nn.Module, x: Tensor) -> Tensor:
     arguments = getattr(kernel, TRANSITIONS[name][1])(module)
-    return kernel.swiglu_transition(x, residual=x if name == "esmfold2" else None, **arguments)
+    return kernel.swiglu_transition(x, residual=x if name in ADDING else None, **arguments)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -46,7 +51,7 @@ def test_arguments_and_patch_compute_what_the_module_does(kernel, name, training
     got = gradients(module, lambda x: by_arguments(kernel, name, module, x), pair)
     assert_near(got, wanted, 1e-5)
     with kernel.patch(module) as report:
-        assert report.swapped == {"": name} and report.parts == {"": "transition"}
+        assert report.swapped == {"": name.split()[0]} and report.parts == {"": "transition"}
         patched = gradients(module, module, pair)
     assert all(torch.equal(patched[key], got[key]) for key in got)
     again = gradients(module, module, pair)
@@ -139,9 +144,9 @@ def test_any_leading_dimensions(kernel):
     generator = seeded(4)
     for name in TRANSITIONS:
         module = make_transition(name)
-        # ESMFold2's cuts the second axis into chunks, so two axes are too few for its own.
+        # Some cut the second axis into chunks, so two axes are too few for their own forward.
         for shape in ((5, CHANNELS), (2, 5, CHANNELS), (1, 2, 2, 3, 4, CHANNELS)):
-            if name == "esmfold2" and len(shape) == 2:
+            if name in ("esmfold2", "esm", "esm pair") and len(shape) == 2:
                 continue
             x = torch.randn(shape, generator=generator)
             wanted = module(x)
@@ -328,7 +333,7 @@ def test_copies_pickles_and_unpatch(kernel, name):
     assert torch.equal(twin(pair), patched) and torch.equal(loaded(pair), wanted)
     for value in twin.parameters():
         value.data.zero_()
-    assert torch.equal(twin(pair), pair if name == "esmfold2" else torch.zeros_like(pair))
+    assert torch.equal(twin(pair), pair if name in ADDING else torch.zeros_like(pair))
     assert kernel.unpatch(twin) == kernel.unpatch(loaded) == ["0"]
     assert kernel.patch(model).left == {"0": "patched already"}
     report.undo()

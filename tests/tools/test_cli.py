@@ -256,7 +256,7 @@ def test_the_real_command_folds_with_all_76_sites():
     assert (process.returncode, stderr) == (0, "")
     (record,) = json.loads(stdout)["folds"]
     assert record["sites"] == {"swapped": 76, "total": 76}
-    assert Path(record["pdb"]).is_file()
+    assert Path(record["files"]["page"]).is_file()
 
 
 @pytest.mark.parametrize(

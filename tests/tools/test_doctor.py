@@ -40,6 +40,9 @@ def machine(monkeypatch):
             "gpu_description": "a GPU",
             "nvidia_driver_present": False,
             "swap_problem": "",
+            "esmfold2_problem": "",
+            "has_local_kernel": True,
+            "hub_answers": True,
             "load_kernel": ("root", "the kernel"),
             "explain_call": explanation("aten", "a cpu device", 2.0),
             "build_problems": [],
@@ -58,10 +61,53 @@ def machine(monkeypatch):
     return change
 
 
+RECIPES = ("patch(model)", "KernelConfig", "use_kernels=True")
+
+
+def without_recipes(findings):
+    """The findings whose status doesn't depend on whether there is a GPU."""
+    return [finding for name, finding in findings.items() if name not in RECIPES]
+
+
+@pytest.mark.parametrize(
+    ("changes", "statuses", "values"),
+    [
+        ({"gpu": "cuda"}, "ok ok ok", ("works", "works", "works, with the Hub")),
+        (
+            {}, "ok note note",
+            ("works", *["not here: transformers takes kernels on a GPU alone"] * 2),
+        ),
+        (
+            {"gpu": "cuda", "hub_answers": False}, "ok ok note",
+            ("works", "works", "the Hub does not answer, which it asks for other kernels too"),
+        ),
+        (
+            {"gpu": "cuda", "has_local_kernel": False}, "ok ok note",
+            ("works", "works", "takes the published kernel, from the Hub"),
+        ),
+        (
+            {"gpu": "cuda", "swap_problem": "no layer can be swapped"}, "ok note note",
+            ("works", *["not here: transformers and kernels don't fit each other"] * 2),
+        ),
+        (
+            {"gpu": "cuda", "esmfold2_problem": "none", "swap_problem": "none"}, "note note note",
+            ("for other models: no ESMFold2", *["not here: no ESMFold2 in transformers"] * 2),
+        ),
+    ],
+)  # fmt: skip
+def test_the_recipes_that_work_here(machine, changes, statuses, values):
+    findings = machine(**changes)
+    recipes = [findings[name] for name in RECIPES]
+    assert [recipe.status for recipe in recipes] == statuses.split()
+    for recipe, value in zip(recipes, values, strict=True):
+        assert recipe.value.startswith(value)
+    assert bool(recipes[2].mend) == (recipes[1].status == "ok" and recipes[2].status == "note")
+
+
 def test_a_machine_without_faults_can_fold(machine):
     for gpu in (None, "cuda"):
         findings = machine(gpu=gpu)
-        assert {finding.status for finding in findings.values()} == {"ok"}
+        assert {finding.status for finding in without_recipes(findings)} == {"ok"}
         assert not any(finding.mend for finding in findings.values())
         assert doctor.can_fold(findings.values())
     assert findings["Device"].value == "a GPU"
@@ -135,9 +181,8 @@ def test_each_fault_is_found_with_its_mend(machine, changes, name, status, value
     assert value in finding.value
     assert mend in finding.mend and bool(mend) == bool(finding.mend)
     # No other finding is raised by it, and only a problem keeps the machine from folding.
-    assert [other.status for other in findings.values() if other is not finding] == ["ok"] * (
-        len(findings) - 1
-    )
+    others = [other.status for other in without_recipes(findings) if other is not finding]
+    assert others == ["ok"] * (len(findings) - 4)
     assert doctor.can_fold(findings.values()) == (status != "problem")
 
 
@@ -225,14 +270,19 @@ def test_a_kernel_that_cant_be_loaded_is_a_problem(machine, monkeypatch):
     assert findings["Kernel build"].status == "problem"
     assert findings["Kernel build"].value == "no build here"
     assert findings["Kernel build"].mend == "esmfold2-trimul build"
-    assert "Path in float32" not in findings
+    assert "Path in float32" not in findings and not findings.keys() & {*RECIPES}
     assert not doctor.can_fold(findings.values())
 
 
 def test_the_probes_answer_for_this_machine(monkeypatch, tmp_path):
     assert doctor._version("torch").startswith("2.")
     assert doctor._version("no-such-package") is None
-    assert doctor._swap_problem() == ""
+    assert doctor._swap_problem() == doctor._esmfold2_problem() == ""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert not doctor._hub_answers()
+    for value, has in (("", False), ("other/kernel=a", False), ("biohub/esmfold2-trimul=a", True)):
+        monkeypatch.setenv("LOCAL_KERNELS", value)
+        assert doctor._has_local_kernel() == has
     root, kernel = doctor._load_kernel(None)
     assert (root / "build.toml").is_file()
     found = doctor._explain_call(kernel, torch.device("cpu"), torch.bfloat16)

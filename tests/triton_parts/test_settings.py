@@ -14,6 +14,7 @@ STAGES = (
     "fused_dual_gemm", "trimul_einsum", "fused_ln_residual",
     "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd", "row_products", "norm_in_bwd",
     "swiglu_hidden", "row_linear", "swiglu_projections", "swiglu_bwd",
+    "row_products_and_sums",
 )  # fmt: skip
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 WITHOUT_DESCRIPTORS = ("sm_80", "sm_86", "sm_89", "gfx942", "gfx950", "default", "interpreter")

@@ -319,6 +319,7 @@ def test_settings_as_on_a_gpu(
         "swiglu_bwd": config(32, 32, 32, 4, 2, descriptors),
         "row_linear": config(32, 32, 16, 4, 2, descriptors),
         "row_products": config(32, 16, 32, 4, 2),
+        "row_products_and_sums": config(32, 16, 32, 4, 2),
         "norm_in_bwd": config(16, 1, 16, 4, 1),
     }  # fmt: skip
     launch = submodule("triton_parts.launch")

@@ -8,9 +8,9 @@ Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels befor
 path, settings and memory without running it.
 
 `patch` puts the kernels into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
-and `unpatch` takes them out of one or of any copy of it. The functions `from_...` turn a triangle
-multiplication of such a model, or of Chai-1, into arguments, and `transition_from_...` a
-transition.
+transformers' or biohub's, and `unpatch` takes them out of one or of any copy of it. The functions
+`from_...` turn a triangle multiplication of such a model, or of Chai-1, into arguments, and
+`transition_from_...` a transition.
 """
 
 from . import layers
@@ -20,11 +20,13 @@ from .layers import ESMFold2TriangleMultiplication
 from .models.adapters import (
     from_boltz,
     from_chai,
+    from_esm,
     from_esmfold2,
     from_openfold,
     from_openfold3,
     from_protenix,
     transition_from_boltz,
+    transition_from_esm,
     transition_from_esmfold2,
     transition_from_openfold3,
     transition_from_protenix,
@@ -43,6 +45,7 @@ __all__ = [
     "explain",
     "from_boltz",
     "from_chai",
+    "from_esm",
     "from_esmfold2",
     "from_openfold",
     "from_openfold3",
@@ -52,6 +55,7 @@ __all__ = [
     "patch",
     "swiglu_transition",
     "transition_from_boltz",
+    "transition_from_esm",
     "transition_from_esmfold2",
     "transition_from_openfold3",
     "transition_from_protenix",

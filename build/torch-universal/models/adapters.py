@@ -34,12 +34,14 @@ from .parts import (
 )
 
 _NAMES_SHOWN = 8  # in an error: a whole model has thousands
-# Parts without parameters that a module may have besides, by the names of their classes.
+# Parts that a module may have besides, by the names of their classes.
 _ACTIVATIONS = {
     "sigmoid": ("Sigmoid",),
     "silu": ("SiLU",),
     "swish": ("SiLU",),
     "activation_fn": ("SiLU", "SiLUActivation"),
+    # The copy of its weights that esm's "fused" backend runs; None once that was chosen and left.
+    "_fused_swiglu": ("FusedLNLinearSwiGLU", "NoneType"),
 }
 
 
@@ -132,6 +134,11 @@ def from_esmfold2(module: nn.Module, dtype: torch.dtype | None = None) -> dict[s
         _linear(module, "proj_gate"),
         dtype,
     )
+
+
+# The same parameters under the same names, with a width of the product of their own: D is
+# `latent_channels`. The module is a `TriangleMultiplicativeBlock`, not the wrapper around it.
+from_esm = from_esmfold2
 
 
 def from_chai(
@@ -288,8 +295,26 @@ def transition_from_esmfold2(
     )
 
 
+def transition_from_esm(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """As `transition_from_openfold3`, of a `Transition` and the like of biohub's esm.
+
+    That is also `PairTransition`, `TransitionLayer`, and the one in the experimental model's MSA
+    encoder. The forward of `Transition` alone adds the residual: ours does with `residual=x`.
+    """
+    if "a_proj" in getattr(module, "_modules", ()):
+        _check_parts(module, ("norm", "a_proj", "b_proj", "out_proj"))
+        gate, up = _linear(module, "a_proj"), _linear(module, "b_proj")
+        down = _linear(module, "out_proj")
+    else:
+        _check_parts(module, ("norm", "ffn"))
+        ffn = _block(module, "ffn", "SwiGLUMLP", ("w12", "w3"))
+        gate, up = _halves(_linear(ffn, "w12"))
+        down = _linear(ffn, "w3")
+    return _transition_arguments(_norm(module, "norm"), gate, up, down, dtype)
+
+
 def _check_parts(module: nn.Module, wanted: tuple[str, ...]) -> None:
-    """The module has these parts and no other but its activation, which has no parameters."""
+    """The module has these parts and no other but its activation and the like."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
     parts = module._modules

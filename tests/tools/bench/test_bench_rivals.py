@@ -126,6 +126,35 @@ def test_published_that_cant_be_had_is_absent(kernel, tmp_path):
     assert sources.versions(True)["published"] is None
 
 
+def test_esm_is_called_as_its_block_does_or_absent(kernel, monkeypatch):
+    calls = []
+
+    def theirs(pair, direction, residual, drop_mask, **rest):
+        calls.append((direction, drop_mask, rest))
+        return residual
+
+    layers = types.SimpleNamespace(
+        TRITON_KERNELS_AVAILABLE=True, _fused_trimul_with_residual=theirs
+    )
+    half, found = make_problem(Case(16, 9, "bfloat16", "incoming"), CPU), layers
+    monkeypatch.setattr(bench_rivals, "find_esm", lambda folder: found)
+    call = bench_rivals.esm(half, Sources(kernel))
+    assert torch.equal(call(), torch.zeros_like(half.x))
+    direction, drop_mask, rest = calls[0]
+    assert direction == "incoming" and drop_mask is None
+    assert rest.pop("mask") is half.mask and rest.pop("eps") == 1e-5
+    assert rest.keys() == half.weights.keys()
+    assert {value.dtype for value in rest.values()} == {torch.bfloat16}
+    with pytest.raises(Absent, match="bfloat16 alone"):
+        bench_rivals.esm(make_problem(CASE, CPU), Sources(kernel))
+    layers.TRITON_KERNELS_AVAILABLE = False
+    with pytest.raises(Absent, match="can't be imported here"):
+        bench_rivals.esm(half, Sources(kernel))
+    found = "no esm"
+    with pytest.raises(Absent, match="no esm"):
+        bench_rivals.esm(half, Sources(kernel))
+
+
 def test_our_own_kernel_is_never_taken_for_the_published_one():
     # What README.md asks for in transformers puts ours where the published one is looked for.
     script = """

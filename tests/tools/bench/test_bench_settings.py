@@ -38,7 +38,7 @@ def test_dtypes_have_short_names():
     assert settings.dtypes == ("bfloat16", "float16", "float32")
 
 
-def test_options_choose_the_rivals(monkeypatch):
+def test_options_choose_the_rivals(monkeypatch, tmp_path):
     def names(**options):
         return [rival.name for rival in ready(Settings, **options).rivals]
 
@@ -53,7 +53,11 @@ def test_options_choose_the_rivals(monkeypatch):
         "ours", "ours, torch.compile", "ours, CUDA graph", "ours, lean", *basic[1:], "published",
         "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
     ]  # fmt: skip
-    everything = dict(compile=True, max_autotune=True, graphs=True, passes="training,forward")
+    (tmp_path / "esm" / "models" / "esmfold2").mkdir(parents=True)
+    (tmp_path / "esm" / "models" / "esmfold2" / "layers.py").write_text("")
+    everything = dict(
+        compile=True, max_autotune=True, graphs=True, esm=tmp_path, passes="training,forward"
+    )
     assert len(names(device="cuda", **everything)) == len(RIVALS)
     assert names(device="cuda", passes="training") == [
         "ours", "ours, torch.compile", "ours, recompute all", *basic[1:], "published",

@@ -5,9 +5,9 @@ import textwrap
 
 import pytest
 import torch
-from esmfold2_trimul_tools.bench.rivals import Absent
+from esmfold2_trimul_tools.bench.rivals import Absent, find_esm
 from esmfold2_trimul_tools.bench.whole import ways as subject
-from esmfold2_trimul_tools.bench.whole.ways import TRIANGLES, find_esm
+from esmfold2_trimul_tools.bench.whole.ways import TRIANGLES
 from folding import ZERO_LAYER
 from whole_fakes import BY_NAME, LENGTH, tiny_bench
 

@@ -42,10 +42,6 @@ def _stock_before_each_test(tiny):
     restore_stock(tiny)
 
 
-def pdb_atoms(text):
-    return [line for line in text.splitlines() if line.startswith("ATOM")]
-
-
 @pytest.mark.parametrize(("loops", "samples"), [(0, 1), (2, 1), (1, 3)])
 def test_progress_counts_every_site_call_that_was_promised(tiny, loops, samples):
     seen = []
@@ -104,7 +100,8 @@ def test_a_failure_keeps_nothing_of_the_fold(tiny, monkeypatch):
 
 
 def test_equal_seeds_give_equal_folds_and_other_seeds_do_not(tiny):
-    one, same, other = (fold(tiny, SHORT, Settings(1, 1, 2, seed)) for seed in (3, 3, 4))
+    record = Record("complex", "MQIFVKT:GKX")
+    one, same, other = (fold(tiny, record, Settings(1, 1, 2, seed)) for seed in (3, 3, 4))
     assert not any(compare(one, same)[:-1])
     assert compare(one, same).coords_rmsd < 1e-6
     assert all(number > 0 for number in compare(one, other))
@@ -142,19 +139,25 @@ def test_numbers_that_are_not_finite_are_an_error(tiny, monkeypatch, tmp_path):
 
 def test_result_has_the_shapes_and_ranges_that_it_promises(tiny):
     result = fold(tiny, SHORT, Settings(loops=0, samples=3, steps=2))
-    length, atoms = len(SHORT.sequence), len(pdb_atoms(result.pdb))
+    length, atoms = len(SHORT.sequence), 91
     assert result.plddt.shape == (3, length)
     assert result.ptm.shape == (3,)
     assert result.coords.shape == (3, atoms, 3)
     assert result.distogram.shape == (length, length, 128)
     torch.testing.assert_close(result.distogram.sum(-1), torch.ones(length, length))
-    assert result.best == int(result.ptm.argmax())
+    assert result.iptm.tolist() == [0, 0, 0] and result.chain_iptm.shape == (3, 1, 1)
+    assert result.pae.shape == result.pde.shape == (length, length)
+    assert 0 < result.pae.min() < result.pae.max() < 32
+    assert result.settings == Settings(0, 3, 2)
+    assert result.best == result.ranked[0] == int(result.ptm.argmax())
+    assert sorted(result.ranked, key=lambda sample: -result.ptm[sample]) == result.ranked
     assert result.mean_plddt == pytest.approx(float(result.plddt[result.best].mean()))
     assert 0 < result.plddt.min() < result.plddt.max() < 1
     assert 1.5 < result.expected_distances.min() < result.expected_distances.max() < 54.5
     assert result.seconds > 0
     assert set(result.summary()) == {
         "seconds", "peak_memory_bytes", "added_memory_bytes", "memory_meaning", "mean_plddt", "ptm",
+        "iptm",
     }  # fmt: skip
 
 
@@ -183,23 +186,28 @@ def test_numbers_that_no_fold_can_use_are_refused(tiny, settings, message):
         fold(tiny, SHORT, settings)
 
 
-def test_pdb_holds_every_residue_with_its_confidence_from_0_to_100(tiny, tmp_path):
-    result = fold(tiny, SHORT, QUICK)
-    path = tmp_path / "short.pdb"
-    subject.write_pdb(result, path, ["A REMARK"])
-    lines = path.read_text().splitlines()
-    assert lines[:2] == ["REMARK   1 A REMARK", "REMARK   1 B-FACTOR: PLDDT, 0 TO 100"]
-    assert lines[-2:] == [line for line in lines if line.startswith(("TER", "END"))]
+def test_the_best_samples_errors_are_kept(tiny, monkeypatch):
+    intact, outputs = EsmFold2Model.fold, []
 
-    carbons = [line for line in pdb_atoms(path.read_text()) if line[12:16] == " CA "]
-    names = "MET GLN ILE PHE VAL LYS THR LEU THR GLY LYS UNK".split()
-    assert [line[17:20] for line in carbons] == names
-    assert [int(line[22:26]) for line in carbons] == list(range(1, 13))
-    b_factors = [float(line[60:66]) for line in carbons]
-    assert b_factors == pytest.approx((100 * result.plddt[0]).tolist(), abs=0.006)
-    first = pdb_atoms(path.read_text())[0]
-    written = [float(first[start : start + 8]) for start in (30, 38, 46)]
-    assert written == pytest.approx(result.coords[0, 0].tolist(), abs=6e-4)
+    def keep(model, **features):
+        outputs.append(intact(model, **features))
+        return outputs[-1]
+
+    monkeypatch.setattr(EsmFold2Model, "fold", keep)
+    result = fold(tiny, Record("complex", "MQIFVKT:GKX"), Settings(0, 4, 2))
+    (output,) = outputs
+    scores = 0.8 * output.iptm + 0.2 * output.ptm
+    assert result.best == int(scores.argmax())
+    torch.testing.assert_close(result.ranking_scores, scores)
+    assert torch.equal(result.pae, output.pae[result.best])
+    assert torch.equal(result.pde, output.pde[result.best])
+    assert torch.equal(result.chain_iptm, output.pair_chains_iptm)
+
+
+def test_samples_of_a_complex_are_ranked_by_what_is_between_its_chains():
+    ptm, iptm = torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.4])
+    assert subject.ranking_scores(ptm, iptm, 1).tolist() == ptm.tolist()
+    torch.testing.assert_close(subject.ranking_scores(ptm, iptm, 2), torch.tensor([0.26, 0.42]))
 
 
 def test_bins_are_those_that_the_models_authors_use():

@@ -1,7 +1,10 @@
 """The commands `esmfold2-trimul fold` and `validate`."""
 
+import csv
 import json
 import os
+import re
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -11,7 +14,7 @@ from cli_runner import refusal, run
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.console import ProgressBar
 from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
-from esmfold2_trimul_tools.folding import fold, model, plots, validate
+from esmfold2_trimul_tools.folding import fold, memory, model, pages, plots, validate
 from esmfold2_trimul_tools.folding.sequences import Record
 from folding import (
     QUICK,
@@ -22,6 +25,7 @@ from folding import (
     tiny_config,
     write_kernel_repository,
 )
+from fresh_process import ROOT
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
@@ -44,7 +48,7 @@ def test_fold_takes_a_file_for_a_sequence(tiny):
     result = run("fold", "my.fasta", *QUICK, "--dtype", "fp32", "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
-    assert [Path(one["pdb"]).stem for one in document["folds"]] == ["one", "two"]
+    assert [Path(one["files"]["pdb"]).stem for one in document["folds"]] == ["one", "two"]
     assert document["dtype"] == "float32"
 
 
@@ -54,9 +58,11 @@ def test_fold_writes_its_files_and_says_what_it_did(tiny):
     assert result.stderr == ""
     assert f"Sites swapped: {TINY_SITES} of {TINY_SITES} (ours, aten path" in result.stdout
     assert "as biology this fold is meaningless" in result.stdout
-    for word in ("Seconds", "Peak memory", "Mean pLDDT", "pTM", "out/sequence.pdb"):
+    for word in ("Seconds", "Peak memory", "Mean pLDDT", "pTM"):
         assert word in result.stdout
-    assert "stock" not in result.stdout
+    wrote = "out/sequence.pdb, .cif, _summary_confidences.json, _confidences.json, .png, .html"
+    assert f"Wrote {wrote}\n" in result.stdout
+    assert "stock" not in result.stdout and "ipTM" not in result.stdout
     pdb = Path("out/sequence.pdb").read_text()
     assert "REMARK   1 RANDOM WEIGHTS: MEANINGLESS AS BIOLOGY" in pdb
     assert sum(line[12:16] == " CA " for line in pdb.splitlines()) == len(SHORT.sequence)
@@ -88,9 +94,10 @@ def test_fold_json_is_all_there_is_on_stdout(tiny, tmp_path):
     assert one["differences"]["plddt_max"] < 1e-4
     assert one["peak_memory_bytes"] > one["added_memory_bytes"] >= 0
     assert one["seconds"] > 0 and one["stock"]["seconds"] > 0
-    files = [Path(record[kind]) for record in (one, other) for kind in ("pdb", "png")]
-    assert [file.name for file in files] == ["a_b.pdb", "a_b.png", "A_B-2.pdb", "A_B-2.png"]
-    assert all(file.is_file() for file in files)
+    for record, stem in ((one, "a_b"), (other, "A_B-2")):
+        assert record["files"]["pdb"] == f"new/folder/{stem}.pdb"
+        assert all(Path(file).is_file() for file in record["files"].values())
+    assert document["failures"] == []
 
 
 def test_files_that_cant_be_written_are_named(tiny):
@@ -127,10 +134,15 @@ def test_a_single_residue_is_refused_before_a_model_is_made(monkeypatch, tmp_pat
         raise AssertionError("a model was made")
 
     monkeypatch.setattr(model, "random_model", fail)
-    (tmp_path / "my.fasta").write_text(">one\nMQIF\n>two\nX\n")
+    (tmp_path / "my.fasta").write_text(">one\nG\n>two\nMQIFV\n")
     message = "a fold takes at least 2 residues; got"
     assert refusal("fold", "g", *QUICK) == f"sequence: {message} 'G'"
-    assert refusal("fold", "my.fasta", *QUICK) == f"two: {message} 'X'"
+    result = run("fold", "my.fasta", *QUICK, "--max-length", 4)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        f"error: one: {message} 'G'",
+        "error: two: 5 residues, more than --max-length 4",
+    ]
     assert not Path("out").exists()
 
 
@@ -155,21 +167,22 @@ def failing(tiny, monkeypatch):
 
 
 FAILURES = [
-    (UserError("big: does not fit"), 2, "big: does not fit"),
-    (BrokenFoldError("big: not finite"), 1, "big: not finite"),
-    (ZeroDivisionError("a bug\nand more"), 1, "big: the fold failed (ZeroDivisionError: a bug)"),
+    (UserError("big: does not fit"), "big: does not fit"),
+    (BrokenFoldError("big: not finite"), "big: not finite"),
+    (ZeroDivisionError("a bug\nand more"), "big: the fold failed (ZeroDivisionError: a bug)"),
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "message"), FAILURES, ids=["memory", "NaN", "fault"])
+@pytest.mark.parametrize(("error", "message"), FAILURES, ids=["memory", "NaN", "fault"])
 @pytest.mark.parametrize("more", [[], ["--json"], ["--compare"]], ids=" ".join)
-def test_a_protein_that_fails_costs_the_others_nothing(failing, error, status, message, more):
+def test_a_protein_that_fails_costs_the_others_nothing(failing, error, message, more):
     failing(error)
     result = run("fold", "three.fasta", *QUICK, *more)
-    assert result.exit_code == status
-    assert result.stderr.endswith(f"error: {message}\n")
+    assert result.exit_code == 1
+    listed = f"1 of 3 with errors:\n  {message}\n"
+    assert result.stderr.endswith(f"error: {message}\n{listed}")
     # The traceback of a fault of our own is there, and of nothing else.
-    assert result.stderr.startswith("Traceback" if status == 1 and "bug" in message else "error: ")
+    assert result.stderr.startswith("Traceback" if "bug" in message else "error: ")
     assert sorted(path.stem for path in Path("out").glob("*.pdb")) == ["one", "three"]
     if more == ["--json"]:
         document = json.loads(result.stdout)
@@ -181,11 +194,11 @@ def test_a_protein_that_fails_costs_the_others_nothing(failing, error, status, m
 
 def test_a_comparison_is_warmed_up_by_the_first_protein_that_folds(failing, monkeypatch):
     failing(UserError("big: does not fit"))
-    Path("three.fasta").write_text(">big\nMQIFV\n>three\nMQIF\n")
+    Path("three.fasta").write_text(">big\nMQI\n>three\nMQIF\n")
     labels = []
     monkeypatch.setattr(ProgressBar, "__call__", lambda _, label, *__: labels.append(label))
     result = run("fold", "three.fasta", *QUICK, "--compare")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert list(dict.fromkeys(labels)) == ["three, warming up", "three, ours", "three, stock path"]
 
 
@@ -193,7 +206,9 @@ def test_a_kernel_that_cant_be_had_is_said_once(failing, tmp_path):
     failing(UserError("big: does not fit"))
     root = write_kernel_repository(tmp_path / "kernel", STOCK_LAYER)
     (root / "build" / "torch-universal" / "__init__.py").write_text("class layers:\n    pass\n")
-    message = refusal("fold", "three.fasta", *QUICK, "--kernel-root", root)
+    result = run("fold", "three.fasta", *QUICK, "--kernel-root", root)
+    assert result.exit_code == 2
+    (message,) = result.stderr.removeprefix("error: ").splitlines()
     assert message.startswith(f"the kernel build in {root} can't be used; ")
 
 
@@ -202,10 +217,31 @@ def test_a_file_that_cant_be_written_costs_the_others_nothing(tiny):
     Path("out/big.pdb").mkdir(parents=True)
     result = run("fold", "three.fasta", *QUICK, "--json")
     message = "--out out/big.pdb: can't be written to (Is a directory)"
-    assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {message}\n1 of 3 with errors:\n  {message}\n"
     document = json.loads(result.stdout)
     assert [one["name"] for one in document["folds"]] == ["one", "three"]
     assert document["failures"] == [{"name": "big", "error": message}]
+
+
+def test_pages_can_be_left_out(tiny):
+    Path("two.fasta").write_text(">one\nMQIF\n>two\nMQIFV\n")
+    result = run("fold", "two.fasta", *QUICK, "--no-pages")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("; out/two.pdb\n2 of 2 folded: out/summary.csv\n")
+    assert not list(Path("out").glob("*.html"))
+
+
+def test_a_machine_without_the_viewer_folds(tiny, monkeypatch):
+    pages._viewer.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("fold", "MQIF", *QUICK)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: out/sequence.html: can't be drawn (no Mol* here: pip install dash-molstar); "
+        "out/sequence.pdb is whole\n"
+    )
+    assert Path("out/sequence.png").is_file() and not Path("out/sequence.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,21 +257,27 @@ def test_a_picture_that_cant_be_drawn_costs_no_result(tiny, monkeypatch, error):
         monkeypatch.setattr(plots, "plot_fold", fail)
     result = run("fold", "MQIF", *QUICK)
     assert result.exit_code == 1
-    assert "Wrote out/sequence.pdb\n" in result.stdout and "Mean pLDDT" in result.stdout
+    assert "Wrote out/sequence.pdb, .cif" in result.stdout and "Mean pLDDT" in result.stdout
+    assert ".png" not in result.stdout
     assert result.stderr.startswith("error: out/sequence.png: can't be drawn (")
     assert result.stderr.endswith("); out/sequence.pdb is whole\n")
     assert Path("out/sequence.pdb").stat().st_size > 0
-    document = json.loads(run("fold", "MQIF", *QUICK, "--json").stdout)
-    (one,) = document["folds"]
-    assert (one["pdb"], one["png"]) == ("out/sequence.pdb", None)
-    assert [failure["name"] for failure in document["failures"]] == ["sequence"]
+    # What is missing is said again where the fold is not made again.
+    for more, done_before in (["--force"], False), ([], True):
+        again = run("fold", "MQIF", *QUICK, "--json", *more)
+        assert again.exit_code == 1 and again.stderr == result.stderr
+        document = json.loads(again.stdout)
+        (one,) = document["folds"]
+        assert one["files"]["pdb"] == "out/sequence.pdb" and "png" not in one["files"]
+        assert one["done_before"] is done_before
+        assert [failure["name"] for failure in document["failures"]] == ["sequence"]
 
 
 def test_a_machine_without_matplotlib_folds(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "esmfold2_trimul_tools.folding.plots", None)
     result = run("fold", "MQIF", *QUICK)
     assert result.exit_code == 1
-    assert "Wrote out/sequence.pdb\n" in result.stdout
+    assert "Wrote out/sequence.pdb, " in result.stdout
     assert "error: out/sequence.png: can't be drawn (import of " in result.stderr
 
 
@@ -259,7 +301,7 @@ def test_fold_on_the_stock_path(tiny):
 
 def test_fold_follows_the_seed_and_the_dtype(tiny):
     def mean_plddt(*options):
-        result = run("fold", SHORT.sequence, *QUICK, "--json", *options)
+        result = run("fold", SHORT.sequence, *QUICK, "--json", "--force", *options)
         (record,) = json.loads(result.stdout)["folds"]
         return record["mean_plddt"]
 
@@ -273,7 +315,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_a_hub_model_that_cant_be_had_is_refused(monkeypatch):
-    monkeypatch.setattr(model, "_hub_answers", lambda: False)
+    monkeypatch.setattr(model, "hub_answers", lambda: False)
     message = refusal("fold", "MQ", "--model", "biohub/no-such-model", "--device", "cpu")
     assert message.startswith("model biohub/no-such-model: not in the local cache, and the Hub")
 
@@ -283,6 +325,207 @@ def test_a_fold_that_breaks_is_a_failed_check_not_bad_input(tiny, tmp_path):
     result = run("fold", "MQIFVK", *QUICK, "--kernel-root", root)
     assert result.exit_code == 1
     assert result.stderr == "error: sequence: the fold gave numbers that are not finite\n"
+
+
+def test_a_complex_folds_as_chains(tiny):
+    for sequence in ("MQIF:TLTGK:MQIF", "mqif : tltgk*: mqif"):
+        result = run("fold", sequence, *QUICK, "--compare", "--force")
+        assert result.exit_code == 0, result.output
+        assert "sequence, 13 residues" in result.stdout and "ipTM" in result.stdout
+    carbons = [line for line in Path("out/sequence.pdb").read_text().splitlines() if " CA " in line]
+    assert "".join(line[21] for line in carbons) == "AAAABBBBBCCCC"
+    (one,) = json.loads(run("fold", sequence, *QUICK, "--compare", "--json").stdout)["folds"]
+    assert (one["chains"], one["residues"]) == (3, 13) and 0 < one["iptm"] < 1
+    summary = json.loads(Path(one["files"]["summary"]).read_text())
+    assert summary["iptm"] == pytest.approx(one["iptm"], abs=1e-4)
+    assert len(summary["chain_pair_iptm"]) == 3
+
+
+def test_every_sample_is_written_by_its_rank(tiny):
+    result = run("fold", "MQIFVK", *QUICK, "--samples", 3)
+    assert "; lower ranks as sequence_rank_2 and so on\n" in result.stdout
+    scores, structures = [], set()
+    for rank, stem in enumerate(["sequence", "sequence_rank_2", "sequence_rank_3"], start=1):
+        assert Path(f"out/{stem}.cif").is_file()
+        structures.add(Path(f"out/{stem}.pdb").read_text())
+        summary = json.loads(Path(f"out/{stem}_summary_confidences.json").read_text())
+        assert summary["rank"] == rank
+        scores.append(summary["ranking_score"])
+    assert scores == sorted(scores, reverse=True) and len(structures) == 3
+    # Fewer samples leave none of those that are not theirs.
+    run("fold", "MQIFVK", *QUICK, "--samples", 2)
+    assert {path.name for path in Path("out").glob("*_rank_*")} == {
+        f"sequence_rank_2{ending}" for ending in (".pdb", ".cif", "_summary_confidences.json")
+    }
+
+
+MANY = ">one\nMQIFVK\n>bad\nMQJ\n>three\nMQIF\n>long\nMQIFVKTLTGK\n>cx\nMQI:FV\n"
+
+
+def rows():
+    with open("out/summary.csv", newline="") as table:
+        return {row["name"]: row for row in csv.DictReader(table)}
+
+
+def test_many_proteins_are_folded_by_length_and_what_cant_be_is_listed(tiny, monkeypatch):
+    Path("many.fasta").write_text(MANY)
+    whole = []
+    monkeypatch.setattr(ProgressBar, "overall", lambda _, done, total: whole.append((done, total)))
+    result = run("fold", "many.fasta", *QUICK, "--max-length", 6)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("To fold: 3. The longest, one, has 6 residues and takes about ")
+    assert [line.split(",")[0] for line in lines[1:4]] == ["three", "cx", "one"]
+    assert lines[4:] == ["3 of 5 folded: out/summary.csv and out/index.html"]
+    assert "ipTM" in lines[2] and lines[2].endswith("; out/cx.html")
+    bad, long = (
+        "bad: unknown residue 'J' at position 3; the residues are ACDEFGHIKLMNPQRSTVWY, and X for "
+        "any other",
+        "long: 11 residues, more than --max-length 6",
+    )
+    assert result.stderr.splitlines() == [
+        f"error: {bad}", f"error: {long}", "2 of 5 with errors:", f"  {bad}", f"  {long}",
+    ]  # fmt: skip
+    assert whole == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    table = rows()
+    assert list(table) == ["bad", "long", "three", "cx", "one"]
+    assert [row["status"] for row in table.values()] == ["failed"] * 2 + ["folded"] * 3
+    assert table["bad"]["error"] == bad
+    assert (table["cx"]["chains"], table["cx"]["residues"], table["cx"]["structure"]) == (
+        "2", "5", "cx.cif",
+    )  # fmt: skip
+    assert 0 < float(table["one"]["mean_plddt"]) < 100 and table["one"]["iptm"] == ""
+
+
+@pytest.fixture
+def folds(tiny, monkeypatch):
+    """The names of the proteins as they are folded; `stop` in it is interrupted, once."""
+    real, names = fold.fold, []
+
+    def noting(loaded, record, *others, **keywords):
+        names.append(record.name)
+        if record.name == "stop" and names.count("stop") == 1:
+            raise KeyboardInterrupt
+        return real(loaded, record, *others, **keywords)
+
+    monkeypatch.setattr(fold, "fold", noting)
+    return names
+
+
+def test_what_is_done_is_skipped_and_other_settings_fold_again(folds, monkeypatch):
+    Path("two.fasta").write_text(">one\nMQIF\n>two\nMQIFV\n")
+    first = json.loads(run("fold", "two.fasta", *QUICK, "--json").stdout)
+    assert folds == ["one", "two"]
+    # Not even a model is made where all is done.
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "random_model", lambda *_: pytest.fail("a model was made"))
+        result = run("fold", "two.fasta", *QUICK)
+        assert result.exit_code == 0 and result.stderr == ""
+        assert result.stdout == (
+            "one: done before, in out; --force folds it again\n"
+            "two: done before, in out; --force folds it again\n"
+            "2 of 2 folded: out/summary.csv and out/index.html\n"
+        )
+        again = json.loads(run("fold", "two.fasta", *QUICK, "--json").stdout)
+    for one, same in zip(first["folds"], again["folds"], strict=True):
+        assert (one.pop("done_before"), same.pop("done_before")) == (False, True)
+        assert one == same
+    for more in (["--seed", 1], ["--loops", 2], ["--dtype", "bf16"], ["--kernel", "off"]):
+        folds.clear()
+        run("fold", "two.fasta", *QUICK, *more)
+        assert folds == ["one", "two"], more
+    folds.clear()
+    run("fold", "two.fasta", *QUICK, *more, "--force")
+    assert folds == ["one", "two"]
+    # A file that is gone, and a protein that has changed.
+    folds.clear()
+    Path("out/two.cif").unlink()
+    run("fold", "two.fasta", *QUICK, *more)
+    assert folds == ["two"]
+    folds.clear()
+    Path("two.fasta").write_text(">one\nMQIK\n>two\nMQIFV\n>new\nMQ\n")
+    run("fold", "two.fasta", *QUICK, *more)
+    assert folds == ["new", "one"]
+    assert [row["residues"] for row in rows().values()] == ["5", "2", "4"]
+
+
+def test_an_interruption_loses_nothing_that_was_done(folds):
+    Path("three.fasta").write_text(">last\nMQIFVK\n>stop\nMQIFV\n>first\nMQIF\n")
+    result = run("fold", "three.fasta", *QUICK)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: 2 of 3 not folded; the same command goes on from here\n"
+    assert list(rows()) == ["first"] and not Path("out/index.html").exists()
+    result = run("fold", "three.fasta", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert folds == ["first", "stop", "stop", "last"]
+    assert list(rows()) == ["first", "stop", "last"]
+    assert "3 of 3 proteins folded" in Path("out/index.html").read_text()
+
+
+def test_a_fold_that_may_not_fit_takes_the_lean_mode(tiny, monkeypatch):
+    modes = []
+    real = fold.fold
+
+    def noting(*arguments, **keywords):
+        modes.append(os.environ.get("ESMFOLD2_TRIMUL_MEMORY"))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(fold, "fold", noting)
+    monkeypatch.delenv("ESMFOLD2_TRIMUL_MEMORY", raising=False)
+    assert run("fold", "MQIF", *QUICK).stderr == ""
+    assert run("fold", "MQIF", *QUICK, "--memory", "lean", "--force").stderr == ""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**10)
+    result = run("fold", "MQIF", *QUICK, "--force")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: sequence (4 residues) may not fit: a fold takes about 0 MiB, and 0 MiB are free; "
+        "fewer --samples need less\n"
+    )
+    run("fold", "MQIF", *QUICK, "--force", "--memory", "default")
+    assert modes == [None, "lean", "lean", "default"]
+    assert "ESMFOLD2_TRIMUL_MEMORY" not in os.environ
+
+
+def test_the_chunk_size_reaches_the_model(tiny, monkeypatch):
+    made = []
+    real = model.random_model
+    monkeypatch.setattr(model, "random_model", lambda *a: made.append(real(*a)) or made[-1])
+    assert run("fold", "MQIFVK", *QUICK, "--chunk-size", 3).exit_code == 0
+    sizes = [part.chunk_size for part in made[0].modules() if hasattr(part, "chunk_size")]
+    assert set(sizes) == {3, None} and sizes.count(3) == 15
+
+
+def test_dna_is_folded_as_a_protein_with_a_warning(tiny):
+    result = run("fold", "MQIF:ACGTACGTACGT", *QUICK)
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: sequence: folded as a protein, but it looks like DNA; biohub's esm package folds "
+        "it (docs/folding.md)\n"
+    )
+    message = "sequence: RNA of chain B, and ESMFold2 folds proteins here; biohub's esm package"
+    assert refusal("fold", "MQIF:ACGUACGU", *QUICK).startswith(message)
+
+
+def test_the_commands_of_the_document_run(tiny):
+    text = (ROOT / "docs" / "folding.md").read_text()
+    lines = text.split("```")[1].strip().splitlines()
+    assert len(lines) == 4
+    Path("my.fasta").write_text(">one\nMQIFVK\n>cx\nMQI:FV\n")
+    for line in lines:
+        command, *arguments = shlex.split(line, comments=True)
+        result = run(*arguments, *QUICK)
+        assert command == "esmfold2-trimul" and result.exit_code == 0, result.output
+    for kind in re.findall(r"^\| `NAME(\S+)`", text, flags=re.MULTILINE):
+        assert Path(f"results/one{kind}").is_file() or kind == "_rank_2.cif"
+    (named,) = re.findall(r"^\| `(index.*)` \|", text, flags=re.MULTILINE)
+    assert all(Path("results", name).is_file() for name in named.split("`, `"))
+
+
+def test_validate_runs_in_bfloat16(short_proteins):
+    result = run("validate", *QUICK, "--dtype", "bf16", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["dtype"] == "bfloat16" and document["passed"] is True
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def tiny():
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(subject, "_hub_answers", lambda: False)
+    monkeypatch.setattr(subject, "hub_answers", lambda: False)
 
 
 def forwards(model):

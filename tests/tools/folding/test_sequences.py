@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 from esmfold2_trimul_tools.errors import UserError
-from esmfold2_trimul_tools.folding.sequences import Record, file_stems, parse_sequence, read_fasta
+from esmfold2_trimul_tools.folding.sequences import (
+    Failure,
+    Record,
+    file_stems,
+    looks_like_dna,
+    parse_sequence,
+    read_fasta,
+)
 
 
 def test_every_residue_of_the_model_is_accepted():
@@ -131,8 +138,6 @@ def test_a_closed_standard_input_holds_nothing(monkeypatch):
         (b"", "no sequence in this FASTA file"),
         (b"\n \n", "no sequence in this FASTA file"),
         (b"MQIFVK\n", "starts with '>', this one with 'MQIFVK'"),
-        (b">a\n>b\nMQ\n", "a: the sequence is empty"),
-        (b">a\nMQ\n>b\nMQJ\n", "b: unknown residue 'J' at position 3"),
         (b"\xff\xfe\x00", r"not a text file in UTF-8 or UTF-16 \(truncated data at byte 2\)"),
         (b">caf\xe9\nMQ\n", r"not a text file .*\(invalid continuation byte at byte 4\)"),
         (b"PK\x03\x04 and more", "packed with zip; unpack it first"),
@@ -151,6 +156,58 @@ def test_fasta_that_is_not_there_is_refused(tmp_path):
         read_fasta(tmp_path / "none.fasta")
     with pytest.raises(UserError, match=r"can't be read \(Is a directory\)"):
         read_fasta(tmp_path)
+
+
+def test_a_record_that_is_no_protein_leaves_the_others(tmp_path):
+    path = tmp_path / "some.fasta"
+    path.write_text(">a\n>b\nMQJ\n>c\nMQ:\n>d\nMQ\n")
+    message = "b: unknown residue 'J' at position 3; the residues are ACDEFGHIKLMNPQRSTVWY, and X "
+    assert read_fasta(path) == [
+        Failure("a", "a: the sequence is empty"),
+        Failure("b", f"{message}for any other"),
+        Failure("c", "c: chain B of 2 is empty"),
+        Record("d", "MQ"),
+    ]
+
+
+def test_chains_are_divided_by_colons():
+    record = parse_sequence("mqif:\nTL TG*:x", "pair")
+    assert record == Record("pair", "MQIF:TLTG:X")
+    assert (record.chains, record.length) == (["MQIF", "TLTG", "X"], 9)
+    assert Record("one", "MQIF").chains == ["MQIF"]
+    assert parse_sequence("G:G").length == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MQ::IF", "p: chain B of 3 is empty"),
+        (":MQ", "p: chain A of 2 is empty"),
+        (" : ", "p: the sequence is empty"),
+        ("MQ:IFJ", "p: unknown residue 'J' at position 3 of chain B; the residues"),
+        ("MQ:I-F", "p: a gap '-' at position 2 of chain B, as aligned"),
+        ("ACGU", r"p: RNA, and ESMFold2 folds proteins here; biohub's esm package .*folding\.md"),
+        (":".join(["MQ"] * 63), "p: 63 chains; a complex has at most 62"),
+    ],
+)
+def test_complexes_that_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_sequence(text, "p")
+
+
+@pytest.mark.parametrize(
+    ("sequence", "is_dna"),
+    [("ACGTACGTACGN", True), ("MQIF:ACGTACGTACGT", True), ("ACGTACGTACG", False),
+     ("ACGTACGTACGTM", False)],
+)  # fmt: skip
+def test_dna_is_told_by_its_letters_and_length(sequence, is_dna):
+    assert looks_like_dna(Record("one", sequence)) is is_dna
+
+
+def test_no_proteins_files_are_anothers():
+    names = ["a", "a_rank_2", "a_Summary", "a_summary-2"]
+    stems = file_stems(Record(name, "M") for name in names)
+    assert stems == ["a", "a_rank_2-2", "a_Summary-2", "a_summary-2-2"]
 
 
 def test_file_stems_are_safe_and_no_two_alike():

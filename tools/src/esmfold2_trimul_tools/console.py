@@ -41,11 +41,14 @@ def print_in_any_encoding() -> None:
 
 
 class ProgressBar:
-    """A progress bar on stderr, moved by calling it; a line a minute if stderr is no terminal."""
+    """A progress bar on stderr, moved by calling it; a line a minute if stderr is no terminal.
 
-    def __init__(self) -> None:
+    whole: the name of a second bar above it, which `overall` moves.
+    """
+
+    def __init__(self, whole: str | None = None) -> None:
         console = Console(stderr=True)
-        self._now = "Starting"
+        self._whole, self._now = "", "Starting"
         self._minutes = nullcontext() if console.is_terminal else heartbeat(self._say)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -59,6 +62,8 @@ class ProgressBar:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        if whole is not None:
+            self._whole_task = self._bar.add_task(whole, total=None)
         self._task = self._bar.add_task(self._now, total=None)
 
     def __enter__(self) -> "ProgressBar":
@@ -71,11 +76,16 @@ class ProgressBar:
         self._minutes.__exit__(*exception)
 
     def _say(self, elapsed: str) -> None:
-        print(f"{elapsed}: {self._now}", file=sys.stderr, flush=True)
+        print(f"{elapsed}: {self._whole}{self._now}", file=sys.stderr, flush=True)
 
     def __call__(self, label: str, done: int, total: int) -> None:
         self._now = f"{label} ({done} of {total} done)"
         self._bar.update(self._task, description=label, completed=done, total=total)
+
+    def overall(self, done: int, total: int) -> None:
+        """Move the bar of the whole work."""
+        self._whole = f"{done} of {total} done; "
+        self._bar.update(self._whole_task, completed=done, total=total)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

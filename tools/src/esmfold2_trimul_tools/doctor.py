@@ -53,6 +53,7 @@ def examine(kernel_root: str | Path | None = None) -> list[Finding]:
         *_numpy(),
         *_swapping(),
         *_kernel_and_paths(kernel_root, gpu),
+        *_recipes(kernel_root, gpu),
         *_launcher(gpu),
         *_weights(),
     ]
@@ -136,6 +137,47 @@ def _swapping() -> Iterator[Finding]:
         yield Finding("Swapping layers", "problem", versions, problem)
     else:
         yield Finding("Swapping layers", "ok", f"{versions}: a pair that fits")
+
+
+def _recipes(kernel_root: str | Path | None, gpu: str | None) -> Iterator[Finding]:
+    """Which of the ways of docs/use.md put the kernel into transformers' ESMFold2 here."""
+    try:
+        _load_kernel(kernel_root)
+    except Exception:  # another finding
+        return
+    without_esmfold2 = bool(_esmfold2_problem())
+    if without_esmfold2:
+        why_not = "no ESMFold2 in transformers"
+    elif _swap_problem():
+        why_not = "transformers and kernels don't fit each other"
+    elif gpu is None:
+        why_not = "transformers takes kernels on a GPU alone"
+    else:
+        why_not = ""
+    if without_esmfold2:
+        yield Finding("patch(model)", "note", f"for other models: {why_not}")
+    else:
+        yield Finding("patch(model)", "ok", "works, with the Hub or without")
+    if why_not:
+        yield Finding("KernelConfig", "note", f"not here: {why_not}")
+        yield Finding("use_kernels=True", "note", f"not here: {why_not}")
+        return
+    yield Finding("KernelConfig", "ok", "works, with the Hub or without")
+    if not _has_local_kernel():
+        yield Finding(
+            "use_kernels=True", "note",
+            "takes the published kernel, from the Hub: LOCAL_KERNELS names no other",
+            "patch(model), or LOCAL_KERNELS: see docs/use.md",
+        )  # fmt: skip
+    elif not _hub_answers():
+        yield Finding(
+            "use_kernels=True", "note",
+            "the Hub does not answer, which it asks for other kernels too: raises unless they are "
+            "cached",
+            "patch(model), or a KernelConfig: see docs/use.md",
+        )  # fmt: skip
+    else:
+        yield Finding("use_kernels=True", "ok", "works, with the Hub")
 
 
 def _kernel_and_paths(kernel_root: str | Path | None, gpu: str | None) -> Iterator[Finding]:
@@ -288,6 +330,37 @@ def _swap_problem() -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def _esmfold2_problem() -> str:
+    """Why there is no ESMFold2 that `patch` could change; empty if there is."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    from .errors import UserError
+    from .folding.model import esmfold2_model_class
+
+    try:
+        esmfold2_model_class()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _has_local_kernel() -> bool:
+    """Whether LOCAL_KERNELS has a path for the name that transformers asks for."""
+    from .folding.model import has_local_kernel
+
+    return has_local_kernel()
+
+
+def _hub_answers() -> bool:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import constants
+
+    from .folding.model import hub_answers
+
+    return not constants.HF_HUB_OFFLINE and hub_answers()
 
 
 def _load_kernel(kernel_root: str | Path | None) -> tuple[Path, Any]:

@@ -103,60 +103,85 @@ def _compiling_for(target: str) -> Iterator[None]:
 def compile_case(kernel: ModuleType, target: str, case: Case) -> list[tuple[str, Any, dict]]:
     """(kernel, binary, config) of each kernel of a call and, of `BACKWARD_CASES`, of its backward.
 
-    The call has a mask, a residual and norms in float32, and its backward gives the gradients of x
-    and of all parameters.
+    The calls are a triangle multiplication with a mask and a transition with four times the
+    channels inside, both with a residual and norms in float32. The backward gives the gradients of
+    x and of all parameters.
     """
     path = submodule(kernel, "triton_path")
     device = submodule(kernel, "triton_parts.device")
-    call = _call_of(kernel, case)
     compiled = {}
     with _compiling_for(target), device.standing_in(device.target_of(target, "any")):
-        if case in BACKWARD_CASES:
-            launches = path.plan_training(call)
-        else:
-            launches = path.plan(call).launches
-        for launch, tensors in launches:
-            name = _name_of(launch)
-            if name not in compiled:
-                config = {
-                    constant: value
-                    for constant, value in launch.constants.items()
-                    if constant.startswith("BLOCK_") or constant in ("DESCRIPTORS", "HELD")
-                }
-                compiled[name] = launch.compile(**tensors), {**config, **launch.options}
+        for planner, call, prefix in (
+            (path, _call_of(kernel, case), ""),
+            (path.transition, _transition_of(kernel, case), "transition_"),
+        ):
+            if case in BACKWARD_CASES:
+                launches = planner.plan_training(call)
+            else:
+                launches = planner.plan(call).launches
+            for launch, tensors in launches:
+                name = _name_of(launch, prefix)
+                if name not in compiled:
+                    config = {
+                        constant: value
+                        for constant, value in launch.constants.items()
+                        if constant.startswith("BLOCK_") or constant in ("DESCRIPTORS", "HELD")
+                    }
+                    compiled[name] = launch.compile(**tensors), {**config, **launch.options}
     return [(name, *found) for name, found in compiled.items()]
 
 
 def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
-    """A call of `case`, on the meta device."""
+    """A triangle multiplication of `case`, on the meta device."""
     module, width, length = submodule(kernel, "_call"), case.width, case.length
-
-    def tensor(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    norms = [tensor(width, dtype=torch.float32) for _ in range(4)]
-    weights = module.Weights(
-        *norms[:2], tensor(2 * width, width), None, tensor(2 * width, width), None,
-        *norms[2:], tensor(width, width), None, tensor(width, width), None,
-    )  # fmt: skip
-    x = tensor(1, length, length, width)
+    norms = [_empty(width, dtype=torch.float32) for _ in range(4)]
+    two, one = (_empty(rows, width, dtype=case.dtype) for rows in (2 * width, width))
+    weights = module.Weights(*norms[:2], two, None, two, None, *norms[2:], one, None, one, None)
+    x = _empty(1, length, length, width, dtype=case.dtype)
     return module.Call(
-        x=x, direction="outgoing", mask=tensor(1, length, length, dtype=torch.float32), residual=x,
+        x=x, direction="outgoing", mask=_empty(1, length, length, dtype=torch.float32), residual=x,
         drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision="fp32",
-        memory="default", recompute="product", inplace=False,
-        lengths=tensor(1, dtype=torch.int32) if case.padded else None,
+        memory="default", recompute="product", inplace=False, lengths=_lengths_of(case),
     )  # fmt: skip
 
 
-def _name_of(launch: Any) -> str:
-    """The stage, and for kernels with two uses also the use."""
-    constants = launch.constants
-    if launch.stage == "row_products":
-        return "row_products_in" if constants["N"] > constants["K"] else "row_products_out"
+def _transition_of(kernel: ModuleType, case: Case) -> NamedTuple:
+    """A transition of `case`, on the meta device; its two projections are halves of one matrix."""
+    module, width, length = submodule(kernel, "_call"), case.width, case.length
+    norms = [_empty(width, dtype=torch.float32) for _ in range(2)]
+    gate, up = _empty(8 * width, width, dtype=case.dtype).chunk(2)
+    down = _empty(width, 4 * width, dtype=case.dtype)
+    x = _empty(1, length, length, width, dtype=case.dtype)
+    return module.Transition(
+        x=x, residual=x,
+        weights=module.TransitionWeights(*norms, gate, None, up, None, down, None),
+        eps=1e-5, precision="fp32", inplace=False, lengths=_lengths_of(case),
+    )  # fmt: skip
+
+
+def _lengths_of(case: Case) -> torch.Tensor | None:
+    return _empty(1, dtype=torch.int32) if case.padded else None
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _name_of(launch: Any, prefix: str) -> str:
+    """The stage, and for kernels with several uses also the use."""
+    constants, stage = launch.constants, launch.stage
+    if stage == "row_products":
+        return f"{prefix}row_products_{'in' if constants['N'] > constants['K'] else 'out'}"
+    if stage == "row_linear":  # of a transition's output, or of a dz
+        return stage if prefix and constants["K"] == 4 * constants["N"] else f"{prefix}{stage}_bwd"
+    if stage == "norm_in_bwd":
+        return prefix + stage
+    if constants.get("PROJECTIONS"):
+        return f"{stage}_bwd"
     if constants.get("READ_MOMENTS"):
-        return f"{launch.stage}_again"
+        return f"{stage}_again"
     turned = [letter for letter in "ab" if constants.get(f"TURNED_{letter.upper()}")]
-    return f"{launch.stage}_bwd_{''.join(turned)}" if turned else launch.stage
+    return f"{stage}_bwd_{''.join(turned)}" if turned else stage
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from .adapters import (
     from_boltz,
+    from_esm,
     from_esmfold2,
     from_openfold,
     from_openfold3,
     from_protenix,
     transition_from_boltz,
+    transition_from_esm,
     transition_from_esmfold2,
     transition_from_openfold3,
     transition_from_protenix,
@@ -38,6 +40,8 @@ class Family(NamedTuple):
     # A linear layer of the module. Where it has a forward of its own, that casts weights to
     # bfloat16, and to no other dtype, if x is of it.
     casting: str | None = None
+    # A part that tells its modules from other families' of the same class name.
+    part: str | None = None
 
 
 def _openfold_forward(run: Callable) -> Callable:
@@ -116,6 +120,7 @@ TRIANGLES = (
     Family(
         "esmfold2", ("EsmFold2TriangleMultiplicativeUpdate",), _esmfold2_forward, from_esmfold2
     ),
+    Family("esm", ("TriangleMultiplicativeBlock",), _esmfold2_forward, from_esm),
 )  # fmt: skip
 
 
@@ -159,7 +164,26 @@ def _esmfold2_transition(run: Callable) -> Callable:
     return forward
 
 
+def _esm_transition(run: Callable) -> Callable:
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self, x, True)
+
+    return forward
+
+
+def _esm_update(run: Callable) -> Callable:
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self, x, False)
+
+    return forward
+
+
 TRANSITIONS = (
+    Family("esm", ("Transition",), _esm_transition, transition_from_esm, part="ffn"),
+    Family(
+        "esm", ("PairTransition", "_TransitionFFN"), _esm_update, transition_from_esm, part="ffn",
+    ),
+    Family("esm", ("TransitionLayer",), _esm_update, transition_from_esm, part="a_proj"),
     Family(
         "openfold3", ("SwiGLUTransition",), _openfold3_transition, transition_from_openfold3,
         "linear_out",
@@ -192,7 +216,12 @@ def recognise(module: nn.Module, families: tuple[Family, ...], chosen: list[str]
     # OpenFold 3's transitions share a forward, which calls the formula in `_transition`.
     order = type(module).__mro__
     owner = next(kind for kind in order if vars(kind).keys() & {"forward", "_transition"})
-    families = tuple(family for family in families if owner.__name__ in family.classes)
+    families = tuple(
+        family
+        for family in families
+        if owner.__name__ in family.classes
+        and (family.part is None or family.part in module._modules)
+    )
     if not families:
         if any(isinstance(part, nn.ReLU) for part in module.modules()):
             raise TypeError("AlphaFold 2's transition, with a ReLU; the kernel's is a SwiGLU")
@@ -217,6 +246,13 @@ def recognise(module: nn.Module, families: tuple[Family, ...], chosen: list[str]
     if changed:
         raise TypeError(f"its class {describe(module)} changes {', '.join(changed)}")
     return family
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is a module of esm's that only calls the triangle multiplication inside it."""
+    return type(module).__name__ == "TriangleMultiplicativeUpdate" and [*module._modules] == [
+        "_engine"
+    ]
 
 
 def check_parts(module: nn.Module, family: Family) -> None:

@@ -18,9 +18,10 @@ from .families import (
     function_of,
     is_own,
     is_patch,
+    is_wrapper,
     recognise,
 )
-from .pair_layers import PAIR_LAYERS, check_layer, pair_layer
+from .pair_layers import PAIR_LAYERS, check_layer, pair_layer, passes_over_triangles
 
 
 class _Part(NamedTuple):
@@ -40,7 +41,8 @@ _PARTS = {
         TRIANGLES, check_parts, triangle,
     ),
     "transition": _Part(
-        "transitions", lambda kind: kind.endswith(("Transition", "TransitionBlock")), TRANSITIONS,
+        "transitions", lambda kind: kind.endswith(("Transition", "TransitionBlock"))
+        or any(kind in family.classes for family in TRANSITIONS), TRANSITIONS,
         check_parts, transition,
     ),
     "residual": _Part(
@@ -49,6 +51,12 @@ _PARTS = {
         check_layer, pair_layer,
     ),
 }  # fmt: skip
+
+
+_PASSES_OVER = (
+    'its "fused" backend runs kernels of its own in place of its swapped triangles, on a GPU in '
+    "bfloat16; set_kernel_backend(None) lets ours run"
+)
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,10 @@ def patch(
 ) -> PatchReport:
     """Lets the triangle multiplications and transitions that are understood run our kernels.
 
-    The modules of OpenFold, OpenFold 3, Protenix, Boltz, and of ESMFold and ESMFold2 in
-    transformers are known, by the class that defines their forward, its arguments, and their parts.
-    One that only looks like them is left as it is, and the report says why. A fork that changes the
-    formula under the same names can't be told apart: compare its results once.
+    The modules of OpenFold, OpenFold 3, Protenix, Boltz, of ESMFold and ESMFold2 in transformers,
+    and of biohub's esm are known, by the class that defines their forward, its arguments, and their
+    parts. One that only looks like them is left as it is, and the report says why. A fork that
+    changes the formula under the same names can't be told apart: compare its results once.
 
         with patch(model) as report:
             print(report)
@@ -135,15 +143,20 @@ def patch(
 
     - "triangle": every triangle multiplication. Where OpenFold adds in place (`inplace_safe` and
       `_add_with_inplace`), so does ours; with `inplace_safe` alone ours leaves z as it is.
-    - "transition": every transition with a SwiGLU, of OpenFold 3, Protenix, Boltz and ESMFold2,
-      also of single and MSA representations and of diffusion heads. ESMFold2's adds its residual,
-      and so does ours. AlphaFold 2's, with a ReLU, is left.
-    - "residual": ESMFold2's `EsmFold2PairUpdateLayer` as a whole, and the pair half of its
-      `EsmFold2MSAEncoderLayer`: each swapped module's residual is added by its last kernel, in
-      float32, and without a gradient all but the first write over their input, which is the layer's
-      own tensor. The triangles must be swapped. While one has a hook, the layer's own code runs and
-      calls its modules; so does an MSA layer's under torch.compile. Layers of the other families
-      keep their own code, which orders dropout, residuals and attention.
+    - "transition": every transition with a SwiGLU, of OpenFold 3, Protenix, Boltz, ESMFold2 and
+      esm, also of single and MSA representations and of diffusion heads. ESMFold2's adds its
+      residual, and so does ours. AlphaFold 2's, with a ReLU, is left.
+    - "residual": ESMFold2's `EsmFold2PairUpdateLayer` and esm's `PairUpdateBlock` as a whole, and
+      the pair half of `EsmFold2MSAEncoderLayer`: each swapped module's residual is added by its
+      last kernel, in float32, and without a gradient all but the first write over their input,
+      which is the layer's own tensor. The triangles must be swapped. While one has a hook, the
+      layer's own code runs and calls its modules; so does an MSA layer's under torch.compile.
+      Layers of the other families keep their own code, which orders dropout, residuals and
+      attention.
+
+    A swapped module of esm runs our kernel whatever `set_kernel_backend` chooses, before the patch
+    or after it. A `PairUpdateBlock` that is not swapped itself runs esm's kernels in place of its
+    swapped triangles with the backend "fused"; the report names it if that is chosen already.
 
     Each swapped module keeps its parameters, state dict, hooks and the arguments of its forward,
     training included. Of these, those that choose an implementation or a chunk size choose nothing
@@ -163,8 +176,8 @@ def patch(
 
     Args:
         model: searched with its submodules.
-        families: names of those to swap, of "openfold", "openfold3", "protenix", "boltz" and
-            "esmfold2"; None swaps all. ESMFold is of "openfold".
+        families: names of those to swap, of "openfold", "openfold3", "protenix", "boltz",
+            "esmfold2" and "esm"; None swaps all. ESMFold is of "openfold".
         parts: names of those to swap, as above. What is not among them is not in the report.
         memory, recompute: of the triangles, as for `triangle_multiplicative_update`.
 
@@ -186,7 +199,8 @@ def patch(
         if part_name not in wanted:
             continue
         for name, module in model.named_modules():
-            if not part.is_named(getattr(module, "original_name", type(module).__name__)):
+            kind = getattr(module, "original_name", type(module).__name__)
+            if not part.is_named(kind) or is_wrapper(module):
                 continue
             report.parts[name] = part_name
             try:
@@ -200,6 +214,11 @@ def patch(
             module.forward = forward.__get__(module)
             report.swapped[name] = family.name
             report._forwards[name] = (module, forward)
+    for name, module in model.named_modules():
+        if passes_over_triangles(module):
+            report.parts[name] = "residual"
+            reasons = [report.left.get(name), _PASSES_OVER]
+            report.left[name] = "; ".join(filter(None, reasons))
     return report
 
 

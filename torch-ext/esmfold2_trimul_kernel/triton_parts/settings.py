@@ -19,7 +19,7 @@ FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 STAGES = (
     *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
     "row_products", "norm_in_bwd", "swiglu_hidden", "row_linear", "swiglu_projections",
-    "swiglu_bwd",
+    "swiglu_bwd", "row_products_and_sums",
 )  # fmt: skip
 _BOUNDS = ("max_width", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"

@@ -93,17 +93,23 @@ def add_row_products(
 
 
 def prepare_row_products(
-    left: torch.Tensor, right: torch.Tensor, precision: str, programs: int | None = None
+    left: torch.Tensor,
+    right: torch.Tensor,
+    precision: str,
+    programs: int | None = None,
+    with_sums: bool = False,
 ) -> PreparedLaunch:
     """The launch of `add_row_products` for rows like these: left [M, N] and right [M, K].
 
     Rows have unit stride and one dtype; `precision` is a word of the kernels, for float32. About
-    `programs` programs share the work, by default one for each multiprocessor of the device.
+    `programs` programs share the work, by default one for each multiprocessor of the device. The
+    launch has settings of its own `with_sums`.
     """
     rows, width_n = left.shape
     width_k = right.shape[1]
     device = device_target(left.device)
-    config = setting_of("row_products", left, max(width_n, width_k), math.isqrt(rows))
+    stage = "row_products_and_sums" if with_sums else "row_products"
+    config = setting_of(stage, left, max(width_n, width_k), math.isqrt(rows))
     block_m = config.block_m
     block_n = block_of(config.block_n, width_n)
     block_k = block_of(config.block_k, width_k)

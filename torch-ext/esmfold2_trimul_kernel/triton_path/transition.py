@@ -160,7 +160,7 @@ def _run_backward(
     ) -> None:
         prepared = launches.of(
             ("row_products", which, left.shape[0], left.data_ptr() % 16),
-            prepare_row_products, left, right, call.precision,
+            prepare_row_products, left, right, call.precision, None, total_sums is not None,
         )  # fmt: skip
         add_row_products(total, left, right, prepared, total_sums)
 

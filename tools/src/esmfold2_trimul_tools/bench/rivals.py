@@ -12,10 +12,11 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -60,11 +61,12 @@ class Sources:
     """The sources of the packages that are measured.
 
     kernel: our loaded package. published: the folder that holds the published package, or None for
-    the one that transformers would fetch.
+    the one that transformers would fetch. esm: the folder that holds biohub's package, if any.
     """
 
     kernel: ModuleType
     published: Path | None = None
+    esm: Path | None = None
 
     def published_module(self) -> ModuleType | str:
         """The module of the published package that has the function, or why there is none."""
@@ -150,14 +152,28 @@ def published(problem: Problem, sources: Sources) -> Call:
     The layer also casts the norms' parameters in every call; here that is done beforehand. If the
     problem has a residual, that one is used.
     """
-    import torch
-
     if problem.case.dtype != "bfloat16":
         raise Absent("computes in bfloat16 alone")
     module = sources.published_module()
     if isinstance(module, str):
         raise Absent(module)
-    function = module.triangle_multiplicative_update_with_residual
+    return _in_bfloat16(module.triangle_multiplicative_update_with_residual, problem)
+
+
+def esm(problem: Problem, sources: Sources) -> Call:
+    """The function that the pair-update block of biohub's esm calls with its "fused" backend.
+
+    The block too casts all parameters in every call, and gives a residual: the pair itself.
+    """
+    if problem.case.dtype != "bfloat16":
+        raise Absent("its fused kernels compute in bfloat16 alone")
+    return _in_bfloat16(fused_esm(sources.esm)._fused_trimul_with_residual, problem)
+
+
+def _in_bfloat16(function: Callable[..., Tensor], problem: Problem) -> Call:
+    """The call of a function with the published one's arguments."""
+    import torch
+
     weights = {name: value.bfloat16() for name, value in problem.weights.items()}
 
     def update(x: Tensor, **weights: Tensor) -> Tensor:
@@ -286,6 +302,7 @@ RIVALS = (
     Rival("in-tree, CUDA graph", captured(in_tree), "graphs", in_capture=True, passes=FORWARD),
     Rival("published", published, first_call=True),
     Rival("published, CUDA graph", captured(published), "graphs", in_capture=True, passes=FORWARD),
+    Rival("esm, fused", esm, "esm"),
     Rival("cuequivariance, bf16 norms", _cuequivariance_16),
     Rival("cuequivariance, fp32 norms", _cuequivariance_32),
     Rival(
@@ -336,6 +353,49 @@ def _import_published(folder: Path | None) -> ModuleType:
     layer = get_kernel_mapping_transformers()[_HUB_NAME]["cuda"][Mode.INFERENCE].load()
     package = layer.__module__.rpartition(".")[0]
     return importlib.import_module(f"{package}.trimul_with_residual")
+
+
+@functools.cache
+def find_esm(folder: Path | None) -> ModuleType | str:
+    """The module of biohub's package that has the layers, or why there is none.
+
+    Imported alone: the packages above it import all of the package, and so an older transformers.
+    """
+    if folder is None:
+        return "not given: --esm names the folder that holds the package esm"
+    packages = ("esm", "esm.models", "esm.models.esmc", "esm.models.esmfold2")
+    with ExitStack() as undo:
+        for name in packages:
+            if name not in sys.modules:
+                sys.modules[name] = ModuleType(name)
+                sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")))]
+                undo.callback(sys.modules.pop, name)
+        try:
+            with settings_kept():
+                found = importlib.import_module("esm.models.esmfold2.layers")
+        except Exception as error:  # whatever somebody's package raises
+            return first_line(error)
+        undo.pop_all()  # its kernels are imported by their names
+    return found
+
+
+def fused_esm(folder: Path | None) -> ModuleType:
+    """`find_esm`'s module, with its fused kernels. Raises Absent where they are not to be had."""
+    theirs = find_esm(folder)
+    if isinstance(theirs, str):
+        raise Absent(theirs)
+    if not theirs.TRITON_KERNELS_AVAILABLE:
+        raise Absent("its fused kernels can't be imported here")
+    return theirs
+
+
+def esm_version(folder: Path | None) -> str | None:
+    """What the package in the folder says of itself."""
+    if folder is None:
+        return None
+    text = (folder / "esm" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    return found and found[1]
 
 
 @contextmanager

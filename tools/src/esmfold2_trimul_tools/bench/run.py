@@ -50,7 +50,7 @@ from .results import (
     read_results,
     row_case,
 )
-from .rivals import Absent, Rival, Sources, first_line, trained
+from .rivals import Absent, Rival, Sources, esm_version, first_line, trained
 from .settings import Settings
 
 Progress = Callable[[str, int, int], None]
@@ -86,7 +86,7 @@ def run(
     Raises:
         DeviceLostError: a rival broke the device for all later work.
     """
-    sources = Sources(load_kernel(settings.root), settings.published)
+    sources = Sources(load_kernel(settings.root), settings.published, settings.esm)
     clock = make_clock(settings.device)
     done = {(row_case(row), row["rival"]) for row in results["rows"]}
     jobs = [
@@ -230,7 +230,7 @@ def start(settings: Settings, command: str, commit: str | None = None) -> Result
         command, commit: as for `environment.describe_environment`.
     """
     _use(settings.device)
-    sources = Sources(load_kernel(settings.root), settings.published)
+    sources = Sources(load_kernel(settings.root), settings.published, settings.esm)
     return {
         "environment": _environment(settings, sources, command, commit),
         "ceilings": measure_ceilings(make_clock(settings.device)),
@@ -246,13 +246,14 @@ def resume(settings: Settings, path: Path, command: str, commit: str | None = No
     """
     _use(settings.device)
     results = read_results(path)
-    sources = Sources(load_kernel(settings.root), settings.published)
+    sources = Sources(load_kernel(settings.root), settings.published, settings.esm)
     here = _environment(settings, sources, command, commit)
     before = results["environment"]
     check_same(before, here, _SAME_WHEN_RESUMED, path)
     results["rows"] = [row for row in results["rows"] if row["status"] != "absent"]
     before["commands"].append(command)
     before["paths"] |= here["paths"]
+    before["esm"] = here["esm"] or before.get("esm")
     return results
 
 
@@ -260,7 +261,7 @@ def _environment(
     settings: Settings, sources: Sources, command: str, commit: str | None
 ) -> dict[str, Any]:
     described = describe_environment(settings, sources, command, commit)
-    return described | {"busy_loops": settings.busy}
+    return described | {"busy_loops": settings.busy, "esm": esm_version(settings.esm)}
 
 
 def _use(device: torch.device) -> None:

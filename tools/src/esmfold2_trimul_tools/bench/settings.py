@@ -75,6 +75,12 @@ def _rivals(option: str, names: list[str]) -> tuple[Rival, ...] | None:
     return tuple(rival for rival in RIVALS if rival.name in (OURS, *names)) if names else None
 
 
+def _esm(option: str, folder: Path) -> Path:
+    if not (folder / "esm" / "models" / "esmfold2" / "layers.py").is_file():
+        raise UserError(f"{option} {folder}: holds no package esm with models/esmfold2/layers.py")
+    return folder
+
+
 def _seconds(option: str, seconds: float) -> float:
     if not seconds > 0:
         raise UserError(f"{option} must be above 0 seconds; got {seconds}")
@@ -154,6 +160,15 @@ class Settings:
         _numbers,
     ] = None
     published: Published = None
+    esm: Annotated[
+        Path | None,
+        typer.Option(
+            "--esm",
+            help="The folder that holds biohub's package, esm (3.4.1). Without --whole: also "
+            "measure its fused kernel.",
+        ),
+        _esm,
+    ] = None
     budget: Annotated[float, typer.Option(help="Seconds of timing for each row."), _seconds] = 0.5
     check_up_to: Annotated[
         int | None,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BrokenFoldError, UserError
+from .complexes import features_of
 from .memory import PeakMemory, measure_peak_memory
 from .model import Swap, swap_in, triangle_modules
 from .options import Kernel, Settings
-from .sequences import Record
+from .sequences import Failure, Record
 
 if TYPE_CHECKING:
     from transformers import EsmFold2Config, EsmFold2Model
@@ -31,23 +32,49 @@ _LOOPED_PARTS = ("folding_trunk.", "lm_encoder.", "msa_encoder.")  # run once a 
 
 @dataclass
 class Fold:
-    """One folded protein; tensors are float32 on the CPU. L residues, S samples, A heavy atoms.
+    """One folded protein or complex; tensors are float32 on the CPU.
 
-    plddt: [S, L], 0 to 1. ptm: [S], 0 to 1. coords: [S, A, 3] in Å. distogram: [L, L, bins],
-    probabilities. bin_centres: [bins] in Å. best: the sample with the highest pTM, the one that is
-    reported. pdb: its structure, with pLDDT from 0 to 100 as B-factors. seconds: wall time.
+    L residues, S samples, A heavy atoms, N chains. plddt: [S, L], 0 to 1. ptm, iptm: [S], 0 to 1;
+    iptm is 0 for a single chain. chain_iptm: [S, N, N]; [i, j] is the mean over chain i as seen
+    from the best residue of chain j, on the diagonal a chain's own. coords: [S, A, 3] in Å. pae,
+    pde: [L, L] in Å, of the best sample; a row of pae is aligned on its residue. distogram:
+    [L, L, bins], probabilities. bin_centres: [bins] in Å. seconds: wall time. settings: of the
+    fold, none of them None.
     """
 
     record: Record
     plddt: Tensor
     ptm: Tensor
+    iptm: Tensor
+    chain_iptm: Tensor
     coords: Tensor
+    pae: Tensor
+    pde: Tensor
     distogram: Tensor
     bin_centres: Tensor
-    best: int
-    pdb: str
     seconds: float
     memory: PeakMemory
+    settings: Settings
+
+    @property
+    def several(self) -> bool:
+        """Whether it is a complex."""
+        return len(self.record.chains) > 1
+
+    @property
+    def ranking_scores(self) -> Tensor:
+        """[S], as `ranking_scores` says."""
+        return ranking_scores(self.ptm, self.iptm, len(self.record.chains))
+
+    @property
+    def ranked(self) -> list[int]:
+        """The samples, the one with the highest score first."""
+        return _ranked(self.ranking_scores)
+
+    @property
+    def best(self) -> int:
+        """The sample that is reported."""
+        return self.ranked[0]
 
     @property
     def mean_plddt(self) -> float:
@@ -68,6 +95,7 @@ class Fold:
             "memory_meaning": self.memory.meaning,
             "mean_plddt": self.mean_plddt,
             "ptm": float(self.ptm[self.best]),
+            "iptm": float(self.iptm[self.best]) if self.several else None,
         }
 
 
@@ -75,14 +103,15 @@ class Differences(NamedTuple):
     """The differences of two folds of one protein, for the sample that is the first fold's best.
 
     All are absolute. plddt_of_means: between the mean pLDDTs. plddt_mean, plddt_max: mean and
-    largest over residues. ptm. distogram_mean, distogram_max: of the probabilities, over residue
-    pairs and bins. coords_rmsd: Å, over heavy atoms after superposition.
+    largest over residues. ptm, iptm. distogram_mean, distogram_max: of the probabilities, over
+    residue pairs and bins. coords_rmsd: Å, over heavy atoms after superposition.
     """
 
     plddt_of_means: float
     plddt_mean: float
     plddt_max: float
     ptm: float
+    iptm: float
     distogram_mean: float
     distogram_max: float
     coords_rmsd: float
@@ -116,9 +145,7 @@ def fold(
     """
     settings.check()
     settings = settings.resolved(model.config)
-    from transformers.models.esmfold2.protein_utils import output_to_pdb, prepare_protein_features
-
-    features = prepare_protein_features(record.sequence, device=model.device)
+    features = features_of(record, model.device)
     torch.manual_seed(settings.seed)
     try:
         with (
@@ -132,7 +159,7 @@ def fold(
                 num_diffusion_samples=settings.samples,
                 num_sampling_steps=settings.steps,
             )
-            ptm = output.ptm.float().cpu()  # waits for the device
+            ptm = _on_host(output.ptm)  # waits for the device
             seconds = time.perf_counter() - start
     except torch.linalg.LinAlgError as error:  # the sampler's superposition of coordinates
         raise _broken(record, model.dtype) from error
@@ -140,30 +167,38 @@ def fold(
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"{record.name}: {len(record.sequence)} residues and {settings.samples} samples do not "
+            f"{record.name}: {record.length} residues and {settings.samples} samples do not "
             f"fit into the memory of {model.device}"
         ) from error
 
-    plddt = output.plddt.float().cpu()
-    coords = output.sample_atom_coords.float().cpu()
-    distogram = output.distogram_logits[0].float().cpu().softmax(-1)
-    if not all(bool(numbers.isfinite().all()) for numbers in (plddt, ptm, coords, distogram)):
+    iptm, plddt = _on_host(output.iptm), _on_host(output.plddt)
+    best = _ranked(ranking_scores(ptm, iptm, len(record.chains)))[0]
+    coords = _on_host(output.sample_atom_coords)
+    pae, pde = _on_host(output.pae[best]), _on_host(output.pde[best])
+    distogram = _on_host(output.distogram_logits[0]).softmax(-1)
+    numbers = (plddt, ptm, iptm, pae, pde, coords, distogram)
+    if not all(bool(one.isfinite().all()) for one in numbers):
         raise _broken(record, model.dtype)
-    best = int(ptm.argmax())
-    # B-factors as the AlphaFold database writes them, 0 to 100; ESMFold2's pLDDT is 0 to 1.
-    rendered = {"sample_atom_coords": coords, "plddt": plddt * 100}
     return Fold(
         record=record,
         plddt=plddt,
         ptm=ptm,
+        iptm=iptm,
+        chain_iptm=_on_host(output.pair_chains_iptm),
         coords=coords[:, features["atom_attention_mask"][0].cpu()],
+        pae=pae,
+        pde=pde,
         distogram=distogram,
         bin_centres=distogram_bin_centres(model.config),
-        best=best,
-        pdb=output_to_pdb(rendered, features, sample_idx=best),
         seconds=seconds,
         memory=memory,
+        settings=settings,
     )
+
+
+def ranking_scores(ptm: Tensor, iptm: Tensor, chains: int) -> Tensor:
+    """What samples are ranked by: pTM, and 0.8 ipTM + 0.2 pTM of several chains, as AlphaFold's."""
+    return ptm if chains == 1 else 0.8 * iptm + 0.2 * ptm
 
 
 class Outcome(NamedTuple):
@@ -181,28 +216,13 @@ class Outcome(NamedTuple):
         """The protein in the JSON output."""
         return {
             "name": self.fold.record.name,
-            "residues": len(self.fold.record.sequence),
+            "residues": self.fold.record.length,
+            "chains": len(self.fold.record.chains),
             "sites": self.swap._asdict(),
             **self.fold.summary(),
             "stock": self.stock and self.stock.summary(),
             "differences": self.differences and self.differences._asdict(),
         }
-
-
-class Failure(NamedTuple):
-    """One protein that could not be folded: why, in a line, and the exit status that it asks for.
-
-    trace: of an error that nobody foresaw, in words: a traceback would keep the fold's tensors.
-    """
-
-    record: Record
-    message: str
-    exit_status: int = 1
-    trace: str = ""
-
-    def summary(self) -> dict[str, Any]:
-        """What the JSON output says of the protein."""
-        return {"name": self.record.name, "error": self.message}
 
 
 def fold_records(
@@ -252,11 +272,11 @@ def fold_records(
         try:
             outcome = fold_one(record)
         except UserError as error:
-            outcome = Failure(record, str(error), error.exit_status)
+            outcome = Failure(record.name, str(error), error.exit_status)
         except Exception as error:  # a fault of ours or of a library: the others may be well
             words = (str(error).strip() or "no message").splitlines()[0]
             message = f"{record.name}: the fold failed ({type(error).__name__}: {words})"
-            outcome = Failure(record, message, trace=traceback.format_exc())
+            outcome = Failure(record.name, message, 1, traceback.format_exc())
         yield outcome
 
 
@@ -271,6 +291,7 @@ def compare(one: Fold, other: Fold) -> Differences:
         plddt_mean=float(plddt.mean()),
         plddt_max=float(plddt.max()),
         ptm=float((one.ptm[best] - other.ptm[best]).abs()),
+        iptm=float((one.iptm[best] - other.iptm[best]).abs()),
         distogram_mean=float(torch.stack([row.mean() for row in rows]).mean()),
         distogram_max=float(torch.stack([row.max() for row in rows]).max()),
         coords_rmsd=superposed_rmsd(one.coords[best], other.coords[best]),
@@ -305,10 +326,13 @@ def distogram_bin_centres(config: "EsmFold2Config") -> Tensor:
     return (edges[:-1] + edges[1:]) / 2
 
 
-def write_pdb(result: Fold, path: Path, remarks: list[str]) -> None:
-    """Write the best sample as a PDB file; its B-factors are pLDDT, 0 to 100."""
-    lines = [f"REMARK   1 {remark}" for remark in (*remarks, "B-FACTOR: PLDDT, 0 TO 100")]
-    path.write_text("\n".join(lines) + "\n" + result.pdb, encoding="utf-8")
+def _ranked(scores: Tensor) -> list[int]:
+    """Where the scores are, the highest first; of equal ones the first first."""
+    return scores.argsort(descending=True, stable=True).tolist()
+
+
+def _on_host(values: Tensor) -> Tensor:
+    return values.float().cpu()
 
 
 def _broken(record: Record, dtype: torch.dtype) -> BrokenFoldError:

@@ -9,11 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from .options import Kernel
+
+if TYPE_CHECKING:
+    from transformers import EsmFold2Model
+
 _STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
+# Bytes of a fold for each value of the pair tensor.
+# On a GPU, in bfloat16, for each sample and once more for the rest: from folds of 8 samples on an
+# H200, L = 256 to 1024 (benchmarks/results/nvidia_h200_whole.json). Other numbers of samples and
+# dtypes by arithmetic.
+_GPU_BYTES = {"ours": 15.7, "hub": 22.8, "off": 31.8}
+# On a CPU, of the trunk, and for each sample and byte of the dtype: fitted to folds of small models
+# with 1 and 4 samples in bfloat16 and float32 (L = 96 and 160; within 30 %).
+_TRUNK_BYTES, _SAMPLE_BYTES = 85, 20
 _SAMPLING_INTERVAL = 0.002  # seconds; a fold's pair-sized temporaries live several times as long
 
 
@@ -57,6 +71,14 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     (line,) = (line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvai"))
     return int(line.split()[1]) * 1024
+
+
+def fold_bytes(model: "EsmFold2Model", length: int, samples: int, kernel: Kernel) -> int:
+    """About how much memory a fold takes beside the model: it grows with the square of L."""
+    values, itemsize = length**2 * model.config.pairwise_hidden_size, model.dtype.itemsize
+    if model.device.type == "cpu":
+        return values * (_TRUNK_BYTES + samples * itemsize * _SAMPLE_BYTES)
+    return int(values * _GPU_BYTES[kernel] * (samples + 1) * itemsize / 2)
 
 
 @contextmanager

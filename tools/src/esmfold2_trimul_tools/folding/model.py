@@ -187,6 +187,16 @@ def random_model(
     return _to_device(model.eval(), device)
 
 
+def set_chunk_size(model: nn.Module, rows: int) -> None:
+    """Rows of the pair tensor that transformers' transitions and triangles take at once.
+
+    Where a part takes all rows at once by design, it goes on to do so.
+    """
+    for part in model.modules():
+        if getattr(part, "chunk_size", None) is not None:
+            part.chunk_size = rows
+
+
 def triangle_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every triangle-multiplication module of the model by its name: the sites of a swap."""
     site_class = _site_class()
@@ -281,8 +291,7 @@ def _swap_in_ours(sites: dict[str, nn.Module], root: Path) -> None:
 def _swap_in_hubs(model: "EsmFold2Model") -> None:
     from huggingface_hub import constants
 
-    local = f"{HUB_KERNEL}=" in os.environ.get("LOCAL_KERNELS", "")
-    if not (local or constants.HF_HUB_OFFLINE or _hub_answers()):
+    if not (has_local_kernel() or constants.HF_HUB_OFFLINE or hub_answers()):
         raise UserError(f"--kernel hub: {HUB_KERNEL} can't be fetched, the Hub does not answer")
     with _blaming(f"--kernel hub: {HUB_KERNEL} can't be used"):
         model.set_use_kernels(True)
@@ -386,7 +395,7 @@ def _must_use_cache(hub_id: str) -> bool:
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
-    if not constants.HF_HUB_OFFLINE and _hub_answers():
+    if not constants.HF_HUB_OFFLINE and hub_answers():
         return False
     if not cached:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub does not answer"
@@ -397,7 +406,13 @@ def _must_use_cache(hub_id: str) -> bool:
     return True
 
 
-def _hub_answers() -> bool:
+def has_local_kernel() -> bool:
+    """Whether LOCAL_KERNELS gives a path for the name that transformers asks the Hub for."""
+    return f"{HUB_KERNEL}=" in os.environ.get("LOCAL_KERNELS", "")
+
+
+def hub_answers() -> bool:
+    """Whether the Hub can be reached; it is asked once, for some seconds."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import typer
 
 from ..errors import UserError
-from ..options import device_name, dtype_name, one_of
+from ..options import at_least, device_name, dtype_name, one_of
+from .sequences import SHORTEST
 
 if TYPE_CHECKING:
     from transformers import EsmFold2Config
 
 Kernel = Literal["ours", "hub", "off"]
+Memory = Literal["auto", "default", "lean"]
 
 kernel_name = one_of(*get_args(Kernel))
 
@@ -90,6 +92,29 @@ Loops = Annotated[
 Samples = Annotated[int | None, typer.Option("--samples", help="Structures drawn per protein.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Length of the noise schedule.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random draw, random weights included.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", help="Leave out proteins with more residues than this."),
+    at_least(SHORTEST),
+]
+MemoryMode = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Of the kernel: default, lean (half the memory, some percent slower), or auto (lean "
+        "where an allocation fails). Without it, lean where the longest protein may not fit.",
+    ),
+    one_of(*get_args(Memory)),
+]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-size",
+        help="Rows of the pair tensor that the model's own layers take at once: fewer need less "
+        "memory. Default: the model's own number.",
+    ),
+    at_least(1),
+]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
         """The protein in the JSON output."""
         return {
             "name": self.record.name,
-            "residues": len(self.record.sequence),
+            "residues": self.record.length,
             "passed": self.passed,
             "stock": [result.summary() for result in self.stock],
             "kernel": [result.summary() for result in self.kernel],

@@ -29,13 +29,13 @@ from ...folding.memory import PeakMemory, measure_peak_memory
 from ...folding.model import random_model
 from ...folding.options import Settings as FoldSettings
 from ...repository import load_kernel
-from ..rivals import Absent, Sources, first_line
+from ..rivals import Absent, Sources, esm_version, first_line
 from ..run import DeviceLostError
 from .longest import longest
 from .parts import measured
 from .results import LONGEST, ROW, Results, Row, read_results
 from .settings import TWICE_BELOW, Plan
-from .ways import Bench, Installed, Way, esm_version
+from .ways import Bench, Installed, Way
 
 if TYPE_CHECKING:
     from transformers import EsmFold2Model

@@ -23,15 +23,9 @@ TWICE_BELOW = 5.0  # seconds of a fold that is timed twice
 _LONGEST_WAYS = (STOCK, OURS)
 # The options of the benchmark of single calls that a benchmark of folds has too.
 _SHARED = {
-    "device", "lengths", "dtypes", "published", "seed", "kernel_root", "commit", "out", "resume",
-    "results", "as_markdown", "as_json",
+    "device", "lengths", "dtypes", "published", "esm", "seed", "kernel_root", "commit", "out",
+    "resume", "results", "as_markdown", "as_json",
 }  # fmt: skip
-
-
-def _esm(option: str, folder: Path) -> Path:
-    if not (folder / "esm" / "models" / "esmfold2" / "layers.py").is_file():
-        raise UserError(f"{option} {folder}: holds no package esm with models/esmfold2/layers.py")
-    return folder
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -69,13 +63,6 @@ class WholeOptions:
             f"--longest {' and '.join(_LONGEST_WAYS)}."
         ),
         words(tuple(way.name for way in WAYS)),
-    ] = None
-    esm: Annotated[
-        Path | None,
-        typer.Option(
-            "--esm", help="With --whole: the folder that holds biohub's package, esm (3.4.1)."
-        ),
-        _esm,
     ] = None
     longest: Annotated[
         float | None,

@@ -6,18 +6,16 @@ back. torch is imported only then: the options are checked against the table wit
 
 from __future__ import annotations
 
-import functools
 import importlib
 import re
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from ..rivals import Absent, Sources, first_line, settings_kept
+from ..rivals import Absent, Sources, esm_version, first_line, fused_esm, settings_kept
 
 if TYPE_CHECKING:
     import torch
@@ -157,11 +155,7 @@ def esm(bench: Bench) -> Iterator[Installed]:
 
     if bench.dtype != torch.bfloat16:
         raise Absent("its fused kernels compute in bfloat16 alone")
-    theirs = find_esm(bench.esm)
-    if isinstance(theirs, str):
-        raise Absent(theirs)
-    if not theirs.TRITON_KERNELS_AVAILABLE:
-        raise Absent("its fused kernels can't be imported here")
+    theirs = fused_esm(bench.esm)
     config = bench.model.config
     ratio = config.pair_transition_intermediate_size // config.pairwise_hidden_size
     blocks = {}
@@ -227,39 +221,6 @@ WAYS = (
     Way(OURS, ours, layer_ms=(4.87, 19.1), gib=34.7),
     Way("ours-unchunked", ours_unchunked, layer_ms=(4.62, 18.5)),
 )
-
-
-@functools.cache
-def find_esm(folder: Path | None) -> ModuleType | str:
-    """The module of biohub's package that has the layers, or why there is none.
-
-    Imported alone: the packages above it import all of the package, and so an older transformers.
-    """
-    if folder is None:
-        return "not given: --esm names the folder that holds the package esm"
-    packages = ("esm", "esm.models", "esm.models.esmc", "esm.models.esmfold2")
-    with ExitStack() as undo:
-        for name in packages:
-            if name not in sys.modules:
-                sys.modules[name] = ModuleType(name)
-                sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")))]
-                undo.callback(sys.modules.pop, name)
-        try:
-            with settings_kept():
-                found = importlib.import_module("esm.models.esmfold2.layers")
-        except Exception as error:  # whatever somebody's package raises
-            return first_line(error)
-        undo.pop_all()  # its kernels are imported by their names
-    return found
-
-
-def esm_version(folder: Path | None) -> str | None:
-    """What the package in the folder says of itself."""
-    if folder is None:
-        return None
-    text = (folder / "esm" / "__init__.py").read_text()
-    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
-    return found and found[1]
 
 
 @contextmanager
