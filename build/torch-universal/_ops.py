@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_690f72d0c6"
+_NAMESPACE = "_esmfold2_trimul_kernel_c3cfd953cb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -44,6 +44,9 @@ BACKWARD = {
     "transition_norm_in_bwd",
 }  # fmt: skip
 
+# On sm_90, with the model's width.
+BY_DESCRIPTORS = FORWARD | {"fused_dual_gemm_again", "fused_dual_gemm_bwd", "swiglu_hidden_bwd"}
+
 COLLECT = """
 import json, sys
 from esmfold2_trimul_tools.resources import CASES, collect
@@ -94,6 +97,8 @@ def assert_settings_fit(target, cases, **options):
             continue
         assert row["shared_bytes"] > 0
         assert row["matrix_instructions"] > 0, f"{row['kernel']} {row['case']}: no matrix units"
+        if target == "sm_90" and row["kernel"] in BY_DESCRIPTORS:
+            assert row["config"]["DESCRIPTORS"] or "bfloat16 C=256 L=512" not in row["case"], row
         if target == "sm_90" and row["config"].get("DESCRIPTORS"):
             assert row["bulk_copies"] > 0, row
             # Wider rows than 256 are read in blocks, between whose products there is other work.
@@ -123,7 +128,7 @@ def test_settings_fit_with_the_newest_triton(target):
 def test_problems_name_what_is_over_a_limit():
     fine = {
         "kernel": "k", "target": "sm_86", "case": "c", "shared_bytes": 99 * 1024,
-        "spill_bytes": 256, "spills_in_loop": False, "shared_limit": 99 * 1024,
+        "spill_bytes": 512, "spills_in_loop": False, "shared_limit": 99 * 1024,
     }  # fmt: skip
     assert problems([fine]) == []
     assert problems([{"kernel": "k", "target": "sm_86", "case": "c", "error": "E()"}]) == [
@@ -132,8 +137,8 @@ def test_problems_name_what_is_over_a_limit():
     assert problems([{**fine, "shared_bytes": 99 * 1024 + 1}]) == [
         "k on sm_86 (c): 101377 bytes of shared memory, of 101376"
     ]
-    assert problems([{**fine, "spill_bytes": 257}]) == [
-        "k on sm_86 (c): 257 bytes of spills, of 256"
+    assert problems([{**fine, "spill_bytes": 513}]) == [
+        "k on sm_86 (c): 513 bytes of spills, of 512"
     ]
     assert problems([{**fine, "spill_bytes": 16, "spills_in_loop": True}]) == []
     assert problems([{**fine, "spill_bytes": 20, "spills_in_loop": True}]) == [

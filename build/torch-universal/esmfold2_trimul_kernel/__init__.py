@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_690f72d0c6"
+_BUILD_ID = "_esmfold2_trimul_kernel_c3cfd953cb"
 
 
 def _load_package() -> ModuleType:
