@@ -59,6 +59,7 @@ if has benchmark; then
 fi
 if has tuning && [ "$gpu" = yes ]; then
     run tuning 120 "$python" -m esmfold2_trimul_tools tune \
+        --stage fused_dual_gemm --stage trimul_einsum --stage fused_ln_residual \
         --out "$folder/tuned.json" --results "$folder/tuning.json"
 fi
 echo "the report is in $folder"

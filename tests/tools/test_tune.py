@@ -53,6 +53,9 @@ def test_candidates(kernel, stage, descriptors):
     job("fused_dual_gemm", split=2),
     job("trimul_einsum", descriptors=True, persistent=1),
     job("fused_ln_residual", block_n=32, descriptors=True, held=True),
+    job("swiglu_hidden", descriptors=True, held=True, split=2),
+    job("swiglu_hidden", block_k=16),
+    job("row_linear", block_n=32, descriptors=True),
 ], ids=str)  # fmt: skip
 def test_a_candidate_is_held_to_the_reference(kernel, on_triton, monkeypatch, one):
     inputs = search.StageInputs(kernel, one.width, 21, on_triton)
@@ -62,8 +65,19 @@ def test_a_candidate_is_held_to_the_reference(kernel, on_triton, monkeypatch, on
     assert inputs.error(one) > search.LARGEST_ERROR
 
 
-def test_an_element_that_is_not_written_is_an_error(kernel, on_triton, monkeypatch):
-    one = job("fused_ln_residual")
+def test_a_transitions_stages_get_the_rows_of_a_chunk(kernel, submodule, on_triton, monkeypatch):
+    """As many as the forward computes at a time."""
+    path = submodule("triton_path.transition")
+    monkeypatch.setattr(path, "_FORWARD_CHUNK", (1e-9, 128 * 300, 128 * 300))
+    inputs = search.StageInputs(kernel, 16, 21, on_triton)
+    assert inputs.hidden.shape == (256, 64) and inputs.wanted["row_linear"].shape == (256, 16)
+    for stage in ("swiglu_hidden", "row_linear"):
+        assert 0 <= inputs.error(job(stage, 16)) <= search.LARGEST_ERROR
+
+
+@pytest.mark.parametrize("stage", ["fused_ln_residual", "row_linear"])
+def test_an_element_that_is_not_written_is_an_error(kernel, on_triton, monkeypatch, stage):
+    one = job(stage)
     inputs = search.StageInputs(kernel, one.width, 21, on_triton)
     monkeypatch.setattr(inputs, "run", lambda _: torch.empty_like(inputs.wanted[one.stage]))
     assert not inputs.error(one) <= search.LARGEST_ERROR
@@ -201,7 +215,8 @@ def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
     tuned = json.loads(out.read_text())
     assert tuned["fused_dual_gemm"]["2"][0]["block_m"] == 32
     written = json.loads(everything.read_text())["candidates"]
-    assert len(written) == 3 * 2 and all(len(one["milliseconds"]) == 10 for one in written)
+    assert len(written) == len(STAGES) * 2
+    assert all(len(one["milliseconds"]) == 10 for one in written)
     result = CliRunner().invoke(
         cli.app, ["tune", *arguments, "--stage", "trimul_einsum", "--commit", "abc", "--json"]
     )
@@ -211,8 +226,7 @@ def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--stage", "four"], "stage must be one of fused_dual_gemm, trimul_einsum, fused_ln_residual; "
-     "got 'four'"),
+    (["--stage", "four"], f"stage must be one of {', '.join(STAGES)}; got 'four'"),
     (["--width", "8"], "width must be from 16 to 512; got 8"),
     ([], "tune needs an NVIDIA GPU: torch.cuda finds none"),
 ])  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bench_fakes import CPU
-from esmfold2_trimul_tools.bench.case import Case, stage_floors
+from esmfold2_trimul_tools.bench.case import TRANSITION, Case, stage_floors
 from esmfold2_trimul_tools.bench.problem import (
     make_problem,
     reference,
@@ -11,8 +11,9 @@ from esmfold2_trimul_tools.bench.problem import (
     relative_error,
     sample,
 )
-from helpers import Problem
+from helpers import Problem, reference_gradients
 from helpers import reference as oracle
+from transitions import TransitionProblem
 
 # Lengths and widths that are no multiple of what the reference takes at once.
 ODD_CASES = [
@@ -30,6 +31,20 @@ def test_reference_is_the_tests_own(case):
     wanted = oracle(Problem(problem.x, problem.weights, case.direction, problem.mask))
     assert relative_error(reference(problem), wanted) < 1e-12
     assert torch.equal(problem.x, x)
+
+
+@pytest.mark.parametrize("case", [
+    Case(24, 70, "float32", TRANSITION, "none", passes="training"),
+    Case(5, 9, "bfloat16", TRANSITION, "none", batch=2, passes="training"),
+], ids=str)  # fmt: skip
+def test_a_transitions_reference_and_gradient_are_the_tests_own(case):
+    problem = make_problem(case, CPU)
+    assert problem.mask is None and case.hidden == 4 * case.channels
+    own = TransitionProblem(problem.x, problem.weights, problem.x)
+    assert relative_error(reference(problem), oracle(own)) < 1e-12
+    gradients = reference_gradients(own, problem.grad_out)
+    wanted = gradients["x"] + gradients["residual"]
+    assert relative_error(reference_gradient(problem), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
@@ -78,6 +93,12 @@ def test_floor_is_the_larger_of_traffic_and_work_of_each_stage():
     assert stage_floors(case, copy_rate=1e12, matrix_rate=1) == work == (524288, 2048, 262144)
     # Stage 1 is bound by its work, the others by their traffic.
     assert stage_floors(case, copy_rate=1, matrix_rate=160) == (3276.8, 3072, 3072)
+
+
+def test_a_transitions_floor_is_of_x_twice_or_of_three_products():
+    case = Case(8, 3, "bfloat16", TRANSITION, "none")
+    assert stage_floors(case, 1, 1e12) == (9 * 2 * 8 * 2,)
+    assert stage_floors(case, 1e12, 1) == (2 * 9 * 3 * 8 * 32,)
 
 
 @pytest.mark.parametrize(("mask", "bytes_more"), [("bool", 1), ("float", 4), ("none", 0)])

@@ -10,9 +10,20 @@ import pytest
 import torch
 from bench_fakes import CASE, CPU, answer
 from esmfold2_trimul_tools.bench import rivals as bench_rivals
-from esmfold2_trimul_tools.bench.case import Case
-from esmfold2_trimul_tools.bench.problem import make_problem, reference, relative_error
-from esmfold2_trimul_tools.bench.rivals import RIVALS, Absent, Call, Sources
+from esmfold2_trimul_tools.bench.case import PASSES, TRANSITION, Case
+from esmfold2_trimul_tools.bench.problem import (
+    make_problem,
+    reference,
+    reference_gradient,
+    relative_error,
+)
+from esmfold2_trimul_tools.bench.rivals import (
+    RIVALS,
+    TRANSITION_RIVALS,
+    Absent,
+    Call,
+    Sources,
+)
 from fresh_process import ROOT, python_output
 
 
@@ -39,6 +50,24 @@ def test_our_own_rivals_are_right(sources, dtype):
         module = bench_rivals.in_tree(problem, sources, chunk_size=64).function
     assert max(errors.values()) < (1e-2 if dtype == "bfloat16" else 1e-6)
     assert module.chunk_size == 64 and module.norm_mix.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("passes", PASSES)
+def test_our_own_transitions_are_right(sources, dtype, passes):
+    case = Case(16, 9, dtype, TRANSITION, "none", passes=passes)
+    problem = make_problem(case, CPU)
+    wanted = reference(problem) if passes == "forward" else reference_gradient(problem)
+    makes = {r.name: r.make for r in TRANSITION_RIVALS if r.on_cpu and not r.slow}
+    assert makes.keys() == {"ours", "in-tree, chunk 64", "in-tree, unchunked"}
+    for name, make in makes.items():
+        call = make(problem, sources)
+        if passes == "training":
+            call = bench_rivals.trained(call, problem.grad_out)
+        error = relative_error(call(), wanted)
+        assert error < (1e-2 if dtype == "bfloat16" else 1e-6), name
+    module = bench_rivals.in_tree_transition(problem, sources, chunk_size=64).function
+    assert module.chunk_size == 64 and module.norm.weight.dtype == torch.float32
 
 
 def test_cuequivariance_gets_its_arguments_in_its_own_order(kernel, sources, monkeypatch):

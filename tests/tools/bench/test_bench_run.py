@@ -173,3 +173,20 @@ def test_busy_loops_run_beside_the_measurement_alone(monkeypatch):
     assert len(started) == 2 and set(during) == {2} and running() == 0
     assert results["environment"]["busy_loops"] == 2
     assert ", 2 busy loops beside it, " in bench_report.caption(results)
+
+
+@pytest.mark.parametrize("passes", ["forward", "training"])
+def test_a_run_of_transitions(passes):
+    """Its GEMMs are timed beside it, and its results are read like a triangle's."""
+    settings = ready(Settings, **TINY, transition=True, passes=passes)
+    results = bench.start(settings, "the command")
+    bench.run(settings, results)
+    assert len(results["rows"]) == 2 * 3 and ours_is_right(results)
+    for row in results["rows"]:
+        assert (row["status"], row["direction"], row["mask"]) == ("measured", "transition", "none")
+        assert row["error"] < 1e-5 and row["gemm_ms"] > 0 and row["gemm_times"] > 0
+        assert row["speed_up"]["in-tree, unchunked"] > 0 and row["peak_pairs"] > 0
+        assert row["D"] == 4 * row["C"]
+    shown = bench_report.markdown(results)
+    group = "float32, transition" + (", forward and backward" * (passes == "training"))
+    assert f"over ours ({group}):" in shown and "ours, x GEMM time" in shown

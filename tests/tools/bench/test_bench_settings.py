@@ -6,7 +6,7 @@ import pytest
 from bench_fakes import TINY
 from cli_runner import ready
 from esmfold2_trimul_tools.bench.case import Case
-from esmfold2_trimul_tools.bench.rivals import RIVALS
+from esmfold2_trimul_tools.bench.rivals import RIVALS, TRANSITION_RIVALS
 from esmfold2_trimul_tools.bench.settings import Settings
 from esmfold2_trimul_tools.errors import UserError
 
@@ -26,6 +26,11 @@ from esmfold2_trimul_tools.errors import UserError
         ({"busy": -1}, "--busy must be at least 0; got -1"),
         ({"device": "xpu"}, "--device"),
         ({"published": Path("none")}, "--published none: holds no package esmfold2_trimul"),
+        ({"transition": True, "rivals": ["published"]}, "--rival must be one of ours; .*; got 'p"),
+        ({"transition": True, "directions": "incoming"}, "--directions is not for --transition"),
+        ({"transition": True, "masks": "bool,none"}, "--masks is not for --transition"),
+        ({"transition": True, "first_call": True}, "--first-call is not for --transition"),
+        ({"transition": True, "quick": True}, "--quick is not for --transition"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -68,3 +73,21 @@ def test_options_choose_the_rivals(monkeypatch, tmp_path):
     at = {length: settings.rivals_at(Case(128, length, "bfloat16")) for length in (384, 512)}
     assert len(at[384]) - len(at[512]) == 1 and "ours, torch.compile" in str(at[384])
     assert ready(Settings, device="cuda", quick=True).lengths == (76, 256, 512, 1024)
+
+
+def test_transitions(monkeypatch):
+    both = "forward,training"
+    settings = ready(Settings, device="cpu", transition=True, widths="16", passes=both)
+    assert [str(case) for case in settings.cases()] == [
+        "C=16 L=64 float32 transition", "C=16 L=128 float32 transition",
+        "C=16 L=64 float32 transition training", "C=16 L=128 float32 transition training",
+    ]  # fmt: skip
+    names = [rival.name for rival in settings.rivals]
+    assert names == ["ours", "in-tree, chunk 64", "in-tree, unchunked"]
+    assert all(rival in TRANSITION_RIVALS for rival in settings.rivals)
+    chosen = ready(Settings, device="cpu", transition=True, rivals=["in-tree, chunk 64"]).rivals
+    assert chosen == (TRANSITION_RIVALS[0], TRANSITION_RIVALS[3])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    settings = ready(Settings, device="cuda", transition=True, compile=True, graphs=True)
+    assert settings.rivals == TRANSITION_RIVALS and settings.lengths == (256, 512, 1024)

@@ -63,8 +63,7 @@ def transition(
     update.
     """
     z = norm(x.to(dtype), parameters, "norm", eps)
-    hidden = F.silu(_linear(z, parameters, "gate")) * _linear(z, parameters, "up")
-    out = _linear(hidden, parameters, "down")
+    out = _linear(gated(z, parameters), parameters, "down")
     if lengths is not None:
         out = out * _real_pairs(lengths, x.shape[-2]).to(dtype).unsqueeze(-1)
     return out if residual is None else residual.to(dtype) + out
@@ -75,6 +74,11 @@ def norm(value: Tensor, parameters: Parameters, name: str, eps: float) -> Tensor
     wide = torch.promote_types(value.dtype, torch.float32)
     weight, bias = (_cast(parameters.get(f"{name}_{part}"), wide) for part in ("weight", "bias"))
     return F.layer_norm(value.to(wide), value.shape[-1:], weight, bias, eps).to(value.dtype)
+
+
+def gated(z: Tensor, parameters: Parameters) -> Tensor:
+    """A transition's hidden channels [..., H] of the normed z [..., C]."""
+    return F.silu(_linear(z, parameters, "gate")) * _linear(z, parameters, "up")
 
 
 def operands(z: Tensor, parameters: Parameters, *masks: Tensor | None) -> tuple[Tensor, Tensor]:

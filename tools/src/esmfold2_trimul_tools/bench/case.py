@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 DIRECTIONS = ("outgoing", "incoming")
+TRANSITION = "transition"  # in place of a direction: not a triangle, but the transition after it
 MASKS = ("bool", "float", "none")
 # A forward call, or a forward call and the gradients of all its inputs but the mask.
 PASSES = ("forward", "training")
@@ -18,7 +19,10 @@ _COLUMNS = ("batch", "dtype", "direction", "mask", "passes")
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: a pair tensor [B, L, L, C], hidden width D, and how it is called."""
+    """One shape: a pair tensor [B, L, L, C], hidden width D, and how it is called.
+
+    A case of the transition, whose direction is TRANSITION, has no mask, and x for residual.
+    """
 
     channels: int
     length: int
@@ -29,9 +33,13 @@ class Case:
     passes: str = "forward"
 
     @property
+    def is_transition(self) -> bool:
+        return self.direction == TRANSITION
+
+    @property
     def hidden(self) -> int:
-        """D, which is C in ESMFold2."""
-        return self.channels
+        """D, which is C in ESMFold2, and in its transition 4 C."""
+        return 4 * self.channels if self.is_transition else self.channels
 
     @property
     def pairs(self) -> int:
@@ -59,25 +67,29 @@ class Case:
         }
 
     def __str__(self) -> str:
-        name = f"C={self.channels} L={self.length} {self.dtype} {self.direction} mask={self.mask}"
+        name = f"C={self.channels} L={self.length} {self.dtype} {self.direction}"
+        name = name if self.is_transition else f"{name} mask={self.mask}"
         return name if self.passes == "forward" else f"{name} {self.passes}"
 
 
-def stage_floors(case: Case, copy_rate: float, matrix_rate: float) -> tuple[float, float, float]:
+def stage_floors(case: Case, copy_rate: float, matrix_rate: float) -> tuple[float, ...]:
     """The least seconds of each stage: the larger of its traffic's and its FLOPs' time.
 
-    Each stage reads its inputs once and writes its outputs once; weights are left out.
+    Each stage reads its inputs once and writes its outputs once; weights are left out. The
+    transition counts as one stage, whose hidden channels never leave the chip.
 
     Args:
         copy_rate: bytes read and written a second.
         matrix_rate: FLOPs a second of a matrix product.
     """
     n, c, d, e = case.pairs, case.channels, case.hidden, case.torch_dtype.itemsize
-    mask_bytes = {"bool": 1, "float": 4, "none": 0}[case.mask]
-    traffic = (n * (c + 2 * d) * e + n * mask_bytes, n * 3 * d * e, n * (c + d + c) * e)
-    flops = (2 * n * c * 4 * d, 2 * case.batch * d * case.length**3, 2 * n * (d * c + c * c))
-    first, second, third = (
+    if case.is_transition:
+        traffic, flops = (n * 2 * c * e,), (2 * n * 3 * c * d,)
+    else:
+        mask_bytes = {"bool": 1, "float": 4, "none": 0}[case.mask]
+        traffic = (n * (c + 2 * d) * e + n * mask_bytes, n * 3 * d * e, n * (c + d + c) * e)
+        flops = (2 * n * c * 4 * d, 2 * case.batch * d * case.length**3, 2 * n * (d * c + c * c))
+    return tuple(
         max(moved / copy_rate, done / matrix_rate)
         for moved, done in zip(traffic, flops, strict=True)
     )
-    return first, second, third

@@ -198,12 +198,42 @@ def measure_ceilings(clock: CpuClock | GpuClock, budget: float = 0.5) -> dict[st
     }
 
 
-def gemm_milliseconds(case: Case, clock: CpuClock, budget: float) -> float:
-    """The time of plain float32 GEMMs of the call's shapes, and so of its FLOPs, on the CPU.
+def gemm_milliseconds(case: Case, clock: CpuClock | GpuClock, budget: float) -> float:
+    """The time of plain GEMMs of the call's shapes, and so of its FLOPs.
 
-    [n, C] x [C, 4D], D times [L, L] x [L, L], [n, D] x [D, C] and [n, C] x [C, C], into memory that
+    A triangle's in float32, on the CPU: [n, C] x [C, 4D], D times [L, L] x [L, L], [n, D] x [D, C]
+    and [n, C] x [C, C]. A transition's in its dtype: see `_transition_gemms`. All into memory that
     is already allocated.
     """
+    gemms = _transition_gemms(case, clock.device) if case.is_transition else _triangle_gemms(case)
+    gemms()
+    return clock.time(gemms, budget)["device_ms"]["median"]
+
+
+def _transition_gemms(case: Case, device: torch.device) -> Call:
+    """x [Wg; Wu]^T and h Wd^T; in training also G Wd, G^T h, [dp, du] [Wg; Wu], [dp, du]^T x."""
+    n, c, d = case.pairs, case.channels, case.hidden
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=case.torch_dtype, device=device)
+
+    x, pair, hidden, out = randn(n, c), randn(n, 2 * d), randn(n, d), randn(n, c)
+    both, down = randn(2 * d, c), randn(c, d)
+    grad_both, grad_down = torch.empty_like(both), torch.empty_like(down)
+
+    def gemms() -> None:
+        torch.mm(x, both.t(), out=pair)
+        torch.mm(hidden, down.t(), out=out)
+        if case.passes == "training":
+            torch.mm(out.t(), hidden, out=grad_down)
+            torch.mm(out, down, out=hidden)
+            torch.mm(pair.t(), x, out=grad_both)
+            torch.mm(pair, both, out=out)
+
+    return gemms
+
+
+def _triangle_gemms(case: Case) -> Call:
     n, c, d, length = case.pairs, case.channels, case.hidden, case.length
     x, t = torch.randn(n, c), torch.randn(n, d)
     planes = torch.randn(case.batch * d, length, length)
@@ -217,8 +247,7 @@ def gemm_milliseconds(case: Case, clock: CpuClock, budget: float) -> float:
         torch.mm(t, emit, out=emitted)
         torch.mm(x, gate, out=gated)
 
-    gemms()
-    return clock.time(gemms, budget)["device_ms"]["median"]
+    return gemms
 
 
 def _seconds(call: Call) -> float:

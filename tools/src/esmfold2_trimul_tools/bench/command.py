@@ -20,7 +20,8 @@ from .whole.settings import Options
 def bench(options: Options) -> None:
     """Measure the kernel beside its rivals: time, peak memory, error, share of the floor.
 
-    With --whole: whole folds, by part, in the full-size architecture with random weights.
+    With --whole: whole folds, by part, in the full-size architecture with random weights. With
+    --transition: the transition that follows the triangles.
     Exit status 1 if the kernel itself fails or gives a wrong result.
     """
     options.check_together()

@@ -19,7 +19,7 @@ _SAMPLED = 16
 
 
 class Problem(NamedTuple):
-    """x [B, L, L, C], the eight parameters by their public names (norms in float32), the mask.
+    """x [B, L, L, C], the parameters by their public names (norms in float32), the mask.
 
     grad_out is the gradient of the output, where gradients are asked for. The other fields are for
     the conformance suite, which also varies eps, absent norms, biases of the linear layers (by
@@ -55,6 +55,19 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     x = torch.empty(case.batch, length, length, channels, dtype=case.torch_dtype, device=device)
     for rows in x.split(_ROWS_AT_ONCE, dim=1):  # in float32 it may not fit
         rows.copy_(randn(*rows.shape).mul_(1.5).add_(0.3))
+    grad_out = None
+    if case.is_transition:
+        gate_and_up = projection(2 * hidden, channels)  # halves of one matrix, as in ESMFold2
+        weights = {
+            "norm_weight": 1 + 0.2 * randn(channels),
+            "norm_bias": 0.2 * randn(channels),
+            "gate_weight": gate_and_up[:hidden],
+            "up_weight": gate_and_up[hidden:],
+            "down_weight": projection(channels, hidden),
+        }
+        if case.passes == "training":
+            grad_out = randn(*x.shape).to(case.torch_dtype)
+        return Problem(case, x, weights, None, grad_out)
     weights = {
         "norm_in_weight": 1 + 0.2 * randn(channels),
         "norm_in_bias": 0.2 * randn(channels),
@@ -70,18 +83,23 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
         real = torch.arange(length, device=device) < max(1, length - _HIDDEN_RESIDUES)
         mask = (real[:, None] & real[None, :]).expand(case.batch, -1, -1).contiguous()
         mask = mask.float() if case.mask == "float" else mask
-    grad_out = randn(*x.shape).to(case.torch_dtype) if case.passes == "training" else None
+    if case.passes == "training":
+        grad_out = randn(*x.shape).to(case.torch_dtype)
     return Problem(case, x, weights, mask, grad_out)
 
 
 def reference(problem: Problem) -> Tensor:
-    """The update [B, L, L, C] in float64, on the problem's device, in the steps of the oracle.
+    """The output [B, L, L, C] in float64, on the problem's device, in the steps of the oracle.
 
     Never holds more than two float64 tensors of the pair's size: a and b exist for a few channels
-    at a time, and the answer overwrites their product, a few rows at a time.
+    at a time, and the answer overwrites their product, a few rows at a time. So do a transition's.
     """
     case, w = problem.case, problem.weights
     z = problem.x.double()
+    if case.is_transition:
+        for rows in z.split(_ROWS_AT_ONCE, dim=1):
+            rows.copy_(oracle.transition(rows, w, residual=rows, eps=EPS))
+        return z
     for rows in z.split(_ROWS_AT_ONCE, dim=1):
         rows.copy_(oracle.norm(rows, w, "norm_in", EPS))
     t = z.new_empty(*z.shape[:-1], case.hidden)
@@ -99,7 +117,19 @@ def reference(problem: Problem) -> Tensor:
 
 
 def reference_gradient(problem: Problem) -> Tensor:
-    """The gradient of x [B, L, L, C] in float64, by autograd of the oracle."""
+    """The gradient of x [B, L, L, C] in float64, by autograd of the oracle.
+
+    A transition's rows are independent of each other.
+    """
+    if problem.case.is_transition:
+        gradient = problem.grad_out.double()
+        for start in range(0, problem.case.length, _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            x = problem.x[:, rows].double().requires_grad_()
+            with torch.enable_grad():
+                out = oracle.transition(x, problem.weights, residual=x, eps=EPS)
+            gradient[:, rows] = torch.autograd.grad(out, x, gradient[:, rows])[0]
+        return gradient
     x = problem.x.double().requires_grad_()
     with torch.enable_grad():
         out = oracle.triangle_multiplication(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
+from .case import TRANSITION
 from .results import Results, Row, row_case
 from .rivals import OURS
 
@@ -17,7 +18,8 @@ def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
         case = row_case(row)
         found.setdefault((case.dtype, case.direction, case.mask, case.passes), []).append(row)
     for (dtype, direction, mask, passes), rows in found.items():
-        name = f"{dtype}, {direction}, {_mask_in_words(mask)}"
+        words = [dtype, direction, *([] if direction == TRANSITION else [_mask_in_words(mask)])]
+        name = ", ".join(words)
         yield name if passes == "forward" else f"{name}, forward and backward", rows
 
 

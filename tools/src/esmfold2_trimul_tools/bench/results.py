@@ -32,9 +32,10 @@ ROW = {
     "host_ms": "time until one call returns to its caller, on a GPU",
     "peak_pairs": "most memory beyond the inputs, the output included, in tensors of x's size",
     "first_call_s": "seconds of the first call in a fresh process with an empty Triton cache",
-    "floor_ms": "sum of the three stages' floors, of a forward call",
+    "floor_ms": "sum of the stages' floors, of a forward call",
     "floor_share": "floor_ms / median device_ms",
-    "gemm_ms": "time of plain float32 GEMMs of the same FLOPs, on a CPU",
+    "gemm_ms": "time of plain GEMMs of the same FLOPs: of a triangle in float32 on a CPU, of a "
+    "transition in its dtype",
     "gemm_times": "median device_ms / gemm_ms",
     "speed_up": "of each baseline that was measured here: its median device_ms over this row's",
 }

@@ -146,6 +146,38 @@ def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -
     return Call(module.requires_grad_(False).eval(), (problem.x, problem.mask))
 
 
+def our_transition(problem: Problem, sources: Sources) -> Call:
+    """The public function with x for residual, as in the module."""
+
+    def transition(x: Tensor, **weights: Tensor) -> Tensor:
+        return sources.kernel.swiglu_transition(x, **weights, residual=x, eps=problem.eps)
+
+    return Call(transition, (problem.x,), problem.weights)
+
+
+def in_tree_transition(
+    problem: Problem, sources: Sources, chunk_size: int | None = None
+) -> Call:
+    """transformers' module with this problem's parameters: norms in float32, as its model has."""
+    try:
+        from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2Transition
+    except ImportError as error:
+        raise Absent(f"no transformers with ESMFold2 ({first_line(error)})") from None
+    import torch
+
+    w, case = problem.weights, problem.case
+    module = EsmFold2Transition(case.channels, case.hidden, chunk_size)
+    values = {
+        "norm.weight": w["norm_weight"],
+        "norm.bias": w["norm_bias"],
+        "mlp.gate_up_proj.weight": torch.cat([w["gate_weight"], w["up_weight"]]),
+        "mlp.down_proj.weight": w["down_weight"],
+    }
+    module.load_state_dict(values, assign=True)
+    module.norm.eps = problem.eps
+    return Call(module.requires_grad_(False).eval(), (problem.x,))
+
+
 def published(problem: Problem, sources: Sources) -> Call:
     """The published package as its layer calls it: all in bfloat16, a residual of new zeros.
 
@@ -310,6 +342,19 @@ RIVALS = (
         passes=FORWARD,
     ),  # fmt: skip
 )
+# The same for the transition, of which the published package and cuEquivariance have none.
+TRANSITION_RIVALS = (
+    Rival(OURS, our_transition, on_cpu=True),
+    Rival("ours, torch.compile", compiled(our_transition, fullgraph=True), slow=True),
+    Rival("ours, CUDA graph", captured(our_transition), in_capture=True, passes=FORWARD),
+    Rival("in-tree, chunk 64", partial(in_tree_transition, chunk_size=64), on_cpu=True),
+    Rival("in-tree, unchunked", in_tree_transition, on_cpu=True),
+    Rival(
+        "in-tree, torch.compile", compiled(in_tree_transition), "compile", on_cpu=True, slow=True
+    ),
+    Rival("in-tree, CUDA graph", captured(in_tree_transition), "graphs", in_capture=True,
+          passes=FORWARD),
+)  # fmt: skip
 # The rival that the others' times are compared with, where it was measured.
 BASELINES = (
     "in-tree, chunk 64",

@@ -2,6 +2,8 @@
 
     esmfold2-trimul bench --device cuda --out results.json --plot plots --markdown
 
+With --transition it is the transition beside its own.
+
 It runs calls on random inputs, and compares each rival with float64 before timing it. `clock` tells
 how times are taken, `rivals` how each rival is called, `case.stage_floors` what the floor is, and
 `results` what the results hold.
@@ -112,7 +114,8 @@ def run(
             problem = make_problem(case, settings.device, settings.seed)
             wanted = _answer(problem, settings.check_up_to)
             gemm_ms = None
-            if settings.device.type == "cpu" and case.passes == "forward":
+            on_cpu = settings.device.type == "cpu"
+            if case.is_transition or (on_cpu and case.passes == "forward"):
                 gemm_ms = gemm_milliseconds(case, clock, settings.budget)
             for rival in rivals:
                 report(f"{case}, {rival.name}")
@@ -133,9 +136,10 @@ def run(
 def _answer(problem: Problem, check_up_to: int) -> torch.Tensor | Sample | None:
     """The float64 answer that an output is compared with; a sample of it for a long sequence.
 
-    In training the answer is the gradient of x, and None for a long sequence.
+    In training the answer is the gradient of x, and None for a long sequence. A transition's rows
+    are independent of each other, so that none is too long.
     """
-    in_full = problem.case.length <= check_up_to
+    in_full = problem.case.is_transition or problem.case.length <= check_up_to
     if problem.case.passes == "training":
         return reference_gradient(problem) if in_full else None
     return reference(problem) if in_full else sample(problem)

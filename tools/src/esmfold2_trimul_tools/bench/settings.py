@@ -24,14 +24,20 @@ from ..options import (
 )
 from ..repository import find_root
 from ..triton_cache import check_cache
-from .case import DIRECTIONS, MASKS, PASSES, Case
-from .rivals import OURS, RIVALS, Rival
+from .case import DIRECTIONS, MASKS, PASSES, TRANSITION, Case
+from .rivals import OURS, RIVALS, TRANSITION_RIVALS, Rival
 
 _LENGTHS = {
     "cuda": (64, 76, 128, 256, 286, 383, 384, 511, 512, 768, 769, 1024, 1111, 1536, 2048),
     "cpu": (64, 128, 256),
 }
 _QUICK_LENGTHS = {"cuda": (76, 256, 512, 1024), "cpu": (64,)}
+_TRANSITION_LENGTHS = {"cuda": (256, 512, 1024), "cpu": (64, 128)}
+# The options that a transition does not have.
+_OF_TRIANGLES = {
+    "directions": "outgoing", "masks": "bool", "quick": False, "max_autotune": False,
+    "published": None, "esm": None, "first_call": False,
+}  # fmt: skip
 _CHECK_UP_TO = {"cuda": 1024, "cpu": 512}
 
 
@@ -64,15 +70,6 @@ def words(known: tuple[str, ...], short: Mapping[str, str] = MappingProxyType({}
         return words
 
     return check
-
-
-def _rivals(option: str, names: list[str]) -> tuple[Rival, ...] | None:
-    """The rivals of these names, and ours; None without names."""
-    known = [rival.name for rival in RIVALS]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--rival must be one of {'; '.join(known)}; got {name!r}")
-    return tuple(rival for rival in RIVALS if rival.name in (OURS, *names)) if names else None
 
 
 def _esm(option: str, folder: Path) -> Path:
@@ -133,8 +130,15 @@ class Settings:
         typer.Option(
             "--rival", help="Measure this rival, and ours, instead of all; may be repeated."
         ),
-        _rivals,
     ] = None
+    transition: Annotated[
+        bool,
+        typer.Option(
+            "--transition",
+            help="Measure the transition, swiglu_transition, beside transformers' module and its "
+            "own GEMMs instead of the triangle. --lengths: 256, 512 and 1024 by default.",
+        ),
+    ] = False
     compile: Annotated[
         bool, typer.Option("--compile", help="Also transformers' module under torch.compile.")
     ] = False
@@ -219,6 +223,7 @@ class Settings:
     def on_this_machine(self) -> "Settings":
         """The settings with torch's device, and its defaults for options that were left out."""
         find_root(self.kernel_root)  # before torch is imported
+        rivals = self._named_rivals()
         from ..folding.model import resolve_device, resolve_dtype
 
         device = resolve_device(self.device)
@@ -227,6 +232,7 @@ class Settings:
         if device.type != "cpu":
             check_cache()
         lengths = _QUICK_LENGTHS if self.quick else _LENGTHS
+        lengths = _TRANSITION_LENGTHS if self.transition else lengths
         dtype = str(resolve_dtype(None, device)).removeprefix("torch.")
         check_up_to = _CHECK_UP_TO[device.type] if self.check_up_to is None else self.check_up_to
         return replace(
@@ -234,15 +240,36 @@ class Settings:
             device=device,
             lengths=self.lengths or lengths[device.type],
             dtypes=self.dtypes or (dtype,),
-            rivals=self.rivals or self._rivals_on(device.type),
+            rivals=rivals or self._rivals_on(device.type),
             check_up_to=check_up_to,
         )
+
+    @property
+    def _known(self) -> tuple[Rival, ...]:
+        return TRANSITION_RIVALS if self.transition else RIVALS
+
+    def _named_rivals(self) -> tuple[Rival, ...]:
+        """The rivals that --rival names, and ours; none without names.
+
+        Raises:
+            UserError: no such rival, or an option that a transition does not have.
+        """
+        for name, default in _OF_TRIANGLES.items() if self.transition else ():
+            value = getattr(self, name)
+            if value not in (default, (default,)):
+                raise UserError(f"--{name.replace('_', '-')} is not for --transition")
+        names = self.rivals or ()
+        known = [rival.name for rival in self._known]
+        for name in names:
+            if name not in known:
+                raise UserError(f"--rival must be one of {'; '.join(known)}; got {name!r}")
+        return tuple(r for r in self._known if r.name in (OURS, *names)) if names else ()
 
     def _rivals_on(self, device: str) -> tuple[Rival, ...]:
         """The rivals that the options include, on such a device."""
         return tuple(
             rival
-            for rival in RIVALS
+            for rival in self._known
             if (rival.option is None or getattr(self, rival.option))
             and (rival.on_cpu or device != "cpu")
             and not set(self.passes).isdisjoint(rival.passes)
@@ -250,12 +277,15 @@ class Settings:
 
     def cases(self) -> list[Case]:
         """The shapes, in the order in which they are measured."""
+        directions, masks = self.directions, self.masks
+        if self.transition:
+            directions, masks = (TRANSITION,), ("none",)
         return [
             Case(channels, length, dtype, direction, mask, passes=passes)
             for passes in self.passes
             for dtype in self.dtypes
-            for direction in self.directions
-            for mask in self.masks
+            for direction in directions
+            for mask in masks
             for channels in self.widths
             for length in self.lengths
         ]

@@ -9,7 +9,9 @@ from types import ModuleType
 
 from ..repository import submodule
 
-STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
+STAGES = (
+    "fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "swiglu_hidden", "row_linear",
+)  # fmt: skip
 WIDTHS = (128, 256)
 # The upper bound of each class of lengths, and lengths to time for it, ragged ones among them.
 CLASSES = ((96, (64, 76)), (160, (128,)), (320, (256, 286)), (None, (384, 511, 512, 769, 1024)))
@@ -29,7 +31,7 @@ class Job:
 
 
 def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
-    """The settings to try for 16-bit tensors of C = D = width.
+    """The settings to try for 16-bit tensors of C = D = width, or of H = 4 C in a transition.
 
     Pruned by findings on sm_90 (docs/performance.md): operands held in registers, at least two
     blocks a multiprocessor in stages 1 and 3, no more registers than that allows. Without
@@ -39,6 +41,8 @@ def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
         "fused_dual_gemm": _dual_gemm_settings,
         "trimul_einsum": _einsum_settings,
         "fused_ln_residual": _ln_residual_settings,
+        "swiglu_hidden": _swiglu_hidden_settings,
+        "row_linear": _row_linear_settings,
     }[stage]
     settings = list(grid(width))
     if not descriptors:
@@ -66,6 +70,33 @@ def _dual_gemm_settings(width: int) -> Iterator[dict]:
             "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps,
             "num_stages": stages, "descriptors": descriptors, "held": True, "maxnreg": maxnreg,
             "split": split,
+        }  # fmt: skip
+
+
+def _swiglu_hidden_settings(width: int) -> Iterator[dict]:
+    """Those of stage 1, whose inner loop it shares, and blocks of channels for wide rows."""
+    yield from _dual_gemm_settings(width)
+    for (block_m, warps), block_n, stages in itertools.product(
+        ((64, 4), (128, 8)), (64, 128), (2, 3)
+    ):
+        yield {
+            "block_m": block_m, "block_n": block_n, "block_k": 64, "num_warps": warps,
+            "num_stages": stages, "descriptors": True, "held": False, "maxnreg": None, "split": 1,
+        }  # fmt: skip
+
+
+def _row_linear_settings(width: int) -> Iterator[dict]:
+    for (block_m, block_n, warps), block_k, stages, descriptors in itertools.product(
+        ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (64, 256, 4),
+         (128, 256, 8), (256, 128, 8)), (32, 64), (3, 4), (True, False),
+    ):  # fmt: skip
+        shared = (block_m + block_n) * block_k * 2 * stages
+        # Pointers are for GPUs without TMA.
+        if shared > 2 * _SHARED_OF_TWO_BLOCKS or (not descriptors and (stages > 3 or block_k > 32)):
+            continue
+        yield {
+            "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps,
+            "num_stages": stages, "descriptors": descriptors,
         }  # fmt: skip
 
 

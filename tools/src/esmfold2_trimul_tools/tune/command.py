@@ -40,8 +40,7 @@ def tune(
         list[str] | None,
         typer.Option(
             "--stage",
-            help="Tune this stage alone: fused_dual_gemm, trimul_einsum, fused_ln_residual; "
-            "may be repeated.",
+            help=f"Tune this stage alone: {', '.join(STAGES)}; may be repeated.",
         ),
         _stages,
     ] = None,

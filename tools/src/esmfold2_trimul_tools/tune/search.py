@@ -31,7 +31,7 @@ _REPEATS = 11
 
 
 class StageInputs:
-    """Random operands of all three stages for one width and length, and the stages' results."""
+    """Random operands of all stages for one width and length, and the stages' results."""
 
     def __init__(self, kernel: ModuleType, width: int, length: int, device: str = "cuda"):
         self.kernel, self.length = kernel, length
@@ -56,7 +56,15 @@ class StageInputs:
             residual=None, drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5,
             precision="fp32", memory="default", recompute="product", inplace=False, lengths=None,
         )  # fmt: skip
+        gate, up = randn(8 * width, width, scale=width**-0.5).bfloat16().chunk(2)
+        down = randn(width, 4 * width, scale=(4 * width) ** -0.5).bfloat16()
+        self.transition = module.Transition(
+            x=x, residual=x, weights=module.TransitionWeights(
+                *norms[:2], gate, None, up, None, down, None
+            ), eps=1e-5, precision="fp32", inplace=False, lengths=None,
+        )  # fmt: skip
         self._make_references()
+        self._make_transitions_references()
 
     def _make_references(self) -> None:
         """Each stage's result in float32 from that stage's own operands."""
@@ -79,6 +87,18 @@ class StageInputs:
             "fused_ln_residual": oracle.update(product.float(), z, parameters, 1e-5).bfloat16(),
         }
 
+    def _make_transitions_references(self) -> None:
+        """The same for the transition, on as many rows as the forward computes at a time."""
+        path = submodule(self.kernel, "triton_path.transition")
+        call = path._merged(self.transition)
+        chunk = next(path._chunks(call, call.hidden, *path._FORWARD_CHUNK))
+        self.transition = path._part(call, *chunk)
+        x, parameters = self.transition.x.flatten(0, 2), self.transition.weights._asdict()
+        hidden = oracle.gated(oracle.norm(x.float(), parameters, "norm", 1e-5), parameters)
+        self.hidden = hidden.bfloat16()
+        out = x.float() + self.hidden.float() @ parameters["down_weight"].float().t()
+        self.wanted |= {"swiglu_hidden": hidden, "row_linear": out}
+
     def run(self, job: Job) -> torch.Tensor:
         config = job.launch_config(self.kernel)
         call, launches = self.call, submodule(self.kernel, "triton_parts.launch").Launches()
@@ -90,6 +110,18 @@ class StageInputs:
             out = torch.empty_like(self.product)
             stage = submodule(self.kernel, "trimul_einsum_triton").trimul_einsum_fwd
             stage(call, launches, *self.planes.chunk(2, dim=1), out, config=config)
+        elif job.stage == "swiglu_hidden":
+            out = torch.empty_like(self.hidden)
+            stage = submodule(self.kernel, "triton_path.swiglu_hidden").swiglu_hidden
+            stage(self.transition, launches, out, config=config)
+        elif job.stage == "row_linear":
+            out = torch.empty_like(self.transition.x).flatten(0, 2)
+            stage = submodule(self.kernel, "triton_path.row_linear")
+            x, weight = self.transition.x, self.transition.weights.down_weight
+            prepared = stage.prepare_row_linear(
+                self.hidden, weight, x, x.shape[1:3], "fp32", config=config
+            )
+            stage.row_linear(self.hidden, weight, None, x, None, out, prepared)
         else:
             out = torch.empty_like(call.x)
             stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
