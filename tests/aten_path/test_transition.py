@@ -276,7 +276,7 @@ def test_peak_memory_is_the_output(forward, native, blocks_of, dtype, residual):
         assert ours.peak <= 0.5 * size
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])  # float16 has bfloat16's sizes
 @torch.no_grad()
 def test_peak_memory_of_a_backward(backward, native, dtype):
     """At the real width: at most three tensors like x beyond it and its gradient."""
