@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c3cfd953cb"
+_NAMESPACE = "_esmfold2_trimul_kernel_282a2f8108"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,4 +1,4 @@
-"""The triangle's registered ops, their autograd, and the only place that chooses among them.
+"""The triangle's registered ops, their autograd, and the only place that chooses among ops.
 
     trimul_fwd          a call that needs no gradient
     trimul_fwd_         the same, written over the residual
@@ -12,20 +12,35 @@ path its rows are padded, and the moments of x are kept too, 8 bytes a pair.
 """
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import aten_path
-from ._call import DIFFERENTIABLE, FLAT, Call
+from ._call import DIFFERENTIABLE, FLAT, Call, Transition
 from ._ops import add_op_namespace_prefix, ops
 from .paths import path_of, say_plain
 
 
 def run(call: Call) -> Tensor:
-    """The result [B, L, L, C] of a call.
+    """The result [B, L, L, C] of a call; see `run_by`."""
+    return run_by(call, ops.trimul_fwd, ops.trimul_fwd_, ops.trimul_fwd_saving, aten_path.formula)
+
+
+def run_by(
+    call: Call | Transition,
+    forward: Callable,
+    forward_over: Callable,
+    forward_saving: Callable,
+    formula: Callable,
+) -> Tensor:
+    """The result of a call, by the one of three ops, or the formula, that is for it.
+
+    Args:
+        forward_over: writes over the residual.
+        forward_saving: returns the result alone, or ahead of what is kept for the backward.
 
     Raises:
         ValueError: inplace where a gradient is needed.
@@ -35,14 +50,15 @@ def run(call: Call) -> Tensor:
         if call.inplace:
             raise ValueError("inplace must be False where a gradient is needed; got True")
         if not (by_formula or torch._C._are_functorch_transforms_active()):
-            return ops.trimul_fwd_saving(*call.flat())[0]
+            made = forward_saving(*call.flat())
+            return made if isinstance(made, Tensor) else made[0]
         if call.x.device.type != "cpu":
             say_plain("torch.func or forward-mode AD goes through it, which takes the formula")
-        return aten_path.formula(call)
+        return formula(call)
     if call.inplace:
-        ops.trimul_fwd_(*call.flat())
+        forward_over(*call.flat())
         return call.residual
-    return ops.trimul_fwd(*call.flat())
+    return forward(*call.flat())
 
 
 def _trimul_fwd(*flat) -> Tensor:
@@ -70,14 +86,33 @@ def _trimul_bwd(
     A fixed number of tensors rather than a list, because vmap can loop over such an op.
     """
     call = Call.of(flat)
+    return gradients_by(
+        lambda names: path_of(call).backward(call, grad_out, product, moments, names),
+        call, needs, FLAT, DIFFERENTIABLE,
+    )  # fmt: skip
+
+
+def gradients_by(
+    backward: Callable,
+    call: Call | Transition,
+    needs: list[bool],
+    flat_names: tuple[str, ...],
+    differentiable: tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    """The outputs of a backward's op: what `backward(names)` gives for the names needed.
+
+    A tensor for each name of `differentiable`, empty if not needed.
+    """
     if call.x.numel() == 0:
-        return tuple([grad.zero_() for grad in _empty_gradients(call, needs)])
-    named = zip(DIFFERENTIABLE, needs, strict=True)
+        return tuple([
+            grad.zero_() for grad in empty_gradients(call, needs, flat_names, differentiable)
+        ])
+    named = zip(differentiable, needs, strict=True)
     names = frozenset([name for name, needed in named if needed])
-    found = path_of(call).backward(call, grad_out, product, moments, names)
+    found = backward(names)
     # Each absent gradient is an empty tensor of its own: outputs of an op share no memory.
     return tuple([
-        found[name] if name in names else call.x.new_empty(0) for name in DIFFERENTIABLE
+        found[name] if name in names else call.x.new_empty(0) for name in differentiable
     ])
 
 
@@ -89,12 +124,17 @@ def _empty_saved(call: Call) -> tuple[Tensor, Tensor]:
     return x.new_empty(product_shape), x.new_empty(moments_shape, dtype=torch.float32)
 
 
-def _empty_gradients(call: Call, needs: list[bool]) -> tuple[Tensor, ...]:
-    """The outputs of `trimul_bwd`, uninitialised."""
-    leaves = dict(zip(FLAT, call.flat(), strict=True))
+def empty_gradients(
+    call: Call | Transition,
+    needs: list[bool],
+    flat_names: tuple[str, ...],
+    differentiable: tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    """The outputs of a backward's op, uninitialised."""
+    leaves = dict(zip(flat_names, call.flat(), strict=True))
     return tuple([
         leaves[name].new_empty(leaves[name].shape) if needed else call.x.new_empty(0)
-        for name, needed in zip(DIFFERENTIABLE, needs, strict=True)
+        for name, needed in zip(differentiable, needs, strict=True)
     ])
 
 
@@ -112,7 +152,7 @@ def _trimul_fwd_saving_fake(*flat) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trimul_bwd_fake(grad_out, product, moments, needs, *flat) -> tuple[Tensor, ...]:
-    return _empty_gradients(Call.of(flat), needs)
+    return empty_gradients(Call.of(flat), needs, FLAT, DIFFERENTIABLE)
 
 
 class TriangleMultiplication(Function):
@@ -123,46 +163,72 @@ class TriangleMultiplication(Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, product, moments = ops.trimul_fwd_saving(*flat)
         ctx.mark_non_differentiable(product, moments)
-        ctx.set_materialize_grads(False)
-        call = Call.of(flat)._replace(residual=None)
-        kept = (product, moments) if call.keeps_product else (None, None)
-        flat = call.flat()
-        ctx.others = [None if isinstance(value, Tensor) else value for value in flat]
-        tensors = [value if isinstance(value, Tensor) else None for value in flat]
-        ctx.save_for_backward(*tensors, *kept)
+        call = Call.of(flat)
+        keep(ctx, call, *((product, moments) if call.keeps_product else (None, None)))
         return out, product, moments
 
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-        asked = dict(zip(FLAT, ctx.needs_input_grad, strict=True))
-        needs = [asked[name] for name in DIFFERENTIABLE]
-        grads = {}
-        if grad_out is not None and any(needs):
-            *tensors, product, moments = ctx.saved_tensors
-            flat = [
-                other if tensor is None else tensor
-                for tensor, other in zip(tensors, ctx.others, strict=True)
-            ]
-            found = ops.trimul_bwd(grad_out, product, moments, needs, *flat)
-            grads = dict(zip(DIFFERENTIABLE, found, strict=True))
-        grads["residual"] = grad_out
-        return tuple([grads.get(name) if asked[name] else None for name in FLAT])
+        def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
+            flat, (product, moments) = kept(ctx)
+            return ops.trimul_bwd(grad_out, product, moments, needs, *flat)
+
+        return pass_back(ctx, grad_out, gradients, FLAT, DIFFERENTIABLE)
 
 
-class TriangleMultiplicationGradients(Function):
-    """`ops.trimul_bwd`, whose own backward refuses."""
+def keep(ctx, call: Call | Transition, *others: Tensor | None) -> None:
+    """Keeps a call but its residual, and others, for the backward of its op."""
+    ctx.set_materialize_grads(False)
+    flat = call._replace(residual=None).flat()
+    ctx.others = [None if isinstance(value, Tensor) else value for value in flat]
+    tensors = [value if isinstance(value, Tensor) else None for value in flat]
+    ctx.save_for_backward(*tensors, *others)
 
-    @staticmethod
-    def forward(ctx, *arguments) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return ops.trimul_bwd(*arguments)
 
-    @staticmethod
-    def backward(ctx, *_) -> NoReturn:
-        raise NotImplementedError(
-            "the gradients of the triangle multiplication can't be differentiated again; the "
-            "transforms of torch.func can take higher derivatives, in plain PyTorch"
-        )
+def kept(ctx) -> tuple[list[Any], tuple[Tensor | None, ...]]:
+    """What `keep` kept: the flat call and the others."""
+    tensors, count = ctx.saved_tensors, len(ctx.others)
+    flat = [
+        other if tensor is None else tensor
+        for tensor, other in zip(tensors[:count], ctx.others, strict=True)
+    ]
+    return flat, tensors[count:]
+
+
+def pass_back(
+    ctx,
+    grad_out: Tensor | None,
+    gradients: Callable,
+    flat_names: tuple[str, ...],
+    differentiable: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a flat call, those of `differentiable` by `gradients(needs)`."""
+    asked = dict(zip(flat_names, ctx.needs_input_grad, strict=True))
+    needs = [asked[name] for name in differentiable]
+    grads = {}
+    if grad_out is not None and any(needs):
+        grads = dict(zip(differentiable, gradients(needs), strict=True))
+    grads["residual"] = grad_out
+    return tuple([grads.get(name) if asked[name] else None for name in flat_names])
+
+
+def differentiable_once(op_name: str, what: str) -> type[Function]:
+    """A backward's op, whose own backward refuses."""
+
+    class Gradients(Function):
+        @staticmethod
+        def forward(ctx, *arguments) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(ops, op_name)(*arguments)
+
+        @staticmethod
+        def backward(ctx, *_) -> NoReturn:
+            raise NotImplementedError(
+                f"the gradients of the {what} can't be differentiated again; the transforms of "
+                "torch.func can take higher derivatives, in plain PyTorch"
+            )
+
+    return Gradients
 
 
 def _autograd_kernel(function: type[Function], op_name: str) -> Callable:
@@ -217,5 +283,6 @@ register(
 )  # fmt: skip
 register(
     f"trimul_bwd({_KEPT}, {_READ}) -> {_GRADIENTS}",
-    _trimul_bwd, _trimul_bwd_fake, TriangleMultiplicationGradients,
+    _trimul_bwd, _trimul_bwd_fake,
+    differentiable_once("trimul_bwd", "triangle multiplication"),
 )  # fmt: skip

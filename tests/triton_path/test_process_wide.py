@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import HAS_GPU
-from fresh_process import ROOT, python_output
+from fresh_process import HUNG_SECONDS, ROOT, python_output
 from helpers import as_call, leaves_of, make_problem, seeded
 from process_wide import NoProducts, settings_untouched
 from transitions import BIASES, as_transition, make_transition
@@ -94,7 +94,7 @@ def test_two_threads_of_different_precisions(submodule, backward, monkeypatch):
     launches = submodule("triton_path.launches")._launches
     launches.clear()
     given = {"tf32": set(), "ieee": set()}
-    meet, failed = threading.Barrier(2, timeout=60), []
+    meet, failed = threading.Barrier(2, timeout=HUNG_SECONDS), []
 
     def record(prepared, **tensors):
         given[threading.current_thread().name].add(prepared.constants.get("PRECISION"))

@@ -204,6 +204,12 @@ def test_a_build_that_cant_be_used_is_refused(tiny, tmp_path):
         swap_in(tiny, "ours", root)
 
 
+def test_a_mode_that_is_none_is_not_blamed_on_the_build(tiny, monkeypatch):
+    monkeypatch.setenv("ESMFOLD2_TRIMUL_MEMORY", "frugal")
+    with pytest.raises(UserError, match="^ESMFOLD2_TRIMUL_MEMORY: memory must be .* got 'frugal'$"):
+        swap_in(tiny, "ours", find_root())
+
+
 def test_a_swap_that_changes_nothing_is_refused(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(subject, "_swap_in_ours", lambda *_: None)
     with pytest.raises(UserError, match=f"only 0 of {TINY_SITES} sites took the kernel's layer"):

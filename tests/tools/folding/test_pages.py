@@ -12,6 +12,7 @@ import torch
 from esmfold2_trimul_tools.folding.pages import index_of, page_of
 from esmfold2_trimul_tools.folding.structures import mmcif_of
 from folding import made_up_fold
+from fresh_process import HUNG_SECONDS
 from matplotlib.image import imread
 from transformers.models.esmfold2.protein_utils import PROTEIN_1TO3, PROTEIN_HEAVY_ATOMS
 
@@ -147,7 +148,7 @@ def browse(path, *more):
         [BROWSER, "--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader",
          "--enable-unsafe-swiftshader", "--virtual-time-budget=30000", "--enable-logging=stderr",
          "--v=0", "--window-size=1240,1150", *more, f"file://{path}"],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=HUNG_SECONDS,
     )  # fmt: skip
     console = [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
     return done.stdout, console

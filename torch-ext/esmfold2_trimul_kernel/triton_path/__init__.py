@@ -24,14 +24,14 @@ from ..paths import say_once
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
-from ..triton_parts.rehearsal import rehearsal, twin
+from ..triton_parts.rehearsal import rehearsal
 from ..triton_parts.tiles import padded_pitch
 from ..validation import DIRECTIONS
 from . import transition as transition
 from .gradients import group_size as group_size
 from .gradients import run_backward
 from .launches import current_device as current_device
-from .launches import for_kernels, launches_of
+from .launches import for_kernels, launches_of, twin_of, with_precision
 from .lean import run_lean
 
 # The pairs of the sequences that are run at once, if a batch has more.
@@ -45,7 +45,7 @@ def forward(call: Call) -> Tensor:
         if call.memory != "lean":
             try:
                 together = _sequences_together(call)
-                return _run_default(call, launches_of(call, "default", together))
+                return _run_default(call, launches_of(call, "default", together), together)
             except torch.OutOfMemoryError:
                 # Memory is allocated before a write: the residual of an inplace call is intact.
                 if call.memory == "default":
@@ -61,11 +61,10 @@ def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return _run_saving(call, launches_of(call, "saving"))
 
 
-def _run_default(call: Call, launches: Launches) -> Tensor:
-    """The output, in groups of sequences that share the memory of a, b and the product."""
+def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
+    """The output, in groups of `size` sequences that share the memory of a, b and the product."""
     x, hidden = call.x, call.hidden
     batch, length = x.shape[:2]
-    size = _sequences_together(call)
     if size == batch:
         return _run_saving(call, launches)[0]
     # All large memory before a write, so that the residual is intact if there is too little.
@@ -156,10 +155,14 @@ def plan(call: Call) -> Plan:
     """
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
-    kernels_call = for_kernels(_twin_of(call))
+    kernels_call = for_kernels(twin_of(call))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        run = run_lean if lean else _run_saving if keeps else _run_default
-        run(kernels_call, launches)
+        if keeps:
+            _run_saving(kernels_call, launches)
+        elif lean:
+            run_lean(kernels_call, launches)
+        else:
+            _run_default(kernels_call, launches, _sequences_together(kernels_call))
     buffers, notes = launches.buffers, []
     kept = buffers["product"] + buffers["moments"] if keeps else 0
     mode = "lean" if lean else "default"
@@ -171,10 +174,7 @@ def plan(call: Call) -> Plan:
     notes.append(note_on_gradients(call))
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
-    if call.x.dtype == torch.float32:
-        found = found._replace(precision=found.stages["fused_dual_gemm"].constants["PRECISION"])
-        if kernels_call.precision == "fp32":
-            notes.append("products are those of float32, as nothing allowed TF32")
+    found = with_precision(found, "fused_dual_gemm", kernels_call)
     by_pointers = [
         name for name, launch in found.stages.items() if not launch.constants["DESCRIPTORS"]
     ]
@@ -199,7 +199,7 @@ def plan_training(call: Call) -> list:
 
 def _plan_backward(call: Call) -> list:
     """The launches of `backward` after `forward_saving`."""
-    call = for_kernels(_twin_of(call))
+    call = for_kernels(twin_of(call))
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:
@@ -209,8 +209,3 @@ def _plan_backward(call: Call) -> list:
         )
         run_backward(call, x, product, moments, frozenset({"x", *needs}), launches)
     return launches.launched
-
-
-def _twin_of(call: Call) -> Call:
-    """The call on the meta device."""
-    return Call.of(tuple([twin(v) if isinstance(v, Tensor) else v for v in call.flat()]))

@@ -1,4 +1,4 @@
-"""A cache of prepared launches, by all that the launches of a call depend on."""
+"""What each schedule needs: prepared launches by kind of call, calls as kernels take them."""
 
 import contextlib
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .._call import Call, Transition
+from .._plan import Plan
 from ..triton_parts.launch import Launches
+from ..triton_parts.rehearsal import twin
 from ..validation import torch_allows_tf32
 
 _MOST_KINDS = 1024
@@ -15,7 +17,7 @@ _launches: dict[tuple, Launches] = {}
 
 def launches_of(call: Call | Transition, *what: object) -> Launches:
     """The launches for calls of this kind; `what` is the rest of the cache key."""
-    key = (what, *(_kind if isinstance(call, Call) else _kind_of_transition)(call))
+    key = (what, *_kind(call))
     found = _launches.get(key)
     if found is None:
         if len(_launches) >= _MOST_KINDS:
@@ -24,47 +26,44 @@ def launches_of(call: Call | Transition, *what: object) -> Launches:
     return found
 
 
-def _kind(call: Call) -> tuple:
+def _kind(call: Call | Transition) -> tuple:
     """The cache key of a call: everything that its launches depend on.
 
-    Of the addresses these are the remainders modulo 16 and the input projections' distance.
+    Of the addresses these are the remainders modulo 16 and the paired projections' distance.
     """
     x, weights = call.x, call.weights
+    if isinstance(call, Call):
+        own = call.direction, call.eps_in, call.eps_out, weights.p_in_weight.shape[0]
+        pair = weights.p_in_weight, weights.g_in_weight
+        tensors = x, call.mask, call.residual, call.drop_mask, *weights
+    else:
+        own = call.eps, weights.down_weight.shape[1]
+        pair = weights.up_weight, weights.gate_weight
+        tensors = x, call.residual, *weights
     return (
         x.shape,
         x.device,
-        call.direction,
-        call.eps_in,
-        call.eps_out,
         call.precision,
         call.inplace,
         call.lengths is None,
-        weights.p_in_weight.shape[0],
-        weights.g_in_weight.data_ptr() - weights.p_in_weight.data_ptr(),
-        *[
-            None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16)
-            for t in (x, call.mask, call.residual, call.drop_mask, *weights)
-        ],
+        pair[1].data_ptr() - pair[0].data_ptr(),
+        *own,
+        *[None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in tensors],
     )
 
 
-def _kind_of_transition(call: Transition) -> tuple:
-    """As `_kind`."""
-    x, weights = call.x, call.weights
-    return (
-        x.shape,
-        x.device,
-        call.eps,
-        call.precision,
-        call.inplace,
-        call.lengths is None,
-        weights.down_weight.shape[1],
-        weights.gate_weight.data_ptr() - weights.up_weight.data_ptr(),
-        *[
-            None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16)
-            for t in (x, call.residual, *weights)
-        ],
-    )
+def twin_of(call: Call | Transition) -> Call | Transition:
+    """The call on the meta device, for a rehearsal."""
+    return call.of(tuple([twin(v) if isinstance(v, Tensor) else v for v in call.flat()]))
+
+
+def with_precision(found: Plan, stage: str, call: Call | Transition) -> Plan:
+    """A plan with the precision of float32 products, from `stage`, of a call for kernels."""
+    if call.x.dtype != torch.float32:
+        return found
+    if call.precision == "fp32":
+        found.notes.append("products are those of float32, as nothing allowed TF32")
+    return found._replace(precision=found.stages[stage].constants["PRECISION"])
 
 
 def for_kernels(call: Call | Transition) -> Call | Transition:

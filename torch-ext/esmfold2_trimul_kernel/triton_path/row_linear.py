@@ -33,9 +33,8 @@ from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import (
     add_bias,
     any_of,
-    dot,
     load_tile,
-    load_weight,
+    multiply_rows,
     pairs_of_rows,
     quarters,
     store_tile,
@@ -72,21 +71,13 @@ def _row_linear_kernel(
         b, i, j = pairs_of_rows(start_m, R, J, BLOCK_M)
         within = valid_m & within_lengths(lengths_ptr, b, first_row + i, j, valid_m, J)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     end_k = K
     if lengths_ptr is not None:
         end_k = tl.where(any_of(within), K, 0)
-    offs_rows = offs_m.to(tl.int64) * K
-    for start_k in range(0, end_k, BLOCK_K):
-        if DESCRIPTORS:
-            left = rows.load([start_m, start_k])
-        else:
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            left = load_tile(rows_ptr, offs_rows, offs_k, 1, valid_m, K, K % BLOCK_K == 0)
-        right = load_weight(
-            weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
-        )
-        acc = dot(left, right.T, acc, PRECISION)
+    acc = multiply_rows(
+        rows_ptr, rows, weight, stride_weight, start_m, start_n, valid_m, end_k,
+        N, K, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
 
     # A quarter of the columns at a time: see stage 3.
     parts = quarters(acc)

@@ -28,7 +28,7 @@ from ..triton_parts.launch import (
     setting_of,
 )
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.tiles import dot, halves, load_tile, load_weight, sigmoid, store_tile
+from ..triton_parts.tiles import halves, load_tile, multiply_rows, sigmoid, store_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -49,15 +49,10 @@ def _swiglu_bwd_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     valid_m = offs_m < M
     row = offs_m.to(tl.int64)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start_k in range(0, C, BLOCK_K):
-        if DESCRIPTORS:
-            left = grad.load([start_m, start_k])
-        else:
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            left = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
-        right = load_weight(down_turned, start_n, start_k, C, H, C, BLOCK_N, BLOCK_K, DESCRIPTORS)
-        acc = dot(left, right.T, acc, PRECISION)
+    acc = multiply_rows(
+        grad_ptr, grad, down_turned, C, start_m, start_n, valid_m, C,
+        H, C, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
 
     dtype = grad_ptr.dtype.element_ty
     # Half of the columns at a time: all would take twice the registers.

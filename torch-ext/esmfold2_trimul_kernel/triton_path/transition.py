@@ -27,9 +27,9 @@ from .._call import Transition, TransitionWeights
 from .._plan import Plan
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
-from ..triton_parts.rehearsal import rehearsal, twin
+from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
-from .launches import current_device, for_kernels, launches_of
+from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
 from .norm_backward import norm_in_bwd, prepare_norm_in_bwd
 from .parameter_gradients import gradients_of_projections, in_their_dtypes
 from .row_linear import prepare_row_linear, row_linear
@@ -267,7 +267,7 @@ def _along_one_axis(x: Tensor) -> Tensor:
 
 def plan(call: Transition) -> Plan:
     """The launches and buffers of `forward`."""
-    kernels_call = for_kernels(_merged(_twin_of(call)))
+    kernels_call = for_kernels(_merged(twin_of(call)))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
         _run(kernels_call, launches)
     notes = []
@@ -276,22 +276,13 @@ def plan(call: Transition) -> Plan:
         notes.append("nothing is kept for the backward, which makes the hidden channels again")
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
-    if call.x.dtype == torch.float32:
-        found = found._replace(precision=found.stages["swiglu_hidden"].constants["PRECISION"])
-        if kernels_call.precision == "fp32":
-            notes.append("products are those of float32, as nothing allowed TF32")
-    return found
+    return with_precision(found, "swiglu_hidden", kernels_call)
 
 
 def plan_training(call: Transition) -> list:
     """The launches of `plan` and of `backward`, as `Plan.launches`, for all gradients."""
     names = [name for name, value in call.weights._asdict().items() if value is not None]
-    backward_call = for_kernels(_merged(_twin_of(call._replace(residual=None))))
+    backward_call = for_kernels(_merged(twin_of(call._replace(residual=None))))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
         _run_backward(backward_call, backward_call.x, frozenset({"x", *names}), launches)
     return plan(call).launches + launches.launched
-
-
-def _twin_of(call: Transition) -> Transition:
-    """The call on the meta device."""
-    return Transition.of(tuple([twin(v) if isinstance(v, Tensor) else v for v in call.flat()]))

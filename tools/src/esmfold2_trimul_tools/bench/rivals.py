@@ -159,23 +159,33 @@ def in_tree_transition(
     problem: Problem, sources: Sources, chunk_size: int | None = None
 ) -> Call:
     """transformers' module with this problem's parameters: norms in float32, as its model has."""
+    module = transition_module(problem.case, problem.weights, problem.eps, chunk_size)
+    return Call(module.requires_grad_(False).eval(), (problem.x,))
+
+
+def transition_module(
+    case: Any, weights: dict[str, Any], eps: float, chunk_size: int | None = None
+) -> Any:
+    """transformers' `EsmFold2Transition` with these parameters, each in its own dtype.
+
+    `case` has its channels and hidden channels.
+    """
     try:
         from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2Transition
     except ImportError as error:
         raise Absent(f"no transformers with ESMFold2 ({first_line(error)})") from None
     import torch
 
-    w, case = problem.weights, problem.case
     module = EsmFold2Transition(case.channels, case.hidden, chunk_size)
     values = {
-        "norm.weight": w["norm_weight"],
-        "norm.bias": w["norm_bias"],
-        "mlp.gate_up_proj.weight": torch.cat([w["gate_weight"], w["up_weight"]]),
-        "mlp.down_proj.weight": w["down_weight"],
+        "norm.weight": weights["norm_weight"],
+        "norm.bias": weights["norm_bias"],
+        "mlp.gate_up_proj.weight": torch.cat([weights["gate_weight"], weights["up_weight"]]),
+        "mlp.down_proj.weight": weights["down_weight"],
     }
     module.load_state_dict(values, assign=True)
-    module.norm.eps = problem.eps
-    return Call(module.requires_grad_(False).eval(), (problem.x,))
+    module.norm.eps = eps
+    return module
 
 
 def published(problem: Problem, sources: Sources) -> Call:

@@ -86,19 +86,8 @@ def _in_tree(problem: Problem, sources: Sources) -> Tensor:
     """transformers' module; a transition that adds another tensor than x is called by its parts."""
     if not isinstance(problem.case, TransitionCase):
         return _rival(bench_rivals.in_tree, problem, sources)
-    import torch
-    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2Transition
-
-    case, w = problem.case, problem.weights
-    module = EsmFold2Transition(case.channels, case.hidden, None)
-    values = {
-        "norm.weight": w["norm_weight"],
-        "norm.bias": w["norm_bias"],
-        "mlp.gate_up_proj.weight": torch.cat([w["gate_weight"], w["up_weight"]]),
-        "mlp.down_proj.weight": w["down_weight"],
-    }
-    module.load_state_dict(values, assign=True)  # each in its own dtype
-    module.norm.eps = case.eps
+    case = problem.case
+    module = bench_rivals.transition_module(case, problem.weights, case.eps)
     if case.residual == "pair" and case.rows:
         return module(problem.x)
     update = module.mlp(module.norm(problem.x))

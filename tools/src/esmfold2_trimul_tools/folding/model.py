@@ -285,7 +285,11 @@ def restore_stock(model: nn.Module) -> None:
 
 def _swap_in_ours(model: nn.Module, root: Path) -> None:
     with _blaming(f"the kernel build in {root} can't be used; remake it: esmfold2-trimul build"):
-        load_kernel(root).patch(model, memory=os.environ.get(MEMORY_VARIABLE, "auto"))
+        patch = load_kernel(root).patch
+    try:
+        patch(model, memory=os.environ.get(MEMORY_VARIABLE, "auto"))
+    except ValueError as error:  # the build is not to blame for a word that it doesn't know
+        raise UserError(f"{MEMORY_VARIABLE}: {error}") from error
 
 
 def _swap_in_hubs(model: "EsmFold2Model") -> None:
