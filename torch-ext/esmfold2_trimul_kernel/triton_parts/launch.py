@@ -45,6 +45,8 @@ class PreparedLaunch:
         options: dict[str, int],
     ) -> None:
         self.kernel, self.programs, self.options = kernel, programs, options
+        # "hopper", or "" for the stage's own kernel.
+        self.variant = "hopper" if kernel.__name__.endswith("_hopper_kernel") else ""
         given, names = {**tensors, **values, **constants}, kernel.arg_names
         unknown = [name for name in given if name not in names]
         missing = [name for name in names if name not in given]
