@@ -289,6 +289,73 @@ def test_folds_of_many_say_why_they_do_not_replay(tiny, recording, monkeypatch):
     assert outcome.warnings == (f"the denoiser runs without a CUDA graph: {REASONS[failing]}",)
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of torch.cuda, in order; nothing of it needs a GPU."""
+    asked, cuda = [], torch.cuda
+
+    class Graph:
+        def reset(self):
+            asked.append("reset")
+
+        def replay(self):
+            asked.append("replay")
+
+    class Generator:
+        def clone_state(self):
+            return "state"
+
+        def graphsafe_set_state(self, state):
+            asked.append(state)
+
+    @contextmanager
+    def graph(graph, stream, capture_error_mode):
+        asked.append((stream, capture_error_mode, torch.is_autocast_cache_enabled()))
+        yield
+        asked.append("captured")
+
+    subject._stream.cache_clear()
+    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda, "default_generators", [Generator()])
+    monkeypatch.setattr(cuda, "graph", graph)
+    monkeypatch.setattr(cuda, "device", nullcontext)
+    monkeypatch.setattr(cuda, "stream", nullcontext)
+    monkeypatch.setattr(cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(cuda, "empty_cache", lambda: asked.append("emptied"))
+    monkeypatch.setattr(cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(cuda, "set_sync_debug_mode", asked.append)
+    yield asked
+    subject._stream.cache_clear()
+
+
+def test_what_a_cuda_graph_asks_of_torch(asked):
+    device = torch.device("cuda", 0)
+    begun = ("a stream of cuda:0", "thread_local", False)
+    graph = subject.CudaGraph(lambda: torch.ones(3), device)
+    assert torch.equal(graph.output, torch.ones(3))
+    graph.replay()
+    graph.release()
+    assert graph.output is None
+    assert asked == [begun, "captured", "replay", "reset", "emptied"]
+    asked.clear()
+    with pytest.raises(ZeroDivisionError):
+        subject.CudaGraph(lambda: 1 / 0, device)
+    assert asked == [begun, "state"]
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize(
+    ("words", "raised"),
+    [("called a synchronizing CUDA operation", WaitsForDeviceError), ("other", RuntimeError)],
+)
+def test_a_rehearsal_forbids_waiting_for_the_device(asked, words, raised):
+    with pytest.raises(raised), subject.CudaGraph.rehearsal():
+        assert asked == ["error"]
+        raise RuntimeError(words)
+    assert asked == ["error", 0]
+
+
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 
 
