@@ -27,6 +27,7 @@ _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _SHARE = max(1, torch.get_num_threads() // _PROCESSES) if HAS_GPU else 1
 _THREADS = int(os.environ.get("TRIMUL_TEST_THREADS", 1))
 torch.set_num_threads(max(_THREADS, _SHARE))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes that tests start
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -41,7 +41,7 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """--random-weights makes the tests' tiny model, and pictures, which take a second, are blank."""
+    """--random-weights makes a tiny model, and pictures, which take a second each, are blank."""
     monkeypatch.setattr(model, "random_config", tiny_config)
     monkeypatch.setattr(plots, "plot_fold", lambda _, path, *note: path.write_bytes(b"a picture"))
 
