@@ -88,12 +88,12 @@ def quicken() -> None:
         vars(self).update(block_types[key], element_ty=element_ty)
 
     def known_tensor(self, handle, type):
-        key = id(type.shape) if type.is_block() else None
-        if key not in of_tensors:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in of_tensors:
             tensor(self, handle, type)
-            of_tensors[key] = self.numel, self.shape
+            of_tensors[id(shape)] = self.numel, self.shape, shape  # as long as this lives, so named
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = of_tensors[key]
+        self.numel, self.shape, _ = of_tensors[id(shape)]
 
     def needed_broadcast(self, lhs, rhs):
         if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
