@@ -26,8 +26,6 @@ from helpers import (
     seeded,
     with_leaves,
 )
-from selection import pairwise
-from transitions import PATHS
 
 # length, channels, hidden, and what else the call has
 CASES = [
@@ -46,18 +44,16 @@ NAMES = (
 BIASES = ("p_in_bias", "g_in_bias", "p_out_bias", "g_out_bias")
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=["aten", "triton"])
 def device(request) -> str:
     """The device whose tensors take the path: every test here is for each path."""
     return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize(
-    "device, recompute, case", pairwise(PATHS, RECOMPUTE, CASES), indirect=["device"]
-)
-def test_all_together(kernel, device, recompute, case):
-    length, channels, hidden, others = case
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("length, channels, hidden, others", CASES)
+def test_all_together(kernel, device, length, channels, hidden, others, recompute):
     problem = make_problem(length, channels, hidden, **others)
     wanted = reference_gradients(problem, grad_of_output(problem))
     got = gradients(kernel, problem, device, recompute=recompute)

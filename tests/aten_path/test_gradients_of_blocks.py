@@ -18,7 +18,6 @@ from helpers import (
     with_leaves,
 )
 from peak_bytes import PeakBytes
-from selection import pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,13 +141,14 @@ def test_gradients_of_a_sequence_do_not_see_its_batch(aten, call, backward, nati
             assert torch.equal(got[name], batch[name][window]), name
 
 
-@pytest.mark.parametrize(
-    "recompute, positions, direction, widths",
-    pairwise(["product", "all"], [10**6, 4], ["outgoing", "incoming"], [(3, 2), (2, 3)]),
-)
-def test_gradcheck(kernel, submodule, aten, monkeypatch, direction, widths, positions, recompute):
+@pytest.mark.parametrize("recompute", ["product", "all"])
+@pytest.mark.parametrize("positions", [10**6, 4])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("channels, hidden", [(3, 2), (2, 3)])
+def test_gradcheck(
+    kernel, submodule, aten, monkeypatch, direction, channels, hidden, positions, recompute
+):
     """In float64, which the functions refuse but the path computes in."""
-    channels, hidden = widths
     for module in ("validation", "paths"):
         monkeypatch.setattr(submodule(module), "COMPUTE_DTYPES", (torch.float64,))
     monkeypatch.setattr(aten, "_BLOCK_POSITIONS", positions)
@@ -189,10 +189,9 @@ def in_tree_peak_of_training(problem) -> float:
     return memory.peak / problem.x.nbytes
 
 
-@pytest.mark.parametrize(
-    "recompute, dtype, direction",
-    pairwise(["product", "all"], [BF16, torch.float32], ["outgoing", "incoming"]),
-)
+@pytest.mark.parametrize("recompute", ["product", "all"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 @torch.no_grad()
 def test_peak_memory_of_forward_and_backward(
     aten, call, backward, monkeypatch, direction, dtype, recompute

@@ -15,7 +15,6 @@ from helpers import (
     run,
 )
 from peak_bytes import PeakBytes
-from selection import pairwise
 
 
 def call(kernel, problem, device, **options):
@@ -59,10 +58,10 @@ def test_lean_with_the_other_signature(kernel, on_triton, dtype):
     assert_close(got, problem)
 
 
-@pytest.mark.parametrize(
-    "memory, direction, residual_is_pair, channels",
-    pairwise(["default", "lean"], ["outgoing", "incoming"], [False, True], [16, 80]),
-)
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("residual_is_pair", [False, True])
+@pytest.mark.parametrize("channels", [16, 80])
 def test_inplace(kernel, on_triton, memory, direction, residual_is_pair, channels):
     """80 channels are two blocks of columns: rows of x are read after some were written."""
     problem = make_problem(
