@@ -39,6 +39,8 @@ from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PLOT_FOLD = plots.plot_fold
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(monkeypatch, tmp_path):
@@ -47,8 +49,15 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """--random-weights makes the tests' tiny model."""
+    """--random-weights makes a tiny model, and pictures, which take a second each, are blank."""
     monkeypatch.setattr(model, "random_config", tiny_config)
+    monkeypatch.setattr(plots, "plot_fold", lambda _, path, *note: path.write_bytes(b"a picture"))
+
+
+@pytest.fixture
+def drawn(tiny, monkeypatch):
+    """As `tiny`, with the true pictures."""
+    monkeypatch.setattr(plots, "plot_fold", PLOT_FOLD)
 
 
 def test_fold_takes_a_file_for_a_sequence(tiny):
@@ -60,7 +69,7 @@ def test_fold_takes_a_file_for_a_sequence(tiny):
     assert document["dtype"] == "float32"
 
 
-def test_fold_writes_its_files_and_says_what_it_did(tiny):
+def test_fold_writes_its_files_and_says_what_it_did(drawn):
     result = run("fold", SHORT.sequence.lower(), *QUICK)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
@@ -358,7 +367,7 @@ def test_a_fold_that_breaks_is_a_failed_check_not_bad_input(tiny, tmp_path):
     assert result.stderr == "error: sequence: the fold gave numbers that are not finite\n"
 
 
-def test_a_complex_folds_as_chains(tiny):
+def test_a_complex_folds_as_chains(drawn):
     for sequence in ("MQIF:TLTGK:MQIF", "mqif : tltgk*: mqif"):
         result = run("fold", sequence, *QUICK, "--compare", "--force")
         assert result.exit_code == 0, result.output
@@ -372,7 +381,7 @@ def test_a_complex_folds_as_chains(tiny):
     assert len(summary["chain_pair_iptm"]) == 3
 
 
-def test_every_sample_is_written_by_its_rank(tiny):
+def test_every_sample_is_written_by_its_rank(drawn):
     result = run("fold", "MQIFVK", *QUICK, "--samples", 3)
     assert "; lower ranks as sequence_rank_2 and so on\n" in result.stdout
     scores, structures = [], set()
@@ -537,7 +546,7 @@ def test_dna_is_folded_as_a_protein_with_a_warning(tiny):
     assert refusal("fold", "MQIF:ACGUACGU", *QUICK).startswith(message)
 
 
-def test_the_commands_of_the_document_run(tiny):
+def test_the_commands_of_the_document_run(drawn):
     text = (ROOT / "docs" / "folding.md").read_text()
     lines = text.split("```")[1].strip().splitlines()
     assert len(lines) == 4
