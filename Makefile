@@ -45,13 +45,13 @@ fold: env
 	$(VENV)/bin/esmfold2-trimul fold --fasta $(UBIQUITIN) --random-weights --compare --out out --force
 
 test: env
-	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not slow"
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 # Of the newest Triton the tests only compile with, so it needs nothing beside it.
 test-all: env
 	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check \
 		--no-deps --upgrade --target $(VENV)/newest-triton triton
-	$(VENV)/bin/python -m pytest -n $(JOBS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 test-isa: env
 	JOBS=$(JOBS) $(VENV)/bin/python tests/isa.py

@@ -1,10 +1,11 @@
 """Loads the package as users do, and puts its kernels where the machine allows.
 
-With a GPU the kernels run on it. Without one they run in Triton's interpreter, whose bf16
-arithmetic is repaired here. TRITON_INTERPRET is for Triton's import, so it is set before anything
-imports it; tests of ahead-of-time compilation run in processes of their own.
+With a GPU the kernels run on it. Without one they run in Triton's interpreter, as `interpreter`
+repairs it. TRITON_INTERPRET is for Triton's import, so it is set before anything imports it; tests
+of ahead-of-time compilation run in processes of their own.
 """
 
+import gc
 import importlib.util
 import os
 import sys
@@ -26,6 +27,7 @@ _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _SHARE = max(1, torch.get_num_threads() // _PROCESSES) if HAS_GPU else 1
 _THREADS = int(os.environ.get("TRIMUL_TEST_THREADS", 1))
 torch.set_num_threads(max(_THREADS, _SHARE))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of the processes that tests start
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -63,52 +65,6 @@ class LineAMinute:
             )
 
 
-def _repair_interpreter() -> None:
-    """Triton 3.6 to 3.9: `tl.dot` multiplies bf16 bit patterns, and casts to bf16 truncate.
-
-    Casts of integers and bools even keep the number as the bit pattern.
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.view(np.uint16).astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), tl.float32)
-
-    def round_to_bf16(data):
-        tensor = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
-        return tensor.view(torch.uint16).numpy()
-
-    create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def repaired_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return create_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
-
-    def repaired_cast(self, src, dst_type):
-        if dst_type.scalar == tl.bfloat16 and (
-            src.dtype.scalar == tl.float32 or src.dtype.scalar.is_int()
-        ):
-            return TensorHandle(round_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
-        return cast_impl(self, src, dst_type)
-
-    InterpreterBuilder.create_dot = repaired_dot
-    InterpreterBuilder.cast_impl = repaired_cast
-
-    # A kernel patches the language, and so does each function that it calls: a third of its time.
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        languages = [value for value in fn.__globals__.values() if value in (tl, tl.core)]
-        if any(tl.core.is_builtin(language.load) for language in languages):
-            return patch(fn)
-
-    interpreter._patch_lang = patch_once
-
-
 def _load_variant():
     """build/torch-universal through the kernels library, or by a plain import without it."""
     try:
@@ -133,7 +89,21 @@ def kernel():
 def _interpreter():
     if not HAS_GPU:
         pytest.importorskip("triton")
-        _repair_interpreter()
+        import interpreter
+
+        interpreter.repair()
+        interpreter.quicken()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """What lives as long as the process is not looked through for garbage.
+
+    To measure memory the tools collect garbage many times, which takes half a second each time
+    among all the modules that tests import.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,9 @@ def worst_errors(kernel, length: int, channels: int, dtype: torch.dtype) -> list
 def main() -> None:
     length = int(sys.argv[1]) if len(sys.argv) > 1 else 32
     if not conftest.HAS_GPU:
-        conftest._repair_interpreter()
+        import interpreter
+
+        interpreter.repair()
     kernel = conftest._load_variant()
     where = torch.cuda.get_device_name() if conftest.HAS_GPU else "Triton's interpreter"
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"

@@ -25,14 +25,16 @@ from helpers import (
     run,
     with_leaves,
 )
+from selection import pairwise, slow
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from transitions import PATHS
 
 
-@pytest.fixture(params=["aten", "triton"])
+@pytest.fixture(params=PATHS)
 def device(request) -> str:
     """The device whose tensors take the path: every test here is for each path."""
     return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"
@@ -189,8 +191,9 @@ class TestTransforms:
             assert all(torch.equal(b[index], a) for b, a in zip(batched, alone, strict=True))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    "device, recompute, reentrant", pairwise(PATHS, RECOMPUTE, [False, True]), indirect=["device"]
+)
 def test_under_checkpoint(kernel, device, reentrant, recompute):
     problem = make_problem(9, 16, dtype=BF16, mask="soft", residual=True, drop_mask=True)
     wanted = gradients(kernel, problem, device)
@@ -201,8 +204,11 @@ def test_under_checkpoint(kernel, device, reentrant, recompute):
     assert_equal(got, wanted)
 
 
-@pytest.mark.parametrize("backward_inside", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(
+    "device, dtype, backward_inside",
+    pairwise(PATHS, [BF16, torch.float32], [False, True]),
+    indirect=["device"],
+)
 def test_autocast_does_not_reach_inside(kernel, device, dtype, backward_inside):
     """The dtype of the pair tensor decides, in the backward too."""
     problem = make_problem(9, 16, dtype=dtype, mask="soft", drop_mask=True)
@@ -217,7 +223,11 @@ def test_autocast_does_not_reach_inside(kernel, device, dtype, backward_inside):
     assert_equal({name: leaf.grad for name, leaf in leaves.items()}, wanted)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    "device, recompute",
+    [("aten", "product"), ("aten", "all"), ("triton", "product"), slow("triton", "all")],
+    indirect=["device"],
+)
 def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recompute):
     problem = make_problem(
         5, 16, direction="incoming", mask="soft", residual=True, drop_mask=True
@@ -274,7 +284,11 @@ class TestCompiled:
         block = self.block(kernel, recompute)
         assert_equal(self.gradients_of(block, problem, device), wanted)
 
-    @pytest.mark.parametrize("dynamic", [None, True])
+    @pytest.mark.parametrize(
+        "device, dynamic",
+        [("aten", None), ("aten", True), ("triton", None), slow("triton", True)],
+        indirect=["device"],
+    )
     def test_compiles_once_more_at_most_when_lengths_vary(self, kernel, device, dynamic):
         backend = CompileCounterWithBackend("aot_eager")
         block = self.block(kernel, backend=backend, dynamic=dynamic)

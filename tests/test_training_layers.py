@@ -18,11 +18,13 @@ from hub_layer import (
     swap_through_kernels,
 )
 from kernels import Mode
+from selection import pairwise, slow
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from transitions import PATHS
 
 
-@pytest.fixture(params=["aten", "triton"])
+@pytest.fixture(params=PATHS)
 def grad_device(request) -> str:
     """The device whose tensors take the path, with a gradient."""
     return request.getfixturevalue("on_triton") if request.param == "triton" else "cpu"
@@ -39,7 +41,13 @@ def checkpoint_without_reentry(function, *arguments, **keywords):
     return checkpoint(function, *arguments, use_reentrant=False, **keywords)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "grad_device, mode",
+    [("aten", mode) for mode in MODES]
+    + [("triton", "training"), ("triton", "compiled inference")]
+    + [slow("triton", "inference"), slow("triton", "compiled training")],
+    indirect=["grad_device"],
+)
 def test_kernelize_takes_the_layer_in_every_mode(bind, grad_device, mode):
     """Without a fallback: a layer that is not fit for the mode would be refused."""
     problem, module = problem_and_module(9, 16, grad_device, mask="bool")
@@ -87,7 +95,11 @@ def test_gradients_of_the_compiled_module(grad_device):
         assert distance(got[name], wanted[name]) <= 1e-5, name
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "grad_device, dynamic",
+    [("aten", True), ("triton", None), slow("aten", None), slow("triton", True)],
+    indirect=["grad_device"],
+)
 def test_the_compiled_module_trains_on_any_length(grad_device, dynamic):
     module = in_tree_module(make_problem(1, 16)).to(grad_device)
     in_tree = copy.deepcopy(module)
@@ -138,7 +150,12 @@ def test_gradients_under_autocast(bind, grad_device, dtype):
     assert_no_worse(draws, 1.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "grad_device, dtype",
+    [("aten", torch.bfloat16), ("triton", torch.float16)]
+    + [slow("aten", torch.float16), slow("triton", torch.bfloat16)],
+    indirect=["grad_device"],
+)
 def test_compiled_gradients_under_autocast(bind, grad_device, dtype):
     problem, module = problem_and_module(9, 16, grad_device, mask="bool")
     wanted = gradients(under_autocast(bind(module), grad_device, dtype), module, problem)
@@ -149,8 +166,11 @@ def test_compiled_gradients_under_autocast(bind, grad_device, dtype):
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "grad_device, autocast, reentrant",
+    pairwise(PATHS, [False, True], [False, True]),
+    indirect=["grad_device"],
+)
 def test_gradients_under_checkpoint(bind, grad_device, autocast, reentrant):
     problem, module = problem_and_module(12, 16, grad_device, mask="float")
     layer = bind(module)

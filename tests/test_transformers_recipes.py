@@ -4,6 +4,7 @@ import re
 
 import pytest
 from fresh_process import ROOT, python_output
+from selection import slow
 
 pytest.importorskip("kernels")
 pytest.importorskip("transformers")
@@ -68,7 +69,7 @@ def printed_after(argument: str, script: str, **environment: str) -> list[list[s
     return [line.split() for line in output.splitlines()]
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("offline", ["1", slow("0")])
 def test_patch(offline):
     code = 'kernel = kernels.get_local_kernel(Path(root))\nreport = kernel.patch(model)'
     assert code.splitlines()[1] in block_with("docs/use.md", "report.undo()")
@@ -87,8 +88,10 @@ def test_patch(offline):
     assert all(0 < float(row[3]) < 1e-5 for row in rows) and last == ["0", "0"]
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
-@pytest.mark.parametrize("document", ["docs/use.md", "CARD.md"])
+@pytest.mark.parametrize(
+    "document, offline",
+    [("docs/use.md", "0"), ("CARD.md", "1"), slow("docs/use.md", "1"), slow("CARD.md", "0")],
+)
 def test_kernel_config(document, offline):
     """Set in training mode, as it stands there, it serves both; set in eval mode, inference."""
     code = block_with(document, "KernelConfig(")

@@ -26,6 +26,7 @@ from helpers import (
     seeded,
     with_leaves,
 )
+from selection import pairwise, slow
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -420,8 +421,9 @@ def test_under_checkpoint(kernel, device, reentrant):
     assert_equal(got, wanted)
 
 
-@pytest.mark.parametrize("backward_inside", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "device, dtype, backward_inside", pairwise(PATHS, DTYPES, [False, True]), indirect=["device"]
+)
 def test_autocast_does_not_reach_inside(kernel, device, dtype, backward_inside):
     """The dtype of x decides, in the backward too."""
     problem = make_transition((9, 9, 16), 24, dtype=dtype, residual="own", biases=BIASES)
@@ -439,8 +441,9 @@ def test_autocast_does_not_reach_inside(kernel, device, dtype, backward_inside):
     assert_equal({name: leaf.grad for name, leaf in leaves.items()}, wanted)
 
 
-@pytest.mark.parametrize("lengths", [None, (5, 3)])
-@pytest.mark.parametrize("biases", [(), BIASES])
+@pytest.mark.parametrize(
+    "device, lengths, biases", pairwise(PATHS, [None, (5, 3)], [(), BIASES]), indirect=["device"]
+)
 def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, lengths, biases):
     types, ops = submodule("_call"), submodule("_ops").ops
     problem = make_transition(
@@ -483,22 +486,25 @@ class TestCompiled:
         out.backward(grad_of_output(problem).to(device))
         return {name: leaf.grad for name, leaf in leaves.items()}
 
-    @pytest.mark.parametrize("shape", [(9, 16), (2, 9, 9, 16), (2, 1, 9, 9, 16)])
-    @pytest.mark.parametrize("dynamic", [None, True])
-    @pytest.mark.parametrize("lengths", [False, True])
+    @pytest.mark.parametrize(
+        "device, shape, lengths, dynamic",
+        pairwise(PATHS, [(2, 9, 9, 16), (2, 1, 9, 9, 16)], [None, (9, 4)], [None, True])
+        + [("aten", (9, 16), None, True), slow("triton", (9, 16), None, None)],
+        indirect=["device"],
+    )
     def test_into_one_graph(self, kernel, device, shape, dynamic, lengths):
-        if lengths and len(shape) < 3:
-            pytest.skip("lengths are of pairs")
-        problem = make_transition(
-            shape, 24, residual="own", biases=BIASES, lengths=(9, 4) if lengths else None
-        )
+        problem = make_transition(shape, 24, residual="own", biases=BIASES, lengths=lengths)
         block = self.block(kernel, dynamic=dynamic)
         with torch.no_grad():
             assert torch.equal(block(problem.to(device)), run(kernel, problem, device))
         wanted = gradients(kernel, problem, device)
         assert_equal(self.gradients_of(block, problem, device), wanted)
 
-    @pytest.mark.parametrize("dynamic", [None, True])
+    @pytest.mark.parametrize(
+        "device, dynamic",
+        [("aten", None), ("aten", True), ("triton", None), slow("triton", True)],
+        indirect=["device"],
+    )
     def test_compiles_once_more_at_most_when_lengths_vary(self, kernel, device, dynamic):
         backend = CompileCounterWithBackend("aot_eager")
         block = self.block(kernel, backend=backend, dynamic=dynamic)

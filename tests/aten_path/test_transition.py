@@ -18,6 +18,7 @@ from helpers import (
     with_leaves,
 )
 from peak_bytes import PeakBytes
+from selection import slow
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transitions import (
@@ -276,7 +277,12 @@ def test_peak_memory_is_the_output(forward, native, blocks_of, dtype, residual):
         assert ours.peak <= 0.5 * size
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])  # float16 has bfloat16's sizes
+# float16 has bfloat16's sizes; what is copied to float32 takes the most.
+@pytest.mark.parametrize(
+    "native, dtype",
+    [(False, BF16), (True, torch.float32), slow(True, BF16), slow(False, torch.float32)],
+    indirect=["native"],
+)
 @torch.no_grad()
 def test_peak_memory_of_a_backward(backward, native, dtype):
     """At the real width: at most three tensors like x beyond it and its gradient."""

@@ -17,6 +17,7 @@ from peer_modules import (
     make_pair,
 )
 from peers import peer
+from selection import slow
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -171,7 +172,7 @@ def test_checkpointing(kernel, calls, kind, reentrant):
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["pair", "MSA", slow("last MSA")])
 def test_compiles_into_one_graph(kernel, kind):
     """An MSA layer's own code runs there, with its modules swapped one by one."""
     layer, pair, mask = make_layer(kind), make_pair(1), make_mask(1)
@@ -181,7 +182,7 @@ def test_compiles_into_one_graph(kernel, kind):
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         got = gradients(layer, lambda x: call(compiled, x, mask), pair)
-        assert_near(without_null(got), without_null(wanted), 0 if kind == "pair" else 1e-5)
+        assert_near(without_null(got), without_null(wanted), 1e-6 if kind == "pair" else 1e-5)
         with torch.no_grad():
             inference = call(compiled, pair, mask)
         assert distance(inference, original) <= 1e-5

@@ -146,14 +146,22 @@ def test_a_note_says_whether_the_settings_were_tuned(target):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("target", FILES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_length_chooses_between_a_few_classes_only(subject, stage, target, width):
-    picked = [
-        subject.pick_config(stage, target, NO_DEVICE, subject.Shape(2, width, length), "3.6.0")
-        for length in range(1, 2049)
-    ]
-    changes = sum(one != other for one, other in itertools.pairwise(picked))
-    assert changes <= 3 and picked[1024:] == picked[1024:1025] * 1024
+def test_length_chooses_between_a_few_classes_only(subject, stage, target):
+    entries = subject.settings_of(target)[stage]["2"]
+    bounds = {entry["max_length"] for entry in entries if "max_length" in entry}
+    around = {bound + beyond for bound in bounds for beyond in (0, 1)}
+    lengths = sorted({*range(1, 257), *range(257, 2049, 13), *around})
+    for width in WIDTHS:
+        shapes = [subject.Shape(2, width, length) for length in lengths]
+        picked = [
+            subject.pick_config(stage, target, NO_DEVICE, shape, "3.6.0") for shape in shapes
+        ]
+        changes = sum(one != other for one, other in itertools.pairwise(picked))
+        assert changes <= 3, width
+        of_long = [
+            config for config, length in zip(picked, lengths, strict=True) if length > 1024
+        ]
+        assert of_long == of_long[:1] * len(of_long), width
 
 
 def test_a_batch_counts_by_its_pairs(subject):

@@ -206,7 +206,7 @@ def test_axes_of_one_do_not_count(subject, shape):
 def test_a_call_is_merged_where_both_can_be(kernel, subject, recorded, on_triton,
                                             x_layout, residual_layout):  # fmt: skip
     """The residual's rows stay beside those of x."""
-    problem = make_transition((2, 5, 7, 16), 24, dtype=torch.float16, residual="own")
+    problem = make_transition((2, 5, 7, 16), 24, dtype=torch.float16, residual="own").to(on_triton)
     problem.x = LAYOUTS[x_layout][0](problem.x)
     problem.residual = LAYOUTS[residual_layout][0](problem.residual)
     assert_close(run(kernel, problem, on_triton), problem)

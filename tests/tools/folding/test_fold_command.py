@@ -14,7 +14,15 @@ from cli_runner import refusal, run
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.console import ProgressBar
 from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
-from esmfold2_trimul_tools.folding import fold, memory, model, pages, plots, validate
+from esmfold2_trimul_tools.folding import (
+    fold,
+    memory,
+    model,
+    model_setup,
+    pages,
+    plots,
+    validate,
+)
 from esmfold2_trimul_tools.folding.sequences import Record
 from folding import (
     QUICK,
@@ -31,6 +39,8 @@ from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PLOT_FOLD = plots.plot_fold
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(monkeypatch, tmp_path):
@@ -39,8 +49,15 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """--random-weights makes the tests' tiny model."""
+    """--random-weights makes a tiny model, and pictures, which take a second each, are blank."""
     monkeypatch.setattr(model, "random_config", tiny_config)
+    monkeypatch.setattr(plots, "plot_fold", lambda _, path, *note: path.write_bytes(b"a picture"))
+
+
+@pytest.fixture
+def drawn(tiny, monkeypatch):
+    """As `tiny`, with the true pictures."""
+    monkeypatch.setattr(plots, "plot_fold", PLOT_FOLD)
 
 
 def test_fold_takes_a_file_for_a_sequence(tiny):
@@ -52,7 +69,7 @@ def test_fold_takes_a_file_for_a_sequence(tiny):
     assert document["dtype"] == "float32"
 
 
-def test_fold_writes_its_files_and_says_what_it_did(tiny):
+def test_fold_writes_its_files_and_says_what_it_did(drawn):
     result = run("fold", SHORT.sequence.lower(), *QUICK)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
@@ -98,6 +115,29 @@ def test_fold_json_is_all_there_is_on_stdout(tiny, tmp_path):
         assert record["files"]["pdb"] == f"new/folder/{stem}.pdb"
         assert all(Path(file).is_file() for file in record["files"].values())
     assert document["failures"] == []
+
+
+def test_a_cuda_graph_needs_a_gpu(tiny):
+    message = "--cuda-graph needs a CUDA device, and this fold runs on cpu"
+    assert refusal("fold", "MQIF", *QUICK, "--cuda-graph") == message
+
+
+def test_why_a_denoiser_does_not_replay_is_said_once(tiny, monkeypatch):
+    resolved = model_setup.Setup.__init__
+
+    def setup(self, *arguments):
+        resolved(self, *arguments[:-1])
+        self.cuda_graph = arguments[-1]
+
+    monkeypatch.setattr(model_setup.Setup, "__init__", setup)
+    Path("my.fasta").write_text(">one\nMQIF\n>two\nTLTG\n")
+    result = run("fold", "my.fasta", *QUICK, "--cuda-graph", "--json")
+    assert result.exit_code == 0, result.output
+    words = "warning: the denoiser runs without a CUDA graph: it runs on cpu\n"
+    assert result.stderr == words
+    document = json.loads(result.stdout)
+    assert document["cuda_graph"] is True
+    assert [one["replayed_steps"] for one in document["folds"]] == [0, 0]
 
 
 def test_files_that_cant_be_written_are_named(tiny):
@@ -327,7 +367,7 @@ def test_a_fold_that_breaks_is_a_failed_check_not_bad_input(tiny, tmp_path):
     assert result.stderr == "error: sequence: the fold gave numbers that are not finite\n"
 
 
-def test_a_complex_folds_as_chains(tiny):
+def test_a_complex_folds_as_chains(drawn):
     for sequence in ("MQIF:TLTGK:MQIF", "mqif : tltgk*: mqif"):
         result = run("fold", sequence, *QUICK, "--compare", "--force")
         assert result.exit_code == 0, result.output
@@ -341,7 +381,7 @@ def test_a_complex_folds_as_chains(tiny):
     assert len(summary["chain_pair_iptm"]) == 3
 
 
-def test_every_sample_is_written_by_its_rank(tiny):
+def test_every_sample_is_written_by_its_rank(drawn):
     result = run("fold", "MQIFVK", *QUICK, "--samples", 3)
     assert "; lower ranks as sequence_rank_2 and so on\n" in result.stdout
     scores, structures = [], set()
@@ -506,7 +546,7 @@ def test_dna_is_folded_as_a_protein_with_a_warning(tiny):
     assert refusal("fold", "MQIF:ACGUACGU", *QUICK).startswith(message)
 
 
-def test_the_commands_of_the_document_run(tiny):
+def test_the_commands_of_the_document_run(drawn):
     text = (ROOT / "docs" / "folding.md").read_text()
     lines = text.split("```")[1].strip().splitlines()
     assert len(lines) == 4
