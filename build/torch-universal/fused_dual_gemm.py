@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import hopper
 from ._call import Call
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
@@ -263,6 +264,10 @@ def fused_dual_gemm_fwd(
     if not read:
         batch, _, rows, pitch = planes[0].shape
         moments = launches.empty("moments", (batch, 2, rows, pitch), torch.float32, call.x.device)
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("gated_rows")
+        variant.launch_planes(call, launches, prepared, planes, moments)
+        return moments
     weights = call.weights
     prepared.launch(
         x_ptr=call.x,
@@ -355,8 +360,13 @@ def prepare_dual_gemm(
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
     if config is None:
+        variants = frozenset()
+        if group is None and not read_moments:
+            variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
         width = max(channels, hidden)
-        config = setting_of("fused_dual_gemm", x, width, length, batch)
+        config = setting_of("fused_dual_gemm", x, width, length, batch, variants)
+    if config.kernel == "hopper":
+        return hopper.kernels("gated_rows").prepare_planes(call, planes, config)
     block_n = block_of(config.block_n, size)
     if size % 16 == 0:  # whole blocks, even if smaller
         block_n = math.gcd(size, block_n)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
 from ._call import Call
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
@@ -341,24 +342,28 @@ def fused_ln_residual_fwd(
             return
         made = launches.empty("output", out.shape, out.dtype, out.device)
     weights = call.weights
-    prepared.launch(
-        product_ptr=product,
-        product=product,
-        x_ptr=call.x,
-        moments_ptr=moments,
-        residual_ptr=call.residual,
-        drop_ptr=call.drop_mask,
-        lengths_ptr=call.lengths,
-        out_ptr=made,
-        norm_in_weight_ptr=weights.norm_in_weight,
-        norm_in_bias_ptr=weights.norm_in_bias,
-        norm_out_weight_ptr=weights.norm_out_weight,
-        norm_out_bias_ptr=weights.norm_out_bias,
-        emit_weight=weights.p_out_weight,
-        emit_bias_ptr=weights.p_out_bias,
-        gate_weight=weights.g_out_weight,
-        gate_bias_ptr=weights.g_out_bias,
-    )
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("ln_residual")
+        variant.launch(call, launches, prepared, product, moments, made)
+    else:
+        prepared.launch(
+            product_ptr=product,
+            product=product,
+            x_ptr=call.x,
+            moments_ptr=moments,
+            residual_ptr=call.residual,
+            drop_ptr=call.drop_mask,
+            lengths_ptr=call.lengths,
+            out_ptr=made,
+            norm_in_weight_ptr=weights.norm_in_weight,
+            norm_in_bias_ptr=weights.norm_in_bias,
+            norm_out_weight_ptr=weights.norm_out_weight,
+            norm_out_bias_ptr=weights.norm_out_bias,
+            emit_weight=weights.p_out_weight,
+            emit_bias_ptr=weights.p_out_bias,
+            gate_weight=weights.g_out_weight,
+            gate_bias_ptr=weights.g_out_bias,
+        )
     if made is not out:
         out.copy_(made)
 
@@ -388,6 +393,8 @@ def _may_overwrite(call: Call, prepared: PreparedLaunch) -> bool:
     Not if the residual is x and a program reads rows of x after it, or another program, has
     overwritten some of their channels.
     """
+    if prepared.variant == "hopper":  # reads a tile's x before it writes
+        return True
     constants = prepared.constants
     whole_rows = constants["BLOCK_N"] >= constants["C"] and constants["SPLIT"] == 1
     return whole_rows or call.residual.data_ptr() != call.x.data_ptr()
@@ -406,8 +413,11 @@ def prepare_ln_residual(
     length, channels = x.shape[2:]
     device = device_target(x.device)
     if config is None:
+        variants = hopper.variants("ln_residual", "takes", x, call, product)
         width = max(channels, hidden)
-        config = setting_of("fused_ln_residual", x, width, length, batch)
+        config = setting_of("fused_ln_residual", x, width, length, batch, variants)
+    if config.kernel == "hopper":
+        return hopper.kernels("ln_residual").prepare(call, product, moments, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, hidden))

@@ -103,8 +103,12 @@ def test_every_shipped_setting_is_picked_for_some_shape(subject, tables, target)
             for entry in entries:
                 width, length = entry.get("max_width", 4096), entry.get("max_length", 2048)
                 shape = subject.Shape(int(element_bytes), width, length)
-                triton = entry.get("triton", "3.6.0")
-                picked.add(subject.pick_config(stage, target, NO_DEVICE, shape, triton).block_m)
+                triton, variants = entry.get("triton", "3.6.0"), {entry.get("kernel", "")}
+                picked.add(
+                    subject.pick_config(
+                        stage, target, NO_DEVICE, shape, triton, frozenset(variants)
+                    ).block_m
+                )
             assert picked == set(range(len(entries))), (stage, element_bytes)
 
 

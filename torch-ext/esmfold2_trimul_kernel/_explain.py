@@ -119,7 +119,7 @@ def explain(
         memory=plan.memory,
         precision=plan.precision,
         stages={
-            name: StageLaunch(launch.programs, launch.constants, launch.options)
+            name: StageLaunch(launch.programs, _settings(launch), launch.options)
             for name, launch in plan.stages.items()
         },
         buffers={name: size / x.nbytes for name, size in plan.buffers.items()},
@@ -129,6 +129,12 @@ def explain(
         notes=tuple(plan.notes),
     )
     return _with_copies(found, given, call)
+
+
+def _settings(launch: Any) -> dict[str, Any]:
+    """The constants of a launch that can be read, and the variant of its stage, if it is one."""
+    plain = {k: v for k, v in launch.constants.items() if isinstance(v, int | str)}
+    return {"VARIANT": launch.variant, **plain} if launch.variant else plain
 
 
 def _of_update(values: dict) -> tuple[list[Tensor], Call]:

@@ -29,6 +29,7 @@ class PreparedLaunch:
         values: the other run-time parameters.
         constants: the constexprs.
         options: num_warps and the like, for Triton.
+        stage, variant: the stage, if the kernel is a variant of it, and which.
 
     Raises:
         TypeError: a name that the kernel lacks, or a parameter without a value.
@@ -43,8 +44,15 @@ class PreparedLaunch:
         values: dict[str, Any],
         constants: dict[str, Any],
         options: dict[str, int],
+        stage: str = "",
+        variant: str = "",
     ) -> None:
         self.kernel, self.programs, self.options = kernel, programs, options
+        self.variant = variant
+        # By the kernel's name: "trimul_einsum", "norm_in_bwd".
+        self.stage = stage or (
+            kernel.__name__.strip("_").removesuffix("_kernel").removesuffix("_fwd")
+        )
         given, names = {**tensors, **values, **constants}, kernel.arg_names
         unknown = [name for name in given if name not in names]
         missing = [name for name in names if name not in given]
@@ -78,11 +86,6 @@ class PreparedLaunch:
             self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         else:
             self._compiled[grid](*arguments, *self.constants.values())
-
-    @property
-    def stage(self) -> str:
-        """The stage by the kernel's name: "trimul_einsum", "norm_in_bwd"."""
-        return self.kernel.__name__.strip("_").removesuffix("_kernel").removesuffix("_fwd")
 
     def compile(self, **tensors: Tensor | None) -> Any:
         """Compiles for tensors like these, which may be meta tensors, without a launch.

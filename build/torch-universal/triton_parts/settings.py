@@ -88,7 +88,7 @@ def pick_config(
         if (
             shape.width <= entry.get("max_width", math.inf)
             and shape.length <= entry.get("max_length", math.inf)
-            and _release(triton) >= _release(entry.get("triton", ""))
+            and release(triton) >= release(entry.get("triton", ""))
             and entry.get("kernel", "") in variants | {""}
         ):
             setting = {name: value for name, value in entry.items() if name not in _BOUNDS}
@@ -96,7 +96,7 @@ def pick_config(
     raise ValueError(f"no setting of {stage} for {shape}")
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """The first two numbers of a version: (3, 9) of "3.9.0", of "3.9rc1" and of "3.9.0+git1a2b"."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 

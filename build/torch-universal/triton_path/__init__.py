@@ -176,7 +176,9 @@ def plan(call: Call) -> Plan:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
     found = with_precision(found, "fused_dual_gemm", kernels_call)
     by_pointers = [
-        name for name, launch in found.stages.items() if not launch.constants["DESCRIPTORS"]
+        name
+        for name, launch in found.stages.items()
+        if not launch.constants.get("DESCRIPTORS", True)
     ]
     if by_pointers:
         notes.append(

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from .. import hopper
 from .._call import Call, Transition
 from .._plan import Plan
 from ..triton_parts.launch import Launches
@@ -46,6 +47,7 @@ def _kind(call: Call | Transition) -> tuple:
         call.precision,
         call.inplace,
         call.lengths is None,
+        hopper.plain_only(),
         pair[1].data_ptr() - pair[0].data_ptr(),
         *own,
         *[None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in tensors],

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import hopper
 from .._call import Transition
 from ..fused_dual_gemm import lowest, project_pair, projection_pair
 from ..triton_parts.device import device_target
@@ -170,7 +171,8 @@ def swiglu_hidden(
     config: LaunchConfig | None = None,
     moments: Tensor | None = None,
     hat_x: Tensor | None = None,
-) -> None:
+    folded: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """Fills hidden [M, H] for the rows x [B, R, J, C] of a call.
 
     With `moments` [2, M] it fills those, hidden [M, 2H] with p and u, and x^ [M, C] where given.
@@ -178,11 +180,15 @@ def swiglu_hidden(
     Args:
         first_row: the row of the sequences that x begins with; it matters only with lengths.
         config: a setting in place of the shipped one.
+        folded: what an earlier chunk of the same call returned.
     """
     prepared = launches.of(
         ("swiglu_hidden", call.x.shape, call.x.data_ptr() % 16, first_row),
         prepare_swiglu_hidden, call, hidden, first_row, moments is not None, config,
     )  # fmt: skip
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("gated_rows")
+        return variant.launch_hidden(call, launches, prepared, hidden, folded)
     weights = call.weights
     prepared.launch(
         x_ptr=call.x,
@@ -196,6 +202,7 @@ def swiglu_hidden(
         hat_ptr=hat_x,
         moments_ptr=moments,
     )
+    return None
 
 
 def prepare_swiglu_hidden(
@@ -211,7 +218,12 @@ def prepare_swiglu_hidden(
     device = device_target(x.device)
     if config is None:
         stage = "swiglu_projections" if projections else "swiglu_hidden"
-        config = setting_of(stage, x, channels, math.isqrt(rows))
+        variants = frozenset()
+        if not projections:
+            variants = hopper.variants("gated_rows", "takes_hidden", x, call, hidden)
+        config = setting_of(stage, x, channels, math.isqrt(rows), 1, variants)
+    if config.kernel == "hopper":
+        return hopper.kernels("gated_rows").prepare_hidden(call, hidden, config)
     block_n = block_of(config.block_n, call.hidden)
     block_k = block_of(config.block_k, channels)
     pair = projection_pair(

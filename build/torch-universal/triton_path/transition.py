@@ -59,7 +59,7 @@ def _run(call: Transition, launches: Launches) -> Tensor:
     out = call.residual
     if not call.inplace:
         out = launches.empty("output", x.shape, x.dtype, x.device)
-    memory = None
+    memory = folded = None
     for entries, rows in _chunks(call, call.hidden, *_FORWARD_CHUNK):
         part = _part(call, entries, rows)
         count = part.x.shape[:3].numel()
@@ -67,7 +67,7 @@ def _run(call: Transition, launches: Launches) -> Tensor:
             memory = launches.empty("hidden", (count, call.hidden), x.dtype, x.device)
         hidden, made = memory[:count], _cut(out, entries, rows)
         first_row = 0 if call.lengths is None else rows.start
-        swiglu_hidden(part, launches, hidden, first_row)
+        folded = swiglu_hidden(part, launches, hidden, first_row, folded=folded)
         alignments = [0 if t is None else t.data_ptr() % 16 for t in (part.residual, made)]
         prepared = launches.of(
             ("row_linear", part.x.shape, first_row, *alignments),

@@ -128,6 +128,8 @@ def compile_case(kernel: ModuleType, target: str, case: Case) -> list[tuple[str,
                         for constant, value in launch.constants.items()
                         if constant.startswith("BLOCK_") or constant in ("DESCRIPTORS", "HELD")
                     }
+                    if launch.variant:
+                        config["VARIANT"] = launch.variant
                     compiled[name] = launch.compile(**tensors), {**config, **launch.options}
     return [(name, *found) for name, found in compiled.items()]
 

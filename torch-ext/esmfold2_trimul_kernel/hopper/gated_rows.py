@@ -306,7 +306,8 @@ def prepare_planes(
         [config.block_n, 1, ROWS],
     )  # fmt: skip
     return _prepare(
-        call.x, 2 * hidden, config, tiles, x_tile, out, planes=True, masked=call.mask is not None,
+        "fused_dual_gemm", call.x, 2 * hidden, config, tiles, x_tile, out,
+        planes=True, masked=call.mask is not None,
         values=dict(eps=call.eps_in, pitch=pitch, **named_strides("mask", "bij", mask_strides)),
     )  # fmt: skip
 
@@ -355,7 +356,7 @@ def prepare_hidden(call: Transition, hidden: Tensor, config: LaunchConfig) -> Pr
         [1, ROWS, config.block_n],
     )  # fmt: skip
     return _prepare(
-        call.x, width, config, tiles, x_tile, out, planes=False, masked=False,
+        "swiglu_hidden", call.x, width, config, tiles, x_tile, out, planes=False, masked=False,
         values=dict(eps=call.eps, pitch=0, **named_strides("mask", "bij", (0, 0, 0))),
     )  # fmt: skip
 
@@ -387,7 +388,7 @@ def launch_hidden(
 
 
 def _prepare(
-    x: Tensor, count: int, config: LaunchConfig, tiles: Tiles, x_tile, out, *,
+    stage: str, x: Tensor, count: int, config: LaunchConfig, tiles: Tiles, x_tile, out, *,
     planes: bool, masked: bool, values: dict,
 ) -> PreparedLaunch:  # fmt: skip
     channels, block_n = x.shape[3], config.block_n
@@ -416,4 +417,6 @@ def _prepare(
             OUT_LAYOUT=shared_layout([block_n, ROWS] if planes else [ROWS, block_n]),
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[consumers][0]),
+        stage=stage,
+        variant="hopper",
     )  # fmt: skip

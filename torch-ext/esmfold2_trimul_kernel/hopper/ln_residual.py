@@ -381,6 +381,8 @@ def prepare(
             OUT_LAYOUT=shared_layout([ROWS, block_n]),
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
+        stage="fused_ln_residual",
+        variant="hopper",
     )  # fmt: skip
 
 

@@ -1,0 +1,78 @@
+"""Variants of stages for Hopper GPUs, written in Triton's Gluon dialect.
+
+    gated_rows      stage 1, and the first stage of the transition
+    ln_residual     stage 3
+
+A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
+the faster one ("kernel": "hopper"). What it doesn't take, and any other GPU, has the stage's own
+kernel.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..paths import say_once
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import has_descriptor
+from ..triton_parts.settings import release
+
+_KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose Gluon these kernels are written for
+_WIDTHS = (128, 256)
+_plain_only = False
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType | None:
+    """A module of this package; None, with a warning, where Triton has no Gluon that it knows."""
+    reason = f"Triton {triton.__version__} is none of 3.6 to 3.9"
+    if _KNOWN[0] <= release(triton.__version__) <= _KNOWN[1]:
+        try:
+            return importlib.import_module(f".{name}", __name__)
+        except (ImportError, AttributeError) as error:
+            reason = f"Triton's Gluon can't be imported ({error})"
+    say_once(f"runs the kernels that every GPU has, not those for Hopper: {reason}")
+    return None
+
+
+def variants(name: str, takes: str, x: Tensor, *arguments: Any) -> frozenset[str]:
+    """The variants, for `setting_of`, of a stage that may run on rows like x [..., C].
+
+    Args:
+        name: the module of this package.
+        takes: its function that tells, of `arguments`, whether it can run the stage.
+    """
+    if (
+        _plain_only
+        or x.dtype != torch.bfloat16
+        or x.shape[-1] not in _WIDTHS
+        or device_target(x.device).target != "sm_90"
+        or not has_descriptor(x)
+        or (module := kernels(name)) is None
+        or not getattr(module, takes)(*arguments)
+    ):
+        return frozenset()
+    return frozenset({"hopper"})
+
+
+def plain_only() -> bool:
+    """Whether the variants are left out, see `without_variants`."""
+    return _plain_only
+
+
+@contextlib.contextmanager
+def without_variants() -> Iterator[None]:
+    """A context in which every stage runs its own kernel, to compare; for the whole process."""
+    global _plain_only
+    previous, _plain_only = _plain_only, True
+    try:
+        yield
+    finally:
+        _plain_only = previous

@@ -1,0 +1,422 @@
+"""Stage 1, and the first stage of the transition: see `fused_dual_gemm` and `swiglu_hidden`.
+
+    v, u = LayerNorm(x) Wv^T + bv, LayerNorm(x) Wg^T + bg           x [B, R, J, C], bfloat16
+    planes:  out[b, n, q, p] = v sigmoid(u) mask at the pair (q, p) of the entry b
+    rows:    out[(b, i, j), n] = v u sigmoid(u)
+
+The same arithmetic as in the plain kernels, but for the norm, which is folded into the weights (see
+`folded_norm`), so that the rows are multiplied as they came.
+
+A program has two or three consumers, each for a tile of 64 pairs of one row, and two warps that
+load: one the rows of x, one the weights, which stream past once for all consumers' tiles. A
+consumer keeps its rows in registers and frees their memory at once for its next tile's.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .._call import Call, Transition
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import (
+    Launches,
+    PreparedLaunch,
+    has_descriptor,
+    named_strides,
+    pointers,
+    strides,
+)
+from ..triton_parts.settings import LaunchConfig
+from .folded_norm import EXTRA, fold_norms
+from .parts import (
+    REGISTERS,
+    ROWS,
+    Tiles,
+    advance,
+    barriers,
+    halves,
+    load_tile,
+    ready,
+    reciprocal,
+    shared_layout,
+    statistics,
+    store_tile,
+    tile_at,
+    tma_descriptor,
+    viewed,
+)
+
+_EXTRA = gl.constexpr(EXTRA)
+_LOG2_E = gl.constexpr(1.4426950408889634)
+_LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _consume(
+    memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs, mask_strides,
+    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
+    ME: gl.constexpr,
+):  # fmt: skip
+    """One consumer: N channels of every CONSUMERS-th tile of 64 pairs."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    AT_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
+    OUT_LAYOUT: gl.constexpr = out.layout
+    x_slots, ring, extras = memory
+    x_full, ring_full = loaded
+    x_empty, ring_empty = freed
+    B, R, J, pitch, per_row, tiles = pairs
+    zero = gl.zeros([64, 2 * BLOCK_N], gl.float32, ACC)
+    stage = 0
+    phase = 0
+    tile_phase = 0
+    turn_phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        entry, i, start = tile_at(tile * CONSUMERS + ME, R, per_row)
+        mbarrier.wait(x_full.index(ME), tile_phase)
+        tile_phase ^= 1
+        mean, rstd = statistics(x_slots.index(ME), eps, A)
+        rows, further, scale = ready(x_slots.index(ME), mean, rstd, eps, PARTS, A)
+        fence_async_shared()
+        mbarrier.arrive(x_empty.index(ME), count=1)
+        scale = gl.convert_layout(scale, AT_ROWS)
+        gate_scale = scale * -_LOG2_E
+        j = start + gl.arange(0, 64, layout=AT_ROWS)
+        if PLANES:
+            inside = (j < J) & (entry < B)
+            if MASKED:
+                offs_mask = entry.to(gl.int64) * mask_strides[0] + i.to(gl.int64) * mask_strides[1]
+                offs_mask = offs_mask + j.to(gl.int64) * mask_strides[2]
+                mask = gl.load(mask_ptr + offs_mask, mask=inside, other=0)
+                scale = scale * mask.to(gl.float32)
+            else:
+                scale = scale * inside.to(gl.float32)
+            offs = (entry.to(gl.int64) * 2 * R + i) * pitch + j
+            inside = (j < pitch) & (entry < B)
+            mean = gl.convert_layout(mean, AT_ROWS)
+            rstd = gl.convert_layout(rstd, AT_ROWS)
+            gl.store(moments_ptr + offs, mean, mask=inside)
+            gl.store(moments_ptr + offs + R.to(gl.int64) * pitch, rstd, mask=inside)
+        for step in range(N // BLOCK_N):
+            first = stage + 0
+            mbarrier.wait(ring_full.index(stage), phase)
+            mbarrier.wait(turns.index(ME), turn_phase)
+            turn_phase ^= 1
+            extra = extras.index(stage // PARTS).permute((1, 0))
+            acc = warpgroup_mma(further, extra, zero, use_acc=False, is_async=True)
+            acc = warpgroup_mma(rows[0], ring.index(stage).permute((1, 0)), acc, is_async=True)
+            stage, phase = advance(stage, phase, STAGES)
+            for k in gl.static_range(1, PARTS):
+                mbarrier.wait(ring_full.index(stage), phase)
+                acc = warpgroup_mma(
+                    rows[k], ring.index(stage).permute((1, 0)), acc, is_async=True
+                )
+                stage, phase = advance(stage, phase, STAGES)
+            mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            for k in gl.static_range(PARTS):
+                mbarrier.arrive(ring_empty.index((first + k) % STAGES), count=1)
+            value, gate = halves(acc, HALF)
+            # exp2 of this is exp of the negative argument of the sigmoid.
+            power = gate * gate_scale.expand_dims(1)
+            gated = value * scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
+            if not PLANES:
+                gated = gated * (power * -_LN_2)
+            slot = out_slots.index(ME)
+            tma.store_wait(0)  # the block before has left the slot
+            if PLANES:
+                slot.permute((1, 0)).store(gated.to(gl.bfloat16))
+                fence_async_shared()
+                made = viewed(slot, [BLOCK_N, 1, 64], OUT_LAYOUT)
+                store_tile(out, [entry * N + step * BLOCK_N, i, start], made)
+            else:
+                slot.store(gated.to(gl.bfloat16))
+                fence_async_shared()
+                made = viewed(slot, [1, 64, BLOCK_N], OUT_LAYOUT)
+                store_tile(out, [entry * R + i, start, step * BLOCK_N], made)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _load_rows(
+    x, x_slots, x_full, x_empty, pairs, C: gl.constexpr, CONSUMERS: gl.constexpr
+):  # fmt: skip
+    B, R, J, pitch, per_row, tiles = pairs
+    X_LAYOUT: gl.constexpr = x.layout
+    phase = 1
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for me in range(CONSUMERS):
+            entry, i, start = tile_at(tile * CONSUMERS + me, R, per_row)
+            mbarrier.wait(x_empty.index(me), phase)
+            mbarrier.expect(x_full.index(me), 64 * C * 2)
+            slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
+            load_tile(x, [entry, i, start, 0], x_full.index(me), slot)
+        phase ^= 1
+
+
+@gluon.jit
+def _load_weights(
+    weights, further, ring, extras, ring_full, ring_empty, tiles,
+    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    stage = 0
+    phase = 1
+    for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for step in range(N // BLOCK_N):
+            for k in gl.static_range(PARTS):
+                mbarrier.wait(ring_empty.index(stage), phase)
+                full = ring_full.index(stage)
+                both = ring.index(stage)
+                at = k * (C // PARTS)
+                if k == 0:
+                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS + _EXTRA) * 2)
+                    extra = extras.index(stage // PARTS)
+                    low = extra.slice(0, BLOCK_N, dim=0)
+                    high = extra.slice(BLOCK_N, BLOCK_N, dim=0)
+                    load_tile(further, [step * BLOCK_N, 0], full, low)
+                    load_tile(further, [N + step * BLOCK_N, 0], full, high)
+                else:
+                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS) * 2)
+                load_tile(weights, [step * BLOCK_N, at], full, both.slice(0, BLOCK_N, dim=0))
+                load_tile(
+                    weights, [N + step * BLOCK_N, at], full, both.slice(BLOCK_N, BLOCK_N, dim=0)
+                )
+                stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "eps", "B", "R", "J", "per_row", "tiles", "stride_mask_b", "stride_mask_i", "stride_mask_j",
+    ]
+)  # fmt: skip
+def _gated_rows_hopper_kernel(
+    x, weights, further, out, mask_ptr, moments_ptr, eps, B, R, J, pitch, per_row, tiles,
+    stride_mask_b, stride_mask_i, stride_mask_j,
+    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
+    REGISTERS: gl.constexpr, X_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """All N channels of B * R * per_row tiles of 64 pairs, CONSUMERS of them at a time."""
+    x_slots = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, C], X_LAYOUT)
+    ring = gl.allocate_shared_memory(
+        gl.bfloat16, [STAGES, 2 * BLOCK_N, C // PARTS], weights.layout
+    )
+    extras = gl.allocate_shared_memory(
+        gl.bfloat16, [STAGES // PARTS, 2 * BLOCK_N, _EXTRA], further.layout
+    )
+    out_shape: gl.constexpr = [CONSUMERS, BLOCK_N, 64] if PLANES else [CONSUMERS, 64, BLOCK_N]
+    out_slots = gl.allocate_shared_memory(gl.bfloat16, out_shape, OUT_LAYOUT)
+    loaded = barriers(CONSUMERS, 1), barriers(STAGES, 1)
+    freed = barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS)
+    turns = barriers(CONSUMERS, 1)
+    fence_async_shared()
+    mbarrier.arrive(turns.index(0), count=1)
+    memory = x_slots, ring, extras
+    pairs = B, R, J, pitch, per_row, tiles
+    strides = stride_mask_b, stride_mask_i, stride_mask_j
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_consume, (
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
+                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 0,
+            )),
+            (_consume, (
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
+                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 1,
+            )),
+            (_load_weights, (
+                weights, further, ring, extras, loaded[1], freed[1], tiles,
+                C, N, BLOCK_N, PARTS, STAGES,
+            )),
+            (_load_rows, (x, x_slots, loaded[0], freed[0], pairs, C, CONSUMERS)),
+        ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
+                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 0,
+            )),
+            (_consume, (
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
+                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 1,
+            )),
+            (_consume, (
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
+                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 2,
+            )),
+            (_load_weights, (
+                weights, further, ring, extras, loaded[1], freed[1], tiles,
+                C, N, BLOCK_N, PARTS, STAGES,
+            )),
+            (_load_rows, (x, x_slots, loaded[0], freed[0], pairs, C, CONSUMERS)),
+        ], [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24])  # fmt: skip
+
+
+def takes_planes(call: Call, planes: tuple[Tensor, Tensor]) -> bool:
+    """Whether stage 1 of a call without padding, of all channels, can run here."""
+    a, b = planes
+    batch, hidden, rows, pitch = a.shape
+    size = hidden * rows * pitch
+    return (
+        call.lengths is None
+        and hidden % ROWS == 0
+        and a.stride() == b.stride() == (2 * size, rows * pitch, pitch, 1)
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.storage_offset() - a.storage_offset() == size
+    )
+
+
+def prepare_planes(
+    call: Call, planes: tuple[Tensor, Tensor], config: LaunchConfig
+) -> PreparedLaunch:
+    """The launch of stage 1 for calls like this one; see `fused_dual_gemm.prepare_dual_gemm`."""
+    a = planes[0]
+    batch, hidden, rows, pitch = a.shape
+    x_strides, mask_strides = list(strides(call.x)), (0, 0, 0)
+    columns, stride_b, stride_q, stride_p = call.x.shape[2], *x_strides[:3]
+    if call.mask is not None:
+        mask_strides = strides(call.mask)
+    if call.direction == "incoming":
+        columns, stride_q, stride_p = call.x.shape[1], stride_p, stride_q
+        mask_strides = (mask_strides[0], mask_strides[2], mask_strides[1])
+    one_row = (
+        pitch == columns
+        and stride_q == columns * stride_p
+        and mask_strides[1] == columns * mask_strides[2]
+    )
+    tiles = Tiles.of(batch, rows, columns, one_row)
+    if one_row:
+        pitch *= rows
+    tiles = tiles._replace(per_row=-(-pitch // ROWS))
+    x_tile = tiles.descriptor(
+        call.x, [stride_b, stride_q, stride_p, 1], call.x.shape[3], call.x.shape[3]
+    )
+    out = tma_descriptor(
+        a, [batch * 2 * hidden, tiles.rows, pitch], [tiles.rows * pitch, pitch, 1],
+        [config.block_n, 1, ROWS],
+    )  # fmt: skip
+    return _prepare(
+        "fused_dual_gemm", call.x, 2 * hidden, config, tiles, x_tile, out,
+        planes=True, masked=call.mask is not None,
+        values=dict(eps=call.eps_in, pitch=pitch, **named_strides("mask", "bij", mask_strides)),
+    )  # fmt: skip
+
+
+def launch_planes(
+    call: Call,
+    launches: Launches,
+    prepared: PreparedLaunch,
+    planes: tuple[Tensor, Tensor],
+    moments: Tensor,
+) -> None:
+    """Fills a, b and the moments; `prepared` is from `prepare_planes`."""
+    weights = call.weights
+    norm = weights.norm_in_weight, weights.norm_in_bias
+    folded, further = fold_norms(
+        launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
+        (weights.p_in_bias, weights.g_in_bias),
+    )  # fmt: skip
+    prepared.launch(
+        x=call.x,
+        weights=folded,
+        further=further,
+        out=planes[0],
+        mask_ptr=call.mask,
+        moments_ptr=moments,
+    )
+
+
+def takes_hidden(call: Transition, hidden: Tensor) -> bool:
+    """Whether the first stage of a transition without padding can run here."""
+    return call.lengths is None and call.hidden % ROWS == 0 and has_descriptor(hidden)
+
+
+def prepare_hidden(call: Transition, hidden: Tensor, config: LaunchConfig) -> PreparedLaunch:
+    """The launch of `swiglu_hidden` for calls like this one."""
+    batch, rows, columns, channels = call.x.shape
+    stride_b, stride_i, stride_j, _ = strides(call.x)
+    one_row = rows == 1 or columns == 1 or stride_i == columns * stride_j
+    if columns == 1:
+        stride_j = stride_i
+    tiles = Tiles.of(batch, rows, columns, one_row)
+    x_tile = tiles.descriptor(call.x, [stride_b, stride_i, stride_j, 1], channels, channels)
+    width, columns = call.hidden, tiles.columns
+    out = tma_descriptor(
+        hidden, [batch * tiles.rows, columns, width], [columns * width, width, 1],
+        [1, ROWS, config.block_n],
+    )  # fmt: skip
+    return _prepare(
+        "swiglu_hidden", call.x, width, config, tiles, x_tile, out, planes=False, masked=False,
+        values=dict(eps=call.eps, pitch=0, **named_strides("mask", "bij", (0, 0, 0))),
+    )  # fmt: skip
+
+
+def launch_hidden(
+    call: Transition,
+    launches: Launches,
+    prepared: PreparedLaunch,
+    hidden: Tensor,
+    folded: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Fills hidden; `prepared` is from `prepare_hidden`, `folded` what an earlier chunk got."""
+    weights = call.weights
+    if folded is None:
+        norm = weights.norm_weight, weights.norm_bias
+        folded = fold_norms(
+            launches, "hidden", (weights.up_weight, weights.gate_weight), (norm, norm),
+            (weights.up_bias, weights.gate_bias),
+        )  # fmt: skip
+    prepared.launch(
+        x=call.x,
+        weights=folded[0],
+        further=folded[1],
+        out=hidden,
+        mask_ptr=None,
+        moments_ptr=None,
+    )
+    return folded
+
+
+def _prepare(
+    stage: str, x: Tensor, count: int, config: LaunchConfig, tiles: Tiles, x_tile, out, *,
+    planes: bool, masked: bool, values: dict,
+) -> PreparedLaunch:  # fmt: skip
+    channels, block_n = x.shape[3], config.block_n
+    consumers = config.block_m // ROWS
+    rows = tiles.values(consumers)
+    weights_like = x.new_empty(0)  # a dtype and an aligned address
+    return PreparedLaunch(
+        _gated_rows_hopper_kernel,
+        min(rows["tiles"], device_target(x.device).multiprocessors),
+        tensors=pointers("mask_ptr", "moments_ptr") | {
+            "x": x_tile,
+            "weights": tma_descriptor(
+                weights_like, [2 * count, channels], [channels, 1], [block_n, config.block_k]
+            ),
+            "further": tma_descriptor(
+                weights_like, [2 * count, EXTRA], [EXTRA, 1], [block_n, EXTRA]
+            ),
+            "out": out,
+        },
+        values=values | rows,
+        constants=dict(
+            C=channels, N=count, BLOCK_N=block_n, PARTS=channels // config.block_k,
+            STAGES=config.num_stages, CONSUMERS=consumers, PLANES=planes, MASKED=masked,
+            REGISTERS=REGISTERS[consumers][1],
+            X_LAYOUT=shared_layout([ROWS, channels]),
+            OUT_LAYOUT=shared_layout([block_n, ROWS] if planes else [ROWS, block_n]),
+        ),
+        options=dict(num_warps=4, maxnreg=REGISTERS[consumers][0]),
+        stage=stage,
+        variant="hopper",
+    )  # fmt: skip

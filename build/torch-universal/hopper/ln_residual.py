@@ -1,0 +1,415 @@
+"""Stage 3 on Hopper GPUs: see `fused_ln_residual`, whose arithmetic it has.
+
+    out = residual + drop_mask * (t We^T + be) * sigmoid(z Wo^T + bo)             [B, R, J, C]
+    t   = LayerNorm(product[b, :, i, j]), z = LayerNorm(x[b, i, j])               bfloat16, C = D
+
+Both norms are folded into the weights (see `folded_norm`): the product is multiplied as the planes
+that it is, and x as it came. The moments of x are stage 1's, those of the product are computed
+here.
+
+A program has two consumers, each for a tile of 64 pairs of one row. Warps of their own load the
+weights, which stream past once for both; x and the product's planes; and tiles of the residual,
+into the memory from which the output is stored. A consumer keeps x and the product in registers.
+All of a tile's x has been read before any of its output is written, so that the output may be the
+memory of x.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .._call import Call
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import (
+    Launches,
+    PreparedLaunch,
+    has_descriptor,
+    named_strides,
+    pointers,
+    strides,
+)
+from ..triton_parts.settings import LaunchConfig
+from .folded_norm import EXTRA, fold_norms
+from .parts import (
+    REGISTERS,
+    ROWS,
+    Tiles,
+    advance,
+    barriers,
+    load_tile,
+    ready,
+    reciprocal,
+    shared_layout,
+    statistics,
+    store_tile,
+    tile_at,
+    tma_descriptor,
+    viewed,
+)
+
+_EXTRA = gl.constexpr(EXTRA)
+_LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _consume(
+    memory, out_slots, out_full, out_empty, loaded, freed, turns, out, moments_ptr, drop_ptr,
+    eps_in, eps_out, pairs, moments_strides, drop_strides,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
+    """One consumer: all C channels of every other tile of 64 pairs."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    AT_ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
+    OUT_LAYOUT: gl.constexpr = out.layout
+    x_slots, t_slots, ring, extras = memory
+    x_full, t_full, ring_full = loaded
+    x_empty, t_empty, ring_empty = freed
+    B, R, J, per_row, tiles = pairs
+    zero = gl.zeros([64, BLOCK_N], gl.float32, ACC)
+    stage = 0
+    tile_phase = 0
+    phase = 0
+    turn_phase = 0
+    count = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        entry, i, start = tile_at(tile * 2 + ME, R, per_row)
+        j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
+        inside = (j < J) & (entry < B)
+        offs = (
+            entry.to(gl.int64) * moments_strides[0]
+            + i.to(gl.int64) * moments_strides[2]
+            + j.to(gl.int64) * moments_strides[3]
+        )
+        mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
+        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=0.0)
+        mbarrier.wait(x_full.index(ME), tile_phase)
+        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, PARTS, A)
+        fence_async_shared()
+        mbarrier.arrive(x_empty.index(ME), count=1)
+        mbarrier.wait(t_full.index(ME), tile_phase)
+        slot = t_slots.index(ME).permute((1, 0))
+        mean_t, rstd_t = statistics(slot, eps_out, A)
+        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, PARTS, A)
+        fence_async_shared()
+        mbarrier.arrive(t_empty.index(ME), count=1)
+        tile_phase ^= 1
+        scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
+        scale_t = gl.convert_layout(scale_t, AT_ROWS)
+        for step in range(C // BLOCK_N):
+            first = stage + 0
+            mbarrier.wait(ring_full.index(stage), phase)
+            mbarrier.wait(turns.index(ME), turn_phase)
+            turn_phase ^= 1
+            both = extras.index(stage // PARTS)
+            low = both.slice(0, BLOCK_N, dim=0).permute((1, 0))
+            high = both.slice(BLOCK_N, BLOCK_N, dim=0).permute((1, 0))
+            delta = warpgroup_mma(further_t, low, zero, use_acc=False, is_async=True)
+            gate = warpgroup_mma(further_x, high, zero, use_acc=False, is_async=True)
+            both = ring.index(stage)
+            low = both.slice(0, BLOCK_N, dim=0).permute((1, 0))
+            high = both.slice(BLOCK_N, BLOCK_N, dim=0).permute((1, 0))
+            delta = warpgroup_mma(ts[0], low, delta, is_async=True)
+            gate = warpgroup_mma(xs[0], high, gate, is_async=True)
+            stage, phase = advance(stage, phase, STAGES)
+            for k in gl.static_range(1, PARTS):
+                mbarrier.wait(ring_full.index(stage), phase)
+                both = ring.index(stage)
+                low = both.slice(0, BLOCK_N, dim=0).permute((1, 0))
+                high = both.slice(BLOCK_N, BLOCK_N, dim=0).permute((1, 0))
+                delta = warpgroup_mma(ts[k], low, delta, is_async=True)
+                gate = warpgroup_mma(xs[k], high, gate, is_async=True)
+                stage, phase = advance(stage, phase, STAGES)
+            mbarrier.arrive(turns.index(1 - ME), count=1)
+            delta, gate = warpgroup_mma_wait(0, deps=(delta, gate))
+            for k in gl.static_range(PARTS):
+                mbarrier.arrive(ring_empty.index((first + k) % STAGES), count=1)
+            # exp2 of this is exp of the negative argument of the sigmoid.
+            power = gate * scale_x.expand_dims(1)
+            update = delta * scale_t.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
+            if DROPS:
+                columns = start + gl.arange(0, 64, layout=AT_ROWS)
+                channels = step * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ACC))
+                offs_drop = entry.to(gl.int64) * drop_strides[0]
+                offs_drop = (offs_drop + columns.to(gl.int64) * drop_strides[1]).expand_dims(1)
+                offs_drop = offs_drop + (channels * drop_strides[2]).expand_dims(0)
+                within = ((columns < J) & (entry < B)).expand_dims(1)
+                drop = gl.load(drop_ptr + offs_drop, mask=within, other=0.0)
+                update = update * drop.to(gl.float32)
+            place = count % OUT_SLOTS
+            made = out_slots.index(place)
+            if RESIDUAL:
+                mbarrier.wait(out_full.index(place), (count // OUT_SLOTS) & 1)
+                update = update + made.load(ACC).to(gl.float32)
+            else:
+                tma.store_wait(OUT_SLOTS - 1)
+            made.store(update.to(gl.bfloat16))
+            fence_async_shared()
+            store_tile(
+                out, [entry, i, start, step * BLOCK_N],
+                viewed(made, [1, 1, 64, BLOCK_N], OUT_LAYOUT),
+            )  # fmt: skip
+            if RESIDUAL:
+                # The tile before this one has left its memory.
+                tma.store_wait(1)
+                mbarrier.arrive(
+                    out_empty.index((count + OUT_SLOTS - 1) % OUT_SLOTS), count=1, pred=count > 0
+                )
+            count += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _load_weights(
+    weights, further, ring, extras, ring_full, ring_empty, tiles,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    stage = 0
+    phase = 1
+    for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for step in range(C // BLOCK_N):
+            for k in gl.static_range(PARTS):
+                mbarrier.wait(ring_empty.index(stage), phase)
+                full = ring_full.index(stage)
+                both = ring.index(stage)
+                at = k * (C // PARTS)
+                if k == 0:
+                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS + _EXTRA) * 2)
+                    extra = extras.index(stage // PARTS)
+                    low = extra.slice(0, BLOCK_N, dim=0)
+                    high = extra.slice(BLOCK_N, BLOCK_N, dim=0)
+                    load_tile(further, [step * BLOCK_N, 0], full, low)
+                    load_tile(further, [C + step * BLOCK_N, 0], full, high)
+                else:
+                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS) * 2)
+                load_tile(weights, [step * BLOCK_N, at], full, both.slice(0, BLOCK_N, dim=0))
+                load_tile(
+                    weights, [C + step * BLOCK_N, at], full, both.slice(BLOCK_N, BLOCK_N, dim=0)
+                )
+                stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_rows(
+    x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, pairs, C: gl.constexpr
+):  # fmt: skip
+    B, R, J, per_row, tiles = pairs
+    X_LAYOUT: gl.constexpr = x.layout
+    T_LAYOUT: gl.constexpr = product.layout
+    phase = 1
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for me in range(2):
+            entry, i, start = tile_at(tile * 2 + me, R, per_row)
+            mbarrier.wait(x_empty.index(me), phase)
+            mbarrier.expect(x_full.index(me), 64 * C * 2)
+            slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
+            load_tile(x, [entry, i, start, 0], x_full.index(me), slot)
+            mbarrier.wait(t_empty.index(me), phase)
+            mbarrier.expect(t_full.index(me), 64 * C * 2)
+            slot = viewed(t_slots.index(me), [1, 1, C, 64], T_LAYOUT)
+            load_tile(product, [entry, i, 0, start], t_full.index(me), slot)
+        phase ^= 1
+
+
+@gluon.jit
+def _load_residual(
+    residual, out_slots0, out_slots1, full0, full1, empty0, empty1, pairs,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    if RESIDUAL:
+        LAYOUT: gl.constexpr = residual.layout
+        B, R, J, per_row, tiles = pairs
+        count = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            entry0, i0, start0 = tile_at(tile * 2, R, per_row)
+            entry1, i1, start1 = tile_at(tile * 2 + 1, R, per_row)
+            for step in range(C // BLOCK_N):
+                place = count % OUT_SLOTS
+                phase = ((count // OUT_SLOTS) & 1) ^ 1
+                mbarrier.wait(empty0.index(place), phase)
+                mbarrier.expect(full0.index(place), 64 * BLOCK_N * 2)
+                made = viewed(out_slots0.index(place), [1, 1, 64, BLOCK_N], LAYOUT)
+                load_tile(residual, [entry0, i0, start0, step * BLOCK_N], full0.index(place), made)
+                mbarrier.wait(empty1.index(place), phase)
+                mbarrier.expect(full1.index(place), 64 * BLOCK_N * 2)
+                made = viewed(out_slots1.index(place), [1, 1, 64, BLOCK_N], LAYOUT)
+                load_tile(residual, [entry1, i1, start1, step * BLOCK_N], full1.index(place), made)
+                count += 1
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
+        "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
+        "stride_drop_b", "stride_drop_j", "stride_drop_c",
+    ]
+)  # fmt: skip
+def _ln_residual_hopper_kernel(
+    x, product, weights, further, residual, out, moments_ptr, drop_ptr, eps_in, eps_out,
+    B, R, J, per_row, tiles,
+    stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
+    stride_drop_b, stride_drop_j, stride_drop_c,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr,
+    REGISTERS: gl.constexpr, ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr,
+    OUT_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """All C channels of B * R * per_row tiles of 64 pairs, two at a time."""
+    x_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C], ROWS_LAYOUT)
+    t_slots = gl.allocate_shared_memory(gl.bfloat16, [2, C, 64], PLANES_LAYOUT)
+    ring = gl.allocate_shared_memory(
+        gl.bfloat16, [STAGES, 2 * BLOCK_N, C // PARTS], weights.layout
+    )
+    extras = gl.allocate_shared_memory(
+        gl.bfloat16, [STAGES // PARTS, 2 * BLOCK_N, _EXTRA], further.layout
+    )
+    out0 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    out1 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    loaded = barriers(2, 1), barriers(2, 1), barriers(STAGES, 1)
+    freed = barriers(2, 1), barriers(2, 1), barriers(STAGES, 2)
+    turns = barriers(2, 1)
+    full0 = barriers(OUT_SLOTS, 1)
+    full1 = barriers(OUT_SLOTS, 1)
+    empty0 = barriers(OUT_SLOTS, 1)
+    empty1 = barriers(OUT_SLOTS, 1)
+    fence_async_shared()
+    mbarrier.arrive(turns.index(0), count=1)
+    memory = x_slots, t_slots, ring, extras
+    pairs = B, R, J, per_row, tiles
+    moments_strides = stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j
+    drop_strides = stride_drop_b, stride_drop_j, stride_drop_c
+    gl.warp_specialize([
+        (_consume, (
+            memory, out0, full0, empty0, loaded, freed, turns, out, moments_ptr, drop_ptr,
+            eps_in, eps_out, pairs, moments_strides, drop_strides,
+            C, BLOCK_N, PARTS, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
+        )),
+        (_consume, (
+            memory, out1, full1, empty1, loaded, freed, turns, out, moments_ptr, drop_ptr,
+            eps_in, eps_out, pairs, moments_strides, drop_strides,
+            C, BLOCK_N, PARTS, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
+        )),
+        (_load_weights, (
+            weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, PARTS, STAGES,
+        )),
+        (_load_rows, (
+            x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
+        )),
+        (_load_residual, (
+            residual, out0, out1, full0, full1, empty0, empty1, pairs,
+            C, BLOCK_N, OUT_SLOTS, RESIDUAL,
+        )),
+    ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+
+
+def takes(call: Call, product: Tensor) -> bool:
+    """Whether stage 3 of a call without padding can run here, whose x [B, R, L, C] may be rows."""
+    return (
+        call.lengths is None
+        and call.x.shape[3] == product.shape[1]
+        and has_descriptor(product)
+        and (call.residual is None or has_descriptor(call.residual))
+    )
+
+
+def prepare(
+    call: Call, product: Tensor, moments: Tensor, config: LaunchConfig
+) -> PreparedLaunch:
+    """The launch of stage 3 for calls like this one; see `fused_ln_residual`."""
+    x, residual, drop_mask = call.x, call.residual, call.drop_mask
+    batch, rows, length, channels = x.shape
+    stride_b, stride_d, stride_i, _ = product.stride()
+    x_strides = strides(x)
+    moment_strides = list(moments.stride())
+    made = [rows * length * channels, length * channels, channels, 1]
+    residual_strides = made if residual is None else strides(residual)
+    one_row = (
+        drop_mask is None
+        and product.shape[3] == stride_i == length
+        and x_strides[1] == length * x_strides[2]
+        and residual_strides[1] == length * residual_strides[2]
+        and moment_strides[2] == length * moment_strides[3]
+    )
+    tiles = Tiles.of(batch, rows, length, one_row)
+    block_n = config.block_n
+    pitch = tiles.columns if one_row else product.shape[3]
+    x_tile = tiles.descriptor(x, x_strides, channels, channels)
+    planes = tma_descriptor(
+        product, [batch, tiles.rows, channels, pitch], [stride_b, stride_i, stride_d, 1],
+        [1, 1, channels, ROWS],
+    )  # fmt: skip
+    residual_tile = None
+    if residual is not None:
+        residual_tile = tiles.descriptor(residual, residual_strides, channels, block_n)
+    values = tiles.values(2)
+    drop_strides = (0, 0, 1) if drop_mask is None else strides(drop_mask)
+    return PreparedLaunch(
+        _ln_residual_hopper_kernel,
+        min(values["tiles"], device_target(x.device).multiprocessors),
+        tensors=pointers("moments_ptr", "drop_ptr") | {
+            "x": x_tile,
+            "product": planes,
+            "weights": tma_descriptor(
+                product, [2 * channels, channels], [channels, 1], [block_n, config.block_k]
+            ),
+            "further": tma_descriptor(
+                product, [2 * channels, EXTRA], [EXTRA, 1], [block_n, EXTRA]
+            ),
+            "residual": residual_tile,
+            "out": tiles.descriptor(x, made, channels, block_n),
+        },
+        values=dict(
+            eps_in=call.eps_in, eps_out=call.eps_out,
+            **values,
+            **named_strides("moments", "bnij", moment_strides),
+            **named_strides("drop", "bjc", drop_strides),
+        ),
+        constants=dict(
+            C=channels, BLOCK_N=block_n, PARTS=channels // config.block_k,
+            STAGES=config.num_stages, OUT_SLOTS=config.split, RESIDUAL=residual is not None,
+            DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
+            ROWS_LAYOUT=shared_layout([ROWS, channels]),
+            PLANES_LAYOUT=shared_layout([channels, ROWS]),
+            OUT_LAYOUT=shared_layout([ROWS, block_n]),
+        ),
+        options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
+        stage="fused_ln_residual",
+        variant="hopper",
+    )  # fmt: skip
+
+
+def launch(
+    call: Call,
+    launches: Launches,
+    prepared: PreparedLaunch,
+    product: Tensor,
+    moments: Tensor,
+    out: Tensor,
+) -> None:
+    """Fills out; `prepared` is from `prepare`."""
+    weights = call.weights
+    folded, further = fold_norms(
+        launches, "residual", (weights.p_out_weight, weights.g_out_weight),
+        (
+            (weights.norm_out_weight, weights.norm_out_bias),
+            (weights.norm_in_weight, weights.norm_in_bias),
+        ), (weights.p_out_bias, weights.g_out_bias),
+    )  # fmt: skip
+    prepared.launch(
+        x=call.x,
+        product=product,
+        weights=folded,
+        further=further,
+        residual=call.residual,
+        out=out,
+        moments_ptr=moments,
+        drop_ptr=call.drop_mask,
+    )

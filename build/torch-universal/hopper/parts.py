@@ -1,0 +1,208 @@
+"""What the Hopper kernels share: Triton's Gluon dialect, rings of stages, and folded norms.
+
+A Hopper kernel has warps of their own for loads (one warp each, by TMA) and for products
+("consumers", four warps each). They meet at barriers in shared memory: "full", a load has arrived,
+and "empty", its memory may be overwritten. A ring has several stages, which are filled in turn.
+Consumers also take turns at the matrix unit, so that while one multiplies another computes its
+gates.
+
+Folded norms. A consumer multiplies rows of x as they are. With W' = W diag(g), s the sums of its
+rows over k, and c = W b + bias,
+
+    LayerNorm(x) W^T + bias = rstd (x W'^T - mean s + c / rstd)
+
+and the last two terms are summed by the matrix unit too, as 16 further channels: on the side of x
+they are mean and 1 / rstd, on that of W' they are -s and c, each in three pieces of bfloat16, which
+hold 24 bits. What is left of the norm after the product is one factor a row.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+ROWS = 64  # of a consumer's tile
+_ROWS = gl.constexpr(ROWS)
+# Keeps a row's sum from overflowing; as a power of two it rounds nothing.
+_SUM_SCALE = gl.constexpr(2.0**-16)
+
+# Triton 3.8 renamed these two; the old names are still there, and raise.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.8
+
+
+@gluon.jit
+def viewed(buffer, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same bytes of shared memory in another shape."""
+    if _REINTERPRET:
+        return buffer.reinterpret(buffer.dtype, SHAPE, LAYOUT)
+    else:
+        return buffer._reinterpret(buffer.dtype, SHAPE, LAYOUT)
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring; the phase of its barriers turns with each round."""
+    stage += 1
+    wraps = stage == STAGES
+    return gl.where(wraps, 0, stage), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of which waits for ARRIVALS."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def tile_at(index, rows, per_row):
+    """(entry, row, first column) of a tile; beyond the last tile the entry is beyond the last."""
+    row = index // per_row
+    entry = row // rows
+    return entry, row - entry * rows, (index - row * per_row) * _ROWS
+
+
+@gluon.jit
+def held(slot, PARTS: gl.constexpr, A: gl.constexpr):
+    """Rows [64, C] of shared memory as PARTS left operands in registers."""
+    parts = ()
+    for k in gl.static_range(PARTS):
+        parts = parts + (_part(slot, k, PARTS).load(A),)
+    return parts
+
+
+@gluon.jit
+def _part(slot, k: gl.constexpr, PARTS: gl.constexpr):
+    width: gl.constexpr = slot.shape[1] // PARTS
+    return slot.slice(k * width, width, dim=1)
+
+
+@gluon.jit
+def statistics(slot, eps, A: gl.constexpr):
+    """The mean and 1 / sqrt(var + eps), [64] each, of 16-bit rows [64, C], in two passes.
+
+    The rows are read a part at a time: held in registers, each value would take one of its own.
+    """
+    PARTS: gl.constexpr = slot.shape[1] // 64
+    WIDTH: gl.constexpr = slot.shape[1]
+    total = gl.sum(_part(slot, 0, PARTS).load(A).to(gl.float32) * _SUM_SCALE, 1)
+    for k in gl.static_range(1, PARTS):
+        total = total + gl.sum(_part(slot, k, PARTS).load(A).to(gl.float32) * _SUM_SCALE, 1)
+    mean = total * (1.0 / WIDTH / _SUM_SCALE)
+    d = _part(slot, 0, PARTS).load(A).to(gl.float32) - mean.expand_dims(1)
+    squares = gl.sum(d * d, 1)
+    for k in gl.static_range(1, PARTS):
+        d = _part(slot, k, PARTS).load(A).to(gl.float32) - mean.expand_dims(1)
+        squares = squares + gl.sum(d * d, 1)
+    return mean, gl.rsqrt(squares * (1.0 / WIDTH) + eps)
+
+
+@gluon.jit
+def ready(slot, mean, rstd, eps, PARTS: gl.constexpr, A: gl.constexpr):
+    """(parts, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
+
+    Constant rows are replaced by zeros, in the slot: their norm is the bias alone, but x W'^T and
+    mean s, whose difference rstd magnifies, would not cancel to the last bit. A row is one if
+    |mean| rstd >= 2^10 and var is nearly 0: if bfloat16 values of up to 512 channels that lie so
+    far from 0 differ at all, var is at least eps / 32. Where var overflows, rstd is 0, and the norm
+    is the bias too.
+    """
+    constant = (gl.maximum(mean, -mean) * rstd >= 1024.0) & (rstd >= 0.99 * gl.rsqrt(eps))
+    constant = constant | (rstd == 0.0)
+    if gl.max(constant.to(gl.int32), 0) > 0:
+        for k in gl.static_range(PARTS):
+            part = _part(slot, k, PARTS)
+            rows = part.load(A)
+            part.store(gl.where(constant.expand_dims(1), gl.zeros_like(rows), rows))
+    mean = gl.where(constant, 0.0, mean)
+    scale = gl.where(constant, 1.0, rstd)
+    return held(slot, PARTS, A), _pieces(mean, 1.0 / scale, A), scale
+
+
+@gluon.jit
+def _pieces(mean, deviation, A: gl.constexpr):
+    """Six products of three pieces each, in the order of `folded_norm`: 1 2 3 1 2 1."""
+    column = gl.arange(0, 16, layout=gl.SliceLayout(0, A)).expand_dims(0)
+    place = column % 6
+    value = gl.where(column < 6, mean.expand_dims(1), deviation.expand_dims(1))
+    first = value.to(gl.bfloat16).to(gl.float32)
+    second = (value - first).to(gl.bfloat16).to(gl.float32)
+    third = value - first - second
+    piece = gl.where(
+        (place == 0) | (place == 3) | (place == 5), first, gl.where(place == 2, third, second)
+    )
+    return gl.where(column < 12, piece, 0.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def reciprocal(x):
+    """1 / x within 1 ulp, in one instruction."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def halves(x, HALF: gl.constexpr):
+    """The two halves of x [64, 2N] along N: registers are renamed, no data moves."""
+    left, right = x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+    left = gl.convert_layout(left, HALF, assert_trivial=True)
+    return left, gl.convert_layout(right, HALF, assert_trivial=True)
+
+
+def shared_layout(block: Sequence[int]) -> gl.NVMMASharedLayout:
+    """The layout of a 16-bit block in shared memory that TMA and wgmma agree on."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+
+
+def tma_descriptor(
+    tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
+) -> TensorDescriptor:
+    """`launch.descriptor_of` for a Gluon kernel; an axis of length 1 may have any stride."""
+    steps = [16 if size == 1 else step for size, step in zip(shape[:-1], strides[:-1], strict=True)]
+    layout = shared_layout(block)
+    found = TensorDescriptor(tensor, list(shape), [*steps, 1], list(block), layout)
+    found.base = None  # or it would keep the tensor alive
+    return found
+
+
+class Tiles(NamedTuple):
+    """How tiles of 64 pairs cover the pairs [B, R, J] of a call."""
+
+    entries: int  # B
+    rows: int  # R, or 1 where all pairs of an entry are one row
+    columns: int  # J, or R * J
+    per_row: int
+
+    @classmethod
+    def of(cls, batch: int, rows: int, columns: int, one_row: bool) -> "Tiles":
+        """Tiles over rows of `columns` pairs, or over whole entries."""
+        if one_row:
+            rows, columns = 1, rows * columns
+        return cls(batch, rows, columns, -(-columns // ROWS))
+
+    def values(self, consumers: int) -> dict[str, int]:
+        """The kernels' parameters."""
+        tiles = -(-self.entries * self.rows * self.per_row // consumers)
+        names = dict(B=self.entries, R=self.rows, J=self.columns)
+        return dict(**names, per_row=self.per_row, tiles=tiles)
+
+    def descriptor(
+        self, tensor: Tensor, strides: Sequence[int], channels: int, block_n: int
+    ) -> TensorDescriptor:
+        """Of [B, R, J, channels] with these strides, in tiles of 64 pairs."""
+        shape = [self.entries, self.rows, self.columns, channels]
+        return tma_descriptor(tensor, shape, strides, [1, 1, ROWS, block_n])
+
+
+# Registers of a thread on average, and of a consumer's, with two or three consumers and four warps,
+# at most, that load.
+REGISTERS = {2: (168, 240), 3: (128, 160)}
