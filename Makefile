@@ -2,7 +2,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-REQUIREMENTS := requirements.txt requirements-test.txt requirements-peers.txt tools/pyproject.toml
+REQUIREMENTS := requirements.txt requirements-test.txt requirements-peers.txt tools/pyproject.toml tools/setup.py
 FUZZ_SUMMARY ?= out/fuzz.json
 UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
 
@@ -71,5 +71,5 @@ lint: env
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf out .pytest_cache .ruff_cache
+	rm -rf out .pytest_cache .ruff_cache tools/build tools/LICENSE
 	find torch-ext build tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

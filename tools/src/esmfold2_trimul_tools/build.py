@@ -28,7 +28,7 @@ from kernels._rust import (
 )
 
 from .errors import UserError
-from .repository import VARIANT
+from .repository import VARIANT, variant_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -130,13 +130,16 @@ def build_variant(root: Path) -> BuildResult:
 def check_variant(root: Path) -> list[str]:
     """The problems of `build/torch-universal` in the repository at `root`, a line each.
 
-    The list is empty if the folder is as `build_variant` would make it and its digest holds.
+    The list is empty if the folder is as `build_variant` would make it and its digest holds; an
+    installed package has the digest alone.
     Nothing is written. Bytecode is ignored: importing the kernel makes it, and no digest counts it.
 
     Raises:
         UserError: as `build_variant`.
     """
-    variant = root / VARIANT
+    variant = variant_of(root)
+    if variant == root:
+        return _digest_problems(variant)
     with tempfile.TemporaryDirectory() as scratch:
         _write_variant(root, Path(scratch))
         wanted, found = _files(Path(scratch)), _files(variant)
