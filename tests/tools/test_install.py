@@ -163,7 +163,7 @@ def test_the_command_finds_it(python, environment, tmp_path):
     said = {finding["name"]: finding["value"] for finding in findings}
     assert said["Kernel"].startswith("installed, ") and str(environment) in said["Kernel"]
     assert said["Kernel build"] == "its digest holds"
-    with pytest.raises(AssertionError, match=r"status 2\s+error: .*without its sources: pass --kernel-r"):
+    with pytest.raises(AssertionError, match=r"status 2\s+error: .*without its sources"):
         output(command, "build", cwd=tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_the_command_folds(environment, tmp_path):
     (fold,) = document["folds"]
     assert fold["sites"]["swapped"] == fold["sites"]["total"] > 0
     assert all((tmp_path / file).is_file() for file in fold["files"].values())
-    with pytest.raises(AssertionError, match=r"status 2\s+error: matplotlib not installed: pip install matplotlib, or"):
+    with pytest.raises(AssertionError, match=r"status 2\s+error: matplotlib not installed"):
         without = "import sys; sys.modules['matplotlib'] = None\n"
         (tmp_path / "sitecustomize.py").write_text(without)
         output(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))

@@ -184,6 +184,10 @@ def _write_variant(root: Path, folder: Path) -> str:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         (folder / relative).write_bytes(content)
 
+    # The format has one backend for each folder: the first that build.toml lists.
+    backend = {"type": general["backends"][0]}
+    if backend["type"] == "cuda" and "cuda_capabilities" in config["torch-noarch"]:
+        backend["archs"] = config["torch-noarch"]["cuda_capabilities"]
     digest = Digest.hash_variant(DigestAlgorithm.SHA256, folder)
     metadata = {
         "name": str(name),
@@ -191,8 +195,7 @@ def _write_variant(root: Path, folder: Path) -> str:
         "version": general["version"],
         "license": general["license"],
         "python-depends": general.get("python-depends", []),
-        # The format has one backend for each folder: the first that build.toml lists.
-        "backend": {"type": general["backends"][0]},
+        "backend": backend,
         "digest": {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))},
     }
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
