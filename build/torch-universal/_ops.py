@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_254d83808f"
+_NAMESPACE = "_esmfold2_trimul_kernel_3ee9b10185"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_254d83808f"
+_BUILD_ID = "_esmfold2_trimul_kernel_3ee9b10185"
 
 
 def _load_package() -> ModuleType:
