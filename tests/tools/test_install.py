@@ -3,8 +3,10 @@
 The environment has this one's libraries, but neither the tools nor the kernel.
 """
 
+import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,8 +130,15 @@ def test_without_a_build_there_is_no_wheel(checkout, tmp_path):
         wheel_of(tmp_path / "tools", tmp_path)
 
 
+def readme_block(text: str) -> str:
+    """The README's one block of code that has the text."""
+    blocks = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if text in block]
+    return found
+
+
 def test_the_kernel_computes_from_anywhere(python, tmp_path):
-    """Also where the kernels library loads another copy of the same build."""
+    """And patches, by the README; also where the kernels library loads a copy of the same build."""
     script = f"""
 import sys
 from importlib.metadata import version
@@ -149,8 +158,13 @@ for package in packages:
     assert relative_error(run(package, problem), reference(problem)) < 5e-6
 print(kernel.__file__)
 print(kernel.__version__, version("esmfold2-trimul-tools"))
+from folding import tiny_model
+model = tiny_model()
+exec(sys.argv[1])
 """
-    where, versions = output(python, "-c", script, cwd=tmp_path).splitlines()
+    lines = readme_block("kernel.patch(model)")
+    where, versions, patched, *_ = output(python, "-c", script, lines, cwd=tmp_path).splitlines()
+    assert patched == "triangle multiplications: 10 found, 10 swapped, 0 left"
     assert Path(where).is_relative_to(python.parents[1]) and Path(where).parent.name == PACKAGE
     assert len({*versions.split()}) == 1
 
@@ -167,17 +181,49 @@ def test_the_command_finds_it(python, environment, tmp_path):
         output(command, "build", cwd=tmp_path)
 
 
-def test_the_command_folds(environment, tmp_path):
-    options = ["--random-weights", "--device", "cpu", "--steps", "2", "--samples", "1", "--json"]
-    command = [environment / COMMAND, "fold", "MQIFVK", *options, "--loops", "1"]
-    document = json.loads(output(*command, cwd=tmp_path))
-    (fold,) = document["folds"]
-    assert fold["sites"]["swapped"] == fold["sites"]["total"] > 0
-    assert all((tmp_path / file).is_file() for file in fold["files"].values())
+def test_a_new_user_folds_a_file(python, environment, tmp_path):
+    """The README's two commands, pip's and this, where the Hub can't be reached.
+
+    Of ten records one is bad and one too long. The weights are random: there are no others here.
+    """
+    pip, fold = readme_block("pip install").split(), readme_block("fold my.fasta").splitlines()[0]
+    assert pip[2].strip('"').startswith(f"{TOOLS.replace('_', '-')}[fold]")
+    arguments = fold.replace("--model biohub/ESMFold2", "--random-weights").split()
+    assert arguments.pop(0) == "esmfold2-trimul" and "--random-weights" in arguments
+    good = ["MQIFVK", "TLTGKTI", "GGSA", "MQI:FVK", "AAAAA", "MKV", "WYF", "mqxk"]
+    sequences = [*good[:3], "MQZIFV", *good[3:], "MQIFVKTLTGKTITLEVEPSDTIENV"]
+    records = [f">protein_{i}\n{sequence}\n" for i, sequence in enumerate(sequences)]
+    (tmp_path / "my.fasta").write_text("".join(records))
+    quick = ["--max-length", "20", "--steps", "2", "--samples", "1", "--loops", "1"]
+    command = [environment / COMMAND, *arguments, *quick]
+    nowhere = "http://127.0.0.1:9"
+    # A thread that waits for others takes long on a busy machine.
+    variables = {"HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere, "OMP_NUM_THREADS": "1"}
+    with pytest.raises(AssertionError) as ended:
+        output(*command, cwd=tmp_path, HF_HUB_OFFLINE="0", **variables)
+    said = str(ended.value)
+    assert said.startswith("status 1\n") and "Traceback" not in said
+    assert "8 of 10 folded: results/summary.csv and results/index.html\n" in said
+    assert "unknown residue 'Z' at position 3" in said and "more than --max-length 20\n" in said
+
+    with (tmp_path / "results" / "summary.csv").open() as table:
+        rows = {row["name"]: row for row in csv.DictReader(table)}
+    assert sorted(rows) == sorted(f"protein_{i}" for i in range(10))
+    failed = [name for name, row in rows.items() if row["status"] != "folded"]
+    assert sorted(failed) == ["protein_3", "protein_9"]
+    assert all(rows[name]["error"] for name in failed)
+    pages = sorted(path.name for path in (tmp_path / "results").glob("protein*.html"))
+    assert len(pages) == 8
+    index = (tmp_path / "results" / "index.html").read_text()
+    assert all(f'href="{page}"' in index for page in pages)
+
+
+def test_what_a_fold_needs_is_asked_for_before_it_begins(environment, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['matplotlib'] = None\n")
     with pytest.raises(AssertionError, match=r"status 2\s+error: matplotlib not installed"):
-        without = "import sys; sys.modules['matplotlib'] = None\n"
-        (tmp_path / "sitecustomize.py").write_text(without)
+        command = [environment / COMMAND, "fold", "MQIFVK", "--random-weights"]
         output(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert not (tmp_path / "out").exists()
 
 
 def test_uninstalled_nothing_is_left(python, environment, before):
