@@ -219,8 +219,8 @@ def test_a_new_user_folds_a_file(python, environment, tmp_path):
 
 
 def test_what_a_fold_needs_is_asked_for_before_it_begins(environment, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['matplotlib'] = None\n")
-    with pytest.raises(AssertionError, match=r"status 2\s+error: matplotlib not installed"):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['gemmi'] = None\n")
+    with pytest.raises(AssertionError, match=r"status 2\s+error: gemmi not installed"):
         command = [environment / COMMAND, "fold", "MQIFVK", "--random-weights"]
         output(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert not (tmp_path / "out").exists()

@@ -140,7 +140,8 @@ def _swapping() -> Iterator[Finding]:
         return
     yield Finding("ESMFold2", "ok", f"of transformers {found}")
     if absent := missing("gemmi", "matplotlib", "dash_molstar"):
-        yield Finding("Files of a fold", "problem", f"no {', '.join(absent)}", how_to_get(*absent))
+        status = "problem" if "gemmi" in absent else "warning"
+        yield Finding("Files of a fold", status, f"no {', '.join(absent)}", how_to_get(*absent))
     versions = f"transformers {found}, kernels {kernels}"
     if problem := _swap_problem():
         value = f"{versions}: only transformers' own ways need a pair that fits"

@@ -114,7 +114,7 @@ def fold(
         for failure in proteins.values():
             print_failure(failure)
         raise typer.Exit(2)
-    check_installed("gemmi", "matplotlib", *(["dash_molstar"] if pages else []))
+    check_installed("gemmi")  # the others cost a picture or a page
     setup = Setup(
         model, random_weights, kernel, device, dtype, seed, kernel_root, full_size, chunk_size
     )
