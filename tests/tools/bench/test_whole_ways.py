@@ -8,7 +8,8 @@ import torch
 from esmfold2_trimul_tools.bench.rivals import Absent, find_esm
 from esmfold2_trimul_tools.bench.whole import ways as subject
 from esmfold2_trimul_tools.bench.whole.ways import TRIANGLES
-from folding import ZERO_LAYER
+from esmfold2_trimul_tools.folding.fold import Settings, fold
+from folding import SHORT, ZERO_LAYER
 from whole_fakes import BY_NAME, LENGTH, tiny_bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +86,15 @@ def test_ours_says_what_patch_did(bench, monkeypatch):
     with bench.sources.kernel.patch(bench.model), pytest.raises(RuntimeError, match=" 0 swapped"):
         with subject.ours(bench):
             pass
+
+
+def test_a_denoiser_that_is_not_captured_is_a_failure(bench):
+    with pytest.raises(RuntimeError, match="without a CUDA graph: it runs on cpu"):
+        with subject.ours_graph(bench) as installed:
+            assert installed.has_our_ops
+            assert installed.note.endswith("swapped by patch; the denoiser as a CUDA graph")
+            fold(bench.model, SHORT, Settings(loops=0, samples=1, steps=1))
+    assert not any("forward" in vars(part) for part in bench.model.modules())
 
 
 def test_the_published_layer_takes_every_triangle(kernel, tmp_path):

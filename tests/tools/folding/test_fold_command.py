@@ -15,7 +15,15 @@ from cli_runner import refusal, run
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.console import ProgressBar
 from esmfold2_trimul_tools.errors import BrokenFoldError, UserError
-from esmfold2_trimul_tools.folding import fold, memory, model, pages, plots, validate
+from esmfold2_trimul_tools.folding import (
+    fold,
+    memory,
+    model,
+    model_setup,
+    pages,
+    plots,
+    validate,
+)
 from esmfold2_trimul_tools.folding.sequences import Record
 from folding import (
     QUICK,
@@ -99,6 +107,29 @@ def test_fold_json_is_all_there_is_on_stdout(tiny, tmp_path):
         assert record["files"]["pdb"] == f"new/folder/{stem}.pdb"
         assert all(Path(file).is_file() for file in record["files"].values())
     assert document["failures"] == []
+
+
+def test_a_cuda_graph_needs_a_gpu(tiny):
+    message = "--cuda-graph needs a CUDA device, and this fold runs on cpu"
+    assert refusal("fold", "MQIF", *QUICK, "--cuda-graph") == message
+
+
+def test_why_a_denoiser_does_not_replay_is_said_once(tiny, monkeypatch):
+    resolved = model_setup.Setup.__init__
+
+    def setup(self, *arguments):
+        resolved(self, *arguments[:-1])
+        self.cuda_graph = arguments[-1]
+
+    monkeypatch.setattr(model_setup.Setup, "__init__", setup)
+    Path("my.fasta").write_text(">one\nMQIF\n>two\nTLTG\n")
+    result = run("fold", "my.fasta", *QUICK, "--cuda-graph", "--json")
+    assert result.exit_code == 0, result.output
+    words = "warning: the denoiser runs without a CUDA graph: it runs on cpu\n"
+    assert result.stderr == words
+    document = json.loads(result.stdout)
+    assert document["cuda_graph"] is True
+    assert [one["replayed_steps"] for one in document["folds"]] == [0, 0]
 
 
 def test_files_that_cant_be_written_are_named(tiny):

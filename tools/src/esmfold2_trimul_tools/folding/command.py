@@ -13,6 +13,7 @@ from ..options import AsJson, KernelRoot, checked, writable_folder
 from .model_setup import Setup
 from .options import (
     ChunkSize,
+    CudaGraph,
     DeviceName,
     DtypeName,
     FullSize,
@@ -70,6 +71,7 @@ def fold(
     max_length: MaxLength = None,
     memory: MemoryMode = None,
     chunk_size: ChunkSize = None,
+    cuda_graph: CudaGraph = False,
     out: Annotated[
         Path,
         typer.Option("--out", help="Folder for the results."),
@@ -116,8 +118,9 @@ def fold(
         raise typer.Exit(2)
     check_installed("gemmi")  # the others cost a picture or a page
     setup = Setup(
-        model, random_weights, kernel, device, dtype, seed, kernel_root, full_size, chunk_size
-    )
+        model, random_weights, kernel, device, dtype, seed, kernel_root, full_size, chunk_size,
+        cuda_graph,
+    )  # fmt: skip
     Run(setup, settings, compare, out, as_json, pages).fold(proteins, memory, force)
 
 

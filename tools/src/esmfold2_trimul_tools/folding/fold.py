@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import BrokenFoldError, UserError
 from .complexes import features_of
+from .denoiser import graphed_denoiser
 from .memory import PeakMemory, measure_peak_memory
 from .model import Swap, pair_layers, swap_in, triangle_modules
 from .options import Kernel, Settings
@@ -204,13 +205,16 @@ def ranking_scores(ptm: Tensor, iptm: Tensor, chains: int) -> Tensor:
 class Outcome(NamedTuple):
     """One protein folded with the kernel, or on the stock path for "off", and its comparison.
 
-    stock and differences are None unless the fold was to be compared.
+    stock and differences are None unless the fold was to be compared. replayed_steps: how many
+    steps of the fold's denoiser a CUDA graph replayed, None if it was not to. warnings: about that.
     """
 
     swap: Swap
     fold: Fold
     stock: Fold | None = None
     differences: Differences | None = None
+    replayed_steps: int | None = None
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """The protein in the JSON output."""
@@ -220,6 +224,7 @@ class Outcome(NamedTuple):
             "chains": len(self.fold.record.chains),
             "sites": self.swap._asdict(),
             **self.fold.summary(),
+            "replayed_steps": self.replayed_steps,
             "stock": self.stock and self.stock.summary(),
             "differences": self.differences and self.differences._asdict(),
         }
@@ -233,6 +238,7 @@ def fold_records(
     root: Path | None = None,
     compare_with_stock: bool = False,
     progress: LabelledProgress | None = None,
+    cuda_graph: bool = False,
 ) -> Iterator[Outcome | Failure]:
     """Fold each protein with the kernel, and once more on the stock path to compare if asked.
 
@@ -241,6 +247,7 @@ def fold_records(
 
     Args:
         kernel, root: as for `model.swap_in`.
+        cuda_graph: whether the denoiser is a CUDA graph; not in the fold that is compared with.
 
     Raises:
         UserError: the kernel can't be had.
@@ -259,11 +266,16 @@ def fold_records(
                 fold_with(path, record, "warming up", cheapest)
             warm = True
         name = "stock path" if kernel == "off" else kernel
-        swap, result = fold_with(kernel, record, name, settings)
+        warnings: list[str] = []
+        graphed = graphed_denoiser(model, warnings.append) if cuda_graph else nullcontext()
+        with graphed as denoiser:
+            swap, result = fold_with(kernel, record, name, settings)
+        replayed_steps = denoiser and denoiser.replays
         if not compare_with_stock:
-            return Outcome(swap, result)
+            return Outcome(swap, result, None, None, replayed_steps, tuple(warnings))
         _, stock = fold_with("off", record, "stock path", settings)
-        return Outcome(swap, result, stock, compare(result, stock))
+        differences = compare(result, stock)
+        return Outcome(swap, result, stock, differences, replayed_steps, tuple(warnings))
 
     warm = not compare_with_stock
     swap_in(model, kernel, root)  # a kernel that can't be had is no protein's failure

@@ -24,6 +24,7 @@ class Setup:
         kernel_root: Path | None,
         full_size: bool = False,
         chunk_size: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if random_weights and model is not None:
             raise UserError("give either --model or --random-weights")
@@ -37,6 +38,10 @@ class Setup:
         )
 
         self.device = resolve_device(device)
+        if cuda_graph and self.device.type != "cuda":
+            raise UserError(
+                f"--cuda-graph needs a CUDA device, and this fold runs on {self.device.type}"
+            )
         self.kernel = check_kernel(kernel, self.device)
         self.dtype = resolve_dtype(dtype, self.device)
         drawn = "random weights, full size" if full_size else "random weights"
@@ -45,6 +50,7 @@ class Setup:
         self.full_size = full_size
         self.seed = seed
         self.chunk_size = chunk_size
+        self.cuda_graph = cuda_graph
         if self.kernel == "hub":
             check_swappable()
 
@@ -106,6 +112,7 @@ class Setup:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kernel": self.kernel,
+            "cuda_graph": self.cuda_graph,
             "path": name,
             "path_reason": reason,
             "loops": settings.loops,

@@ -87,6 +87,8 @@ def facts(outcome: "Outcome", setup: Setup) -> list[list[str]]:
         ["Seconds", f"{result.seconds:.2f}"],
         ["Peak memory", _memory(result.memory)],
     ]  # fmt: skip
+    if outcome.replayed_steps is not None:
+        found.append(["CUDA graph", f"{outcome.replayed_steps} denoising steps"])
     if stock is not None:
         found += [
             ["Seconds, stock path", f"{stock.seconds:.2f}"],

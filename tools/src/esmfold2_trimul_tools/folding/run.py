@@ -51,6 +51,7 @@ class Run:
         self.setup, self.settings, self.compare = setup, settings, compare
         self.out, self.as_json, self.pages = out, as_json, pages
         self.failures: dict[str, Failure] = {}
+        self._warned: set[str] = set()
         with _writing(out):
             out.mkdir(parents=True, exist_ok=True)
             self.results = Results(out, setup.settings_of_results(settings, compare))
@@ -138,7 +139,7 @@ class Run:
                 report.overall(0, len(records))
             outcomes = fold_records(
                 model, list(records.values()), self.settings, setup.kernel, setup.root,
-                self.compare, report,
+                self.compare, report, setup.cuda_graph,
             )  # fmt: skip
             for number, (stem, outcome) in enumerate(zip(records, outcomes, strict=True), start=1):
                 with report.hidden():
@@ -178,6 +179,10 @@ class Run:
         from .output import write_files
 
         record = outcome.fold.record
+        for words in outcome.warnings:
+            if words not in self._warned:
+                print(f"warning: {words}", file=sys.stderr)
+        self._warned.update(outcome.warnings)
         note = RANDOM_NOTE if self.setup.random_weights else ""
         try:
             with _writing(self.out):
