@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_282a2f8108"
+_NAMESPACE = "_esmfold2_trimul_kernel_fdd2605c1b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

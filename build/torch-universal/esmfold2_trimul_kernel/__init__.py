@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_282a2f8108"
+_BUILD_ID = "_esmfold2_trimul_kernel_fdd2605c1b"
 
 
 def _load_package() -> ModuleType:
