@@ -2,7 +2,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-REQUIREMENTS := requirements.txt requirements-test.txt requirements-peers.txt tools/pyproject.toml
+REQUIREMENTS := requirements.txt requirements-test.txt requirements-peers.txt tools/pyproject.toml tools/setup.py
 FUZZ_SUMMARY ?= out/fuzz.json
 UBIQUITIN := tools/src/esmfold2_trimul_tools/data/ubiquitin.fasta
 
@@ -16,7 +16,7 @@ help:
 	@echo "make test-isa  numeric tests with other instruction sets, threads and seeds: 90 minutes"
 	@echo "make fuzz      10,000 random calls; CASES=500 SEED=7 says how many and which"
 	@echo "make env       set up $(VENV) alone; fold, test, build and lint do it when needed"
-	@echo "make build     write build/torch-universal from torch-ext"
+	@echo "make build     write build/torch-universal and docs/api.md from torch-ext"
 	@echo "make lint      check the Python code with ruff"
 	@echo "make clean     remove what fold, test and lint leave; $(VENV) stays"
 	@echo
@@ -66,10 +66,11 @@ fuzz: env
 
 build: env
 	$(VENV)/bin/esmfold2-trimul build
+	$(VENV)/bin/python -m esmfold2_trimul_tools.api_page > docs/api.md
 
 lint: env
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf out .pytest_cache .ruff_cache
+	rm -rf out .pytest_cache .ruff_cache tools/build tools/LICENSE
 	find torch-ext build tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

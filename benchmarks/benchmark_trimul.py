@@ -1,8 +1,9 @@
-"""The Kernel Hub's benchmark: `kernels benchmark .` (needs `pip install "kernels[benchmark]"`).
+"""The Kernel Hub's benchmark: `kernels benchmark .` (`make env` installs what it needs).
 
 The runner times each workload of each class, and its reference: the same update in plain PyTorch,
 rounded to bfloat16 after every operation as a model without the kernel would. Workloads are named
-by the protein's length; they are made for a GPU, and on a CPU the long ones take minutes.
+by the protein's length; without a GPU there is the shortest alone, for the runner prints nothing
+before the last. It takes torch's build for the machine: without a GPU it needs one for CPUs.
 `esmfold2-trimul bench` measures far more.
 """
 
@@ -61,13 +62,12 @@ class _Workloads:
         mixed = layer_norm(product.movedim(1, -1), "norm_out")
         return F.linear(mixed, w["p_out_weight"]) * F.linear(z, w["g_out_weight"]).sigmoid()
 
-    setup_length_76 = partialmethod(_draw, 76)
-    setup_length_256 = partialmethod(_draw, 256)
-    setup_length_512 = partialmethod(_draw, 512)
-    setup_length_1024 = partialmethod(_draw, 1024)
-    benchmark_length_76 = benchmark_length_256 = benchmark_length_512 = _update
-    benchmark_length_1024 = _update
-    verify_length_76 = verify_length_256 = verify_length_512 = verify_length_1024 = _reference
+
+HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
+for length in (76, 256, 512, 1024) if HAS_GPU else (76,):
+    setattr(_Workloads, f"setup_length_{length}", partialmethod(_Workloads._draw, length))
+    setattr(_Workloads, f"benchmark_length_{length}", _Workloads._update)
+    setattr(_Workloads, f"verify_length_{length}", _Workloads._reference)
 
 
 class OutgoingOf128Channels(_Workloads, Benchmark):

@@ -14,7 +14,7 @@ from kernels import get_local_kernel
 try:
     from esm.models.esmfold2.layers import FoldingTrunk
 except ImportError as error:
-    raise SystemExit(f"biohub's esm can't be imported ({error}): pip install esm==3.4.1") from None
+    raise SystemExit(f"biohub's esm is missing ({error}): pip install esm==3.4.1.post1") from None
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = get_local_kernel(Path(__file__).resolve().parents[1])

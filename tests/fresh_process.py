@@ -10,7 +10,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 # Variables that would change how the kernel is found or which path it takes.
-_STRIPPED = ("TRITON_INTERPRET", "LOCAL_KERNELS", "USE_HUB_KERNELS")
+STRIPPED = ("TRITON_INTERPRET", "LOCAL_KERNELS", "USE_HUB_KERNELS")
 HUNG_SECONDS = 3600  # a process that takes so long will never end
 
 
@@ -20,7 +20,7 @@ def python_output(script: str, *arguments: str, **environment: str) -> str:
     The process is offline, takes the paths that a user's would, and can import the test helpers and
     the tools. `environment` adds to its environment variables.
     """
-    variables = {name: value for name, value in os.environ.items() if name not in _STRIPPED}
+    variables = {name: value for name, value in os.environ.items() if name not in STRIPPED}
     variables |= {
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -29,8 +29,7 @@ MODULES = {
     "openfold3": "openfold3.core.model.layers.triangular_multiplicative_update",
     "protenix": "protenix.model.triangular.triangular",
 }
-# Not in requirements-peers.txt: pip refuses it for Python 3.10 and 3.11.
-_ESM_MEND = "pip install --no-deps --target .venv/peers esm==3.4.1, with Python 3.12 or newer"
+_ESM_MEND = "make env installs it for Python 3.12 or newer"
 _FOLDER = Path(sys.prefix, "peers")
 _ABSENT = ("biotite", "gemmi", "ml_collections", "optree", "scipy")
 

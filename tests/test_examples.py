@@ -106,7 +106,7 @@ def test_esm_with_its_own_modules():
 
 def test_esm_that_is_not_there_is_asked_for():
     script = "import runpy, sys; sys.modules['esm'] = None; runpy.run_path(sys.argv[1])"
-    with pytest.raises(AssertionError, match="status 1.*\n*.*pip install esm==3.4.1"):
+    with pytest.raises(AssertionError, match="status 1.*\n*.*pip install esm==3.4.1.post1"):
         python_output(script, str(ROOT / "examples" / "in_esm.py"))
 
 

@@ -6,6 +6,8 @@ variant, which the Hub serves, must obey them.
 
 import ast
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +28,8 @@ STAGES = {"fused_dual_gemm.py", "fused_ln_residual.py", "trimul_einsum_triton.py
 WITHOUT_TRITON = {f"triton_parts/{name}.py" for name in ("__init__", "device", "settings")}
 NEEDS_TRITON = STAGES | {
     module for module in MODULES
-    if module.startswith(("triton_path/", "triton_parts/")) and module not in WITHOUT_TRITON
+    if module.startswith(("triton_path/", "triton_parts/", "hopper/"))
+    and module not in WITHOUT_TRITON
 }  # fmt: skip
 LAYER_VARIABLES = {"can_torch_compile", "has_backward"}
 
@@ -236,3 +239,33 @@ def test_the_card_has_the_front_matter_of_the_hub():
     assert entries["license"] == METADATA["license"].lower()
     # kernel-builder fills in the card as a template: all that looks like a tag is taken for one.
     assert not any(tag in card for tag in ("{{", "{%", "{#"))
+
+
+def test_get_kernel_takes_the_version_of_build_toml(tmp_path):
+    """From the Hub's cache, with the network away: laid out as the Hub's client does."""
+    (call,) = re.findall(r"kernels\.get_kernel\(.*\)", (ROOT / "docs" / "use.md").read_text())
+    repository = re.search(r'repo-id = "(.*)"', (ROOT / "build.toml").read_text())[1]
+    version = METADATA["version"]
+    assert call == f'kernels.get_kernel("{repository}", version={version})'
+    cached, commit = tmp_path / f"kernels--{repository.replace('/', '--')}", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / f"v{version}").write_text(commit)
+    shutil.copytree(VARIANT, cached / "snapshots" / commit / "build" / VARIANT.name)
+    script = """
+        import sys
+        import kernels
+        from helpers import make_problem, reference, relative_error, run
+
+        kernel = eval(sys.argv[1])
+        problem = make_problem(7, 16)
+        assert relative_error(run(kernel, problem), reference(problem)) < 5e-6
+        print(kernel.__name__, kernel.__file__)
+        try:
+            eval(sys.argv[1].replace("version=1", "version=2"))
+        except ValueError as error:
+            print(error)
+    """
+    printed = python_output(script, call, KERNELS_CACHE=str(tmp_path)).splitlines()
+    name, file = printed[0].split()
+    assert name == BUILD_ID and Path(file).is_relative_to(cached)
+    assert printed[1].startswith(f"Version {version + 1} not found, available versions: {version}")

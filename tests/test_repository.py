@@ -17,6 +17,14 @@ def test_the_workflow_runs_commands_that_the_makefile_has():
         assert program == "make" and re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
 
 
+def test_one_version(kernel):
+    """The package's and the tools', whose first number is the Hub's."""
+    tools = (ROOT / "tools" / "pyproject.toml").read_text()
+    assert re.search(r'^version = "(.*)"$', tools, re.MULTILINE)[1] == kernel.__version__
+    hub = re.search(r"^version = (\d+)$", (ROOT / "build.toml").read_text(), re.MULTILINE)[1]
+    assert kernel.__version__.split(".")[0] == hub
+
+
 def test_the_citation_has_the_packages_version(kernel):
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == kernel.__version__ and citation["license"] == "Apache-2.0"

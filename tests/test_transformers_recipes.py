@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import HAS_GPU
 from fresh_process import ROOT, python_output
 from selection import slow
 
@@ -114,6 +115,32 @@ def test_kernel_config(document, offline):
     ]  # fmt: skip
     assert all(0 < float(row[3]) < 1e-5 for row in rows[:-1])
     assert float(rows[-1][3]) == 0 and last == ["0"]
+
+
+def test_the_layer_mapped_by_hand():
+    code = block_with("CARD.md", "LocalLayerRepository(")
+    if not HAS_GPU:  # as it says there
+        code = code.replace('"cuda"', '"cpu"')
+    script = """
+    exec(sys.argv[1])
+    compare(wanted)
+    """
+    (row,) = printed_after(code, script)
+    assert row[:3] == ["10", "10", "infers"] and 0 < float(row[3]) < 1e-5
+
+
+def test_lines_that_load_a_clone():
+    code = [
+        block_with("CARD.md", "from kernels import get_local_kernel"),
+        block_with("docs/cuequivariance.md", "get_local_kernel("),
+    ]
+    script = """
+    for code in sys.argv[1].split("---"):
+        exec(code)
+    print(triangle_multiplicative_update is kernel.triangle_multiplicative_update, kernel.__file__)
+    """
+    (row,) = printed_after("---".join(code), script)
+    assert row == ["True", str(ROOT / "build" / "torch-universal" / "__init__.py")]
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])

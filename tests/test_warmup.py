@@ -1,5 +1,6 @@
 """warmup: after it no call of its kind brings a kernel that is not compiled yet."""
 
+import logging
 import types
 
 import pytest
@@ -203,9 +204,27 @@ def test_refusals(kernel, on_triton, changes, error, message):
     assert str(caught.value) == message
 
 
-def test_a_device_without_the_kernels(kernel):
-    with pytest.raises(ValueError) as caught:
-        kernel.warmup(16, device="cpu")
-    assert str(caught.value) == (
-        "device must run the Triton kernels: CPU tensors run the ATen path; got cpu"
-    )
+@pytest.mark.parametrize("device, reason", [
+    ("cpu", "CPU tensors run the ATen path"), ("cuda", "there is no cuda device here"),
+    (torch.device("xpu", 1), "there is no xpu device here"),
+])  # fmt: skip
+def test_a_machine_without_a_gpu_is_told_once(
+    kernel, submodule, monkeypatch, caplog, device, reason
+):
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(getattr(torch, kind), "is_available", lambda: False)
+    submodule("paths").say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for channels in (16, 32):
+            assert kernel.warmup(channels, device=device) is None
+        with pytest.raises(ValueError, match="lengths must be positive"):
+            kernel.warmup(16, device=device, lengths=[0])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The triangle multiplication is not compiled beforehand: {reason}."
+    ]
+
+
+def test_a_gpu_that_is_not_among_those_there(kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="device must be one of this machine; got 'cuda:99'"):
+        kernel.warmup(16, device="cuda:99")

@@ -39,7 +39,7 @@ from .trimul_with_residual import (
 )
 from .validation import lengths_from_mask
 
-__version__ = "1"
+__version__ = "1.0.0"
 __all__ = [
     "ESMFold2TriangleMultiplication",
     "explain",

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_dc4356b1aa"
+_NAMESPACE = "_esmfold2_trimul_kernel_954de57261"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 # As Triton reads it; the kernels are interpreted only if it was set before Triton was imported.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-_TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are "cuda" to torch
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are "cuda" to torch
 _MIN_TRITON = (3, 6)
 _MIN_CAPABILITY = (8, 0)
 
@@ -56,7 +56,7 @@ def execution_path(device: torch.device, dtype: torch.dtype) -> ExecutionPath:
         if _INTERPRET:
             return ExecutionPath("triton", "TRITON_INTERPRET is set: Triton's interpreter")
         return ExecutionPath("aten", "CPU tensors run the ATen path")
-    if device.type not in _TRITON_DEVICES:
+    if device.type not in TRITON_DEVICES:
         return ExecutionPath("aten", f"there are no Triton kernels for {device.type} tensors")
     try:
         from triton import __version__ as version

@@ -18,7 +18,7 @@ from peer_modules import (
 )
 from peers import peer
 from selection import slow
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,11 +153,44 @@ def test_lora_is_merged_with_its_gradients(kernel, calls, kind, targets):
             assert distance(results[name], wanted[name]) <= 1e-5, name
 
 
+def checkpoints_in_forward(layer: nn.Module) -> None:
+    """Makes its class one like those of transformers 5.23, of which not `__call__` checkpoints.
+
+    There each class wraps its forward, and that of the outermost class checkpoints.
+    """
+    kind = type(layer)
+    if kind.__call__ is nn.Module.__call__:
+        return
+
+    def wrapped(function):
+        @functools.wraps(function)
+        def forward(self, *arguments, **named):
+            run = functools.partial(function, self, **named)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                if type(self).forward is forward:
+                    return self._gradient_checkpointing_func(run, *arguments)
+            return run(*arguments)
+
+        return forward
+
+    def wrap_forward(cls, **_):
+        cls.forward = wrapped(cls.forward)
+
+    members = {
+        "__call__": nn.Module.__call__, "__init_subclass__": classmethod(wrap_forward),
+        "forward": wrapped(kind.forward),
+    }  # fmt: skip
+    layer.__class__ = type(kind.__name__, (kind,), members)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_checkpointing(kernel, calls, kind, reentrant):
+def test_checkpointing(kernel, calls, kind, reentrant, in_forward):
     """As transformers does it in training; the first pass of a reentrant one needs no gradient."""
     layer, pair, mask = make_layer(kind).train(), make_pair(1), make_mask(1)
+    if in_forward:
+        checkpoints_in_forward(layer)
     with kernel.patch(layer):
         wanted = gradients(layer, lambda x: call(layer, x, mask), pair)
         assert calls == TRAINING
@@ -170,6 +203,20 @@ def test_checkpointing(kernel, calls, kind, reentrant):
         first = INFERENCE if reentrant else TRAINING
         assert calls == TRAINING + first + TRAINING
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_checkpointing_of_the_layers_own_code(kernel, calls, in_forward):
+    """Once, where a hook lets its own code run."""
+    layer, pair, seen = make_layer().train(), make_pair(1), []
+    if in_forward:
+        checkpoints_in_forward(layer)
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    with kernel.patch(layer):
+        layer.tri_mul_out.register_forward_hook(lambda *_: seen.append("out"))
+        gradients(layer, layer, pair)
+    assert seen == ["out"] * 2 and calls == []
 
 
 @pytest.mark.parametrize("kind", ["pair", "MSA", slow("last MSA")])

@@ -1,12 +1,14 @@
 """build/torch-universal and the command that makes it: equal to the sources, and loadable."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from esmfold2_trimul_tools.build import build_variant, check_variant
 from esmfold2_trimul_tools.errors import UserError
 from esmfold2_trimul_tools.repository import ROOT_VARIABLE, VARIANT, find_root, load_kernel
@@ -60,7 +62,7 @@ def test_build_has_the_files_that_the_hub_wants(copy: Path):
     sources = {
         path.relative_to(copy / SOURCES).as_posix()
         for path in (copy / SOURCES).rglob("*")
-        if path.suffix in (".py", ".json")
+        if path.suffix in (".py", ".json", ".typed")
     }
     assert "triton_parts/configs/default.json" in sources and "layers.py" in sources
     assert set(result.files) == sources | {"_ops.py", "metadata.json", f"{PACKAGE}/__init__.py"}
@@ -83,9 +85,32 @@ def test_metadata_says_what_build_toml_says(copy: Path):
     assert metadata.id == result.build_id and metadata.id.isidentifier()
     assert metadata.name.python_name == PACKAGE
     assert (metadata.version, metadata.license) == (1, "Apache-2.0")
-    assert f'__version__ = "{metadata.version}"' in (result.variant / "__init__.py").read_text()
+    version = f'__version__ = "{metadata.version}.'  # build.toml has the first number alone
+    assert version in (result.variant / "__init__.py").read_text()
     assert metadata.python_depends == []
-    assert metadata.backend.backend_type == Backend.CUDA and metadata.backend.archs is None
+    assert metadata.backend.backend_type == Backend.CUDA
+    assert metadata.backend.archs == ["8.0+PTX"]
+
+
+@pytest.mark.parametrize("capability, supported", [
+    ((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 1), True),
+])  # fmt: skip
+def test_the_hubs_library_refuses_gpus_that_the_kernels_do_not_run_on(
+    submodule, monkeypatch, capability, supported
+):
+    from kernels.validate import ArchValidator
+
+    assert submodule("paths")._MIN_CAPABILITY == (8, 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    check = ArchValidator().validate_metadata
+    metadata = Metadata.read_from_file(ROOT / VARIANT / "metadata.json")
+    if supported:
+        check(metadata=metadata, variant=VARIANT.name)
+    else:
+        with pytest.raises(RuntimeError, match="CUDA capability 7.5 .* is not supported"):
+            check(metadata=metadata, variant=VARIANT.name)
 
 
 def test_recorded_digest_holds_and_counts_no_bytecode(copy: Path):
@@ -165,7 +190,8 @@ def test_build_removes_what_does_not_belong(copy: Path):
     ],
 )
 def test_a_build_toml_that_does_not_fit_is_refused(copy: Path, change, message: str):
-    text = (copy / "build.toml").read_text()
+    # Without the entry that another section may not have.
+    text = re.sub("cuda_capabilities.*", "", (copy / "build.toml").read_text())
     (copy / "build.toml").write_text(text.replace(*change))
     with pytest.raises(UserError, match=message):
         build_variant(copy)

@@ -209,7 +209,7 @@ def test_resources_prints_rows_and_problems(monkeypatch):
 
 
 def test_build_and_its_check(monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "find_root", lambda _: tmp_path)
+    monkeypatch.setattr(commands, "find_checkout", lambda _: tmp_path)
     done = build.BuildResult(tmp_path / build.VARIANT, "_id", ("a", "b"), ("a",), ())
     monkeypatch.setattr(build, "build_variant", lambda root: done)
     result = run("build")

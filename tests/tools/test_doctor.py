@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from esmfold2_trimul_tools import doctor
+from fresh_process import ROOT
 from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2TriangleMultiplicativeUpdate
 
 VERSIONS = {
@@ -43,7 +44,7 @@ def machine(monkeypatch):
             "esmfold2_problem": "",
             "has_local_kernel": True,
             "hub_answers": True,
-            "load_kernel": ("root", "the kernel"),
+            "load_kernel": (ROOT, "the kernel"),
             "explain_call": explanation("aten", "a cpu device", 2.0),
             "build_problems": [],
             "c_compiler": "gcc",
@@ -158,8 +159,10 @@ def test_a_machine_without_faults_can_fold(machine):
         ({"numpy": None}, "NumPy", "problem", "not installed", "pip install numpy"),
         (
             {"swap_problem": "no layer can be swapped: because"},
-            "Swapping layers", "problem", "transformers 5.22.2, kernels 0.17.2", "because",
+            "Swapping layers", "note", "transformers 5.22.2, kernels 0.17.2: only", "because",
         ),
+        ({"esmfold2_problem": "too old"}, "ESMFold2", "problem", "transformers: 5.22.2", "too old"),
+        ({"kernels": None}, "Kernel build", "note", "not checked", "pip install kernels"),
         (
             {"build_problems": ["_call.py differs", "digest: more"]},
             "Kernel build", "warning", "_call.py differs, and 1 more", "esmfold2-trimul build",
@@ -182,8 +185,17 @@ def test_each_fault_is_found_with_its_mend(machine, changes, name, status, value
     assert mend in finding.mend and bool(mend) == bool(finding.mend)
     # No other finding is raised by it, and only a problem keeps the machine from folding.
     others = [other.status for other in without_recipes(findings) if other is not finding]
-    assert others == ["ok"] * (len(findings) - 4)
+    assert {*others} == {"ok"}
     assert doctor.can_fold(findings.values()) == (status != "problem")
+
+
+def test_libraries_that_write_the_files_are_looked_for(machine, monkeypatch):
+    assert "Files of a fold" not in machine()
+    for absent, status in ((["gemmi", "dash_molstar"], "problem"), (["matplotlib"], "warning")):
+        monkeypatch.setattr(doctor, "missing", lambda *names, absent=absent: absent)
+        finding = machine()["Files of a fold"]
+        assert (finding.status, finding.value) == (status, f"no {', '.join(absent)}")
+        assert finding.mend == f"pip install {' '.join(absent).replace('_', '-')}"
 
 
 def test_numpy_2_4_is_well_with_another_triton(machine):
@@ -269,7 +281,7 @@ def test_a_kernel_that_cant_be_loaded_is_a_problem(machine, monkeypatch):
     findings = {finding.name: finding for finding in doctor.examine()}
     assert findings["Kernel build"].status == "problem"
     assert findings["Kernel build"].value == "no build here"
-    assert findings["Kernel build"].mend == "esmfold2-trimul build"
+    assert findings["Kernel build"].mend == "esmfold2-trimul build, or install the tools again"
     assert "Path in float32" not in findings and not findings.keys() & {*RECIPES}
     assert not doctor.can_fold(findings.values())
 

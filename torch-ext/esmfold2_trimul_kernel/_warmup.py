@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from ._call import Call, Transition, TransitionWeights, Weights
-from .paths import execution_path, module_for, path_module
+from .paths import TRITON_DEVICES, execution_path, module_for, path_module, say_once
 from .triton_parts.device import DeviceTarget, device_target, standing_in
 from .triton_parts.settings import class_lengths
 from .validation import COMPUTE_DTYPES, check_memory, resolve_precision
@@ -37,9 +37,12 @@ def warmup(
     Triton caches compiled kernels on disk, so later processes on the same machine profit too. The
     defaults fit ESMFold2's trunk.
 
+    On a machine without such a device, or with one that runs no Triton kernels, there is nothing to
+    compile: the log says so once.
+
     Args:
         channels, hidden: C and D; hidden is channels unless given.
-        device: the accelerator.
+        device: the accelerator of the calls to come.
         dtype: of the pair tensor and the projections.
         norm_dtype: of the LayerNorms' parameters; None where they have none.
         mask_dtypes: the dtypes that masks will have, None for calls without a mask.
@@ -54,7 +57,7 @@ def warmup(
             None means none.
 
     Raises:
-        ValueError: a device that doesn't run the Triton kernels, or an argument that doesn't fit.
+        ValueError: an argument that doesn't fit, such as the eighth GPU of four.
         TypeError: a dtype that the kernels don't take.
     """
     hidden = channels if hidden is None else hidden
@@ -64,6 +67,10 @@ def warmup(
     for name, value in widths.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    if dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"dtype must be torch.bfloat16, torch.float16 or torch.float32; got {dtype}"
+        )
     if norm_dtype is not None and norm_dtype not in COMPUTE_DTYPES:
         raise TypeError(
             "norm_dtype must be torch.bfloat16, torch.float16, torch.float32 or None; "
@@ -76,14 +83,24 @@ def warmup(
     check_memory(memory)
     if memory == "auto":
         raise ValueError("memory must be 'default' or 'lean' for warmup; got 'auto'")
+    word = resolve_precision(precision, "pair", torch.empty(0, dtype=dtype, device="meta"))
+    if lengths is not None:
+        lengths = _listed("lengths", lengths)
+        if not all([isinstance(length, int) and length > 0 for length in lengths]):
+            raise ValueError(f"lengths must be positive integers; got {lengths}")
     try:
+        kind = torch.device(device).type
+        if kind in TRITON_DEVICES and not getattr(torch, kind).is_available():
+            say_once(f"is not compiled beforehand: there is no {kind} device here")
+            return
         there = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device must be one of this machine; got {device!r}") from error
     device = there.device  # with its index
     path = execution_path(device, dtype)
     if path.name != "triton":
-        raise ValueError(f"device must run the Triton kernels: {path.reason}; got {device}")
+        say_once(f"is not compiled beforehand: {path.reason}")
+        return
 
     target = device_target(device)
     module = path_module(path.name)
@@ -106,7 +123,6 @@ def warmup(
             gate_and_up[:transition_hidden], None, gate_and_up[transition_hidden:], None,
             tensor(channels, transition_hidden), None,
         )  # fmt: skip
-    word = resolve_precision(precision, "pair", tensor(0))
 
     def calls(length: int) -> Iterator[Call | Transition]:
         """The calls of this length whose kernels are compiled."""
@@ -151,7 +167,7 @@ def warmup(
 
 
 def _lengths_of_each_kind(
-    lengths: Iterable[int] | None, target: DeviceTarget, group_size: Callable[[int], int] | None
+    lengths: list[int] | None, target: DeviceTarget, group_size: Callable[[int], int] | None
 ) -> list[int]:
     """One of `lengths`, or of all lengths, for each set of kernels that they distinguish.
 
@@ -166,10 +182,6 @@ def _lengths_of_each_kind(
             tried = range(16, _LONGEST_OF_OTHER_GROUPS)
             lengths += [n for n in tried if group_size(n) != group_size(n + 1)]
             lengths.append(_LONGEST_OF_OTHER_GROUPS)
-    else:
-        lengths = _listed("lengths", lengths)
-        if not all([isinstance(length, int) and length > 0 for length in lengths]):
-            raise ValueError(f"lengths must be positive integers; got {lengths}")
     kinds = {}
     for length in [max(16, length) for length in lengths]:
         class_ = min([c for c in classes if c >= length], default=None)

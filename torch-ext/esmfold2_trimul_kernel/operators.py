@@ -266,8 +266,13 @@ _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::
 def register(
     schema: str, function: Callable, fake: Callable, autograd: type[Function] | None = None
 ) -> None:
-    """Registers an op by its schema, with the fake kernel that tracers run."""
+    """Registers an op by its schema, with the fake kernel that tracers run.
+
+    Another copy of this build, such as an installed one beside a clone's, may have registered it.
+    """
     name = schema.split("(")[0]
+    if hasattr(ops, name):
+        return
     _library.define(schema)
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)

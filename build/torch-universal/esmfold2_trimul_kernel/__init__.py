@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_dc4356b1aa"
+_BUILD_ID = "_esmfold2_trimul_kernel_954de57261"
 
 
 def _load_package() -> ModuleType:

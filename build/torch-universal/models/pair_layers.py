@@ -11,6 +11,7 @@ layer of biohub's esm that is the code without a backend: its "fused" one would 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -157,9 +158,26 @@ def _pair_layer_of(module: nn.Module, kind: _Kind) -> type[nn.Module]:
 
 def _pair_layer_forward(run: Callable) -> Callable:
     def forward(self, pair_states: Tensor, pair_attention_mask: Tensor | None = None) -> Tensor:
-        return run(self, type(self).forward, pair_states, pair_attention_mask)
+        own = type(self).forward
+        if not _checkpoints_in_forward(self):
+            return run(self, own, pair_states, pair_attention_mask)
+        layer = functools.partial(run, self, inspect.unwrap(own))
+        return self._gradient_checkpointing_func(layer, pair_states, pair_attention_mask)
 
     return forward
+
+
+def _checkpoints_in_forward(module: nn.Module) -> bool:
+    """Whether the forward of the module's class would checkpoint itself, as from transformers 5.23.
+
+    In older versions `__call__` does, which calls the instance's forward.
+    """
+    return (
+        getattr(module, "gradient_checkpointing", False)
+        and module.training
+        and torch.is_grad_enabled()
+        and type(module).__call__ is nn.Module.__call__
+    )
 
 
 def _esm_layer_forward(run: Callable) -> Callable:
@@ -203,7 +221,8 @@ def _msa_layer_forward(run: Callable) -> Callable:
             kind = view_class(type(self), _pair_layer_of(self, _KINDS["esmfold2"]))
             view = object.__new__(kind)
             object.__setattr__(view, "__dict__", vars(self))
-        return type(self).forward(
+        # The view's, not the layer's: from transformers 5.23 on the outermost class checkpoints.
+        return type(view).forward(
             view, msa_states, pair_states, msa_attention_mask, pair_attention_mask
         )
 

@@ -1,6 +1,7 @@
 """The commands `esmfold2-trimul fold` and `validate`."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -274,7 +275,9 @@ def test_pages_can_be_left_out(tiny):
 
 def test_a_machine_without_the_viewer_folds(tiny, monkeypatch):
     pages._viewer.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    without = lambda name: None if name == "dash_molstar" else find(name)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", without)
     result = run("fold", "MQIF", *QUICK)
     assert result.exit_code == 1
     assert result.stderr == (

@@ -28,7 +28,7 @@ from kernels._rust import (
 )
 
 from .errors import UserError
-from .repository import VARIANT
+from .repository import VARIANT, variant_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -130,13 +130,16 @@ def build_variant(root: Path) -> BuildResult:
 def check_variant(root: Path) -> list[str]:
     """The problems of `build/torch-universal` in the repository at `root`, a line each.
 
-    The list is empty if the folder is as `build_variant` would make it and its digest holds.
+    The list is empty if the folder is as `build_variant` would make it and its digest holds; an
+    installed package has the digest alone.
     Nothing is written. Bytecode is ignored: importing the kernel makes it, and no digest counts it.
 
     Raises:
         UserError: as `build_variant`.
     """
-    variant = root / VARIANT
+    variant = variant_of(root)
+    if variant == root:
+        return _digest_problems(variant)
     with tempfile.TemporaryDirectory() as scratch:
         _write_variant(root, Path(scratch))
         wanted, found = _files(Path(scratch)), _files(variant)
@@ -181,6 +184,10 @@ def _write_variant(root: Path, folder: Path) -> str:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         (folder / relative).write_bytes(content)
 
+    # The format has one backend for each folder: the first that build.toml lists.
+    backend = {"type": general["backends"][0]}
+    if backend["type"] == "cuda" and "cuda_capabilities" in config["torch-noarch"]:
+        backend["archs"] = config["torch-noarch"]["cuda_capabilities"]
     digest = Digest.hash_variant(DigestAlgorithm.SHA256, folder)
     metadata = {
         "name": str(name),
@@ -188,8 +195,7 @@ def _write_variant(root: Path, folder: Path) -> str:
         "version": general["version"],
         "license": general["license"],
         "python-depends": general.get("python-depends", []),
-        # The format has one backend for each folder: the first that build.toml lists.
-        "backend": {"type": general["backends"][0]},
+        "backend": backend,
         "digest": {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))},
     }
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")

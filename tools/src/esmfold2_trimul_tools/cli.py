@@ -18,6 +18,7 @@ from .conformance.command import conformance
 from .console import print_in_any_encoding
 from .errors import UserError
 from .folding.command import fold, validate
+from .libraries import OPTIONAL, not_installed
 from .repository import built, find_root
 from .tune.command import tune
 
@@ -34,6 +35,8 @@ def _one_line_errors() -> Iterator[None]:
             message, status = str(error), error.exit_status
         elif hasattr(error, "format_message"):  # the parser's own errors
             message, status = error.format_message(), 2
+        elif isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+            message, status = not_installed(error.name), 2
         else:
             raise
         print(f"error: {message}", file=sys.stderr)

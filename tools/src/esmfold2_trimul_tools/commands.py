@@ -10,14 +10,14 @@ from rich.table import Column, Table
 from .console import ProgressBar, print_json, stdout
 from .errors import UserError
 from .options import AsJson, KernelRoot, checked
-from .repository import VARIANT, built, find_root
+from .repository import built, find_checkout, find_root, variant_of
 
 
 def _targets(option: str, chosen: list[str]) -> list[str]:
     """Refuses a target without a table of its own in the build (`triton_parts.settings`)."""
     root = find_root()
     built(root)
-    tables = (root / VARIANT / "triton_parts" / "configs").glob("*.json")
+    tables = (variant_of(root) / "triton_parts" / "configs").glob("*.json")
     known = sorted(path.stem for path in tables if "shared_bytes" in json.loads(path.read_text()))
     for target in chosen:
         if target not in known:
@@ -106,9 +106,9 @@ def build(
     kernel_root: KernelRoot = None,
 ) -> None:
     """Make build/torch-universal, the folder that the kernels library loads, from torch-ext/."""
+    root = find_checkout(kernel_root)
     from .build import build_variant, check_variant
 
-    root = find_root(kernel_root)
     try:
         if check:
             problems = check_variant(root)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import triton_cache
+from .libraries import how_to_get, missing
+from .repository import find_root, is_checkout, load_kernel, remake
 
 Status = Literal["ok", "note", "warning", "problem"]
 
@@ -132,9 +134,18 @@ def _numpy() -> Iterator[Finding]:
 
 
 def _swapping() -> Iterator[Finding]:
-    versions = f"transformers {_version('transformers')}, kernels {_version('kernels')}"
+    found, kernels = _version("transformers"), _version("kernels")
+    if problem := _esmfold2_problem():
+        yield Finding("ESMFold2", "problem", f"transformers: {found or 'not installed'}", problem)
+        return
+    yield Finding("ESMFold2", "ok", f"of transformers {found}")
+    if absent := missing("gemmi", "matplotlib", "dash_molstar"):
+        status = "problem" if "gemmi" in absent else "warning"
+        yield Finding("Files of a fold", status, f"no {', '.join(absent)}", how_to_get(*absent))
+    versions = f"transformers {found}, kernels {kernels}"
     if problem := _swap_problem():
-        yield Finding("Swapping layers", "problem", versions, problem)
+        value = f"{versions}: only transformers' own ways need a pair that fits"
+        yield Finding("Swapping layers", "note", value, problem)
     else:
         yield Finding("Swapping layers", "ok", f"{versions}: a pair that fits")
 
@@ -181,18 +192,24 @@ def _recipes(kernel_root: str | Path | None, gpu: str | None) -> Iterator[Findin
 
 
 def _kernel_and_paths(kernel_root: str | Path | None, gpu: str | None) -> Iterator[Finding]:
-    mend = "esmfold2-trimul build"
     try:
         root, kernel = _load_kernel(kernel_root)
     except Exception as error:  # whatever a missing library or a broken build raises
         text = str(error).strip() or type(error).__name__
+        mend = "esmfold2-trimul build, or install the tools again"
         yield Finding("Kernel build", "problem", text.splitlines()[0], mend)
         return
-    if stale := _build_problems(root):
+    checkout = is_checkout(root)
+    yield Finding("Kernel", "ok", f"of the checkout {root}" if checkout else f"installed, {root}")
+    if _version("kernels") is None:
+        value = "not checked: that needs the kernels library"
+        yield Finding("Kernel build", "note", value, how_to_get("kernels"))
+    elif stale := _build_problems(root):
         more = f", and {len(stale) - 1} more" if len(stale) > 1 else ""
-        yield Finding("Kernel build", "warning", f"{stale[0]}{more}", mend)
+        yield Finding("Kernel build", "warning", f"{stale[0]}{more}", remake(root))
     else:
-        yield Finding("Kernel build", "ok", "in line with its sources, and its digest holds")
+        same = "in line with its sources, and " if checkout else ""
+        yield Finding("Kernel build", "ok", f"{same}its digest holds")
     import torch
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -335,7 +352,7 @@ def _swap_problem() -> str:
 def _esmfold2_problem() -> str:
     """Why there is no ESMFold2 that `patch` could change; empty if there is."""
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
+        return how_to_get("transformers")
     from .errors import UserError
     from .folding.model import esmfold2_model_class
 
@@ -364,8 +381,6 @@ def _hub_answers() -> bool:
 
 
 def _load_kernel(kernel_root: str | Path | None) -> tuple[Path, Any]:
-    from .repository import find_root, load_kernel
-
     root = find_root(kernel_root)
     return root, load_kernel(root)
 

@@ -15,6 +15,7 @@ import torch
 
 from .bench.rivals import Sources
 from .errors import UserError
+from .repository import is_checkout
 
 
 class RunSettings(Protocol):
@@ -119,7 +120,9 @@ def driver_version() -> str | None:
 
 
 def checkout_commit(root: Path) -> str | None:
-    """The checkout's commit, and whether tracked files differ from it."""
+    """The checkout's commit, and whether tracked files differ from it; None of an installation."""
+    if not is_checkout(root):  # some other repository's, perhaps, if it lies in one
+        return None
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changed = commit and _output("git", "-C", str(root), "status", "-s", "--untracked-files=no")
     return f"{commit}, with changes" if changed else commit

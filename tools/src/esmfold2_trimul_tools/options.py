@@ -125,7 +125,9 @@ def _published(option: str, folder: Path) -> Path:
 
 KernelRoot = Annotated[
     Path | None,
-    typer.Option("--kernel-root", help="The kernel repository. Default: the tools' own checkout."),
+    typer.Option(
+        "--kernel-root", help="A checkout of the kernel. Default: the tools' own, or the installed."
+    ),
     lambda option, folder: find_root(folder),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

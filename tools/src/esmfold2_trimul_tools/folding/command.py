@@ -8,6 +8,7 @@ import typer
 
 from ..console import ProgressBar, print_json
 from ..errors import UserError
+from ..libraries import check_installed
 from ..options import AsJson, KernelRoot, checked, writable_folder
 from .model_setup import Setup
 from .options import (
@@ -115,6 +116,7 @@ def fold(
         for failure in proteins.values():
             print_failure(failure)
         raise typer.Exit(2)
+    check_installed("gemmi")  # the others cost a picture or a page
     setup = Setup(
         model, random_weights, kernel, device, dtype, seed, kernel_root, full_size, chunk_size,
         cuda_graph,

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..options import device_name, dtype_name
-from ..repository import load_kernel
+from ..repository import load_kernel, remake, variant_of
 from .options import MEMORY_VARIABLE, Kernel, kernel_name, model_name
 
 if TYPE_CHECKING:
@@ -247,10 +247,10 @@ def swap_in(model: nn.Module, kernel: Kernel, root: Path | None = None) -> Swap:
     """Put the kernel at every site of the model and verify it, module by module.
 
     Args:
-        kernel: "ours" (`patch` of the build in the repository at `root`: pair-update layers as a
-            whole, and transitions), "hub" (the layer that transformers fetches for
+        kernel: "ours" (`patch` of the build at `root`: pair-update layers as a whole, and
+            transitions), "hub" (the layer that transformers fetches for
             use_kernels=True) or "off" (the stock path).
-        root: our kernel repository; not needed for the other two.
+        root: our kernel's folder; not needed for the other two.
 
     Raises:
         UserError: the kernel can't be had, or did not reach every site.
@@ -284,7 +284,7 @@ def restore_stock(model: nn.Module) -> None:
 
 
 def _swap_in_ours(model: nn.Module, root: Path) -> None:
-    with _blaming(f"the kernel build in {root} can't be used; remake it: esmfold2-trimul build"):
+    with _blaming(f"the kernel build in {root} can't be used; remake it: {remake(root)}"):
         patch = load_kernel(root).patch
     try:
         patch(model, memory=os.environ.get(MEMORY_VARIABLE, "auto"))
@@ -309,7 +309,7 @@ def _runs_another_forward(site: nn.Module, root: Path | None) -> bool:
     if root is None:
         return True
     source = Path(sys.modules[function.__module__].__file__).resolve()
-    return source.is_relative_to((root / "build").resolve())
+    return source.is_relative_to(variant_of(root).resolve())
 
 
 def _draw_every_weight(model: nn.Module) -> None:
