@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_954de57261"
+_NAMESPACE = "_esmfold2_trimul_kernel_f29ed9550e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_954de57261"
+_BUILD_ID = "_esmfold2_trimul_kernel_f29ed9550e"
 
 
 def _load_package() -> ModuleType:
