@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f29ed9550e"
+_NAMESPACE = "_esmfold2_trimul_kernel_139a80d381"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

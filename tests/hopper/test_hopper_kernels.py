@@ -1,0 +1,220 @@
+"""The Hopper variants beside the plain kernels and float64, on a GPU that runs them.
+
+Nothing interprets Gluon, so that without such a GPU these are skipped; what the variants compile to
+is looked at in tests/tools/test_resources.py.
+"""
+
+import copy
+import faulthandler
+
+import pytest
+import torch
+from fresh_process import HUNG_SECONDS
+from helpers import (
+    as_call,
+    assert_no_worse,
+    make_problem,
+    reference,
+    relative_error,
+    run,
+    seeded,
+)
+from transitions import BIASES, make_transition
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("no Hopper GPU", allow_module_level=True)
+pytestmark = pytest.mark.kernels_ci
+BF16 = torch.bfloat16
+STAGES = ("fused_dual_gemm", "fused_ln_residual", "swiglu_hidden")
+
+
+@pytest.fixture(autouse=True)
+def _watched():
+    """A barrier that nobody arrives at would wait for ever: the process ends then."""
+    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def everywhere(submodule, monkeypatch):
+    """The variants run whatever the length, where they take the call."""
+    settings = submodule("triton_parts.settings")
+    launches = submodule("triton_path.launches")._launches
+    original, table = settings._table, copy.deepcopy(settings._table("sm_90"))
+    for stage in STAGES:
+        entries = table[stage]["2"]
+        entries.sort(key=lambda entry: entry.get("kernel", "") != "hopper")
+        if stage == "fused_dual_gemm":  # the setting with three consumers
+            assert entries[0]["block_m"] == 192
+    monkeypatch.setattr(
+        settings, "_table", lambda name: table if name == "sm_90" else original(name)
+    )
+    settings.pick_config.cache_clear()
+    launches.clear()
+    yield
+    settings.pick_config.cache_clear()
+    launches.clear()
+
+
+@pytest.fixture
+def hopper(submodule):
+    return submodule("hopper")
+
+
+CALLS = {
+    "whole tiles": dict(length=64, channels=256, mask="bool", residual=True),
+    "one pair": dict(length=1, channels=256, residual=True),
+    "a tile and a pair": dict(length=65, channels=128, mask="soft", residual=True),
+    "fewer than a tile": dict(length=17, channels=256, batch=3, direction="incoming", mask="soft"),
+    "rows of padding": dict(length=100, channels=128, batch=2, mask="float", drop_mask=True),
+    "biases": dict(length=77, channels=256, biases=True, direction="incoming"),
+    "drop mask": dict(length=96, channels=256, residual=True, drop_mask=True, mask="expanded"),
+    "incoming": dict(length=128, channels=128, direction="incoming", residual=True),
+    "bfloat16 norms": dict(length=48, channels=256, norm_dtype=BF16, residual=True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name):
+    problem = make_problem(dtype=BF16, **CALLS[name])
+    got = run(kernel, problem, "cuda")
+    assert torch.equal(got, run(kernel, problem, "cuda"))
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert not torch.equal(got, plain) or got.numel() < 1000  # a variant ran
+    assert_no_worse([(got, plain, reference(problem))], 1.0)
+
+
+@pytest.mark.parametrize("layout", ["channels apart", "axes exchanged", "rows apart"])
+def test_strides(kernel, hopper, everywhere, layout):
+    problem = make_problem(70, 128, batch=2, dtype=BF16, mask="soft", residual=True).to("cuda")
+    wanted = run(kernel, problem, "cuda")
+    x, residual = problem.x, problem.residual
+    lay = {
+        "channels apart": lambda t: torch.cat([t, t], dim=-1)[..., :128],
+        "axes exchanged": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "rows apart": lambda t: torch.cat([t, t], dim=2)[:, :, :70],
+    }[layout]
+    problem.x, problem.residual = lay(x), lay(residual)
+    assert torch.equal(run(kernel, problem, "cuda"), wanted)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_in_place(kernel, everywhere, own):
+    problem = make_problem(90, 256, dtype=BF16, mask="bool", residual=True).to("cuda")
+    if not own:
+        problem.residual = problem.x
+    wanted = run(kernel, problem, "cuda")
+    problem.residual = problem.residual.clone()
+    if not own:
+        problem.x = problem.residual
+    got = run(kernel, problem, "cuda", inplace=True)
+    assert got.data_ptr() == problem.residual.data_ptr() and torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("channels, length", [(128, 75), (256, 64)])
+def test_stage_1_writes_all_of_its_planes(
+    submodule, hopper, everywhere, channels, length, direction
+):
+    """And the moments; padding columns are zeros."""
+    problem = make_problem(length, channels, batch=2, dtype=BF16, mask="soft", direction=direction)
+    call = as_call(submodule("_call"), problem.to("cuda"))
+    stage, tiles = submodule("fused_dual_gemm"), submodule("triton_parts.tiles")
+    make = submodule("triton_parts.launch").Launches
+    shape = (2, 2, channels, length, tiles.padded_pitch(length))
+    found = []
+    for _ in range(2):
+        planes = torch.full(shape, torch.nan, dtype=BF16, device="cuda")
+        launches = make()
+        moments = stage.fused_dual_gemm_fwd(call, launches, planes.unbind(1))
+        found.append((planes, moments, {launch.variant for launch in launches.values()}))
+        if len(found) == 1:
+            with hopper.without_variants():
+                plain = torch.full(shape, torch.nan, dtype=BF16, device="cuda")
+                plain_moments = stage.fused_dual_gemm_fwd(call, make(), plain.unbind(1))
+    (planes, moments, variants), (again, *_) = found
+    assert "hopper" in variants and torch.equal(planes, again)
+    assert not planes[..., length:].any()
+    # Each has two roundings of 8 bits on the way, of an operand and of the result.
+    assert relative_error(planes, plain.cpu().double()) <= 4 * 2**-9
+    inside = moments[..., :length], plain_moments[..., :length]
+    torch.testing.assert_close(*inside, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("far", [0.0, 1.0, 1e3, 1e20])
+def test_constant_rows_and_rows_far_from_zero(kernel, hopper, everywhere, far):
+    problem = make_problem(64, 256, dtype=BF16)
+    problem.x = (problem.x.float() + far).bfloat16()
+    problem.x[:, :, ::2] = far
+    got = run(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    # Where values of a row differ in their last bits alone, sums of products lose some.
+    assert_no_worse([(got, plain, reference(problem))], 1.1)
+
+
+def test_rows_whose_variance_overflows(kernel, hopper, everywhere):
+    problem = make_problem(64, 128, dtype=BF16)
+    problem.x[:, :, ::3] *= 1e25
+    got = run(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert got.isfinite().all()
+    assert relative_error(got, plain.cpu().double()) <= 4 * 2**-8
+
+
+TRANSITIONS = {
+    "rows": dict(shape=(300, 256), hidden=1024, residual="own"),
+    "one row": dict(shape=(1, 128), hidden=512, residual="own"),
+    "biases": dict(shape=(3, 11, 13, 256), hidden=512, biases=BIASES),
+    "narrow": dict(shape=(130, 128), hidden=448),
+}
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_transitions(kernel, hopper, everywhere, name):
+    problem = make_transition(dtype=BF16, **TRANSITIONS[name])
+    got = run(kernel, problem, "cuda")
+    assert torch.equal(got, run(kernel, problem, "cuda"))
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert_no_worse([(got, plain, reference(problem))], 1.0)
+
+
+def test_a_transition_of_rows_apart(kernel, everywhere):
+    problem = make_transition((3, 40, 30, 256), 512, dtype=BF16).to("cuda")
+    wanted = run(kernel, problem, "cuda")
+    problem.x = problem.x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run(kernel, problem, "cuda"), wanted)
+
+
+def test_gradients_after_a_variant(kernel, hopper, everywhere):
+    """The backward reads the moments and the product that the variants left."""
+    problem = make_problem(66, 128, dtype=BF16, mask="soft").to("cuda")
+    grad = torch.randn(problem.x.shape, generator=seeded(5)).to("cuda", BF16)
+
+    def gradients():
+        x = problem.x.clone().requires_grad_()
+        weights = {n: w.clone().requires_grad_() for n, w in problem.weights.items()}
+        out = kernel.triangle_multiplicative_update(x, "outgoing", problem.mask, **weights)
+        return torch.autograd.grad(out, [x, *weights.values()], grad)
+
+    got = gradients()
+    with hopper.without_variants():
+        plain = gradients()
+    for mine, its in zip(got, plain, strict=True):
+        # The product alone differs, by its roundings.
+        assert relative_error(mine, its.cpu().double()) <= 4 * 2**-8
+
+
+def test_in_a_cuda_graph(kernel, everywhere):
+    problem = make_problem(80, 256, dtype=BF16, mask="bool", residual=True).to("cuda")
+    wanted = run(kernel, problem, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(kernel, problem, "cuda")
+    got.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(got, wanted)
