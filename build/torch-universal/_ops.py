@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_139a80d381"
+_NAMESPACE = "_esmfold2_trimul_kernel_076ea3dfe4"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

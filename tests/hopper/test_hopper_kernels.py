@@ -155,16 +155,6 @@ def test_constant_rows_and_rows_far_from_zero(kernel, hopper, everywhere, far):
     assert_no_worse([(got, plain, reference(problem))], 1.1)
 
 
-def test_rows_whose_variance_overflows(kernel, hopper, everywhere):
-    problem = make_problem(64, 128, dtype=BF16)
-    problem.x[:, :, ::3] *= 1e25
-    got = run(kernel, problem, "cuda")
-    with hopper.without_variants():
-        plain = run(kernel, problem, "cuda")
-    assert got.isfinite().all()
-    assert relative_error(got, plain.cpu().double()) <= 4 * 2**-8
-
-
 TRANSITIONS = {
     "rows": dict(shape=(300, 256), hidden=1024, residual="own"),
     "one row": dict(shape=(1, 128), hidden=512, residual="own"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_139a80d381"
+_BUILD_ID = "_esmfold2_trimul_kernel_076ea3dfe4"
 
 
 def _load_package() -> ModuleType:

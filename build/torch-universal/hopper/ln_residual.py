@@ -339,7 +339,7 @@ def prepare(
         and moment_strides[2] == length * moment_strides[3]
     )
     tiles = Tiles.of(batch, rows, length, one_row)
-    block_n = config.block_n
+    block_n, block_k = config.block_n, min(config.block_k, channels)
     pitch = tiles.columns if one_row else product.shape[3]
     x_tile = tiles.descriptor(x, x_strides, channels, channels)
     planes = tma_descriptor(
@@ -358,7 +358,7 @@ def prepare(
             "x": x_tile,
             "product": planes,
             "weights": tma_descriptor(
-                product, [2 * channels, channels], [channels, 1], [block_n, config.block_k]
+                product, [2 * channels, channels], [channels, 1], [block_n, block_k]
             ),
             "further": tma_descriptor(
                 product, [2 * channels, EXTRA], [EXTRA, 1], [block_n, EXTRA]
@@ -373,7 +373,7 @@ def prepare(
             **named_strides("drop", "bjc", drop_strides),
         ),
         constants=dict(
-            C=channels, BLOCK_N=block_n, PARTS=channels // config.block_k,
+            C=channels, BLOCK_N=block_n, PARTS=channels // block_k,
             STAGES=config.num_stages, OUT_SLOTS=config.split, RESIDUAL=residual is not None,
             DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
             ROWS_LAYOUT=shared_layout([ROWS, channels]),

@@ -112,11 +112,9 @@ def ready(slot, mean, rstd, eps, PARTS: gl.constexpr, A: gl.constexpr):
     Constant rows are replaced by zeros, in the slot: their norm is the bias alone, but x W'^T and
     mean s, whose difference rstd magnifies, would not cancel to the last bit. A row is one if
     |mean| rstd >= 2^10 and var is nearly 0: if bfloat16 values of up to 512 channels that lie so
-    far from 0 differ at all, var is at least eps / 32. Where var overflows, rstd is 0, and the norm
-    is the bias too.
+    far from 0 differ at all, var is at least eps / 32.
     """
     constant = (gl.maximum(mean, -mean) * rstd >= 1024.0) & (rstd >= 0.99 * gl.rsqrt(eps))
-    constant = constant | (rstd == 0.0)
     if gl.max(constant.to(gl.int32), 0) > 0:
         for k in gl.static_range(PARTS):
             part = _part(slot, k, PARTS)

@@ -242,7 +242,7 @@ def test_the_denoisers_own_forward_comes_back(tiny, recording, monkeypatch):
         raise ZeroDivisionError
     assert "forward" not in vars(tiny.structure_head)
     own = tiny.structure_head.forward
-    monkeypatch.setattr(tiny.structure_head, "forward", own)
+    monkeypatch.setitem(vars(tiny.structure_head), "forward", own)
     with graphed_denoiser(tiny) as denoiser:
         assert tiny.structure_head.forward is denoiser
     assert vars(tiny.structure_head)["forward"] is own
@@ -252,7 +252,7 @@ def test_an_error_of_the_first_step_is_the_callers(tiny, recording, monkeypatch)
     def fail(*_, **__):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(tiny.structure_head.token_norm, "forward", fail)
+    monkeypatch.setitem(vars(tiny.structure_head.token_norm), "forward", fail)
     with graphed_denoiser(tiny), pytest.raises(RuntimeError, match="shapes differ"):
         folded(tiny)
 

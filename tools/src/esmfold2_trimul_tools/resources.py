@@ -346,8 +346,8 @@ def collect(
         One dict for each kernel, target and class of calls: kernel, target, case, config, registers
         (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
         matrix_instructions, bulk_copies, pipelined, descriptor_faults (None where they were not
-        looked for, as in variants of stages), shared_limit (bytes of a block there); if it could not be compiled, error in
-        place of the last nine.
+        looked for, as in variants of stages), shared_limit (bytes of a block there); if it could
+        not be compiled, error in place of the last nine.
 
     Raises:
         ValueError: a target without a table, or a process with TRITON_INTERPRET set.

@@ -392,6 +392,7 @@ def _prepare(
     planes: bool, masked: bool, values: dict,
 ) -> PreparedLaunch:  # fmt: skip
     channels, block_n = x.shape[3], config.block_n
+    block_k = min(config.block_k, channels)
     consumers = config.block_m // ROWS
     rows = tiles.values(consumers)
     weights_like = x.new_empty(0)  # a dtype and an aligned address
@@ -401,7 +402,7 @@ def _prepare(
         tensors=pointers("mask_ptr", "moments_ptr") | {
             "x": x_tile,
             "weights": tma_descriptor(
-                weights_like, [2 * count, channels], [channels, 1], [block_n, config.block_k]
+                weights_like, [2 * count, channels], [channels, 1], [block_n, block_k]
             ),
             "further": tma_descriptor(
                 weights_like, [2 * count, EXTRA], [EXTRA, 1], [block_n, EXTRA]
@@ -410,7 +411,7 @@ def _prepare(
         },
         values=values | rows,
         constants=dict(
-            C=channels, N=count, BLOCK_N=block_n, PARTS=channels // config.block_k,
+            C=channels, N=count, BLOCK_N=block_n, PARTS=channels // block_k,
             STAGES=config.num_stages, CONSUMERS=consumers, PLANES=planes, MASKED=masked,
             REGISTERS=REGISTERS[consumers][1],
             X_LAYOUT=shared_layout([ROWS, channels]),
