@@ -24,7 +24,9 @@ _MEMINFO = Path("/proc/meminfo")
 # On a GPU, in bfloat16, for each sample and once more for the rest: from folds of 8 samples on an
 # H200, L = 256 to 1024 (benchmarks/results/nvidia_h200_whole.json). Other numbers of samples and
 # dtypes by arithmetic.
-_GPU_BYTES = {"ours": 15.7, "hub": 22.8, "off": 31.8}
+_GPU_BYTES = {"ours": 10.9, "hub": 22.8, "off": 31.8}
+# The kernels run samples of few pairs together, up to so many pairs, each with planes of its own.
+_PAIRS_TOGETHER, _PLANES_BYTES = 2**18, 8.2
 # On a CPU, of the trunk, and for each sample and byte of the dtype: fitted to folds of small models
 # with 1 and 4 samples in bfloat16 and float32 (L = 96 and 160; within 30 %).
 _TRUNK_BYTES, _SAMPLE_BYTES = 85, 20
@@ -78,7 +80,9 @@ def fold_bytes(model: "EsmFold2Model", length: int, samples: int, kernel: Kernel
     values, itemsize = length**2 * model.config.pairwise_hidden_size, model.dtype.itemsize
     if model.device.type == "cpu":
         return values * (_TRUNK_BYTES + samples * itemsize * _SAMPLE_BYTES)
-    return int(values * _GPU_BYTES[kernel] * (samples + 1) * itemsize / 2)
+    together = min(samples, max(1, _PAIRS_TOGETHER // length**2)) if kernel == "ours" else 1
+    each = _GPU_BYTES[kernel] * (samples + 1) + _PLANES_BYTES * (together - 1)
+    return int(values * each * itemsize / 2)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ README_WAYS = {
     "published": "published kernel",
     "esm": "biohub's esm, fused",
     OURS: "ours, `patch`",
+    "ours-graph": "ours, `fold --cuda-graph`",
 }
 
 
