@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_076ea3dfe4"
+_NAMESPACE = "_esmfold2_trimul_kernel_879647e179"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

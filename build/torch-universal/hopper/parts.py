@@ -111,10 +111,11 @@ def ready(slot, mean, rstd, eps, PARTS: gl.constexpr, A: gl.constexpr):
 
     Constant rows are replaced by zeros, in the slot: their norm is the bias alone, but x W'^T and
     mean s, whose difference rstd magnifies, would not cancel to the last bit. A row is one if
-    |mean| rstd >= 2^10 and var is nearly 0: if bfloat16 values of up to 512 channels that lie so
-    far from 0 differ at all, var is at least eps / 32.
+    |mean| >= 16 sqrt(eps) and rstd is that of var = 0: if bfloat16 values of up to 512 channels
+    that lie so far from 0 differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
     """
-    constant = (gl.maximum(mean, -mean) * rstd >= 1024.0) & (rstd >= 0.99 * gl.rsqrt(eps))
+    of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
+    constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
     if gl.max(constant.to(gl.int32), 0) > 0:
         for k in gl.static_range(PARTS):
             part = _part(slot, k, PARTS)
