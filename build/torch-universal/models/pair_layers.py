@@ -7,7 +7,7 @@
 Only triangles whose own forward `patch` has swapped are run so, and only if they have no hooks; a
 transition that is not, or has, is called as a module. Where that doesn't hold, or a call doesn't
 fit, the layer's own code runs and calls its modules, of which each is swapped by itself. Of the
-layer of biohub's esm that is the code without a backend: its "fused" one would call none of them.
+layer of biohub's esm that is the code without a backend: with one it would call none of them.
 """
 
 import functools
@@ -117,7 +117,7 @@ def passes_over_triangles(module: nn.Module) -> bool:
     """Whether it is a layer of esm's whose own backend runs in place of swapped triangles."""
     return (
         type(module).__name__ == _KINDS["esm"].layer
-        and getattr(module, "_kernel_backend", None) == "fused"
+        and getattr(module, "_kernel_backend", None) in ("fused", "fast")
         and not _is_swapped(module)
         and any(_runs_ours(module._modules[name]) for name in _KINDS["esm"].parts[:2])
     )

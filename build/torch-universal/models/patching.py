@@ -54,8 +54,8 @@ _PARTS = {
 
 
 _PASSES_OVER = (
-    'its "fused" backend runs kernels of its own in place of its swapped triangles, on a GPU in '
-    "bfloat16; set_kernel_backend(None) lets ours run"
+    "its backend runs kernels of its own in place of its swapped triangles, on a GPU in bfloat16; "
+    "set_kernel_backend(None) lets ours run"
 )
 
 
@@ -156,7 +156,7 @@ def patch(
 
     A swapped module of esm runs our kernel whatever `set_kernel_backend` chooses, before the patch
     or after it. A `PairUpdateBlock` that is not swapped itself runs esm's kernels in place of its
-    swapped triangles with the backend "fused"; the report names it if that is chosen already.
+    swapped triangles with the backend "fused" or "fast"; the report names it if one is chosen.
 
     Each swapped module keeps its parameters, state dict, hooks and the arguments of its forward,
     training included. Of these, those that choose an implementation or a chunk size choose nothing
