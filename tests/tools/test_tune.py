@@ -1,6 +1,12 @@
 """The search for launch settings: candidates, their check, the choice, the table, the command."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
 import types
 
 import pytest
@@ -9,8 +15,8 @@ from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.errors import UserError
 from esmfold2_trimul_tools.tune import search
 from esmfold2_trimul_tools.tune.candidates import STAGES, WIDTHS, Job, candidates
-from esmfold2_trimul_tools.tune.table import fastest, table
-from fresh_process import ROOT
+from esmfold2_trimul_tools.tune.table import fastest, table, text
+from fresh_process import HUNG_SECONDS, ROOT
 from typer.testing import CliRunner
 
 CLASSES = ((96, (64,)), (None, (128, 200)))
@@ -44,8 +50,72 @@ def test_candidates(kernel, stage, descriptors):
         found = candidates(stage, width, descriptors)
         assert len(found) == len(set(found)) >= 8
         configs = [one.launch_config(kernel) for one in found]
+        assert not any(config.kernel for config in configs)
         assert any(config.descriptors for config in configs) == descriptors
         assert {config.num_warps for config in configs} <= {4, 8}
+
+
+@pytest.mark.parametrize(("stage", "counts"), [
+    ("fused_dual_gemm", {128: 5, 256: 4}), ("swiglu_hidden", {128: 5, 256: 4}),
+    ("fused_ln_residual", {128: 4, 256: 2}), ("trimul_einsum", {}), ("row_linear", {}),
+])  # fmt: skip
+def test_candidates_of_variants(kernel, submodule, stage, counts):
+    """Beside the others, and the shipped ones among them."""
+    shipped = submodule("triton_parts.settings").settings_of("sm_90")[stage]["2"]
+    for width in (64, 128, 192, 256):
+        plain, found = candidates(stage, width), candidates(stage, width, hopper=True)
+        assert found[: len(plain)] == plain
+        configs = [one.launch_config(kernel) for one in found[len(plain) :]]
+        assert len(configs) == len(set(configs)) == counts.get(width, 0)
+        for config in configs:
+            assert (config.kernel, config.num_warps) == ("hopper", 4)
+            assert config.block_m in (128, 192) and width % config.block_k == 0
+            assert config.num_stages % (width // config.block_k) == 0
+            assert (config.split in (2, 3, 4)) == (stage == "fused_ln_residual")
+        for entry in shipped:
+            if entry.get("kernel") and entry["max_width"] == width:
+                assert any(
+                    all(getattr(config, name) == entry[name] for name in entry if "max" not in name)
+                    for config in configs
+                )
+
+
+@pytest.mark.parametrize(("stage", "module", "takes"), [
+    ("fused_dual_gemm", "gated_rows", "takes_planes"),
+    ("swiglu_hidden", "gated_rows", "takes_hidden"),
+    ("fused_ln_residual", "ln_residual", "takes"),
+])  # fmt: skip
+def test_a_variants_candidate_is_for_the_calls_that_it_takes(
+    kernel, submodule, monkeypatch, stage, module, takes
+):
+    one = candidates(stage, 128, hopper=True)[-1]
+    inputs = search.StageInputs(kernel, 128, 21, "cpu")
+    with pytest.raises(ValueError, match="the variant 'hopper' does not take the call here"):
+        inputs.run(one)
+    hopper = submodule("hopper")
+    asked, launched = [], []
+
+    def variants(*question):
+        asked.append(question)
+        return frozenset({"hopper"})
+
+    class Variant:
+        def __getattr__(self, name):
+            def prepare(*arguments):
+                launched.append((name, arguments[-1]))
+                raise ZeroDivisionError
+
+            return prepare
+
+    monkeypatch.setattr(hopper, "variants", variants)
+    monkeypatch.setattr(hopper, "kernels", lambda name: Variant())
+    with pytest.raises(ZeroDivisionError):
+        inputs.run(one)
+    ((asked_module, asked_takes, x, *arguments),) = asked
+    assert (asked_module, asked_takes) == (module, takes)
+    assert getattr(submodule(f"hopper.{module}"), takes)(*arguments)
+    ((name, config),) = launched
+    assert name.startswith("prepare") and config == one.launch_config(kernel)
 
 
 @pytest.mark.parametrize("one", [
@@ -93,6 +163,54 @@ def test_the_fastest_has_the_least_mean_over_all_lengths():
     config, mean = fastest(rows, "trimul_einsum", 128, (128, 200))
     assert config["block_m"] == 32 and mean == pytest.approx(3**0.5)
     assert fastest(rows, "trimul_einsum", 64, (128, 200)) is None
+
+
+VARIANT = {"kernel": "hopper", "block_m": 128}
+
+
+def test_the_setting_of_a_variant_is_followed_by_one_that_takes_every_call(submodule, monkeypatch):
+    base = json.loads((PACKAGE_CONFIGS / "sm_90.json").read_text())
+    config = submodule("triton_parts.settings")
+    shipped = config.settings_of("sm_90")
+    stage, rows = "fused_dual_gemm", []
+    # The variant is the fastest from 128 on; of the others, another for each class.
+    for length, variant, small, large in ((64, 3.0, 1.0, 2.0), (128, 1.0, 3.0, 2.0)):
+        rows += [
+            row(variant, length, stage=stage, **VARIANT),
+            row(small, length, stage=stage, block_m=16), row(large, length, stage=stage),
+        ]  # fmt: skip
+    measured = results(*rows)
+    classes = ((96, (64,)), (None, (128,)))
+    tuned = table(measured, base, shipped, classes)
+    first, second, third = (
+        e for e in tuned[stage]["2"] if e.get("max_width", 512) <= 128
+    )
+    assert (first["max_length"], first["block_m"], "kernel" in first) == (96, 16, False)
+    assert (second["kernel"], second["block_m"], "max_length" in second) == ("hopper", 128, False)
+    assert (third["block_m"], "kernel" in third) == (32, False)
+    lines = text(measured, classes).splitlines()[1:]
+    assert [line.partition("  ")[0] for line in lines[:3]] == [
+        "fused_dual_gemm C = 128, L = 64: 1.0000", "fused_dual_gemm C = 128, L = 128: 1.0000",
+        "fused_dual_gemm C = 128, L = 128: 2.0000",
+    ]  # fmt: skip
+    assert "kernel=hopper" in lines[1]
+    # Settings that are the same in both classes are one entry each.
+    alike = [row(one["milliseconds"], 64, stage=stage, **one["config"]) for one in rows[3:]]
+    both = table(results(*rows[3:], *alike), base, shipped, classes)[stage]["2"]
+    assert [entry.get("kernel") for entry in both if entry.get("max_width") == 128] == [
+        "hopper", None
+    ]  # fmt: skip
+
+    monkeypatch.setattr(config, "_table", lambda name: tuned if name == "tuned" else None)
+    config.pick_config.cache_clear()
+    try:
+        for length, variants, block_m in ((64, True, 16), (128, True, 128), (128, False, 32)):
+            named = frozenset({"hopper"}) if variants else frozenset()
+            shape = config.Shape(2, 128, length)
+            picked = config.pick_config(stage, "tuned", "any", shape, "3.6.0", named)
+            assert picked.block_m == block_m
+    finally:
+        config.pick_config.cache_clear()
 
 
 def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
@@ -158,9 +276,14 @@ class FakePool:
         pass
 
     def apply_async(self, function, arguments):
-        one = arguments[1]
-        why = "too much shared memory" if dict(one.config)["block_m"] == 256 else None
-        return types.SimpleNamespace(get=lambda: (one, why))
+        block_m = dict(arguments[1].config)["block_m"]
+
+        def get(timeout):
+            if block_m == 512:
+                raise multiprocessing.TimeoutError
+            return "too much shared memory" if block_m == 256 else None
+
+        return types.SimpleNamespace(get=get)
 
 
 @pytest.fixture
@@ -179,9 +302,16 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(search, "StageInputs", FakeInputs)
 
 
-def test_candidates_that_fail_are_named_and_never_chosen(fake_gpu):
-    jobs = [job("trimul_einsum", 128, block_m=m) for m in (48, 64, 128, 256)]
-    said = []
+def test_candidates_that_fail_are_named_and_never_chosen(fake_gpu, monkeypatch):
+    jobs = [job("trimul_einsum", 128, block_m=m) for m in (48, 64, 128, 256, 512)]
+    said, timed = [], []
+
+    @contextlib.contextmanager
+    def watched(what):
+        timed.append(what)
+        yield
+
+    monkeypatch.setattr(search, "watched", watched)
     found = search.search(
         ROOT, ("trimul_einsum",), (128,), CLASSES, jobs=jobs, command="tune", commit="abc",
         progress=lambda *what: said.append(what),
@@ -189,19 +319,57 @@ def test_candidates_that_fail_are_named_and_never_chosen(fake_gpu):
     assert {row["config"]["block_m"] for row in found["rows"]} == {64, 128}
     assert len(found["rows"]) == 2 * 3
     assert [(f["config"]["block_m"], f["why"]) for f in found["failed"]] == [
-        (256, "too much shared memory"), (48, "error 5.0e-01 at L = 200"),
+        (256, "too much shared memory"),
+        (512, "no result after 600 s: it hangs, or its process died"),
+        (48, "error 5.0e-01 at L = 200"),
     ]  # fmt: skip
+    assert len(timed) == 3 * 3
+    assert timed[-1] == f"{jobs[2]}, at L = 200,"
     config, mean = fastest(found["rows"], "trimul_einsum", 128, (128, 200))
     assert (config["block_m"], mean) == (64, pytest.approx(64))
     where = found["environment"]
     assert (where["device"], where["command"], where["commit"]) == ("NVIDIA Test", "tune", "abc")
-    assert said[-1] == ("done", 7, 7) and [done for _, done, _ in said] == sorted(
+    assert said[-1] == ("done", 8, 8) and [done for _, done, _ in said] == sorted(
         done for _, done, _ in said
     )
 
 
+def test_a_process_that_hangs_is_ended_and_says_in_what():
+    script = """
+        import sys, time
+        from esmfold2_trimul_tools.tune.watchdog import watched
+
+        with watched("the first", 1000.0):
+            pass
+        with watched("the second", 0.01):
+            time.sleep(float(sys.argv[1]))
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools" / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(HUNG_SECONDS)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: the second hangs: no end after 0.01 s\n"
+
+
+@pytest.mark.parametrize("capability, asked", [
+    ((8, 0), (False, False)), ((9, 0), (True, True)), ((10, 0), (True, False)),
+])  # fmt: skip
+def test_variants_are_tried_on_the_gpu_that_has_them(fake_gpu, monkeypatch, capability, asked):
+    def none(stage, width, *what):
+        given.append(what)
+        return []
+
+    given = []
+    monkeypatch.setattr(search, "candidates", none)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    search.search(ROOT, ("fused_dual_gemm",), (128,), CLASSES)
+    assert given == [asked]
+
+
 def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):
-    def two(stage, width, descriptors):
+    def two(stage, width, descriptors, hopper):
         return [job(stage, width, block_m=m) for m in (64, 32)]
 
     monkeypatch.setattr(search, "candidates", two)

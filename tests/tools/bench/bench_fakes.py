@@ -1,5 +1,7 @@
 """Helpers of the benchmark's tests: tiny cases, fake rivals, a clock that times nothing, rows."""
 
+from types import SimpleNamespace
+
 import torch
 from esmfold2_trimul_tools.bench import clock as bench_clock
 from esmfold2_trimul_tools.bench import run as bench
@@ -7,6 +9,7 @@ from esmfold2_trimul_tools.bench.case import Case
 from esmfold2_trimul_tools.bench.problem import reference
 from esmfold2_trimul_tools.bench.results import ROW, compare, derive
 from esmfold2_trimul_tools.bench.rivals import Absent, Call, Rival
+from esmfold2_trimul_tools.repository import submodule
 
 CPU = torch.device("cpu")
 CASE = Case(16, 8, "float32")
@@ -32,6 +35,21 @@ def answer(problem) -> torch.Tensor:
 
 def absent(problem, sources):
     raise Absent("not on this machine")
+
+
+def with_variants(monkeypatch, kernel):
+    """As if stage 1 of any call of the kernel ran a variant; returns the package of variants."""
+    hopper = submodule(kernel, "hopper")
+
+    def explain(function, *args, **kwargs):
+        constants = {} if hopper.plain_only() else {"VARIANT": "hopper"}
+        stages = {"fused_dual_gemm": constants, "trimul_einsum": {}}
+        return SimpleNamespace(
+            stages={name: SimpleNamespace(constants=own) for name, own in stages.items()}
+        )
+
+    monkeypatch.setattr(kernel, "explain", explain)
+    return hopper
 
 
 def raises_when_made(problem, sources):

@@ -1,10 +1,20 @@
 """One rival at one shape: it is checked, then timed, and gets a row that says what came of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from bench_fakes import CASE, CEILINGS, CPU, CountingClock, absent, answer, raises_when_made
+from bench_fakes import (
+    CASE,
+    CEILINGS,
+    CPU,
+    CountingClock,
+    absent,
+    answer,
+    raises_when_made,
+    with_variants,
+)
 from esmfold2_trimul_tools.bench import run as bench
 from esmfold2_trimul_tools.bench.case import Case
 from esmfold2_trimul_tools.bench.problem import make_problem, reference, reference_gradient, sample
@@ -59,6 +69,50 @@ def test_a_good_rival_is_checked_and_timed(sources):
     assert 0 < row["error"] < 1e-7
     assert row["device_ms"]["median"] == 2.0 and row["peak_pairs"] >= 0
     assert row.keys() == ROW.keys() | CASE.columns().keys()
+
+
+@pytest.mark.parametrize("passes", ["forward", "training"])
+def test_ours_without_variants_is_made_checked_and_timed_without_them(
+    kernel, sources, monkeypatch, passes
+):
+    case = Case(16, 8, "float32", passes=passes)
+    problem = make_problem(case, CPU)
+    wanted = reference(problem) if passes == "forward" else reference_gradient(problem)
+    by_name = {rival.name: rival for rival in RIVALS}
+    plainly = []
+
+    class Clock(CountingClock):
+        def time(self, call, budget):
+            plainly.append(hopper.plain_only())
+            return super().time(call, budget)
+
+    def measured(name):
+        def make(problem, sources):
+            call = by_name[name].make(problem, sources)
+            plainly.append(hopper.plain_only())
+
+            def noted(*args, **kwargs):
+                plainly.append(hopper.plain_only())
+                return call.function(*args, **kwargs)
+
+            return replace(call, function=noted)
+
+        plainly.clear()
+        rival = replace(by_name[name], make=make)
+        return bench.measure(rival, problem, sources, wanted, clock, budget=1e-3)
+
+    clock, hopper = Clock(), with_variants(monkeypatch, kernel)
+    for name, plain in (("ours", False), ("ours, plain", True)):
+        row = measured(name)
+        assert (row["status"], row["note"]) == ("measured", None)
+        # Made, checked, its memory, timed.
+        assert plainly == [plain] * 4 and not hopper.plain_only()
+        assert row["variants"] == ({} if plain else {"fused_dual_gemm": "hopper"})
+    monkeypatch.undo()
+    row = measured("ours, plain")
+    assert (row["status"], row["note"]) == ("absent", "no variant of a stage runs here")
+    assert clock.timed == 2 and plainly == [] and row["variants"] is None
+    assert measured("ours")["variants"] == {}
 
 
 def test_a_rival_that_fails_while_it_is_timed_has_no_time(sources):

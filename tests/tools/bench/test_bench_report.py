@@ -61,6 +61,21 @@ def test_markdown_has_ours_beside_each_rival():
     assert "- published, failed at C=128 L=1024: OutOfMemoryError: no" in lines
 
 
+def test_ours_without_variants_stands_beside_ours_or_is_a_note():
+    results = example_results()
+    results["rows"] = results["rows"][:1]
+    case = Case(128, 76, "bfloat16")
+    results["rows"].append(row_of("ours, plain", case, 0.65, peak_pairs=3.0, error=4.5e-3))
+    text = bench_report.markdown(results)
+    assert "| C | L | ours | ours, plain | ours, of floor |" in text
+    assert "| 128 | 76 | 0.500 | 0.650 (1.30x) | " in text
+    absent = {"status": "absent", "note": "no variant of a stage runs here"}
+    results["rows"][1] = row_of("ours, plain", case, **absent)
+    text = bench_report.markdown(results)
+    assert "| ours, plain |" not in text
+    assert "- ours, plain, absent at every shape: no variant of a stage runs here" in text
+
+
 def test_tables_have_a_line_for_each_row_that_was_measured():
     results = example_results()
     tables = [bench_report.table(rows) for _, rows in bench_report.groups(results)]

@@ -3,7 +3,7 @@
 import pytest
 from bench_fakes import CASE, row_of
 from esmfold2_trimul_tools.bench.case import stage_floors
-from esmfold2_trimul_tools.bench.results import compare, read_results, row_case
+from esmfold2_trimul_tools.bench.results import compare, ours_is_right, read_results, row_case
 from esmfold2_trimul_tools.documents import write_document
 from esmfold2_trimul_tools.errors import UserError
 
@@ -25,6 +25,15 @@ def test_share_of_floor_speed_up_and_gemm_time():
     assert rows[1]["speed_up"]["cuequivariance, bf16 norms"] == 0.5
     assert rows[2]["speed_up"] == {}
     assert row_case(ours) == CASE
+
+
+@pytest.mark.parametrize(("status", "right"), [
+    ("measured", True), ("absent", True), ("failed", False), ("wrong", False),
+])  # fmt: skip
+def test_ours_is_right_unless_it_failed(status, right):
+    rows = [row_of("ours", milliseconds=1.0), row_of("ours, plain", status=status)]
+    assert ours_is_right({"rows": rows}) is right
+    assert ours_is_right({"rows": [row_of("published", status=status)]})
 
 
 def test_a_write_that_fails_spares_the_file(tmp_path):

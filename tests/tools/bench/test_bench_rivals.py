@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from bench_fakes import CASE, CPU, answer
+from bench_fakes import CASE, CPU, answer, with_variants
 from esmfold2_trimul_tools.bench import rivals as bench_rivals
 from esmfold2_trimul_tools.bench.case import PASSES, TRANSITION, Case
 from esmfold2_trimul_tools.bench.problem import (
@@ -213,6 +213,45 @@ def test_compiled_is_the_same_function(sources):
     assert call.function is not bench_rivals.ours(problem, sources).function
 
 
+@pytest.mark.parametrize("case", [CASE, Case(16, 9, "float32", TRANSITION, "none")], ids=str)
+def test_the_variants_of_a_call_are_known_however_it_is_called(sources, monkeypatch, case):
+    problem = make_problem(case, CPU)
+    make, other = bench_rivals.ours, bench_rivals.in_tree
+    if case.is_transition:
+        make, other = bench_rivals.our_transition, bench_rivals.in_tree_transition
+    assert make(problem, sources).variants() == {}  # by the real `explain`
+    assert other(problem, sources).variants() is None
+    with_variants(monkeypatch, sources.kernel)
+    wanted = {"fused_dual_gemm": "hopper"}
+    compiled = bench_rivals.compiled(make, backend="eager")(problem, sources)
+    assert compiled.variants() == make(problem, sources).variants() == wanted
+    assert bench_rivals.trained(compiled, problem.x).variants() == wanted
+
+
+@pytest.mark.parametrize("case", [CASE, Case(16, 9, "float32", TRANSITION, "none")], ids=str)
+def test_plain_is_without_variants_and_absent_where_there_are_none(sources, monkeypatch, case):
+    problem = make_problem(case, CPU)
+    with pytest.raises(Absent, match="no variant of a stage runs here"):
+        with bench_rivals.plain(problem, sources):
+            pass
+    hopper = with_variants(monkeypatch, sources.kernel)
+    with pytest.raises(ZeroDivisionError), bench_rivals.plain(problem, sources):
+        assert hopper.plain_only()
+        raise ZeroDivisionError
+    assert not hopper.plain_only()
+
+
+def test_the_plain_rivals_are_those_of_their_name():
+    for rivals in (RIVALS, TRANSITION_RIVALS):
+        assert [rival.name for rival in rivals if rival.plain] == [
+            "ours, plain", "ours, plain, CUDA graph"
+        ]  # fmt: skip
+        by_name = {rival.name: rival for rival in rivals}
+        plain, graph = by_name["ours, plain"], by_name["ours, plain, CUDA graph"]
+        assert plain.make is by_name["ours"].make
+        assert (graph.in_capture, graph.passes, graph.option) == (True, ("forward",), "graphs")
+
+
 def test_captured_warms_up_beside_the_stream_and_then_replays(sources, monkeypatch):
     log = []
 
@@ -250,7 +289,8 @@ def test_captured_warms_up_beside_the_stream_and_then_replays(sources, monkeypat
     def make(problem, sources):
         parameter = torch.ones(1)
         parameters.append(weakref.ref(parameter))
-        return Call(lambda one: log.append("call") or answer(problem) * one, (parameter,))
+        ours = bench_rivals.ours(problem, sources).explained
+        return Call(lambda one: log.append("call") or answer(problem) * one, (parameter,), {}, ours)
 
     call = bench_rivals.captured(make)(problem, sources)
     assert log == [
@@ -260,5 +300,6 @@ def test_captured_warms_up_beside_the_stream_and_then_replays(sources, monkeypat
     del log[:]
     assert relative_error(call(), reference(problem)) < 1e-6
     assert log == ["replay"]
+    assert call.variants() == {}
     # A graph reads where its parameters lay, whether they are still there or not.
     assert parameters[0]() is not None

@@ -55,8 +55,8 @@ def test_options_choose_the_rivals(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert names(device="cuda") == [
-        "ours", "ours, torch.compile", "ours, CUDA graph", "ours, lean", *basic[1:], "published",
-        "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
+        "ours", "ours, plain", "ours, torch.compile", "ours, CUDA graph", "ours, lean", *basic[1:],
+        "published", "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
     ]  # fmt: skip
     (tmp_path / "esm" / "models" / "esmfold2").mkdir(parents=True)
     (tmp_path / "esm" / "models" / "esmfold2" / "layers.py").write_text("")
@@ -65,8 +65,8 @@ def test_options_choose_the_rivals(monkeypatch, tmp_path):
     )
     assert len(names(device="cuda", **everything)) == len(RIVALS)
     assert names(device="cuda", passes="training") == [
-        "ours", "ours, torch.compile", "ours, recompute all", *basic[1:], "published",
-        "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
+        "ours", "ours, plain", "ours, torch.compile", "ours, recompute all", *basic[1:],
+        "published", "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
     ]  # fmt: skip
     settings = ready(Settings, device="cuda", compile_lengths="384")
     assert settings.dtypes == ("bfloat16",) and len(settings.cases()) == 30
@@ -86,7 +86,7 @@ def test_transitions(monkeypatch):
     assert names == ["ours", "in-tree, chunk 64", "in-tree, unchunked"]
     assert all(rival in TRANSITION_RIVALS for rival in settings.rivals)
     chosen = ready(Settings, device="cpu", transition=True, rivals=["in-tree, chunk 64"]).rivals
-    assert chosen == (TRANSITION_RIVALS[0], TRANSITION_RIVALS[3])
+    assert chosen == (TRANSITION_RIVALS[0], TRANSITION_RIVALS[5])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     settings = ready(Settings, device="cuda", transition=True, compile=True, graphs=True)

@@ -187,6 +187,8 @@ def test_numbers_that_are_not_finite_are_wrong(bench, plan):
     assert ours_is_right(results)
     row["way"] = "ours"
     assert not ours_is_right(results)
+    row["status"] = "absent"
+    assert ours_is_right(results)
 
 
 def test_a_long_fold_is_timed_with_fewer_loops_and_the_row_says_so(bench, plan, monkeypatch):

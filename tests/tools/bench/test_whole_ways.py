@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 import torch
+from bench_fakes import with_variants
 from esmfold2_trimul_tools.bench.rivals import Absent, find_esm
 from esmfold2_trimul_tools.bench.whole import ways as subject
 from esmfold2_trimul_tools.bench.whole.ways import TRIANGLES
@@ -86,6 +87,21 @@ def test_ours_says_what_patch_did(bench, monkeypatch):
     with bench.sources.kernel.patch(bench.model), pytest.raises(RuntimeError, match=" 0 swapped"):
         with subject.ours(bench):
             pass
+
+
+def test_ours_without_variants_or_absent(bench, monkeypatch):
+    before, wanted = changes(bench), updated(bench)
+    with pytest.raises(Absent, match="no variant of a stage runs here"):
+        with subject.ours_plain(bench):
+            pass
+    hopper = with_variants(monkeypatch, bench.sources.kernel)
+    with subject.ours_plain(bench) as installed:
+        assert hopper.plain_only() and installed.has_our_ops
+        assert installed.note.endswith("swapped by patch; no variants of stages")
+        assert changes(bench) != before
+        for got, want in zip(updated(bench), wanted, strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert not hopper.plain_only() and changes(bench) == before
 
 
 def test_a_denoiser_that_is_not_captured_is_a_failure(bench):

@@ -24,6 +24,8 @@ _STYLES = (
     ("ours, CUDA graph", "#D55E00", "--", "D"),
     ("ours, lean", "#D55E00", "-.", "p"),
     ("ours, recompute all", "#D55E00", "-.", "*"),
+    ("ours, plain, CUDA graph", "#E69F00", "--", "x"),
+    ("ours, plain", "#E69F00", "-", "x"),
     ("ours", "#D55E00", "-", "o"),
     ("in-tree, chunk 64", "#0072B2", "-", "v"),
     ("in-tree, unchunked", "#0072B2", "--", "^"),

@@ -24,6 +24,7 @@ ROW = {
     "rival": "its name in rivals.RIVALS",
     "status": "measured; absent (can't be had here), failed (raised) or wrong, and then not timed",
     "note": "why it was not timed, or what else is to be said",
+    "variants": "of our calls: the forward's stages that ran a variant for this GPU, and which",
     "error": "relative L2 error against float64 over the pairs that were checked; of the output, "
     "in training of the gradient of x",
     "checked_pairs": "B L L, or for long sequences some hundred of them",
@@ -83,7 +84,9 @@ def read_results(path: Path) -> Results:
 
 
 def ours_is_right(results: Results) -> bool:
-    """Whether our own rows were all measured."""
+    """Whether no row of ours failed or was wrong."""
     return all(
-        row["status"] == "measured" for row in results["rows"] if row["rival"].startswith(OURS)
+        row["status"] in ("measured", "absent")
+        for row in results["rows"]
+        if row["rival"].startswith(OURS)
     )

@@ -1,7 +1,8 @@
 """The rivals: our kernel and others, each called as its own documentation says.
 
 A rival is a line in RIVALS and a function that turns a problem into a call. `compiled` and
-`captured` derive further rivals from such a function. Preparation (parameters in the rival's dtype,
+`captured` derive further rivals from such a function, and `plain` is where one of ours runs without
+variants of stages. Preparation (parameters in the rival's dtype,
 compilation, capture) is part of making the call, and never timed. torch is imported only then: the
 options are checked against the table without it.
 """
@@ -17,13 +18,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..repository import submodule
 from .case import PASSES
 
 if TYPE_CHECKING:
@@ -46,14 +48,29 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """A function with its arguments; called without any."""
+    """A function with its arguments; called without any.
+
+    explained: for a call of ours, gives what `explain` tells of it.
+    """
 
     function: Callable[..., Tensor]
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    explained: Callable[[], Any] | None = None
 
     def __call__(self) -> Tensor:
         return self.function(*self.args, **self.kwargs)
+
+    def variants(self) -> dict[str, str] | None:
+        """The stages of our forward that run a variant, and which; None if the call isn't ours."""
+        if self.explained is None:
+            return None
+        stages = self.explained().stages
+        return {
+            name: stage.constants["VARIANT"]
+            for name, stage in stages.items()
+            if "VARIANT" in stage.constants
+        }
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,7 @@ class Rival:
     it always takes part. on_cpu: whether it runs on a CPU too. slow: it compiles for a while at
     each length, and --compile-lengths limits its lengths. in_capture: it replays a CUDA graph,
     whose memory is allocated at capture. first_call: its first call in a fresh process is worth
-    timing. passes: those for which it is measured.
+    timing. passes: those for which it is measured. plain: whether it is measured within `plain`.
     """
 
     name: str
@@ -102,18 +119,17 @@ class Rival:
     in_capture: bool = False
     first_call: bool = False
     passes: tuple[str, ...] = PASSES
+    plain: bool = False
 
 
 def ours(problem: Problem, sources: Sources, **options: str) -> Call:
     """The public function, without a residual."""
-    return Call(
-        sources.kernel.triangle_multiplicative_update_with_residual,
-        (problem.x, problem.case.direction, None, None),
-        {
-            **problem.weights, "mask": problem.mask, "eps": problem.eps, "memory": "default",
-            **options,
-        },
-    )  # fmt: skip
+    function = sources.kernel.triangle_multiplicative_update_with_residual
+    args = (problem.x, problem.case.direction, None, None)
+    kwargs = {
+        **problem.weights, "mask": problem.mask, "eps": problem.eps, "memory": "default", **options
+    }  # fmt: skip
+    return Call(function, args, kwargs, partial(sources.kernel.explain, function, *args, **kwargs))
 
 
 def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -> Call:
@@ -149,10 +165,15 @@ def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -
 def our_transition(problem: Problem, sources: Sources) -> Call:
     """The public function with x for residual, as in the module."""
 
-    def transition(x: Tensor, **weights: Tensor) -> Tensor:
-        return sources.kernel.swiglu_transition(x, **weights, residual=x, eps=problem.eps)
+    function, x = sources.kernel.swiglu_transition, problem.x
 
-    return Call(transition, (problem.x,), problem.weights)
+    def transition(x: Tensor, **weights: Tensor) -> Tensor:
+        return function(x, **weights, residual=x, eps=problem.eps)
+
+    explained = partial(
+        sources.kernel.explain, function, x, **problem.weights, residual=x, eps=problem.eps
+    )
+    return Call(transition, (x,), problem.weights, explained)
 
 
 def in_tree_transition(
@@ -269,7 +290,7 @@ def compiled(make: Maker, **options: Any) -> Maker:
         # Past a limit of compilations of one function, Dynamo runs it uncompiled.
         torch.compiler.reset()
         function = torch.compile(call.function, dynamic=False, **options)
-        return Call(function, call.args, call.kwargs)
+        return replace(call, function=function)
 
     return made
 
@@ -292,7 +313,7 @@ def captured(make: Maker) -> Maker:
         # The outer context restores the stream even if the capture fails; `graph` may not.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             out = call()
-        return Call(_replay, (graph, out, call))
+        return Call(_replay, (graph, out, call), explained=call.explained)
 
     return made
 
@@ -313,13 +334,28 @@ def trained(call: Call, grad_out: Tensor) -> Call:
     def step() -> Tensor:
         return torch.autograd.grad(call(), leaves, grad_out)[0]
 
-    return Call(step)
+    return Call(step, explained=call.explained)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, out: Tensor, call: Call) -> Tensor:
     """`call` is only held: the graph reads the parameters that it was made with."""
     graph.replay()
     return out
+
+
+def check_variants(problem: Problem, sources: Sources) -> None:
+    """Raises Absent where our call runs no variant of a stage, so that without them it is alike."""
+    make = our_transition if problem.case.is_transition else ours
+    if not make(problem, sources).variants():
+        raise Absent("no variant of a stage runs here")
+
+
+@contextmanager
+def plain(problem: Problem, sources: Sources) -> Iterator[None]:
+    """A context in which every stage of ours runs its own kernel, not a variant for this GPU."""
+    check_variants(problem, sources)
+    with submodule(sources.kernel, "hopper").without_variants():
+        yield
 
 
 _in_tree_in_chunks = partial(in_tree, chunk_size=64)
@@ -333,8 +369,13 @@ FORWARD = ("forward",)
 OURS = "ours"
 RIVALS = (
     Rival(OURS, ours, on_cpu=True, first_call=True),
+    Rival("ours, plain", ours, plain=True),
     Rival("ours, torch.compile", _ours_compiled, slow=True),
     Rival("ours, CUDA graph", captured(ours), in_capture=True, passes=FORWARD),
+    Rival(
+        "ours, plain, CUDA graph", captured(ours), "graphs", in_capture=True, passes=FORWARD,
+        plain=True,
+    ),  # fmt: skip
     Rival("ours, lean", partial(ours, memory="lean"), passes=FORWARD),
     Rival("ours, recompute all", partial(ours, recompute="all"), on_cpu=True, passes=("training",)),
     Rival("in-tree, chunk 64", _in_tree_in_chunks, on_cpu=True),
@@ -355,8 +396,11 @@ RIVALS = (
 # The same for the transition, of which the published package and cuEquivariance have none.
 TRANSITION_RIVALS = (
     Rival(OURS, our_transition, on_cpu=True),
+    Rival("ours, plain", our_transition, plain=True),
     Rival("ours, torch.compile", compiled(our_transition, fullgraph=True), slow=True),
     Rival("ours, CUDA graph", captured(our_transition), in_capture=True, passes=FORWARD),
+    Rival("ours, plain, CUDA graph", captured(our_transition), "graphs", in_capture=True,
+          passes=FORWARD, plain=True),
     Rival("in-tree, chunk 64", partial(in_tree_transition, chunk_size=64), on_cpu=True),
     Rival("in-tree, unchunked", in_tree_transition, on_cpu=True),
     Rival(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from .results import (
     read_results,
     row_case,
 )
-from .rivals import Absent, Rival, Sources, esm_version, first_line, trained
+from .rivals import Absent, Rival, Sources, esm_version, first_line, plain, trained
 from .settings import Settings
 
 Progress = Callable[[str, int, int], None]
@@ -157,12 +158,14 @@ def measure(
     row = problem.case.columns() | dict.fromkeys(ROW) | {"rival": rival.name, "speed_up": {}}
     try:
         training = problem.case.passes == "training"
-        with torch.set_grad_enabled(training):
+        variants = plain(problem, sources) if rival.plain else nullcontext()
+        with torch.set_grad_enabled(training), variants:
             call = rival.make(problem, sources)
             if training:
                 call = trained(call, problem.grad_out)
             row |= _check(call(), problem, wanted)
             if row["status"] == "measured":
+                row["variants"] = call.variants()
                 if not rival.in_capture:
                     row["peak_pairs"] = _peak_bytes(call, clock.device) / problem.case.pair_bytes
                 row |= clock.time(call, budget)

@@ -16,6 +16,17 @@ WIDTHS = (128, 256)
 # The upper bound of each class of lengths, and lengths to time for it, ragged ones among them.
 CLASSES = ((96, (64, 76)), (160, (128,)), (320, (256, 286)), (None, (384, 511, 512, 769, 1024)))
 _SHARED_OF_TWO_BLOCKS = 113 * 1024  # bytes of shared memory if a multiprocessor is to hold two
+# By width: block_m, which is 64 for each consumer; block_n; block_k; stages of the ring; split, the
+# slots for the output of stage 3.
+_HOPPER_GATED = {
+    128: ((128, 64, 128, 2, 1), (128, 64, 64, 4, 1), (192, 32, 128, 8, 1), (192, 32, 64, 6, 1),
+          (192, 64, 128, 3, 1)),
+    256: ((128, 64, 256, 2, 1), (128, 64, 128, 4, 1), (192, 32, 256, 3, 1), (192, 32, 128, 6, 1)),
+}  # fmt: skip
+_HOPPER_RESIDUAL = {
+    128: ((128, 32, 128, 2, 3), (128, 32, 64, 4, 3), (128, 64, 128, 3, 2), (128, 32, 128, 6, 4)),
+    256: ((128, 32, 256, 2, 3), (128, 32, 128, 4, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +40,20 @@ class Job:
     def launch_config(self, kernel: ModuleType):
         return submodule(kernel, "triton_parts.settings").LaunchConfig(**dict(self.config))
 
+    def __str__(self) -> str:
+        setting = " ".join(f"{name}={value}" for name, value in self.config)
+        return f"{self.stage} C = {self.width}, {setting}"
 
-def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
+
+def candidates(
+    stage: str, width: int, descriptors: bool = True, hopper: bool = False
+) -> list[Job]:
     """The settings to try for 16-bit tensors of C = D = width, or of H = 4 C in a transition.
 
     Pruned by findings on sm_90 (docs/performance.md): operands held in registers, at least two
     blocks a multiprocessor in stages 1 and 3, no more registers than that allows. Without
-    `descriptors`, for GPUs without TMA, the same shapes through pointers.
+    `descriptors`, for GPUs without TMA, the same shapes through pointers. With `hopper` also those
+    of the stage's variant for Hopper.
     """
     grid = {
         "fused_dual_gemm": _dual_gemm_settings,
@@ -47,6 +65,8 @@ def candidates(stage: str, width: int, descriptors: bool = True) -> list[Job]:
     settings = list(grid(width))
     if not descriptors:
         settings = [config | {"descriptors": False} for config in settings]
+    if hopper:
+        settings += _hopper_settings(stage, width)
     jobs = [Job(stage, width, tuple(sorted(config.items()))) for config in settings]
     return list(dict.fromkeys(jobs))
 
@@ -130,4 +150,18 @@ def _ln_residual_settings(width: int) -> Iterator[dict]:
             "block_m": 64, "block_n": block_n, "block_k": block_k, "num_warps": 4,
             "num_stages": stages, "descriptors": descriptors, "held": True, "maxnreg": maxnreg,
             "split": split,
+        }  # fmt: skip
+
+
+def _hopper_settings(stage: str, width: int) -> Iterator[dict]:
+    """Few: the shapes that were promising when the variants were written."""
+    shapes = {
+        "fused_dual_gemm": _HOPPER_GATED,
+        "swiglu_hidden": _HOPPER_GATED,
+        "fused_ln_residual": _HOPPER_RESIDUAL,
+    }.get(stage, {})
+    for block_m, block_n, block_k, stages, split in shapes.get(width, ()):
+        yield {
+            "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": 4,
+            "num_stages": stages, "split": split, "kernel": "hopper",
         }  # fmt: skip

@@ -57,7 +57,8 @@ def tune(
 ) -> None:
     """Search launch settings on this machine's GPU and write the fastest as a table.
 
-    Every candidate is checked before it is timed. The shipped table of this
+    Every candidate is checked before it is timed. On a Hopper GPU the candidates
+    include those of the stages' variants for it. The shipped table of this
     GPU's architecture is where the new one starts from; it is not changed.
     """
     root = find_root(kernel_root)

@@ -1,6 +1,7 @@
 """The search: every candidate is compiled, compared with float32 PyTorch, and timed.
 
-Candidates are compiled in processes of their own, several at a time. Needs torch, Triton and one
+Candidates are compiled in processes of their own, several at a time. One that hangs there has
+failed; one that hangs while it is timed is named and ends the search. Needs torch, Triton and one
 NVIDIA GPU; no other package.
 """
 
@@ -14,6 +15,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from ..errors import UserError
 from ..repository import load_kernel, submodule
 from ..triton_cache import check_cache
 from .candidates import CLASSES, STAGES, WIDTHS, Job, candidates
+from .watchdog import HUNG_SECONDS, watched
 
 # Relative L2 error of one stage in 16 bits; see docs/numerics.md.
 LARGEST_ERROR = 3.5e-3
@@ -104,14 +107,17 @@ class StageInputs:
         call, launches = self.call, submodule(self.kernel, "triton_parts.launch").Launches()
         if job.stage == "fused_dual_gemm":
             out = torch.empty_like(self.planes)
+            planes = out.chunk(2, dim=1)
+            self._check_taken(config.kernel, "gated_rows", "takes_planes", call, planes)
             stage = submodule(self.kernel, "fused_dual_gemm").fused_dual_gemm_fwd
-            stage(call, launches, out.chunk(2, dim=1), config=config)
+            stage(call, launches, planes, config=config)
         elif job.stage == "trimul_einsum":
             out = torch.empty_like(self.product)
             stage = submodule(self.kernel, "trimul_einsum_triton").trimul_einsum_fwd
             stage(call, launches, *self.planes.chunk(2, dim=1), out, config=config)
         elif job.stage == "swiglu_hidden":
             out = torch.empty_like(self.hidden)
+            self._check_taken(config.kernel, "gated_rows", "takes_hidden", self.transition, out)
             stage = submodule(self.kernel, "triton_path.swiglu_hidden").swiglu_hidden
             stage(self.transition, launches, out, config=config)
         elif job.stage == "row_linear":
@@ -124,9 +130,17 @@ class StageInputs:
             stage.row_linear(self.hidden, weight, None, x, None, out, prepared)
         else:
             out = torch.empty_like(call.x)
+            self._check_taken(config.kernel, "ln_residual", "takes", call, self.product)
             stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
             stage(call, launches, self.product, self.moments, out, config=config)
         return out
+
+    def _check_taken(self, variant: str, module: str, takes: str, call: Any, tensors: Any) -> None:
+        """A stage asks its variant whether it takes a call; not so if it is given a setting."""
+        if variant and variant not in submodule(self.kernel, "hopper").variants(
+            module, takes, call.x, call, tensors
+        ):
+            raise ValueError(f"the variant {variant!r} does not take the call here")
 
     def error(self, job: Job) -> float:
         """Relative L2 error of the job's result, NaN where an element was not written."""
@@ -161,18 +175,19 @@ class StageInputs:
         return statistics.median(start.elapsed_time(end) for start, end in times)
 
 
-def _compile(root: str, job: Job) -> tuple[Job, str | None]:
+def _compile(root: str, job: Job) -> str | None:
     """Compiles a job into Triton's cache on disk by running it once; returns any failure."""
     # ptxas' complaints about settings that don't fit are expected here.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     try:
-        StageInputs(load_kernel(Path(root)), job.width, 64).run(job)
-        torch.cuda.synchronize()
+        with watched(str(job)):
+            StageInputs(load_kernel(Path(root)), job.width, 64).run(job)
+            torch.cuda.synchronize()
     except Exception as error:
-        return job, f"{type(error).__name__}: {str(error)[:200]}"
-    return job, None
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
 
 
 def search(
@@ -199,8 +214,8 @@ def search(
 
     Returns:
         {"environment": ..., "rows": [{stage, width, length, config, milliseconds, error}, ...],
-        "failed": [{stage, width, config, why}, ...]}; a candidate that could not be compiled or
-        was wrong is in "failed", with no time.
+        "failed": [{stage, width, config, why}, ...]}; a candidate that could not be compiled, hung
+        or was wrong is in "failed", with no time.
 
     Raises:
         UserError: there is no NVIDIA GPU, or Triton can't write to its cache.
@@ -209,12 +224,12 @@ def search(
         raise UserError("tune needs an NVIDIA GPU: torch.cuda finds none")
     check_cache()
     if jobs is None:
-        descriptors = torch.cuda.get_device_capability(0) >= (9, 0)
+        capability = torch.cuda.get_device_capability(0)
         jobs = [
             job
             for stage in stages
             for width in widths
-            for job in candidates(stage, width, descriptors)
+            for job in candidates(stage, width, capability >= (9, 0), capability == (9, 0))
         ]
     lengths = sorted({length for _, timed in classes for length in timed})
     steps = len(jobs) + len(widths) * len(lengths)
@@ -228,8 +243,13 @@ def search(
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes or os.cpu_count()) as pool:
         calls = [pool.apply_async(_compile, (str(root), job)) for job in jobs]
-        for call in calls:
-            job, why = call.get()
+        for job, call in zip(jobs, calls, strict=True):
+            try:
+                # The process of a job that hangs ends itself, see `_compile`. The time is that of
+                # this job alone: it was begun when all before it were done.
+                why = call.get(2 * HUNG_SECONDS)
+            except multiprocessing.TimeoutError:
+                why = f"no result after {2 * HUNG_SECONDS} s: it hangs, or its process died"
             done += 1
             say(f"compiling {job.stage}")
             if why is None:
@@ -247,12 +267,15 @@ def search(
             for job in good:
                 if job.width != width or job in wrong:
                     continue
-                error = inputs.error(job)
-                if not error <= LARGEST_ERROR:
+                with watched(f"{job}, at L = {length},"):
+                    error = inputs.error(job)
+                    right = error <= LARGEST_ERROR
+                    milliseconds = inputs.milliseconds(job, flush) if right else None
+                if not right:
                     wrong.add(job)
                     failed.append({**_named(job), "why": f"error {error:.1e} at L = {length}"})
                     continue
-                measured = {"milliseconds": inputs.milliseconds(job, flush), "error": error}
+                measured = {"milliseconds": milliseconds, "error": error}
                 rows.append({**_named(job), "length": length, **measured})
             del inputs
             torch.cuda.empty_cache()

@@ -38,6 +38,20 @@ def fastest(
     return json.loads(key), means[key]
 
 
+def chosen(
+    rows: list[dict], stage: str, width: int, lengths: tuple[int, ...]
+) -> list[tuple[dict, float]]:
+    """The fastest setting; after one of a variant also the fastest of the stage's own kernel.
+
+    That one serves the calls that the variant doesn't take.
+    """
+    own = [row for row in rows if not row["config"].get("kernel")]
+    found = [fastest(rows, stage, width, lengths), fastest(own, stage, width, lengths)]
+    if found[0] == found[1]:
+        del found[1]
+    return [one for one in found if one is not None]
+
+
 def table(
     results: dict,
     base: dict,
@@ -46,7 +60,7 @@ def table(
 ) -> dict:
     """A settings table: `base` with the 16-bit settings that were fastest in `results`.
 
-    Of two neighbouring classes of one width with the same setting only the longer is written. The
+    Of two neighbouring classes of one width with the same settings only the longer is written. The
     `shipped` settings for wider tensors than those tuned stay, and so do the backward's.
     """
     environment_ = results["environment"]
@@ -61,18 +75,18 @@ def table(
         widths = sorted({row["width"] for row in results["rows"] if row["stage"] == stage})
         entries = []
         for width in widths:
-            of_width: list[tuple[int | None, dict]] = []
+            of_width: list[tuple[int | None, list[dict]]] = []
             for longest, lengths in classes:
-                best = fastest(results["rows"], stage, width, lengths)
-                if best is None:
+                best = chosen(results["rows"], stage, width, lengths)
+                if not best:
                     continue
-                setting = _shortest(best[0])
-                if of_width and of_width[-1][1] == setting:
+                settings = [_shortest(config) for config, _ in best]
+                if of_width and of_width[-1][1] == settings:
                     of_width.pop()
-                of_width.append((longest, setting))
-            for longest, setting in of_width:
+                of_width.append((longest, settings))
+            for longest, settings in of_width:
                 length = {} if longest is None else {"max_length": longest}
-                entries.append({"max_width": width, **length, **setting})
+                entries += [{"max_width": width, **length, **setting} for setting in settings]
         widest = max(widths, default=0)
         kept = [e for e in shipped[stage]["2"] if e.get("max_width", math.inf) > widest]
         tuned[stage] = {**base.get(stage, {}), "2": entries + kept}
@@ -119,14 +133,13 @@ def timings(results: dict) -> dict:
 
 
 def text(results: dict, classes: tuple = CLASSES) -> str:
-    """The fastest setting of each stage, width and class, a line each."""
+    """The settings of each stage, width and class, a line each."""
     lines = [f"{results['environment']['device']}: milliseconds, geometric mean of the lengths"]
     for stage, width in sorted({(row["stage"], row["width"]) for row in results["rows"]}):
         for _, lengths in classes:
-            best = fastest(results["rows"], stage, width, lengths)
-            if best is not None:
+            for config, milliseconds in chosen(results["rows"], stage, width, lengths):
                 timed = ", ".join(map(str, lengths))
-                setting = " ".join(f"{k}={v}" for k, v in _shortest(best[0]).items())
-                lines.append(f"{stage} C = {width}, L = {timed}: {best[1]:.4f}  {setting}")
+                setting = " ".join(f"{k}={v}" for k, v in _shortest(config).items())
+                lines.append(f"{stage} C = {width}, L = {timed}: {milliseconds:.4f}  {setting}")
     lines.append(f"{len(results['failed'])} candidates failed")
     return "\n".join(lines)

@@ -15,7 +15,17 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from ..rivals import Absent, Sources, esm_version, first_line, fused_esm, settings_kept
+from ...repository import submodule
+from ..case import Case
+from ..rivals import (
+    Absent,
+    Sources,
+    check_variants,
+    esm_version,
+    first_line,
+    fused_esm,
+    settings_kept,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -205,6 +215,21 @@ def ours(bench: Bench) -> Iterator[Installed]:
 
 
 @contextmanager
+def ours_plain(bench: Bench) -> Iterator[Installed]:
+    """`patch`, and every stage with its own kernel.
+
+    Absent where a triangle of 512 residues runs no variant of a stage.
+    """
+    from ..problem import make_problem
+
+    width, dtype = bench.model.config.pairwise_hidden_size, str(bench.dtype).removeprefix("torch.")
+    check_variants(make_problem(Case(width, 512, dtype), bench.device), bench.sources)
+    plain = submodule(bench.sources.kernel, "hopper").without_variants()
+    with ours(bench) as installed, plain:
+        yield replace(installed, note=f"{installed.note}; no variants of stages")
+
+
+@contextmanager
 def ours_unchunked(bench: Bench) -> Iterator[Installed]:
     with unchunked(bench), ours(bench) as installed:
         yield installed
@@ -231,6 +256,7 @@ WAYS = (
     Way("esm", esm, on_cpu=False, layer_ms=(4.88, 16.0)),
     Way("ours-layer", our_layer),
     Way(OURS, ours, layer_ms=(4.87, 19.1), gib=34.7),
+    Way("ours-plain", ours_plain, on_cpu=False, layer_ms=(4.87, 19.1), gib=34.7),
     Way("ours-unchunked", ours_unchunked, layer_ms=(4.62, 18.5)),
     Way("ours-graph", ours_graph, on_cpu=False, layer_ms=(4.87, 19.1), gib=34.7),
 )
