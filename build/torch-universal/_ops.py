@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c9ee73aa53"
+_NAMESPACE = "_esmfold2_trimul_kernel_30cf5c84ec"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -196,7 +196,8 @@ def _load_weights(
 
 @gluon.jit(
     do_not_specialize=[
-        "eps", "B", "R", "J", "per_row", "tiles", "stride_mask_b", "stride_mask_i", "stride_mask_j",
+        "mask_ptr", "eps", "B", "R", "J", "per_row", "tiles",
+        "stride_mask_b", "stride_mask_i", "stride_mask_j",
     ]
 )  # fmt: skip
 def _gated_rows_hopper_kernel(

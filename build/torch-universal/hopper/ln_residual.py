@@ -90,7 +90,7 @@ def _consume(
             + j.to(gl.int64) * moments_strides[3]
         )
         mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=0.0)
+        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
         mbarrier.wait(x_full.index(ME), tile_phase)
         xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, PARTS, A)
         fence_async_shared()
@@ -247,7 +247,7 @@ def _load_residual(
 
 @gluon.jit(
     do_not_specialize=[
-        "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
+        "moments_ptr", "drop_ptr", "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_drop_b", "stride_drop_j", "stride_drop_c",
     ]

@@ -109,20 +109,25 @@ def statistics(slot, eps, A: gl.constexpr):
 def ready(slot, mean, rstd, eps, PARTS: gl.constexpr, A: gl.constexpr):
     """(parts, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
 
-    Constant rows are replaced by zeros, in the slot: their norm is the bias alone, but x W'^T and
-    mean s, whose difference rstd magnifies, would not cancel to the last bit. A row is one if
-    |mean| >= 16 sqrt(eps) and rstd is that of var = 0: if bfloat16 values of up to 512 channels
-    that lie so far from 0 differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
+    Rows whose norm is the bias alone are replaced by zeros, in the slot:
+
+    - constant rows, which then give the bits that zeros give. x W'^T and mean s, whose difference
+      rstd magnifies, would not cancel to the last bit. A row is one if |mean| >= 16 sqrt(eps) and
+      rstd is that of var = 0: if bfloat16 values of up to 512 channels that lie so far from 0
+      differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
+    - rows whose variance overflows, of which rstd is 0. x W'^T may overflow too, and so would the
+      reciprocal of rstd, the least of which is otherwise 2^-64.
     """
     of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
     constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
-    if gl.max(constant.to(gl.int32), 0) > 0:
+    replaced = constant | (rstd == 0.0)
+    if gl.max(replaced.to(gl.int32), 0) > 0:
         for k in gl.static_range(PARTS):
             part = _part(slot, k, PARTS)
             rows = part.load(A)
-            part.store(gl.where(constant.expand_dims(1), gl.zeros_like(rows), rows))
-    mean = gl.where(constant, 0.0, mean)
-    scale = gl.where(constant, 1.0, rstd)
+            part.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
+    mean = gl.where(replaced, 0.0, mean)
+    scale = gl.maximum(rstd, 2.0**-64)
     return held(slot, PARTS, A), _pieces(mean, 1.0 / scale, A), scale
 
 
