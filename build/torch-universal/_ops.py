@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c9ee73aa53"
+_NAMESPACE = "_esmfold2_trimul_kernel_ba94cf78c3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -359,13 +359,13 @@ def prepare_dual_gemm(
     hidden = call.hidden
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
+    variants = frozenset()
+    if group is None and not read_moments:
+        variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
     if config is None:
-        variants = frozenset()
-        if group is None and not read_moments:
-            variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
         width = max(channels, hidden)
         config = setting_of("fused_dual_gemm", x, width, length, batch, variants)
-    if config.kernel == "hopper":
+    if hopper.is_variant(config, variants):
         return hopper.kernels("gated_rows").prepare_planes(call, planes, config)
     block_n = block_of(config.block_n, size)
     if size % 16 == 0:  # whole blocks, even if smaller

@@ -71,6 +71,8 @@ CALLS = {
     "biases": dict(length=77, channels=256, biases=True, direction="incoming"),
     "drop mask": dict(length=96, channels=256, residual=True, drop_mask=True, mask="expanded"),
     "incoming": dict(length=128, channels=128, direction="incoming", residual=True),
+    "fewer hidden channels": dict(length=49, channels=256, hidden=128, mask="soft"),
+    "more hidden channels": dict(length=66, channels=128, hidden=256, mask="bool", biases=True),
     "bfloat16 norms": dict(length=48, channels=256, norm_dtype=BF16, residual=True),
 }
 
@@ -141,6 +143,80 @@ def test_stage_1_writes_all_of_its_planes(
     assert relative_error(planes, plain.cpu().double()) <= 4 * 2**-9
     inside = moments[..., :length], plain_moments[..., :length]
     torch.testing.assert_close(*inside, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_lean_mode(kernel, hopper, everywhere, direction, inplace):
+    """Stage 3 in steps, whose moments, incoming, begin at any address."""
+    problem = make_problem(101, 128, batch=2, dtype=BF16, mask="soft", residual=True)
+    problem.direction = direction
+
+    def lean():
+        mine = copy.copy(problem)
+        mine.residual = problem.residual.clone()
+        return run(kernel, mine, "cuda", memory="lean", inplace=inplace)
+
+    problem = problem.to("cuda")
+    got = lean()
+    assert torch.equal(got, lean())
+    with hopper.without_variants():
+        plain = lean()
+    assert not torch.equal(got, plain)
+    assert_no_worse([(got, plain, reference(problem.to("cpu")))], 1.0)
+
+
+def test_groups_of_a_batch(kernel, everywhere):
+    """They share their launches, and the mask of each begins at another address."""
+    problem = make_problem(257, 128, batch=8, dtype=BF16, mask="soft", residual=True).to("cuda")
+    problem.mask = problem.mask.bfloat16()
+    got = run(kernel, problem, "cuda")
+    for entry in range(8):
+        one = copy.copy(problem)
+        one.x, one.mask, one.residual = (
+            t[entry : entry + 1].clone() for t in (problem.x, problem.mask, problem.residual)
+        )
+        assert torch.equal(got[entry], run(kernel, one, "cuda")[0])
+
+
+@pytest.mark.parametrize("channels", [128, 256])
+def test_constant_rows_are_zeros(kernel, everywhere, channels):
+    """Bit for bit, from 16 sqrt(eps) on, which is 0.0506."""
+    problem = make_problem(3, channels, dtype=BF16, mask="soft")
+    problem.x = torch.zeros_like(problem.x)
+    wanted = run(kernel, problem, "cuda")
+    constants = torch.tensor([1.0, 1000.0, -3e4, 1e30, 3e38, -1.0, 0.1, 0.0515, -3e38])
+    problem.x = constants.to(BF16).view(1, 3, 3, 1).expand_as(problem.x).contiguous()
+    assert torch.equal(run(kernel, problem, "cuda"), wanted)
+
+
+@pytest.mark.parametrize("channels, length", [(128, 70), (256, 64)])
+def test_constant_rows_of_the_product_are_zeros(submodule, everywhere, channels, length):
+    problem = make_problem(length, channels, dtype=BF16).to("cuda")
+    call = as_call(submodule("_call"), problem)
+    stage, make = submodule("fused_ln_residual"), submodule("triton_parts.launch").Launches
+    pitch = submodule("triton_parts.tiles").padded_pitch(length)
+    planes = torch.zeros(1, 2, channels, length, pitch, dtype=BF16, device="cuda")
+    moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(call, make(), planes.unbind(1))
+    launches, found = make(), []
+    for constants in (torch.zeros(4), torch.tensor([1.0, -1000.0, 1e30, 3e38])):
+        product = torch.zeros(1, channels, length, pitch, dtype=BF16, device="cuda")
+        product[..., :length:3] = constants.repeat(length)[: -(-length // 3)].to("cuda", BF16)
+        found.append(torch.full_like(call.x, torch.nan))
+        stage.fused_ln_residual_fwd(call, launches, product, moments, found[-1])
+    assert launches["fused_ln_residual",].variant == "hopper" and torch.equal(*found)
+
+
+def test_a_masked_pair_contributes_nothing(kernel, everywhere):
+    """Whatever finite value it has: a variance that overflows, and products that would."""
+    problem = make_problem(70, 256, dtype=BF16, mask="bool").to("cuda")
+    wanted = run(kernel, problem, "cuda")
+    signs = torch.ones(256, device="cuda").index_fill_(0, torch.arange(0, 256, 2).cuda(), -1.0)
+    for size in (1e10, 1e25, 1e38):
+        values = (size * signs).to(BF16)
+        problem.x = torch.where(problem.mask[..., None], problem.x, values)
+        got = run(kernel, problem, "cuda")
+        assert torch.equal(got[problem.mask], wanted[problem.mask])
 
 
 @pytest.mark.parametrize("far", [0.0, 1.0, 1e3, 1e20])

@@ -65,6 +65,44 @@ found = {
 }
 with hopper.without_variants():
     found["left out"] = variants(call())
+
+
+def planned(call):
+    with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
+        launches = (path.transition if hasattr(call, "eps") else path).plan(call).launches
+    return [launch for launch, _ in launches if launch.variant]
+
+
+# Pointers that Triton compiles for by their alignment.
+found["specialised"] = {
+    launch.stage: [
+        parameter.name
+        for parameter in launch.kernel.params
+        if parameter.name.endswith("_ptr") and not parameter.do_not_specialize
+    ]
+    for launch in planned(call()) + planned(transition())
+}
+
+config = submodule(package, "triton_parts.settings").LaunchConfig
+config = config(128, 64, 256, num_warps=4, num_stages=2, kernel="hopper")
+planes = torch.empty(1, 2, 256, 512, 512, dtype=half, device="meta").unbind(1)
+moments, rows = torch.empty(1, 2, 512, 512, device="meta"), planes[0].view(-1, 1024)
+stages = {
+    "fused_dual_gemm": ("prepare_dual_gemm", call(dtype=half), planes, None, False, config, 0),
+    "fused_ln_residual": (
+        "prepare_ln_residual", call(dtype=half), planes[0], moments, config, 0
+    ),
+    "triton_path.swiglu_hidden": (
+        "prepare_swiglu_hidden", transition(dtype=half), rows, 0, False, config
+    ),
+}
+found["refused"] = {}
+for stage, (prepare, *arguments) in stages.items():
+    with device.standing_in(device.target_of("sm_90", "any")):
+        try:
+            getattr(submodule(package, stage), prepare)(*arguments)
+        except ValueError as error:
+            found["refused"][stage] = str(error)
 assert hopper.plain_only() is False and not messages
 hopper.kernels.cache_clear()
 hopper.triton.__version__ = "4.1.0"
@@ -98,8 +136,24 @@ def test_what_they_take(plans, case):
 
 
 def test_what_they_leave_to_the_plain_kernels(plans):
-    others = {name: found for name, found in plans.items() if name not in [*WANTED, "messages"]}
+    apart = [*WANTED, "messages", "specialised", "refused"]
+    others = {name: found for name, found in plans.items() if name not in apart}
     assert len(others) == 11 and not any(others.values()), others
+
+
+def test_pointers_into_slices_have_any_alignment(plans):
+    """One launch serves all entries of a batch, and all rows of a step, of mask and moments."""
+    assert plans["specialised"] == {
+        "fused_dual_gemm": ["moments_ptr"],  # memory of its own
+        "fused_ln_residual": [],
+        "swiglu_hidden": ["moments_ptr"],
+    }
+
+
+def test_a_setting_of_a_variant_for_a_call_that_it_does_not_take(plans):
+    assert len(plans["refused"]) == 3
+    for message in plans["refused"].values():
+        assert "setting must be of one of ['']" in message and "kernel='hopper'" in message
 
 
 def test_an_unknown_triton_is_said_once(plans):

@@ -412,11 +412,11 @@ def prepare_ln_residual(
     batch, hidden, rows, pitch = product.shape
     length, channels = x.shape[2:]
     device = device_target(x.device)
+    variants = hopper.variants("ln_residual", "takes", x, call, product)
     if config is None:
-        variants = hopper.variants("ln_residual", "takes", x, call, product)
         width = max(channels, hidden)
         config = setting_of("fused_ln_residual", x, width, length, batch, variants)
-    if config.kernel == "hopper":
+    if hopper.is_variant(config, variants):
         return hopper.kernels("ln_residual").prepare(call, product, moments, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)

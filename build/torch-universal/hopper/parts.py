@@ -25,6 +25,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .folded_norm import EXTRA
+
 ROWS = 64  # of a consumer's tile
 _ROWS = gl.constexpr(ROWS)
 # Keeps a row's sum from overflowing; as a power of two it rounds nothing.
@@ -63,6 +65,44 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def load_weights(
+    weights, further, ring, extras, full, empty, tiles,
+    N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Two projections [N, C] and their further channels, BLOCK_N channels a stage, for each tile.
+
+    The first's channels are the lower half of a stage, the second's the upper.
+    """
+    BYTES: gl.constexpr = 2 * BLOCK_N * (ring.shape[2] + extras.shape[2]) * 2
+    stage = 0
+    phase = 1
+    for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for step in range(N // BLOCK_N):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, BYTES)
+            low, high = lower(extras.index(stage)), upper(extras.index(stage))
+            load_tile(further, [step * BLOCK_N, 0], bar, low)
+            load_tile(further, [N + step * BLOCK_N, 0], bar, high)
+            low, high = lower(ring.index(stage)), upper(ring.index(stage))
+            load_tile(weights, [step * BLOCK_N, 0], bar, low)
+            load_tile(weights, [N + step * BLOCK_N, 0], bar, high)
+            stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def lower(both):
+    """The first half of the rows of shared memory."""
+    return both.slice(0, both.shape[0] // 2, dim=0)
+
+
+@gluon.jit
+def upper(both):
+    """The second half."""
+    return both.slice(both.shape[0] // 2, both.shape[0] // 2, dim=0)
+
+
+@gluon.jit
 def tile_at(index, rows, per_row):
     """(entry, row, first column) of a tile; beyond the last tile the entry is beyond the last."""
     row = index // per_row
@@ -71,18 +111,9 @@ def tile_at(index, rows, per_row):
 
 
 @gluon.jit
-def held(slot, PARTS: gl.constexpr, A: gl.constexpr):
-    """Rows [64, C] of shared memory as PARTS left operands in registers."""
-    parts = ()
-    for k in gl.static_range(PARTS):
-        parts = parts + (_part(slot, k, PARTS).load(A),)
-    return parts
-
-
-@gluon.jit
-def _part(slot, k: gl.constexpr, PARTS: gl.constexpr):
-    width: gl.constexpr = slot.shape[1] // PARTS
-    return slot.slice(k * width, width, dim=1)
+def _part(slot, k: gl.constexpr):
+    """64 channels of rows."""
+    return slot.slice(k * 64, 64, dim=1)
 
 
 @gluon.jit
@@ -93,37 +124,40 @@ def statistics(slot, eps, A: gl.constexpr):
     """
     PARTS: gl.constexpr = slot.shape[1] // 64
     WIDTH: gl.constexpr = slot.shape[1]
-    total = gl.sum(_part(slot, 0, PARTS).load(A).to(gl.float32) * _SUM_SCALE, 1)
+    total = gl.sum(_part(slot, 0).load(A).to(gl.float32) * _SUM_SCALE, 1)
     for k in gl.static_range(1, PARTS):
-        total = total + gl.sum(_part(slot, k, PARTS).load(A).to(gl.float32) * _SUM_SCALE, 1)
+        total = total + gl.sum(_part(slot, k).load(A).to(gl.float32) * _SUM_SCALE, 1)
     mean = total * (1.0 / WIDTH / _SUM_SCALE)
-    d = _part(slot, 0, PARTS).load(A).to(gl.float32) - mean.expand_dims(1)
+    d = _part(slot, 0).load(A).to(gl.float32) - mean.expand_dims(1)
     squares = gl.sum(d * d, 1)
     for k in gl.static_range(1, PARTS):
-        d = _part(slot, k, PARTS).load(A).to(gl.float32) - mean.expand_dims(1)
+        d = _part(slot, k).load(A).to(gl.float32) - mean.expand_dims(1)
         squares = squares + gl.sum(d * d, 1)
     return mean, gl.rsqrt(squares * (1.0 / WIDTH) + eps)
 
 
 @gluon.jit
-def ready(slot, mean, rstd, eps, PARTS: gl.constexpr, A: gl.constexpr):
-    """(parts, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
+def ready(slot, mean, rstd, eps, A: gl.constexpr):
+    """(rows, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
 
-    Constant rows are replaced by zeros, in the slot: their norm is the bias alone, but x W'^T and
-    mean s, whose difference rstd magnifies, would not cancel to the last bit. A row is one if
-    |mean| >= 16 sqrt(eps) and rstd is that of var = 0: if bfloat16 values of up to 512 channels
-    that lie so far from 0 differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
+    Rows whose norm is the bias alone are replaced by zeros, in the slot:
+
+    - constant rows, which then give the bits that zeros give. x W'^T and mean s, whose difference
+      rstd magnifies, would not cancel to the last bit. A row is one if |mean| >= 16 sqrt(eps) and
+      rstd is that of var = 0: if bfloat16 values of up to 512 channels that lie so far from 0
+      differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
+    - rows whose variance overflows, of which rstd is 0. x W'^T may overflow too, and so would the
+      reciprocal of rstd, the least of which is otherwise 2^-64.
     """
     of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
     constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
-    if gl.max(constant.to(gl.int32), 0) > 0:
-        for k in gl.static_range(PARTS):
-            part = _part(slot, k, PARTS)
-            rows = part.load(A)
-            part.store(gl.where(constant.expand_dims(1), gl.zeros_like(rows), rows))
-    mean = gl.where(constant, 0.0, mean)
-    scale = gl.where(constant, 1.0, rstd)
-    return held(slot, PARTS, A), _pieces(mean, 1.0 / scale, A), scale
+    replaced = constant | (rstd == 0.0)
+    if gl.max(replaced.to(gl.int32), 0) > 0:
+        rows = slot.load(A)
+        slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
+    mean = gl.where(replaced, 0.0, mean)
+    scale = gl.maximum(rstd, 2.0**-64)
+    return slot.load(A), _pieces(mean, 1.0 / scale, A), scale
 
 
 @gluon.jit
@@ -171,6 +205,19 @@ def tma_descriptor(
     found = TensorDescriptor(tensor, list(shape), [*steps, 1], list(block), layout)
     found.base = None  # or it would keep the tensor alive
     return found
+
+
+def weight_tiles(like: Tensor, count: int, block_n: int) -> dict[str, TensorDescriptor]:
+    """Of what `fold_norms` makes of two projections [count, C], for `load_weights`.
+
+    `like` is [..., C] in their dtype.
+    """
+    widths = {"weights": like.shape[-1], "further": EXTRA}
+    aligned = like.new_empty(0)  # it has the dtype, and an address for any descriptor
+    return {
+        name: tma_descriptor(aligned, [2 * count, width], [width, 1], [block_n, width])
+        for name, width in widths.items()
+    }
 
 
 class Tiles(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..paths import say_once
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import has_descriptor
-from ..triton_parts.settings import release
+from ..triton_parts.settings import LaunchConfig, release
 
 _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose Gluon these kernels are written for
 _WIDTHS = (128, 256)
@@ -60,6 +60,20 @@ def variants(name: str, takes: str, x: Tensor, *arguments: Any) -> frozenset[str
     ):
         return frozenset()
     return frozenset({"hopper"})
+
+
+def is_variant(config: LaunchConfig, variants: frozenset[str]) -> bool:
+    """Whether a setting is one of a variant, which must be among those that can run the call.
+
+    Raises:
+        ValueError: the setting of a variant that can't.
+    """
+    if config.kernel not in variants | {""}:
+        raise ValueError(
+            f"the setting must be of one of {sorted(variants | {''})}, which can run this call; "
+            f"got {config}"
+        )
+    return config.kernel != ""
 
 
 def plain_only() -> bool:

@@ -43,6 +43,7 @@ from .parts import (
     barriers,
     halves,
     load_tile,
+    load_weights,
     ready,
     reciprocal,
     shared_layout,
@@ -51,6 +52,7 @@ from .parts import (
     tile_at,
     tma_descriptor,
     viewed,
+    weight_tiles,
 )
 
 _EXTRA = gl.constexpr(EXTRA)
@@ -61,9 +63,8 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def _consume(
     memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs, mask_strides,
-    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
-    ME: gl.constexpr,
+    N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    PLANES: gl.constexpr, MASKED: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: N channels of every CONSUMERS-th tile of 64 pairs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
@@ -85,7 +86,7 @@ def _consume(
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         mean, rstd = statistics(x_slots.index(ME), eps, A)
-        rows, further, scale = ready(x_slots.index(ME), mean, rstd, eps, PARTS, A)
+        rows, further, scale = ready(x_slots.index(ME), mean, rstd, eps, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         scale = gl.convert_layout(scale, AT_ROWS)
@@ -107,24 +108,16 @@ def _consume(
             gl.store(moments_ptr + offs, mean, mask=inside)
             gl.store(moments_ptr + offs + R.to(gl.int64) * pitch, rstd, mask=inside)
         for step in range(N // BLOCK_N):
-            first = stage + 0
             mbarrier.wait(ring_full.index(stage), phase)
             mbarrier.wait(turns.index(ME), turn_phase)
             turn_phase ^= 1
-            extra = extras.index(stage // PARTS).permute((1, 0))
+            extra = extras.index(stage).permute((1, 0))
             acc = warpgroup_mma(further, extra, zero, use_acc=False, is_async=True)
-            acc = warpgroup_mma(rows[0], ring.index(stage).permute((1, 0)), acc, is_async=True)
-            stage, phase = advance(stage, phase, STAGES)
-            for k in gl.static_range(1, PARTS):
-                mbarrier.wait(ring_full.index(stage), phase)
-                acc = warpgroup_mma(
-                    rows[k], ring.index(stage).permute((1, 0)), acc, is_async=True
-                )
-                stage, phase = advance(stage, phase, STAGES)
+            acc = warpgroup_mma(rows, ring.index(stage).permute((1, 0)), acc, is_async=True)
             mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            for k in gl.static_range(PARTS):
-                mbarrier.arrive(ring_empty.index((first + k) % STAGES), count=1)
+            mbarrier.arrive(ring_empty.index(stage), count=1)
+            stage, phase = advance(stage, phase, STAGES)
             value, gate = halves(acc, HALF)
             # exp2 of this is exp of the negative argument of the sigmoid.
             power = gate * gate_scale.expand_dims(1)
@@ -163,57 +156,23 @@ def _load_rows(
         phase ^= 1
 
 
-@gluon.jit
-def _load_weights(
-    weights, further, ring, extras, ring_full, ring_empty, tiles,
-    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    stage = 0
-    phase = 1
-    for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for step in range(N // BLOCK_N):
-            for k in gl.static_range(PARTS):
-                mbarrier.wait(ring_empty.index(stage), phase)
-                full = ring_full.index(stage)
-                both = ring.index(stage)
-                at = k * (C // PARTS)
-                if k == 0:
-                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS + _EXTRA) * 2)
-                    extra = extras.index(stage // PARTS)
-                    low = extra.slice(0, BLOCK_N, dim=0)
-                    high = extra.slice(BLOCK_N, BLOCK_N, dim=0)
-                    load_tile(further, [step * BLOCK_N, 0], full, low)
-                    load_tile(further, [N + step * BLOCK_N, 0], full, high)
-                else:
-                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS) * 2)
-                load_tile(weights, [step * BLOCK_N, at], full, both.slice(0, BLOCK_N, dim=0))
-                load_tile(
-                    weights, [N + step * BLOCK_N, at], full, both.slice(BLOCK_N, BLOCK_N, dim=0)
-                )
-                stage, phase = advance(stage, phase, STAGES)
-
-
 @gluon.jit(
     do_not_specialize=[
-        "eps", "B", "R", "J", "per_row", "tiles", "stride_mask_b", "stride_mask_i", "stride_mask_j",
+        "mask_ptr", "eps", "B", "R", "J", "per_row", "tiles",
+        "stride_mask_b", "stride_mask_i", "stride_mask_j",
     ]
 )  # fmt: skip
 def _gated_rows_hopper_kernel(
     x, weights, further, out, mask_ptr, moments_ptr, eps, B, R, J, pitch, per_row, tiles,
     stride_mask_b, stride_mask_i, stride_mask_j,
-    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
-    REGISTERS: gl.constexpr, X_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
+    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr, REGISTERS: gl.constexpr,
+    X_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """All N channels of B * R * per_row tiles of 64 pairs, CONSUMERS of them at a time."""
     x_slots = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, C], X_LAYOUT)
-    ring = gl.allocate_shared_memory(
-        gl.bfloat16, [STAGES, 2 * BLOCK_N, C // PARTS], weights.layout
-    )
-    extras = gl.allocate_shared_memory(
-        gl.bfloat16, [STAGES // PARTS, 2 * BLOCK_N, _EXTRA], further.layout
-    )
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
     out_shape: gl.constexpr = [CONSUMERS, BLOCK_N, 64] if PLANES else [CONSUMERS, 64, BLOCK_N]
     out_slots = gl.allocate_shared_memory(gl.bfloat16, out_shape, OUT_LAYOUT)
     loaded = barriers(CONSUMERS, 1), barriers(STAGES, 1)
@@ -228,15 +187,14 @@ def _gated_rows_hopper_kernel(
         gl.warp_specialize([
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
             )),
-            (_load_weights, (
-                weights, further, ring, extras, loaded[1], freed[1], tiles,
-                C, N, BLOCK_N, PARTS, STAGES,
+            (load_weights, (
+                weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
             (_load_rows, (x, x_slots, loaded[0], freed[0], pairs, C, CONSUMERS)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
@@ -244,19 +202,18 @@ def _gated_rows_hopper_kernel(
         gl.warp_specialize([
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, C, N, BLOCK_N, PARTS, STAGES, CONSUMERS, PLANES, MASKED, 2,
+                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 2,
             )),
-            (_load_weights, (
-                weights, further, ring, extras, loaded[1], freed[1], tiles,
-                C, N, BLOCK_N, PARTS, STAGES,
+            (load_weights, (
+                weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
             (_load_rows, (x, x_slots, loaded[0], freed[0], pairs, C, CONSUMERS)),
         ], [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24])  # fmt: skip
@@ -392,28 +349,19 @@ def _prepare(
     planes: bool, masked: bool, values: dict,
 ) -> PreparedLaunch:  # fmt: skip
     channels, block_n = x.shape[3], config.block_n
-    block_k = min(config.block_k, channels)
     consumers = config.block_m // ROWS
     rows = tiles.values(consumers)
-    weights_like = x.new_empty(0)  # a dtype and an aligned address
     return PreparedLaunch(
         _gated_rows_hopper_kernel,
         min(rows["tiles"], device_target(x.device).multiprocessors),
-        tensors=pointers("mask_ptr", "moments_ptr") | {
-            "x": x_tile,
-            "weights": tma_descriptor(
-                weights_like, [2 * count, channels], [channels, 1], [block_n, block_k]
-            ),
-            "further": tma_descriptor(
-                weights_like, [2 * count, EXTRA], [EXTRA, 1], [block_n, EXTRA]
-            ),
-            "out": out,
+        tensors={
+            **pointers("mask_ptr", "moments_ptr"), **weight_tiles(x, count, block_n),
+            "x": x_tile, "out": out,
         },
         values=values | rows,
         constants=dict(
-            C=channels, N=count, BLOCK_N=block_n, PARTS=channels // block_k,
-            STAGES=config.num_stages, CONSUMERS=consumers, PLANES=planes, MASKED=masked,
-            REGISTERS=REGISTERS[consumers][1],
+            C=channels, N=count, BLOCK_N=block_n, STAGES=config.num_stages,
+            CONSUMERS=consumers, PLANES=planes, MASKED=masked, REGISTERS=REGISTERS[consumers][1],
             X_LAYOUT=shared_layout([ROWS, channels]),
             OUT_LAYOUT=shared_layout([block_n, ROWS] if planes else [ROWS, block_n]),
         ),

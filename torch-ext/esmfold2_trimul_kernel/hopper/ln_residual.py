@@ -44,6 +44,8 @@ from .parts import (
     advance,
     barriers,
     load_tile,
+    load_weights,
+    lower,
     ready,
     reciprocal,
     shared_layout,
@@ -51,7 +53,9 @@ from .parts import (
     store_tile,
     tile_at,
     tma_descriptor,
+    upper,
     viewed,
+    weight_tiles,
 )
 
 _EXTRA = gl.constexpr(EXTRA)
@@ -62,8 +66,8 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 def _consume(
     memory, out_slots, out_full, out_empty, loaded, freed, turns, out, moments_ptr, drop_ptr,
     eps_in, eps_out, pairs, moments_strides, drop_strides,
-    C: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
+    RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: all C channels of every other tile of 64 pairs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -90,48 +94,36 @@ def _consume(
             + j.to(gl.int64) * moments_strides[3]
         )
         mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=0.0)
+        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
         mbarrier.wait(x_full.index(ME), tile_phase)
-        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, PARTS, A)
+        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         mbarrier.wait(t_full.index(ME), tile_phase)
         slot = t_slots.index(ME).permute((1, 0))
         mean_t, rstd_t = statistics(slot, eps_out, A)
-        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, PARTS, A)
+        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, A)
         fence_async_shared()
         mbarrier.arrive(t_empty.index(ME), count=1)
         tile_phase ^= 1
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
         for step in range(C // BLOCK_N):
-            first = stage + 0
             mbarrier.wait(ring_full.index(stage), phase)
             mbarrier.wait(turns.index(ME), turn_phase)
             turn_phase ^= 1
-            both = extras.index(stage // PARTS)
-            low = both.slice(0, BLOCK_N, dim=0).permute((1, 0))
-            high = both.slice(BLOCK_N, BLOCK_N, dim=0).permute((1, 0))
+            low = lower(extras.index(stage)).permute((1, 0))
+            high = upper(extras.index(stage)).permute((1, 0))
             delta = warpgroup_mma(further_t, low, zero, use_acc=False, is_async=True)
             gate = warpgroup_mma(further_x, high, zero, use_acc=False, is_async=True)
-            both = ring.index(stage)
-            low = both.slice(0, BLOCK_N, dim=0).permute((1, 0))
-            high = both.slice(BLOCK_N, BLOCK_N, dim=0).permute((1, 0))
-            delta = warpgroup_mma(ts[0], low, delta, is_async=True)
-            gate = warpgroup_mma(xs[0], high, gate, is_async=True)
-            stage, phase = advance(stage, phase, STAGES)
-            for k in gl.static_range(1, PARTS):
-                mbarrier.wait(ring_full.index(stage), phase)
-                both = ring.index(stage)
-                low = both.slice(0, BLOCK_N, dim=0).permute((1, 0))
-                high = both.slice(BLOCK_N, BLOCK_N, dim=0).permute((1, 0))
-                delta = warpgroup_mma(ts[k], low, delta, is_async=True)
-                gate = warpgroup_mma(xs[k], high, gate, is_async=True)
-                stage, phase = advance(stage, phase, STAGES)
+            low = lower(ring.index(stage)).permute((1, 0))
+            high = upper(ring.index(stage)).permute((1, 0))
+            delta = warpgroup_mma(ts, low, delta, is_async=True)
+            gate = warpgroup_mma(xs, high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
             delta, gate = warpgroup_mma_wait(0, deps=(delta, gate))
-            for k in gl.static_range(PARTS):
-                mbarrier.arrive(ring_empty.index((first + k) % STAGES), count=1)
+            mbarrier.arrive(ring_empty.index(stage), count=1)
+            stage, phase = advance(stage, phase, STAGES)
             # exp2 of this is exp of the negative argument of the sigmoid.
             power = gate * scale_x.expand_dims(1)
             update = delta * scale_t.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
@@ -165,36 +157,6 @@ def _consume(
                 )
             count += 1
     tma.store_wait(0)
-
-
-@gluon.jit
-def _load_weights(
-    weights, further, ring, extras, ring_full, ring_empty, tiles,
-    C: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    stage = 0
-    phase = 1
-    for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for step in range(C // BLOCK_N):
-            for k in gl.static_range(PARTS):
-                mbarrier.wait(ring_empty.index(stage), phase)
-                full = ring_full.index(stage)
-                both = ring.index(stage)
-                at = k * (C // PARTS)
-                if k == 0:
-                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS + _EXTRA) * 2)
-                    extra = extras.index(stage // PARTS)
-                    low = extra.slice(0, BLOCK_N, dim=0)
-                    high = extra.slice(BLOCK_N, BLOCK_N, dim=0)
-                    load_tile(further, [step * BLOCK_N, 0], full, low)
-                    load_tile(further, [C + step * BLOCK_N, 0], full, high)
-                else:
-                    mbarrier.expect(full, 2 * BLOCK_N * (C // PARTS) * 2)
-                load_tile(weights, [step * BLOCK_N, at], full, both.slice(0, BLOCK_N, dim=0))
-                load_tile(
-                    weights, [C + step * BLOCK_N, at], full, both.slice(BLOCK_N, BLOCK_N, dim=0)
-                )
-                stage, phase = advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -247,7 +209,7 @@ def _load_residual(
 
 @gluon.jit(
     do_not_specialize=[
-        "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
+        "moments_ptr", "drop_ptr", "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_drop_b", "stride_drop_j", "stride_drop_c",
     ]
@@ -257,20 +219,15 @@ def _ln_residual_hopper_kernel(
     B, R, J, per_row, tiles,
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_drop_b, stride_drop_j, stride_drop_c,
-    C: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr,
-    REGISTERS: gl.constexpr, ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr,
-    OUT_LAYOUT: gl.constexpr,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
+    RESIDUAL: gl.constexpr, DROPS: gl.constexpr, REGISTERS: gl.constexpr,
+    ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """All C channels of B * R * per_row tiles of 64 pairs, two at a time."""
     x_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C], ROWS_LAYOUT)
     t_slots = gl.allocate_shared_memory(gl.bfloat16, [2, C, 64], PLANES_LAYOUT)
-    ring = gl.allocate_shared_memory(
-        gl.bfloat16, [STAGES, 2 * BLOCK_N, C // PARTS], weights.layout
-    )
-    extras = gl.allocate_shared_memory(
-        gl.bfloat16, [STAGES // PARTS, 2 * BLOCK_N, _EXTRA], further.layout
-    )
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
     out0 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
     out1 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
     loaded = barriers(2, 1), barriers(2, 1), barriers(STAGES, 1)
@@ -290,15 +247,15 @@ def _ln_residual_hopper_kernel(
         (_consume, (
             memory, out0, full0, empty0, loaded, freed, turns, out, moments_ptr, drop_ptr,
             eps_in, eps_out, pairs, moments_strides, drop_strides,
-            C, BLOCK_N, PARTS, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
+            C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
         )),
         (_consume, (
             memory, out1, full1, empty1, loaded, freed, turns, out, moments_ptr, drop_ptr,
             eps_in, eps_out, pairs, moments_strides, drop_strides,
-            C, BLOCK_N, PARTS, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
+            C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
         )),
-        (_load_weights, (
-            weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, PARTS, STAGES,
+        (load_weights, (
+            weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
         (_load_rows, (
             x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
@@ -339,7 +296,7 @@ def prepare(
         and moment_strides[2] == length * moment_strides[3]
     )
     tiles = Tiles.of(batch, rows, length, one_row)
-    block_n, block_k = config.block_n, min(config.block_k, channels)
+    block_n = config.block_n
     pitch = tiles.columns if one_row else product.shape[3]
     x_tile = tiles.descriptor(x, x_strides, channels, channels)
     planes = tma_descriptor(
@@ -354,16 +311,9 @@ def prepare(
     return PreparedLaunch(
         _ln_residual_hopper_kernel,
         min(values["tiles"], device_target(x.device).multiprocessors),
-        tensors=pointers("moments_ptr", "drop_ptr") | {
-            "x": x_tile,
-            "product": planes,
-            "weights": tma_descriptor(
-                product, [2 * channels, channels], [channels, 1], [block_n, block_k]
-            ),
-            "further": tma_descriptor(
-                product, [2 * channels, EXTRA], [EXTRA, 1], [block_n, EXTRA]
-            ),
-            "residual": residual_tile,
+        tensors={
+            **pointers("moments_ptr", "drop_ptr"), **weight_tiles(x, channels, block_n),
+            "x": x_tile, "product": planes, "residual": residual_tile,
             "out": tiles.descriptor(x, made, channels, block_n),
         },
         values=dict(
@@ -373,9 +323,8 @@ def prepare(
             **named_strides("drop", "bjc", drop_strides),
         ),
         constants=dict(
-            C=channels, BLOCK_N=block_n, PARTS=channels // block_k,
-            STAGES=config.num_stages, OUT_SLOTS=config.split, RESIDUAL=residual is not None,
-            DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
+            C=channels, BLOCK_N=block_n, STAGES=config.num_stages, OUT_SLOTS=config.split,
+            RESIDUAL=residual is not None, DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
             ROWS_LAYOUT=shared_layout([ROWS, channels]),
             PLANES_LAYOUT=shared_layout([channels, ROWS]),
             OUT_LAYOUT=shared_layout([ROWS, block_n]),

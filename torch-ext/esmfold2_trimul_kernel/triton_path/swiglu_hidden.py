@@ -216,13 +216,13 @@ def prepare_swiglu_hidden(
     x, weights = call.x, call.weights
     rows, (row_count, columns, channels) = hidden.shape[0], x.shape[1:]
     device = device_target(x.device)
+    variants = frozenset()
+    if not projections:
+        variants = hopper.variants("gated_rows", "takes_hidden", x, call, hidden)
     if config is None:
         stage = "swiglu_projections" if projections else "swiglu_hidden"
-        variants = frozenset()
-        if not projections:
-            variants = hopper.variants("gated_rows", "takes_hidden", x, call, hidden)
         config = setting_of(stage, x, channels, math.isqrt(rows), 1, variants)
-    if config.kernel == "hopper":
+    if hopper.is_variant(config, variants):
         return hopper.kernels("gated_rows").prepare_hidden(call, hidden, config)
     block_n = block_of(config.block_n, call.hidden)
     block_k = block_of(config.block_k, channels)
