@@ -56,8 +56,8 @@ def test_candidates(kernel, stage, descriptors):
 
 
 @pytest.mark.parametrize(("stage", "counts"), [
-    ("fused_dual_gemm", {128: 5, 256: 4}), ("swiglu_hidden", {128: 5, 256: 4}),
-    ("fused_ln_residual", {128: 4, 256: 2}), ("trimul_einsum", {}), ("row_linear", {}),
+    ("fused_dual_gemm", {128: 3, 256: 3}), ("swiglu_hidden", {128: 3, 256: 3}),
+    ("fused_ln_residual", {128: 3, 256: 2}), ("trimul_einsum", {}), ("row_linear", {}),
 ])  # fmt: skip
 def test_candidates_of_variants(kernel, submodule, stage, counts):
     """Beside the others, and the shipped ones among them."""
@@ -69,8 +69,7 @@ def test_candidates_of_variants(kernel, submodule, stage, counts):
         assert len(configs) == len(set(configs)) == counts.get(width, 0)
         for config in configs:
             assert (config.kernel, config.num_warps) == ("hopper", 4)
-            assert config.block_m in (128, 192) and width % config.block_k == 0
-            assert config.num_stages % (width // config.block_k) == 0
+            assert config.block_m in (128, 192) and config.block_k == width
             assert (config.split in (2, 3, 4)) == (stage == "fused_ln_residual")
         for entry in shipped:
             if entry.get("kernel") and entry["max_width"] == width:
@@ -90,7 +89,7 @@ def test_a_variants_candidate_is_for_the_calls_that_it_takes(
 ):
     one = candidates(stage, 128, hopper=True)[-1]
     inputs = search.StageInputs(kernel, 128, 21, "cpu")
-    with pytest.raises(ValueError, match="the variant 'hopper' does not take the call here"):
+    with pytest.raises(ValueError, match="must be of one of .*, which can run this call"):
         inputs.run(one)
     hopper = submodule("hopper")
     asked, launched = [], []

@@ -15,7 +15,6 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -108,7 +107,6 @@ class StageInputs:
         if job.stage == "fused_dual_gemm":
             out = torch.empty_like(self.planes)
             planes = out.chunk(2, dim=1)
-            self._check_taken(config.kernel, "gated_rows", "takes_planes", call, planes)
             stage = submodule(self.kernel, "fused_dual_gemm").fused_dual_gemm_fwd
             stage(call, launches, planes, config=config)
         elif job.stage == "trimul_einsum":
@@ -117,7 +115,6 @@ class StageInputs:
             stage(call, launches, *self.planes.chunk(2, dim=1), out, config=config)
         elif job.stage == "swiglu_hidden":
             out = torch.empty_like(self.hidden)
-            self._check_taken(config.kernel, "gated_rows", "takes_hidden", self.transition, out)
             stage = submodule(self.kernel, "triton_path.swiglu_hidden").swiglu_hidden
             stage(self.transition, launches, out, config=config)
         elif job.stage == "row_linear":
@@ -130,17 +127,9 @@ class StageInputs:
             stage.row_linear(self.hidden, weight, None, x, None, out, prepared)
         else:
             out = torch.empty_like(call.x)
-            self._check_taken(config.kernel, "ln_residual", "takes", call, self.product)
             stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
             stage(call, launches, self.product, self.moments, out, config=config)
         return out
-
-    def _check_taken(self, variant: str, module: str, takes: str, call: Any, tensors: Any) -> None:
-        """A stage asks its variant whether it takes a call; not so if it is given a setting."""
-        if variant and variant not in submodule(self.kernel, "hopper").variants(
-            module, takes, call.x, call, tensors
-        ):
-            raise ValueError(f"the variant {variant!r} does not take the call here")
 
     def error(self, job: Job) -> float:
         """Relative L2 error of the job's result, NaN where an element was not written."""
