@@ -7,6 +7,7 @@ the cases.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -50,12 +51,29 @@ class Rank(NamedTuple):
         paths.execution_path.cache_clear()
 
 
-def reports_of(cases: list[Callable], folder: Path) -> dict[str, dict[int, object]]:
+def reports_of(cases: list[Callable], tmp_path_factory) -> dict[str, dict[int, object]]:
     """For each case, by rank, what it returned; a string beginning with "Traceback" if it raised.
 
-    A case is a function of a `Rank` in a module that the processes can import. Ranks that ended
-    before a case have no report of it.
+    A case is a function of a `Rank` in a module that the processes can import. A rank that raises
+    ends, so the other ranks, which wait for it, end too: of later cases there are no reports.
+    Test processes that share a file's tests share its reports.
     """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / cases[0].__module__
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "store").exists():
+            _run(cases, folder)
+    found: dict[str, dict[int, object]] = {case.__name__: {} for case in cases}
+    for path in folder.glob("*.json"):
+        name, rank = path.stem.rsplit("-", 1)
+        found[name][int(rank)] = json.loads(path.read_text())
+    return found
+
+
+def _run(cases: list[Callable], folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_work, args=(rank, cases, folder)) for rank in range(RANKS)
@@ -65,11 +83,29 @@ def reports_of(cases: list[Callable], folder: Path) -> dict[str, dict[int, objec
     for process in processes:
         process.join(HUNG_SECONDS)
         process.kill()
-    found: dict[str, dict[int, object]] = {case.__name__: {} for case in cases}
-    for path in folder.glob("*.json"):
-        name, rank = path.stem.rsplit("-", 1)
-        found[name][int(rank)] = json.loads(path.read_text())
-    return found
+
+
+def report_of(reports, case) -> dict[int, object]:
+    """What each rank reported of a case that went well on all that report."""
+    of_ranks = reports[case.__name__]
+    assert of_ranks, "no rank came to this case"
+    raised = {rank: of for rank, of in of_ranks.items() if str(of).startswith("Traceback")}
+    assert not raised, "".join(f"rank {rank}: {report}\n" for rank, report in raised.items())
+    return of_ranks
+
+
+def same_values(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """They are of the same computation, whose sums may be in another order.
+
+    Sums of float32 differ by 1e-6. So one in a thousand values may lie on the other side of the
+    middle between two 16-bit numbers.
+    """
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    bound = 1e-6
+    if got.dtype != torch.float32:
+        bound = torch.finfo(got.dtype).eps * 1e-3**0.5
+    difference, size = (got.double() - wanted.double()).norm(), wanted.double().norm()
+    assert difference <= bound * size, f"{difference:.1e} of {size:.1e} in {tuple(got.shape)}"
 
 
 def _work(rank: int, cases: list[Callable], folder: Path) -> None:
@@ -89,4 +125,6 @@ def _work(rank: int, cases: list[Callable], folder: Path) -> None:
         except Exception:
             report = traceback.format_exc()
         (folder / f"{case.__name__}-{rank}.json").write_text(json.dumps(report))
-    os._exit(0)  # a group whose rank was killed would wait for it
+        if str(report).startswith("Traceback"):
+            break
+    os._exit(0)  # at once: the others hear of it, and no group waits for a rank that was killed

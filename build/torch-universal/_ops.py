@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_da17a02551"
+_NAMESPACE = "_esmfold2_trimul_kernel_bb88e9b2da"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -270,7 +270,7 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
             f"got {tuple(mask.shape)}. A mask of residues? Use m[..., :, None] * m[..., None, :], "
             "or lengths="
         )
-    if mask.shape != wanted and not _broadcasts_to(mask.shape, wanted):
+    if mask.shape != wanted and not broadcasts_to(mask.shape, wanted):
         raise ValueError(
             f"mask must broadcast to {list(wanted)}, {pair_name} without its channels; "
             f"got {tuple(mask.shape)}"
@@ -292,7 +292,7 @@ def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> T
         )
     if lengths.dtype not in LENGTHS_DTYPES:
         raise TypeError(f"lengths must be torch.int32 or torch.int64; got {lengths.dtype}")
-    if not _broadcasts_to(lengths.shape, leading):
+    if not broadcasts_to(lengths.shape, leading):
         wanted = f"be one number, as {pair_name} is one sequence"
         if leading:
             wanted = f"broadcast to {list(leading)}, one for each sequence of {pair_name}"
@@ -480,7 +480,7 @@ def _is_traced(tensor: Tensor) -> bool:
     )
 
 
-def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
+def broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
     return len(shape) <= len(wanted) and all(
         have in (1, want) for have, want in zip(reversed(shape), reversed(wanted), strict=False)
     )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_da17a02551"
+_BUILD_ID = "_esmfold2_trimul_kernel_bb88e9b2da"
 
 
 def _load_package() -> ModuleType:
