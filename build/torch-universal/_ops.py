@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_bb88e9b2da"
+_NAMESPACE = "_esmfold2_trimul_kernel_f16c1ab8b4"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
