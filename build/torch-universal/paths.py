@@ -12,6 +12,10 @@ A path is a module with five functions, which take a `Call` whose x is not empty
     saved_shapes(call)                                      the shapes of product and moments
     plan(call)                                              the launches and buffers
 
+and a sixth for `sharded`, whose call has some rows of x:
+
+    stages(call, first_row)                                 a context with the three stages
+
 Its submodule `transition` has three for a `Transition`: forward(call), plan(call), and
 backward(call, grad_out, needs).
 """

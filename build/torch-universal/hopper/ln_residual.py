@@ -275,6 +275,7 @@ def takes(call: Call, product: Tensor) -> bool:
         and call.x.shape[3] == product.shape[1]
         and has_descriptor(product)
         and (call.residual is None or has_descriptor(call.residual))
+        and (call.drop_mask is None or call.drop_mask.ndim == 3)
     )
 
 
