@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_ba94cf78c3"
+_NAMESPACE = "_esmfold2_trimul_kernel_85a3535032"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

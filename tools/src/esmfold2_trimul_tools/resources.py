@@ -146,7 +146,7 @@ def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
     return module.Call(
         x=x, direction="outgoing", mask=_empty(1, length, length, dtype=torch.float32), residual=x,
         drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision="fp32",
-        memory="default", recompute="product", inplace=False, lengths=_lengths_of(case),
+        memory="default", recompute="none", inplace=False, lengths=_lengths_of(case),
     )  # fmt: skip
 
 
