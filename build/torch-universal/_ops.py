@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_85a3535032"
+_NAMESPACE = "_esmfold2_trimul_kernel_6d579318fb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -10,19 +10,37 @@ BUDGET = 1e-5
 
 @pytest.fixture
 def product(submodule, on_triton):
-    """product(left, right, programs): onto a total that is not zero; with_sums gives both."""
+    """product(left, right, programs): with_sums gives both; `chunks` of rows, one after another."""
     subject = submodule("triton_path.row_products")
 
-    def compute(left, right, programs=None, with_sums=False):
-        left, right = left.to(on_triton), right.to(on_triton)
-        shape = left.shape[1], right.shape[1]
-        total = torch.full(shape, 3.0, device=on_triton)
-        sums = torch.full(shape[:1], 5.0, device=on_triton) if with_sums else None
-        prepared = subject.prepare_row_products(left, right, "fp32", programs)
-        subject.add_row_products(total, left, right, prepared, sums)
-        return (total - 3.0, sums - 5.0) if with_sums else total - 3.0
+    def compute(left, right, programs=None, with_sums=False, chunks=1, partial=None):
+        parts, given = None, [None] * chunks
+        if partial is not None:
+            given = partial.to(on_triton).chunk(chunks)
+        both = (rows.to(on_triton).chunk(chunks) for rows in (left, right))
+        for some, others, sums in zip(*both, given, strict=True):
+            prepared = subject.prepare_row_products(
+                some, others, "fp32", programs, with_sums, parts, sums
+            )
+            parts = subject.row_products(some, others, prepared, parts, sums)
+        total = parts.products.sum(0)
+        return total if parts.sums is None else (total, parts.sums.sum(0))
 
     return compute
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize("width, columns", [(48, 48), (48, 96), (70, 33)])
+def test_chunks_and_sums_of_others(product, programs, width, columns):
+    """Later chunks, the last a smaller one, add to the parts of the first."""
+    left, right = rows(2100, width), rows(2100, 24, seed=1)
+    partial = rows(115, columns, dtype=torch.float32, seed=2)
+    for chunks in (1, 3, 4):
+        got, sums = product(left, right, programs, chunks=chunks, partial=partial)
+        assert relative_error(got, left.double().t() @ right.double()) <= BUDGET
+        assert relative_error(sums, partial.double().sum(0)) <= BUDGET
+        got, sums = product(left, right, programs, with_sums=True, chunks=chunks)
+        assert relative_error(sums, left.double().sum(0)) <= BUDGET
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:

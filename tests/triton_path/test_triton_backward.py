@@ -269,13 +269,15 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
     with NoProducts():
         backward(problem, needs)
     wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
-    wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
+    wanted += ["_fused_ln_residual_fwd_kernel", "_emit_means_kernel"]
+    wanted += ["_fused_ln_residual_bwd_kernel"]
     if "all" in kernels:
         of_rows = ["_row_products_kernel"] * (products // 2)
         wanted += ["_norm_out_bwd_kernel", *of_rows]
         wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel", *of_rows]
     if kernels == "all":
         wanted += ["_row_linear_kernel", "_norm_in_bwd_kernel"]
+    wanted += ["_projection_gradients_kernel", "_norm_gradients_kernel"] * products
     assert launched == wanted
 
 
@@ -353,7 +355,9 @@ def test_products_follow_the_precision_of_the_call(
         backward(make_problem(3, 16), precision=precision)
     finally:
         submodule("triton_path.launches")._launches.clear()
-    assert given.pop("norm_in_bwd") is None and len(given) == 8
+    without = ("norm_in_bwd", "projection_gradients", "norm_gradients")
+    assert [given.pop(stage) for stage in without] == [None] * 3
+    assert given.pop("emit_means") == precision and len(given) == 8
     assert set(given.values()) == {"tf32x3" if precision == "fp32" else precision}
 
 
@@ -392,11 +396,14 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     inputs = call.x, grad_out, product, moments, planes, *problem.weights.values()
     with PeakBytes(*inputs) as bytes_:
         subject.run_backward(call, grad_out, *saved, needs)
-    # The parameters' sums, the projections stacked and turned, and one chunk's products, of its
-    # parts and of all: from some length on they are no larger.
+    # The projections stacked and turned, and the parts of the parameters' sums: from some length on
+    # they are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
-    parts = max(1, min(programs // (5 * (width // 128) ** 2), length**2 // 8 // 256))
-    sums = (4 * 6 + 2 * 10 + 4 * (parts + 1) * 5) * width**2
+    out, into = (
+        max(1, min(programs // (tiles * (width // 128) ** 2), length**2 // 256))
+        for tiles in (1, 5)
+    )
+    sums = (2 * 10 + 4 * out + 4 * 5 * into) * width**2
     assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1
 
 

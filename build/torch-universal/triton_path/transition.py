@@ -31,9 +31,9 @@ from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
 from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
 from .norm_backward import norm_in_bwd, prepare_norm_in_bwd
-from .parameter_gradients import gradients_of_projections, in_their_dtypes
+from .parameter_gradients import Projections, gradients_of_projections
 from .row_linear import prepare_row_linear, row_linear
-from .row_products import add_row_products, prepare_row_products
+from .row_products import RowParts, prepare_row_products, row_products
 from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
 from .swiglu_hidden import swiglu_hidden
 
@@ -44,6 +44,8 @@ _FORWARD_CHUNK = (1.0, 2**26, 2**28)
 _BACKWARD_CHUNK = (2.8, 2**28, 2**30)
 # The kernels find a row's pair by a division in fp32, exact up to this many columns.
 _MOST_COLUMNS = 2**17
+_DOWN = Projections(("down_weight",), None)
+_IN = Projections(("gate_weight", "up_weight"), "norm")
 _TILE = 128  # a multiple of every setting's rows
 
 
@@ -149,27 +151,23 @@ def _run_backward(
     stacked = torch.cat([weights.gate_weight, weights.up_weight])
     turned, down_turned = stacked.t().contiguous(), weights.down_weight.t().contiguous()
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=x.device)
-
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
 
-    def add_products(
-        which: str, total: Tensor, left: Tensor, right: Tensor, total_sums: Tensor | None = None
-    ) -> None:
+    parts: dict[str, RowParts] = {}
+
+    def add_products(which: str, left: Tensor, right: Tensor) -> None:
+        earlier = parts.get(which)
         prepared = launches.of(
-            ("row_products", which, left.shape[0], left.data_ptr() % 16),
-            prepare_row_products, left, right, call.precision, None, total_sums is not None,
+            ("row_products", which, left.shape[0], left.data_ptr() % 16, earlier is None),
+            prepare_row_products, left, right, call.precision, None, True, earlier,
         )  # fmt: skip
-        add_row_products(total, left, right, prepared, total_sums)
+        parts[which] = row_products(left, right, prepared, earlier)
 
     found = {}
     if "x" in needs:
         found["x"] = empty(*x.shape)
-    if of_parameters:
-        down_products, down_sums = zeros(channels, hidden), zeros(channels)
-        products, sums = zeros(2 * hidden, channels), zeros(2 * hidden)
+    of_down = not needs.isdisjoint(("down_weight", "down_bias"))
     # The rows that a chunk makes: dp and du, h, x^, and dz or a copy of G.
     for entries, rows in _chunks(call, 3 * hidden + 2 * channels, *_BACKWARD_CHUNK):
         part, grad = _part(call, entries, rows), grad_out[entries, rows]
@@ -186,18 +184,16 @@ def _run_backward(
         moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
         hat_x = empty(count, channels) if of_parameters else None
         swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
-        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
+        hidden_rows = empty(count, hidden) if of_down else None
         prepared = launches.of(
             ("swiglu_bwd", count, grad.data_ptr() % 16),
             prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
         )  # fmt: skip
         swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
-        if "down_bias" in needs:
-            down_sums.add_(grad.sum(0, dtype=torch.float32))
         if of_parameters:
-            add_products("in", products, pair, hat_x, sums)
-        if "down_weight" in needs:
-            add_products("down", down_products, grad, hidden_rows)
+            add_products("in", pair, hat_x)
+        if of_down:
+            add_products("down", grad, hidden_rows)
         if "x" in needs:
             grad_z, grad_x = empty(count, channels), found["x"][entries, rows]
             prepared = launches.of(
@@ -214,18 +210,9 @@ def _run_backward(
             norm_in_bwd(grad_z, rows_x, moments, weights.norm_weight, grad_x, prepared)
             del grad_z
         del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
-    if of_parameters:
-        gradients = gradients_of_projections(
-            stacked, products, sums, weights.norm_weight, weights.norm_bias,
-            ("norm_weight", "norm_bias"),
-            (
-                ("gate_weight", "gate_bias", slice(0, hidden)),
-                ("up_weight", "up_bias", slice(hidden, None)),
-            ), needs,
-        )  # fmt: skip
-        down = {"down_weight": down_products, "down_bias": down_sums}
-        gradients |= {name: value for name, value in down.items() if name in needs}
-        found |= in_their_dtypes(gradients, weights)
+    for which, names in (("in", _IN), ("down", _DOWN)):
+        if which in parts:
+            found |= gradients_of_projections(launches, names, weights, parts[which], None, needs)
     return found
 
 

@@ -48,14 +48,16 @@ from .fused_dual_gemm_backward import (
 from .fused_ln_residual_backward import (
     Rows,
     Stage3Gradients,
+    emit_means,
     fused_ln_residual_bwd,
+    prepare_emit_means,
     prepare_ln_residual_bwd,
 )
 from .launches import launches_of
 from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
-from .parameter_gradients import Totals, parameter_gradients
+from .parameter_gradients import Projections, gradients_of_projections
 from .row_linear import prepare_row_linear, row_linear
-from .row_products import add_row_products, prepare_row_products
+from .row_products import RowParts, prepare_row_products, row_products
 
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
 # smaller ones don't fill a GPU.
@@ -64,6 +66,8 @@ _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
 _GROUP_MULTIPLE = 16
+_OUT = Projections(("p_out_weight",), "norm_out")
+_IN = Projections(("p_in_weight", "g_in_weight", "g_out_weight"), "norm_in")
 
 
 class _Wanted(NamedTuple):
@@ -106,7 +110,6 @@ def run_backward(
     """
     x, weights = call.x, call.weights
     batch, length, _, channels = x.shape
-    hidden = call.hidden
     wanted = _Wanted(
         "x" in needs, "mask" in needs, "drop_mask" in needs,
         not needs.isdisjoint(Weights._fields),
@@ -120,29 +123,31 @@ def run_backward(
             like = getattr(call, name)
             # Contiguous, whatever the argument's strides.
             gradients[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    totals, grad_q = None, gradients.get("x")
-    if wanted.parameters:
-        rows = 4 * hidden + channels
-        shapes = (channels, hidden), (channels,), (rows, channels), (rows,)
-        totals = Totals(*[
-            torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes
-        ])
-        if grad_q is None:
-            grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
-    stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
-    turned = stacked.t().contiguous()
-    emit_means = _emit_means(weights, call.precision)
-    for entry in range(batch if length else 0):
+    if batch == 0 or length == 0:
+        return gradients | {
+            name: torch.zeros_like(value)
+            for name, value in weights._asdict().items()
+            if name in needs
+        }
+    grad_q, turned, parts = gradients.get("x"), None, {}
+    if wanted.x:
+        stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
+        turned = stacked.t().contiguous()
+    elif wanted.parameters:
+        grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
+    prepared = launches.of(("emit_means",), prepare_emit_means, weights, call.precision)
+    means = emit_means(weights, prepared)
+    for entry in range(batch):
         sequence = slice(entry, entry + 1)
         _Sequence(
             call.of_entry(entry),
             launches,
             wanted,
-            totals,
+            parts,
             {name: gradient[entry] for name, gradient in gradients.items()},
             None if grad_q is None else grad_q[entry],
             turned,
-            emit_means,
+            means,
         ).run(
             grad_out[entry],
             None if product is None else product[sequence],
@@ -150,7 +155,10 @@ def run_backward(
             None if planes is None else planes[entry],
         )
     if wanted.parameters:
-        gradients |= parameter_gradients(totals, weights, stacked, needs)
+        out, into = parts["out"], parts["in"]
+        gradients |= gradients_of_projections(launches, _OUT, weights, out, None, needs)
+        of_gate = out.sums[:, channels:]
+        gradients |= gradients_of_projections(launches, _IN, weights, into, of_gate, needs)
     return gradients
 
 
@@ -160,10 +168,10 @@ class _Sequence(NamedTuple):
     call: Call  # x [1, L, L, C]
     launches: Launches
     wanted: _Wanted
-    totals: Totals | None  # if the parameters' gradients are wanted
+    parts: dict[str, RowParts]  # "out": S, and sums of de and dq; "in": H, and sums of dp and dg
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
     grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if dx is wanted
-    turned: Tensor  # [Wp; Wg; Wo]^T, [C, 4D + C]
+    turned: Tensor | None  # [Wp; Wg; Wo]^T, [C, 4D + C], if dx is wanted
     emit_means: tuple[Tensor, Tensor | None]
 
     def run(
@@ -266,10 +274,6 @@ class _Sequence(NamedTuple):
                 if wanted.parameters else None,
             )  # fmt: skip
             fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
-            if wanted.parameters:  # while the partial sums are in L2
-                emit_sums, gate_sums = out.sums.sum(0)
-                self.totals.emit_sums.add_(emit_sums)
-                self.totals.in_sums[4 * hidden :].add_(gate_sums)
             if wanted.drop_mask:
                 total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = total if grad_drop is None else grad_drop.add_(total)
@@ -284,7 +288,7 @@ class _Sequence(NamedTuple):
                     call.lengths,
                 )  # fmt: skip
             if wanted.parameters:
-                self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
+                self._add_product("out", emit, hat_t, out.sums.flatten(1))
             del out  # freed before the next chunk's is allocated
         if grad_drop is not None:
             self.gradients["drop_mask"].copy_(grad_drop)
@@ -351,12 +355,10 @@ class _Sequence(NamedTuple):
                 sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.parameters else None,
             )
             fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
-            if wanted.parameters:
-                self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
             if wanted.projections:
                 out.grads[:, 4 * hidden :].copy_(self.grad_q[chunk].view(count, channels))
             if wanted.parameters:
-                self._add_product(self.totals.in_products, out.grads, out.hat_x, "in")
+                self._add_product("in", grads, hat_x, out.sums)
             if wanted.x:
                 grad_x = self.gradients["x"][chunk]
                 prepared = self.launches.of(
@@ -373,15 +375,14 @@ class _Sequence(NamedTuple):
                 )
             del out  # freed before the next chunk's is allocated
 
-    def _add_product(
-        self, total: Tensor, left: Tensor, right: Tensor, which: str
-    ) -> None:
-        """total [N, K] in fp32 += left^T right of a chunk's rows [M, N] and [M, K]."""
+    def _add_product(self, which: str, left: Tensor, right: Tensor, partial: Tensor) -> None:
+        """Adds left^T right of a chunk's rows [M, N] and [M, K], and partial sums, to the parts."""
+        parts = self.parts.get(which)
         prepared = self.launches.of(
-            ("row_products", which, left.shape[0]),
-            prepare_row_products, left, right, self.call.precision,
+            ("row_products", which, left.shape[0], parts is None), prepare_row_products, left,
+            right, self.call.precision, None, False, parts, partial,
         )  # fmt: skip
-        add_row_products(total, left, right, prepared)
+        self.parts[which] = row_products(left, right, prepared, parts, partial)
 
 
 def group_size(hidden: int, length: int) -> int:
@@ -392,17 +393,6 @@ def group_size(hidden: int, length: int) -> int:
     ):
         groups //= 2
     return hidden // groups
-
-
-def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None]:
-    """We g2 / D and We b2, [C] in fp32, for stage 3's backward; We is rounded as in its GEMM."""
-    emit = weights.p_out_weight
-    if emit.dtype == torch.float32 and precision == "bf16":
-        emit = emit.to(torch.bfloat16)
-    emit = emit.float()
-    scaled = emit if weights.norm_out_weight is None else emit * weights.norm_out_weight
-    shift = weights.norm_out_bias
-    return scaled.mean(1), None if shift is None else (emit * shift).sum(1)
 
 
 def _row_buffers(memory: Tensor, count: int, widths: tuple[int, ...]) -> list[Tensor | None]:
