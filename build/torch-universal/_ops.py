@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6d579318fb"
+_NAMESPACE = "_esmfold2_trimul_kernel_514b6b0446"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -43,6 +43,24 @@ def test_chunks_and_sums_of_others(product, programs, width, columns):
         assert relative_error(sums, left.double().sum(0)) <= BUDGET
 
 
+@pytest.mark.parametrize("programs", [1, 40])
+@pytest.mark.parametrize("width, last", [(256, 128), (40, 24), (130, 7)])
+def test_last_columns_of_another_tensor(submodule, on_triton, programs, width, last):
+    """They have tiles and rows of the result of their own; sums of others are of the first."""
+    subject = submodule("triton_path.row_products")
+    left, beside = rows(700, width).to(on_triton), rows(700, last, seed=2).to(on_triton)
+    right = rows(700, 24, seed=1).to(on_triton)
+    partial = rows(9, width, dtype=torch.float32, seed=3).to(on_triton)
+    prepared = subject.prepare_row_products(
+        left, right, "fp32", programs, partial=partial, last=beside
+    )
+    parts = subject.row_products(left, right, prepared, None, partial, beside)
+    both = torch.cat([left, beside], dim=1).cpu().double()
+    got = parts.products.sum(0)
+    assert relative_error(got, both.t() @ right.cpu().double()) <= BUDGET
+    assert relative_error(parts.sums.sum(0), partial.cpu().double().sum(0)) <= BUDGET
+
+
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed)).to(dtype)
 

@@ -279,7 +279,7 @@ FINISH = ["projection_gradients", "norm_gradients"]
 @pytest.mark.parametrize(
     "needs, stages",
     [
-        (["x"], ["swiglu_hidden", "swiglu_bwd", "row_linear", "norm_in_bwd"]),
+        (["x"], ["swiglu_hidden", "swiglu_bwd", "input_bwd"]),
         (["gate_bias"], ["swiglu_hidden", "swiglu_bwd", "row_products", *FINISH]),
         (
             ["down_weight"],
@@ -287,7 +287,7 @@ FINISH = ["projection_gradients", "norm_gradients"]
         ),
         (
             ["x", "norm_weight"],
-            ["swiglu_hidden", "swiglu_bwd", "row_products", "row_linear", "norm_in_bwd", *FINISH],
+            ["swiglu_hidden", "swiglu_bwd", "row_products", "input_bwd", *FINISH],
         ),
     ],
 )
@@ -326,7 +326,7 @@ def test_settings_as_on_a_gpu(
         "row_linear": config(32, 32, 16, 4, 2, descriptors),
         "row_products": config(32, 16, 32, 4, 2),
         "row_products_and_sums": config(32, 16, 32, 4, 2),
-        "norm_in_bwd": config(16, 1, 16, 4, 1),
+        "input_bwd": config(16, 32, 16, 4, 1, descriptors),
     }  # fmt: skip
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
@@ -364,10 +364,10 @@ def test_peak_memory_of_a_backward(subject, submodule, call_of, on_triton, monke
     grad = torch.zeros_like(call.x)
     with PeakBytes(call.x, grad, *problem.weights.values()) as bytes_:
         subject.backward(call, grad, frozenset(leaves_of(problem)))
-    # The projections stacked and turned, and the parts of the parameters' sums: from some number of
-    # rows on they are no larger.
+    # A projection turned, and the parts of the parameters' sums: from some number of rows on they
+    # are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
-    parameters = width * hidden * (2 * 5 + 4 * 3 * max(1, programs // 4))
+    parameters = width * hidden * (2 + 4 * 3 * max(1, programs // 4))
     assert 3.0 <= (bytes_.peak - parameters) / call.x.nbytes <= 4.0
 
 
@@ -389,5 +389,5 @@ def test_plans_of_training_have_every_stage(subject, call_of):
     )))]  # fmt: skip
     assert stages == [
         "swiglu_hidden", "row_linear", "swiglu_hidden", "swiglu_bwd", "row_products",
-        "row_products", "row_linear", "norm_in_bwd", *FINISH, FINISH[0],
+        "row_products", "input_bwd", *FINISH, FINISH[0],
     ]  # fmt: skip

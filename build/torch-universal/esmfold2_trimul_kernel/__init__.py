@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6d579318fb"
+_BUILD_ID = "_esmfold2_trimul_kernel_514b6b0446"
 
 
 def _load_package() -> ModuleType:

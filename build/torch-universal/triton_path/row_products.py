@@ -1,6 +1,7 @@
 """Products of two tall matrices, summed over their rows, for the parameters' gradients.
 
     products [P, N, K]      left^T right over the rows of each part    left [M, N], right [M, K]
+                            (the last columns of left may be another tensor)
     sums [P, N]             the sums of left over the rows of each part
 
 M is the number of pairs, thousands of times N and K, so the rows are cut into P parts, enough to
@@ -35,25 +36,37 @@ _LEAST_ROWS = 256  # of a part: fewer are not worth a program
 
 @triton.jit(do_not_specialize=["M", "part", "accumulate", "partials"])
 def _row_products_kernel(
-    left_ptr, right_ptr, parts_ptr, sums_ptr, partial_ptr, M, part, accumulate, partials,
-    stride_left, stride_right,
-    N: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    left_ptr, last_ptr, right_ptr, parts_ptr, sums_ptr, partial_ptr,
+    M, part, accumulate, partials, stride_left, stride_last, stride_right,
+    N: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
 
+    The last LAST of left's N columns, which have tiles of their own, are those of `last`.
     Programs of the same rows have adjacent ids, so that the rows are read from memory once. The
     tile is added to what `parts` holds if `accumulate`. If there is a `sums_ptr` [P, W], each part
     also has the sums of its share of partial [partials, W]; without a `partial_ptr` of left (W = N)
     by a product with ones, because a reduction would cost many times as much.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N * BLOCKS_K
+    BEFORE_LAST: tl.constexpr = (N - LAST + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = (BEFORE_LAST + (LAST + BLOCK_N - 1) // BLOCK_N) * BLOCKS_K
     number = tl.program_id(0) // TILES
     tile = tl.program_id(0) - number * TILES
-    offs_n = tile // BLOCKS_K * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_n = tile // BLOCKS_K * BLOCK_N
     offs_k = tile % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    EVEN_N: tl.constexpr = N % BLOCK_N == 0
+    first_n, end_n = 0, N - LAST
+    if LAST > 0:
+        is_last = start_n >= BEFORE_LAST * BLOCK_N
+        left_ptr = tl.where(is_last, last_ptr, left_ptr)
+        stride_left = tl.where(is_last, stride_last, stride_left)
+        first_n = tl.where(is_last, N - LAST, 0)
+        end_n = tl.where(is_last, LAST, N - LAST)
+        start_n -= tl.where(is_last, BEFORE_LAST * BLOCK_N, 0)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    valid_n = offs_n < end_n
+    EVEN_N: tl.constexpr = (N - LAST) % BLOCK_N == 0 and LAST % BLOCK_N == 0
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     OWN_SUMS: tl.constexpr = sums_ptr is not None and partial_ptr is None
@@ -65,38 +78,44 @@ def _row_products_kernel(
     for start_m in range(first, tl.minimum(first + part, M), BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         row = offs_m.to(tl.int64)
-        left = load_tile(left_ptr, row * stride_left, offs_n, 1, offs_m < M, N, EVEN_N)
+        valid = (offs_m < M)[:, None]
+        if not EVEN_N:
+            valid = valid & valid_n[None, :]
+        left = tl.load(
+            left_ptr + (row * stride_left)[:, None] + offs_n[None, :], mask=valid, other=0.0
+        )
         right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
         acc = dot(left.T, right, acc, PRECISION)
         if OWN_SUMS:
             sums = dot(left.T, ones, sums, PRECISION)
-    offs_out = number.to(tl.int64) * N * K + offs_n * K
-    valid = (offs_n < N) & (accumulate != 0)
+    offs_out = number.to(tl.int64) * N * K + (first_n + offs_n) * K
+    earlier_n = valid_n & (accumulate != 0)
     # A quarter of the columns at a time: the loads need registers of their own.
     columns = quarters(acc)
     WIDTH: tl.constexpr = columns[0].shape[1]
     for quarter in tl.static_range(len(columns)):
         offs = tile % BLOCKS_K * BLOCK_K + quarter * WIDTH + tl.arange(0, WIDTH)
-        earlier = load_tile(parts_ptr, offs_out, offs, 1, valid, K, EVEN_K)
-        store_tile(parts_ptr, offs_out, offs, columns[quarter] + earlier, offs_n < N, K, EVEN_K)
+        earlier = load_tile(parts_ptr, offs_out, offs, 1, earlier_n, K, EVEN_K)
+        store_tile(parts_ptr, offs_out, offs, columns[quarter] + earlier, valid_n, K, EVEN_K)
     if sums_ptr is not None and tile % BLOCKS_K == 0:
-        sums_ptrs = sums_ptr + number.to(tl.int64) * W + offs_n
+        sums_ptrs = sums_ptr + number.to(tl.int64) * W + first_n + offs_n
         if OWN_SUMS:
             # The 16 columns are equal.
             total = tl.sum(sums, 1) * (1.0 / 16)
-            total += tl.load(sums_ptrs, mask=valid, other=0.0)
-            tl.store(sums_ptrs, total, mask=offs_n < N)
+            total += tl.load(sums_ptrs, mask=earlier_n, other=0.0)
+            tl.store(sums_ptrs, total, mask=valid_n)
         else:
             share = tl.cdiv(partials, tl.num_programs(0) // TILES)
             end = tl.minimum(number * share + share, partials)
             for start_w in range(0, W, N):
-                valid_w = (offs_n < N) & (start_w + offs_n < W)
-                total = tl.load(sums_ptrs + start_w, mask=valid_w & valid, other=0.0)
+                column = start_w + first_n + offs_n
+                valid_w = valid_n & (column < W)
+                total = tl.load(sums_ptrs + start_w, mask=valid_w & earlier_n, other=0.0)
                 for start in range(number * share, end, 16):
-                    rows = start + tl.arange(0, 16)
-                    offs_w = rows.to(tl.int64) * W + start_w
-                    some = load_tile(partial_ptr, offs_w, offs_n, 1, rows < end, W - start_w, False)
-                    total += tl.sum(some, 0)
+                    row = start + tl.arange(0, 16)
+                    ptrs = partial_ptr + (row.to(tl.int64) * W)[:, None] + column[None, :]
+                    valid = (row < end)[:, None] & valid_w[None, :]
+                    total += tl.sum(tl.load(ptrs, mask=valid, other=0.0), 0)
                 tl.store(sums_ptrs + start_w, total, mask=valid_w)
 
 
@@ -113,11 +132,12 @@ def row_products(
     prepared: PreparedLaunch,
     parts: RowParts | None = None,
     partial: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
 ) -> RowParts:
     """The products and sums of left [M, N] and right [M, K], added to `parts` if there are.
 
-    `prepared` is from `prepare_row_products` for such rows, such parts, and such partial sums
-    [programs, W].
+    `prepared` is from `prepare_row_products` for such rows, such parts, such partial sums
+    [programs, W], and such last columns [M, LAST] of left, which are then not in `left`.
     """
     if parts is None:
         constants = prepared.constants
@@ -129,6 +149,7 @@ def row_products(
         )
     prepared.launch(
         left_ptr=left,
+        last_ptr=last,
         right_ptr=right,
         parts_ptr=parts.products,
         sums_ptr=parts.sums,
@@ -145,6 +166,7 @@ def prepare_row_products(
     with_sums: bool = False,
     parts: RowParts | None = None,
     partial: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
 ) -> PreparedLaunch:
     """The launch of `row_products` for rows like these: left [M, N] and right [M, K].
 
@@ -155,6 +177,8 @@ def prepare_row_products(
     """
     rows, width_n = left.shape
     width_k = right.shape[1]
+    width_last = 0 if last is None else last.shape[1]
+    width_n += width_last
     device = device_target(left.device)
     stage = "row_products_and_sums" if with_sums else "row_products"
     config = setting_of(stage, left, max(width_n, width_k), math.isqrt(rows))
@@ -163,7 +187,8 @@ def prepare_row_products(
     block_k = block_of(config.block_k, width_k)
     width_sums = width_n if with_sums else 0 if partial is None else partial.shape[1]
     constants = dict(
-        N=width_n, K=width_k, W=width_sums, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        N=width_n, LAST=width_last, K=width_k, W=width_sums,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),
     )  # fmt: skip
     tiles = _tiles_of(**constants)
@@ -174,17 +199,21 @@ def prepare_row_products(
     return PreparedLaunch(
         _row_products_kernel,
         tiles * triton.cdiv(rows, part),
-        tensors=pointers("left_ptr", "right_ptr", "parts_ptr", "sums_ptr", "partial_ptr"),
+        tensors=pointers(
+            "left_ptr", "last_ptr", "right_ptr", "parts_ptr", "sums_ptr", "partial_ptr"
+        ),
         values=dict(
             M=rows, part=part, accumulate=int(parts is not None),
             partials=0 if partial is None else partial.shape[0],
             stride_left=left.stride(0), stride_right=right.stride(0),
+            stride_last=0 if last is None else last.stride(0),
         ),
         constants=constants,
         options=config.options(),
     )
 
 
-def _tiles_of(N: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int | str) -> int:
+def _tiles_of(N: int, LAST: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int | str) -> int:
     """The tiles of the product, which is also the number of programs for one part."""
-    return triton.cdiv(N, BLOCK_N) * triton.cdiv(K, BLOCK_K)
+    tiles_n = triton.cdiv(N - LAST, BLOCK_N) + triton.cdiv(LAST, BLOCK_N)
+    return tiles_n * triton.cdiv(K, BLOCK_K)

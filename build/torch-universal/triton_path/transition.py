@@ -11,8 +11,7 @@ The backward keeps nothing of the forward. In chunks of rows, with G the output'
     swiglu_hidden       p = z Wg^T + bg, u = z Wu^T + bu, x^, and the moments of x
     swiglu_bwd          h, and dp and du over p and u
     row_products        dWd += G^T h, and P += [dp, du]^T x^, from which the other gradients come
-    row_linear          dz = [dp, du] [Wg; Wu]
-    norm_in_bwd         dx
+    input_bwd           dz = dp Wg + du Wu, and dx
 
 Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 256 MiB). Sums
 over rows are in fp32, in a fixed order.
@@ -29,8 +28,8 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
+from .input_backward import input_bwd, prepare_input_bwd
 from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
-from .norm_backward import norm_in_bwd, prepare_norm_in_bwd
 from .parameter_gradients import Projections, gradients_of_projections
 from .row_linear import prepare_row_linear, row_linear
 from .row_products import RowParts, prepare_row_products, row_products
@@ -148,8 +147,8 @@ def _run_backward(
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
-    stacked = torch.cat([weights.gate_weight, weights.up_weight])
-    turned, down_turned = stacked.t().contiguous(), weights.down_weight.t().contiguous()
+    into = weights.gate_weight, weights.up_weight
+    down_turned = weights.down_weight.t().contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -168,7 +167,7 @@ def _run_backward(
     if "x" in needs:
         found["x"] = empty(*x.shape)
     of_down = not needs.isdisjoint(("down_weight", "down_bias"))
-    # The rows that a chunk makes: dp and du, h, x^, and dz or a copy of G.
+    # The rows that a chunk makes: dp and du, h, x^, and a copy of G.
     for entries, rows in _chunks(call, 3 * hidden + 2 * channels, *_BACKWARD_CHUNK):
         part, grad = _part(call, entries, rows), grad_out[entries, rows]
         count = part.x.shape[:3].numel()
@@ -195,20 +194,14 @@ def _run_backward(
         if of_down:
             add_products("down", grad, hidden_rows)
         if "x" in needs:
-            grad_z, grad_x = empty(count, channels), found["x"][entries, rows]
-            prepared = launches.of(
-                ("row_linear", count),
-                prepare_row_linear, pair, turned, None, (count, 1), call.precision,
-            )  # fmt: skip
-            row_linear(pair, turned, None, None, None, grad_z, prepared)
+            grad_x = found["x"][entries, rows]
             # One sequence [R, J, C] to the kernel: the entries of a chunk are whole where several.
             rows_x, moments = part.x.flatten(0, 1), moments.view(2, -1, x.shape[2])
             prepared = launches.of(
-                ("norm_in_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
-                prepare_norm_in_bwd, rows_x, moments,
+                ("input_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
+                prepare_input_bwd, pair, None, rows_x, moments, into, call.precision,
             )  # fmt: skip
-            norm_in_bwd(grad_z, rows_x, moments, weights.norm_weight, grad_x, prepared)
-            del grad_z
+            input_bwd(pair, None, rows_x, moments, into, weights.norm_weight, grad_x, prepared)
         del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
     for which, names in (("in", _IN), ("down", _DOWN)):
         if which in parts:

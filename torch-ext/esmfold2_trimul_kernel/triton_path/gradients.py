@@ -5,7 +5,7 @@ it did not keep is made again here. For each sequence:
 
     stage 3, in chunks of rows         gives dt, and dq, the gradient of the gate before its sigmoid
     stage 2                            gives da and db from dt, a and b
-    stage 1, in chunks of rows         gives dp and dg; with dq they give dz in one GEMM, then dx
+    stage 1, in chunks of rows         gives dp and dg, and from them and dq dx
 
 Without a and b, stage 2 runs in groups of channels, for which stage 1 makes a and b. Peak memory
 beyond the arguments, what was kept among them, in tensors of one sequence's pair size (C = D a
@@ -18,7 +18,7 @@ multiple of 64):
 The rows of a chunk lie where da and db are not yet, or where dt was; there are as many chunks as
 that takes. A product that was not kept lies where dt will be. A small sequence is one group and one
 chunk, for fewer launches. The parameters' gradients come from few products: with t^ and x^ the
-normalised rows without norm weights and [dp, dg, dq] the rows of one matrix,
+normalised rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
@@ -53,10 +53,10 @@ from .fused_ln_residual_backward import (
     prepare_emit_means,
     prepare_ln_residual_bwd,
 )
+from .input_backward import holds_rows, input_bwd, prepare_input_bwd
 from .launches import launches_of
-from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
+from .norm_backward import norm_out_bwd, prepare_norm_out_bwd
 from .parameter_gradients import Projections, gradients_of_projections
-from .row_linear import prepare_row_linear, row_linear
 from .row_products import RowParts, prepare_row_products, row_products
 
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
@@ -129,11 +129,8 @@ def run_backward(
             for name, value in weights._asdict().items()
             if name in needs
         }
-    grad_q, turned, parts = gradients.get("x"), None, {}
-    if wanted.x:
-        stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
-        turned = stacked.t().contiguous()
-    elif wanted.parameters:
+    parts, grad_q = {}, gradients.get("x")
+    if wanted.projections and not (wanted.x and holds_rows(x)):
         grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
     prepared = launches.of(("emit_means",), prepare_emit_means, weights, call.precision)
     means = emit_means(weights, prepared)
@@ -146,7 +143,6 @@ def run_backward(
             parts,
             {name: gradient[entry] for name, gradient in gradients.items()},
             None if grad_q is None else grad_q[entry],
-            turned,
             means,
         ).run(
             grad_out[entry],
@@ -170,8 +166,7 @@ class _Sequence(NamedTuple):
     wanted: _Wanted
     parts: dict[str, RowParts]  # "out": S, and sums of de and dq; "in": H, and sums of dp and dg
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
-    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if dx is wanted
-    turned: Tensor | None  # [Wp; Wg; Wo]^T, [C, 4D + C], if dx is wanted
+    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if `holds_rows`
     emit_means: tuple[Tensor, Tensor | None]
 
     def run(
@@ -186,10 +181,9 @@ class _Sequence(NamedTuple):
         grad_out is [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch], planes
         [2, D, L, pitch].
         """
-        x, hidden, length = self.call.x, self.call.hidden, self.call.x.shape[1]
+        hidden, length = self.call.hidden, self.call.x.shape[1]
         size = hidden if planes is not None else group_size(hidden, length)
-        count = max(3 * hidden, 2 * hidden + 3 * size if planes is None else 0)
-        memory = torch.empty(count, length, padded_pitch(length), dtype=x.dtype, device=x.device)
+        memory = self._memory(0 if planes is not None else 3 * size)
         grad_t = memory[hidden + size : 2 * hidden + size]
         kept = planes is not None
         if not kept:
@@ -202,6 +196,25 @@ class _Sequence(NamedTuple):
         if self.wanted.through_product:
             self._stage_2(memory, grad_t, moments, planes, kept)
             self._stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
+
+    def _memory(self, least: int) -> Tensor:
+        """Planes [2D + `least`, at least D, L, pitch] for da, db, dt, and rows of stages 3 and 1.
+
+        The rows of a chunk of stage 1 lie behind da and db, which may take more than D planes.
+        """
+        x, hidden = self.call.x, self.call.hidden
+        length, channels = x.shape[2:]
+        pitch = padded_pitch(length)
+        width = 4 * hidden + channels
+        chunks = -(-width * length // (hidden * pitch))
+        step = max(self._least_rows(), -(-length // chunks))
+        count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
+        return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
+
+    def _least_rows(self) -> int:
+        """The fewest rows i of a chunk."""
+        length = self.call.x.shape[1]
+        return min(length, -(-_CHUNK_PAIRS // length))
 
     def _product_again(self, product: Tensor, planes: Tensor) -> Tensor:
         """Fills the product, with a group's planes at a time as scratch; returns the moments."""
@@ -224,9 +237,9 @@ class _Sequence(NamedTuple):
         Returns the memory too, which is other and larger if chunks would not fill a GPU.
         """
         length = self.call.x.shape[1]
-        least = min(length, -(-_CHUNK_PAIRS // length))
-        if memory.numel() < least * length * width:
-            memory = memory.new_empty(least * length * width)
+        least = self._least_rows() * length * width
+        if memory.numel() < least:
+            memory = memory.new_empty(least)
         chunks = -(-length // min(length, memory.numel() // (length * width)))
         step = -(-length // chunks)
         cuts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
@@ -328,14 +341,13 @@ class _Sequence(NamedTuple):
         call, wanted, weights = self.call, self.wanted, self.call.weights
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
-        width = 4 * hidden + channels
         grad_mask = self.gradients.get("mask")
         widths = (
-            width if wanted.projections else 0,
+            4 * hidden if wanted.projections else 0,
             channels if wanted.parameters else 0,
-            channels if wanted.x else 0,
         )
         memory, chunks = self._chunks(memory, max(1, sum(widths)))
+        into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
         for chunk in chunks:
             x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
@@ -345,44 +357,42 @@ class _Sequence(NamedTuple):
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
                 prepare_dual_gemm_bwd, x, mask, x_moments, grad_h, weights, call.precision, size,
-                width, None, first_row,
+                None, first_row,
             )  # fmt: skip
-            grads, hat_x, grad_z = _row_buffers(memory, count, widths)
-            out = Stage1Gradients(
-                grads=grads,
-                hat_x=hat_x,
-                mask=mask_out,
-                sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.parameters else None,
-            )
-            fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
-            if wanted.projections:
-                out.grads[:, 4 * hidden :].copy_(self.grad_q[chunk].view(count, channels))
+            grads, hat_x = _row_buffers(memory, count, widths)
+            sums = None
             if wanted.parameters:
-                self._add_product("in", grads, hat_x, out.sums)
+                sums = _float32(call.x, prepared.programs, 4 * hidden)
+            out = Stage1Gradients(grads, hat_x, mask_out, sums)
+            fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
+            if not wanted.projections:
+                continue
+            grad_q = self.grad_q[chunk].view(count, channels)
+            if wanted.parameters:
+                self._add_product("in", grads, hat_x, sums, grad_q)
             if wanted.x:
                 grad_x = self.gradients["x"][chunk]
                 prepared = self.launches.of(
-                    ("row_linear", count), prepare_row_linear, out.grads, self.turned, None,
-                    (count, 1), call.precision,
+                    ("input_bwd", count, first_row, *_alignments(x, grad_q, grad_x)),
+                    prepare_input_bwd, grads, grad_q, x, x_moments, into, call.precision, None,
+                    first_row,
                 )  # fmt: skip
-                row_linear(out.grads, self.turned, None, None, None, grad_z, prepared)
-                prepared = self.launches.of(
-                    ("norm_in_bwd", count, first_row, *_alignments(x, grad_x)),
-                    prepare_norm_in_bwd, x, x_moments, first_row,
+                input_bwd(
+                    grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,
+                    call.lengths,
                 )  # fmt: skip
-                norm_in_bwd(
-                    grad_z, x, x_moments, weights.norm_in_weight, grad_x, prepared, call.lengths
-                )
-            del out  # freed before the next chunk's is allocated
 
-    def _add_product(self, which: str, left: Tensor, right: Tensor, partial: Tensor) -> None:
+    def _add_product(
+        self, which: str, left: Tensor, right: Tensor, partial: Tensor, last: Tensor | None = None
+    ) -> None:
         """Adds left^T right of a chunk's rows [M, N] and [M, K], and partial sums, to the parts."""
         parts = self.parts.get(which)
         prepared = self.launches.of(
-            ("row_products", which, left.shape[0], parts is None), prepare_row_products, left,
-            right, self.call.precision, None, False, parts, partial,
+            ("row_products", which, left.shape[0], parts is None, *_alignments(last)),
+            prepare_row_products, left, right, self.call.precision, None, False, parts, partial,
+            last,
         )  # fmt: skip
-        self.parts[which] = row_products(left, right, prepared, parts, partial)
+        self.parts[which] = row_products(left, right, prepared, parts, partial, last)
 
 
 def group_size(hidden: int, length: int) -> int:
