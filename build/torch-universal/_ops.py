@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f16c1ab8b4"
+_NAMESPACE = "_esmfold2_trimul_kernel_1d83221f6c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

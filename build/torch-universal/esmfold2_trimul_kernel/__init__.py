@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_f16c1ab8b4"
+_BUILD_ID = "_esmfold2_trimul_kernel_1d83221f6c"
 
 
 def _load_package() -> ModuleType:

@@ -126,7 +126,7 @@ def patch(
     *,
     parts: Iterable[str] = ("triangle", "residual", "transition"),
     memory: str = "auto",
-    recompute: str = "product",
+    recompute: str = "none",
 ) -> PatchReport:
     """Lets the triangle multiplications and transitions that are understood run our kernels.
 
