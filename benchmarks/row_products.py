@@ -36,9 +36,8 @@ def vendors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def ours(subject: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros(left.shape[1], right.shape[1], device=left.device)
-    subject.add_row_products(total, left, right, subject.prepare_row_products(left, right))
-    return total
+    prepared = subject.prepare_row_products(left, right, "fp32")
+    return subject.row_products(left, right, prepared).products.sum(0)
 
 
 def wrong_counts(
@@ -66,14 +65,13 @@ def timed(
     )
     total = torch.zeros(width, other, device=device)
     wanted = left.double().t() @ right.double()
-    prepared = subject.prepare_row_products(left, right)
+    prepared = subject.prepare_row_products(left, right, "fp32")
 
     def add_vendors(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return total.add_(vendors(left, right))
 
     def add_ours(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        subject.add_row_products(total, left, right, prepared)
-        return total
+        return total.add_(subject.row_products(left, right, prepared).products.sum(0))
 
     row: dict[str, Any] = {"M": count, "N": width, "K": other}
     for name, add in (("vendor", add_vendors), ("ours", add_ours)):
@@ -97,7 +95,7 @@ def main() -> None:
     if device.type != "cuda":
         parser.error(f"--device must be a GPU, whose vendor's GEMM is compared; got {device}")
     sources = Sources(load_kernel(settings.root))
-    subject = importlib.import_module(f"{sources.kernel.__name__}.row_products")
+    subject = importlib.import_module(f"{sources.kernel.__name__}.triton_path.row_products")
     command = shlex.join(["python", "benchmarks/row_products.py", *sys.argv[1:]])
     environment = describe_environment(settings, sources, command, options.commit)
     environment["cublas"] = next(

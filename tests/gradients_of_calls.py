@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 BF16 = torch.bfloat16
 LIMIT = 2e-5  # of the relative error of any float32 gradient
-RECOMPUTE = ("product", "all")
+RECOMPUTE = ("none", "product", "all")
 HALVES = ("gate_weight", "up_weight")  # of one matrix in ESMFold2's transitions
 
 

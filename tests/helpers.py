@@ -226,7 +226,7 @@ def as_call(types, problem: Problem, **others):
         "eps_out": problem.eps,
         "precision": "fp32",
         "memory": "default",
-        "recompute": "product",
+        "recompute": "none",
         "inplace": False,
         "lengths": None,
     }

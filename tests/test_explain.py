@@ -71,14 +71,17 @@ def test_launches_and_memory_are_those_of_the_call(
     assert found.kept == 0.0
 
 
-@pytest.mark.parametrize("recompute, kept", [("product", 1.0), ("all", 0.0)])
+@pytest.mark.parametrize("recompute, kept", [("none", 3.0), ("product", 1.0), ("all", 0.0)])
 def test_what_is_kept_for_a_backward(kernel, on_triton, recompute, kept):
     problem = make_problem(16, 32, dtype=torch.bfloat16).to(on_triton)
     problem.x.requires_grad_()
     found = explained(kernel, problem, recompute=recompute)
     moments = 8 / (32 * 2)
     assert found.kept == (kept + moments if kept else 0.0)
-    wanted = {"product": "the product is kept", "all": "recompute='all'"}[recompute]
+    wanted = {
+        "none": "a, b and the product are kept", "product": "the product is kept",
+        "all": "recompute='all'",
+    }[recompute]
     assert any(note.startswith(wanted) for note in found.notes)
 
 

@@ -68,7 +68,7 @@ PLAIN = Case(
     UPDATE, torch.float32, (1,), 8, 8, 8, "outgoing", "plain",
     vectors={}, made=(), bundled=False, scales={}, mask=None, residual=None,
     drop_mask=None, lengths=None, eps=1e-5, eps_out=None, precision=None, memory="auto",
-    recompute="product", inplace=False, needs_grad=(), layouts={}, seed=0,
+    recompute="none", inplace=False, needs_grad=(), layouts={}, seed=0,
 )  # fmt: skip
 
 

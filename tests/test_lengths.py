@@ -197,7 +197,7 @@ def assert_gradients_as_masked(kernel, problem, lengths, within, device, limit, 
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize(
     "recompute, residual, direction",
-    [("product", True, "incoming"), ("all", False, "outgoing")],
+    [("none", True, "incoming"), ("product", True, "incoming"), ("all", False, "outgoing")],
 )
 def test_gradients(kernel, device, pairs_within, recompute, residual, direction):
     """They equal those of the masked call without padding, even if the padding is NaN."""

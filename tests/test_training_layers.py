@@ -233,16 +233,17 @@ def test_recompute_is_read_from_the_environment(bind, grad_device, monkeypatch):
         return sum(saved)
 
     wanted, kept = gradients(layer, module, problem), saved_elements()
-    monkeypatch.setenv(variable, "product")
-    assert saved_elements() == kept
-    monkeypatch.setenv(variable, "all")
-    assert saved_elements() <= kept - problem.x.numel()
-    got = gradients(layer, module, problem)
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    for word in ("none", "product", "all"):
+        monkeypatch.setenv(variable, word)
+        elements = saved_elements()
+        assert elements <= kept - problem.x.numel() if word == "all" else elements <= kept
+        assert elements == kept or word != "none"
+        got = gradients(layer, module, problem)
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     monkeypatch.setenv(variable, "everything")
     with pytest.raises(ValueError) as caught:
         layer(problem.x)
-    assert str(caught.value) == f"{variable} must be 'product' or 'all'; got 'everything'"
+    assert str(caught.value) == f"{variable} must be 'none', 'product' or 'all'; got 'everything'"
 
 
 def test_a_training_step_of_a_whole_trunk(submodule, grad_device):

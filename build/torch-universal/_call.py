@@ -90,7 +90,12 @@ class Call(NamedTuple):
     @property
     def keeps_product(self) -> bool:
         """Whether the product is kept for a backward."""
-        return self.recompute == "product"
+        return self.recompute != "all"
+
+    @property
+    def keeps_planes(self) -> bool:
+        """Whether a and b are kept for a backward, on the Triton path."""
+        return self.recompute == "none"
 
 
 _WEIGHTS = Call._fields.index("weights")

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_aaf22c8d68"
+_NAMESPACE = "_esmfold2_trimul_kernel_c872174b65"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -140,7 +140,7 @@ def warmup(
                 eps_out=1e-5,
                 precision=word,
                 memory=memory,
-                recompute="product",
+                recompute="none",
                 inplace=False,
                 lengths=None,
             )

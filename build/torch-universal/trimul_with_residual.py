@@ -45,7 +45,7 @@ def triangle_multiplicative_update_with_residual(
     eps_out: float | None = None,
     precision: str | int | enum.Enum | None = None,
     memory: str = "auto",
-    recompute: str = "product",
+    recompute: str = "none",
     inplace: bool = False,
     lengths: Tensor | None = None,
 ) -> Tensor:
@@ -80,9 +80,12 @@ def triangle_multiplicative_update_with_residual(
             arguments. "lean" holds at most one and a half, its result included, and takes longer.
             "auto" is "default", or "lean" if an allocation of the default mode fails, which is
             logged once. Only the Triton kernels have these modes.
-        recompute: how much a backward computes again. "product" keeps the product of a and b, one
-            tensor of the pair's size beside the inputs, and runs the default mode whatever `memory`
-            says; "all" keeps only the inputs and takes longer. Without a gradient nothing is kept.
+        recompute: how much of the forward a backward computes again. "none" keeps a, b and their
+            product, three tensors of the pair's size beside the inputs, so that no stage runs
+            twice; "product" keeps the product alone, and a and b are made again; "all" keeps only
+            the inputs. All three give the same gradients, but for roundings where a and b are made
+            by another kernel. The first two run the default mode whatever `memory` says. The ATen
+            path keeps the product alone with "none" too. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and
@@ -139,7 +142,7 @@ def triangle_multiplicative_update(
     precision: str | int | enum.Enum | None = None,
     *,
     memory: str = "auto",
-    recompute: str = "product",
+    recompute: str = "none",
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The triangle multiplication of x, with the signature of `cuequivariance_torch`'s function.

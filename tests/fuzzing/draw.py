@@ -121,7 +121,7 @@ def _cases(draw, sizes: Sizes) -> Case:
         if function == WITH_RESIDUAL else None,
         precision=draw(_precisions(dtype)),
         memory=draw(st.sampled_from(("default", "default", "lean", "auto"))),
-        recompute=draw(st.sampled_from(("product", "all"))),
+        recompute=draw(st.sampled_from(("none", "product", "all"))),
         inplace=inplace, needs_grad=(), layouts={}, seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip
     case = dataclasses.replace(case, lengths=draw(sometimes(_lengths(case), None, 3)))

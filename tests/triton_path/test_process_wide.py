@@ -25,7 +25,8 @@ def backward(request, submodule, on_triton):
         if request.param == "triangle":
             problem = make_problem(5, 16, dtype=dtype, mask="soft", drop_mask=True, biases=True)
             call = as_call(types, problem.to(on_triton), precision=precision)
-            run = partial(submodule("triton_path").backward, product=None, moments=None)
+            run = submodule("triton_path").backward
+            run = partial(run, product=None, moments=None, planes=None)
         else:
             problem = make_transition((5, 5, 16), 24, dtype=dtype, biases=BIASES)
             call = as_transition(types, problem.to(on_triton), precision=precision)

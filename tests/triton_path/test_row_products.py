@@ -10,19 +10,55 @@ BUDGET = 1e-5
 
 @pytest.fixture
 def product(submodule, on_triton):
-    """product(left, right, programs): onto a total that is not zero; with_sums gives both."""
+    """product(left, right, programs): with_sums gives both; `chunks` of rows, one after another."""
     subject = submodule("triton_path.row_products")
 
-    def compute(left, right, programs=None, with_sums=False):
-        left, right = left.to(on_triton), right.to(on_triton)
-        shape = left.shape[1], right.shape[1]
-        total = torch.full(shape, 3.0, device=on_triton)
-        sums = torch.full(shape[:1], 5.0, device=on_triton) if with_sums else None
-        prepared = subject.prepare_row_products(left, right, "fp32", programs)
-        subject.add_row_products(total, left, right, prepared, sums)
-        return (total - 3.0, sums - 5.0) if with_sums else total - 3.0
+    def compute(left, right, programs=None, with_sums=False, chunks=1, partial=None):
+        parts, given = None, [None] * chunks
+        if partial is not None:
+            given = partial.to(on_triton).chunk(chunks)
+        both = (rows.to(on_triton).chunk(chunks) for rows in (left, right))
+        for some, others, sums in zip(*both, given, strict=True):
+            prepared = subject.prepare_row_products(
+                some, others, "fp32", programs, with_sums, parts, sums
+            )
+            parts = subject.row_products(some, others, prepared, parts, sums)
+        total = parts.products.sum(0)
+        return total if parts.sums is None else (total, parts.sums.sum(0))
 
     return compute
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize("width, columns", [(48, 48), (48, 96), (70, 33)])
+def test_chunks_and_sums_of_others(product, programs, width, columns):
+    """Later chunks, the last a smaller one, add to the parts of the first."""
+    left, right = rows(2100, width), rows(2100, 24, seed=1)
+    partial = rows(115, columns, dtype=torch.float32, seed=2)
+    for chunks in (1, 3, 4):
+        got, sums = product(left, right, programs, chunks=chunks, partial=partial)
+        assert relative_error(got, left.double().t() @ right.double()) <= BUDGET
+        assert relative_error(sums, partial.double().sum(0)) <= BUDGET
+        got, sums = product(left, right, programs, with_sums=True, chunks=chunks)
+        assert relative_error(sums, left.double().sum(0)) <= BUDGET
+
+
+@pytest.mark.parametrize("programs", [1, 40])
+@pytest.mark.parametrize("width, last", [(256, 128), (40, 24), (130, 7)])
+def test_last_columns_of_another_tensor(submodule, on_triton, programs, width, last):
+    """They have tiles and rows of the result of their own; sums of others are of the first."""
+    subject = submodule("triton_path.row_products")
+    left, beside = rows(700, width).to(on_triton), rows(700, last, seed=2).to(on_triton)
+    right = rows(700, 24, seed=1).to(on_triton)
+    partial = rows(9, width, dtype=torch.float32, seed=3).to(on_triton)
+    prepared = subject.prepare_row_products(
+        left, right, "fp32", programs, partial=partial, last=beside
+    )
+    parts = subject.row_products(left, right, prepared, None, partial, beside)
+    both = torch.cat([left, beside], dim=1).cpu().double()
+    got = parts.products.sum(0)
+    assert relative_error(got, both.t() @ right.cpu().double()) <= BUDGET
+    assert relative_error(parts.sums.sum(0), partial.cpu().double().sum(0)) <= BUDGET
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradients_of_calls import RECOMPUTE
 from helpers import (
     Problem,
     as_call,
@@ -38,12 +39,12 @@ def call_of(submodule, on_triton):
 
 @pytest.fixture
 def backward(submodule, call_of, on_triton):
-    """backward(problem, needs=None, recompute=False): the gradients by name."""
+    """backward(problem, needs=None, recompute="none"): the gradients by name."""
 
-    def run(problem: Problem, needs=None, recompute=False, grad_out=None, precision="fp32"):
-        call = call_of(problem, precision)
-        saved = (None, None)
-        if not recompute:
+    def run(problem: Problem, needs=None, recompute="none", grad_out=None, precision="fp32"):
+        call = call_of(problem, precision)._replace(recompute=recompute)
+        saved = (None, None, None)
+        if call.keeps_product:
             _, *saved = submodule("triton_path").forward_saving(call)
         grad_out = grad_out_of(problem) if grad_out is None else grad_out
         return submodule("triton_path.gradients").run_backward(
@@ -65,7 +66,7 @@ def assert_gradients(got: dict, problem: Problem, budget: float, grad_out=None) 
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 def test_every_gradient(backward, direction, recompute):
     problem = make_problem(
@@ -159,12 +160,15 @@ def test_rows_far_from_zero_and_constant_rows(backward):
     assert all(bool(gradient.isfinite().all()) for gradient in backward(problem).values())
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("descriptors, block_n", [(False, 16), (True, 64)])
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 def test_chunks_groups_and_blocks_as_on_a_gpu(
-    backward, submodule, monkeypatch, direction, descriptors
+    backward, submodule, monkeypatch, direction, descriptors, block_n
 ):
-    """Several chunks, groups and blocks of channels, of which none divides the width."""
+    """Several chunks, groups and blocks of channels, of which none divides the width.
+
+    dz is held in whole rows, or computed in blocks of channels.
+    """
     config = submodule("triton_parts.settings").LaunchConfig
     configs = {
         "fused_dual_gemm": config(64, 16, 64, 4, 2, descriptors),
@@ -172,22 +176,21 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_ln_residual": config(64, 64, 64, 4, 2, descriptors),
         "fused_ln_residual_bwd": config(32, 32, 16, 4, 2, descriptors),
         "norm_out_bwd": config(64, 16, 32, 4, 2),
-        "norm_in_bwd": config(16, 1, 16, 4, 1),
+        "input_bwd": config(16, block_n, 16, 4, 1, descriptors),
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
         "row_products": config(32, 16, 32, 4, 2),
-        "row_linear": config(32, 32, 16, 4, 2, descriptors),
     }
     launch = submodule("triton_parts.launch")
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
     launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
-    monkeypatch.setattr(subject, "_CHUNKS", 4)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     launches._launches.clear()
     problem = make_problem(9, 40, 32, direction=direction, mask="soft", drop_mask=True)
     assert subject.group_size(32, 9) == 16
     try:
-        assert_gradients(backward(problem, recompute=True), problem, FLOAT32_BUDGET)
+        for recompute in RECOMPUTE:
+            assert_gradients(backward(problem, recompute=recompute), problem, FLOAT32_BUDGET)
     finally:
         launches._launches.clear()
 
@@ -268,13 +271,15 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
     with NoProducts():
         backward(problem, needs)
     wanted = ["_fused_dual_gemm_fwd_kernel", "_trimul_einsum_fwd_kernel"]
-    wanted += ["_fused_ln_residual_fwd_kernel", "_fused_ln_residual_bwd_kernel"]
+    wanted += ["_fused_ln_residual_fwd_kernel", "_emit_means_kernel"]
+    wanted += ["_fused_ln_residual_bwd_kernel"]
     if "all" in kernels:
         of_rows = ["_row_products_kernel"] * (products // 2)
-        wanted += ["_norm_out_bwd_kernel", *of_rows, "_fused_dual_gemm_fwd_kernel"]
+        wanted += ["_norm_out_bwd_kernel", *of_rows]
         wanted += ["_trimul_einsum_fwd_kernel"] * 2 + ["_fused_dual_gemm_bwd_kernel", *of_rows]
     if kernels == "all":
-        wanted += ["_row_linear_kernel", "_norm_in_bwd_kernel"]
+        wanted += ["_input_bwd_kernel"]
+    wanted += ["_projection_gradients_kernel", "_norm_gradients_kernel"] * products
     assert launched == wanted
 
 
@@ -282,32 +287,35 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
 def test_equal_calls_give_equal_bits(backward, dtype):
     problem = make_problem(5, 16, 24, dtype=dtype, mask="soft", drop_mask=True, biases=True)
     first, second = backward(problem), backward(problem)
-    again = backward(problem, recompute=True)
-    for name, gradient in first.items():
-        assert torch.equal(gradient, second[name]) and torch.equal(gradient, again[name]), name
+    for again in (second, *(backward(problem, recompute=word) for word in ("product", "all"))):
+        for name, gradient in first.items():
+            assert torch.equal(gradient, again[name]), name
 
 
 @pytest.mark.parametrize("name", ["p_out_bias", "p_out_weight", "g_out_weight"])
 def test_parameters_of_the_output_alone_without_a_product(backward, name):
     problem = make_problem(4, 16, biases=True)
-    assert_gradients(backward(problem, [name], recompute=True), problem, FLOAT32_BUDGET)
+    assert_gradients(backward(problem, [name], recompute="all"), problem, FLOAT32_BUDGET)
 
 
 def test_what_was_saved_serves_twice(submodule, call_of, on_triton):
     problem = make_problem(9, 16)
     call, needs = call_of(problem), frozenset(leaves_of(problem))
-    _, product, moments = submodule("triton_path").forward_saving(call)
+    _, *saved = submodule("triton_path").forward_saving(call)
+    product, moments, planes = saved
     assert product.shape == (1, 16, 9, 16) and product.dtype == problem.x.dtype
     assert moments.shape == (1, 2, 9, 16) and moments.dtype == torch.float32
+    assert planes.shape == (1, 2, 16, 9, 16) and planes.dtype == problem.x.dtype
     run = submodule("triton_path.gradients").run_backward
     product[..., 9:] = float("nan")  # these columns have no meaning
-    kept = product.clone(), moments.clone()
+    kept = [tensor.clone() for tensor in saved]
     first, second = (
-        run(call, grad_out_of(problem).to(on_triton), product, moments, needs) for _ in range(2)
+        run(call, grad_out_of(problem).to(on_triton), *saved, needs) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in needs)
     assert_gradients(first, problem, FLOAT32_BUDGET)
     assert torch.equal(product[..., :9], kept[0][..., :9]) and torch.equal(moments, kept[1])
+    assert torch.equal(planes, kept[2])
 
 
 def test_the_saving_forward_is_the_forward(submodule, call_of):
@@ -327,7 +335,7 @@ def test_gradients_share_no_memory(backward):
 def test_nothing_to_sum(backward, shape):
     batch, length = shape
     problem = make_problem(length, 16, batch=batch, mask="soft", biases=True)
-    got = backward(problem, recompute=True)
+    got = backward(problem, recompute="all")
     assert all(gradient.count_nonzero() == 0 for gradient in got.values())
 
 
@@ -349,7 +357,9 @@ def test_products_follow_the_precision_of_the_call(
         backward(make_problem(3, 16), precision=precision)
     finally:
         submodule("triton_path.launches")._launches.clear()
-    assert given.pop("norm_in_bwd") is None and len(given) == 8
+    for stage in ("projection_gradients", "norm_gradients"):
+        assert given.pop(stage) is None
+    assert given.pop("emit_means") == precision and len(given) == 8
     assert set(given.values()) == {"tf32x3" if precision == "fp32" else precision}
 
 
@@ -360,12 +370,12 @@ def test_nothing_comes_through_a_norm_of_one_channel(backward, precision):
     assert got["p_in_weight"].norm() <= 1e-2 * got["p_out_weight"].norm()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("width, length", [(256, 64), (128, 96)])
 def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, recompute):
-    """Counted from the allocations, in tensors of the pair's size, t not counted if it was saved.
+    """Counted from the allocations, in tensors of the pair's size, what was saved not counted.
 
-    A chunk's rows of [dp, dg, dq], x^ and dz are the largest buffers beside dx, da and db.
+    A chunk's rows lie where da, db or dt are not, and the largest buffers are dx and these three.
     """
     subject = submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
@@ -377,17 +387,26 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     call = call_of(problem)
     product = torch.zeros(1, width, length, length, dtype=torch.float16, device=on_triton)
     moments = torch.zeros(1, 2, length, length, device=on_triton)
-    saved = (None, None) if recompute else (product, moments)
+    planes = torch.zeros(1, 2, width, length, length, dtype=torch.float16, device=on_triton)
+    saved = {
+        "none": (product, moments, planes),
+        "product": (product, moments, None),
+        "all": (None, None, None),
+    }[recompute]
     needs = frozenset(leaves_of(problem))
     grad_out = torch.zeros_like(call.x)
-    with PeakBytes(call.x, grad_out, product, moments, *problem.weights.values()) as bytes_:
+    inputs = call.x, grad_out, product, moments, planes, *problem.weights.values()
+    with PeakBytes(*inputs) as bytes_:
         subject.run_backward(call, grad_out, *saved, needs)
-    # The parameters' sums, the projections stacked and turned, and one chunk's products, of its
-    # parts and of all: from some length on they are no larger.
+    # The parts of the parameters' sums: from some length on they are no larger.
     programs = submodule("triton_parts.device").device_target(call.x.device).multiprocessors
-    parts = max(1, min(programs // (5 * (width // 128) ** 2), length**2 // 8 // 256))
-    sums = (4 * 6 + 2 * 10 + 4 * (parts + 1) * 5) * width**2
-    assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.1
+    out, into = (
+        max(1, min(programs // (tiles * (width // 128) ** 2), length**2 // 256))
+        for tiles in (1, 5)
+    )
+    sums = (4 * out + 4 * 5 * into) * width**2
+    # A fifth of the rows, rounded up, are those of a chunk.
+    assert 3.85 <= (bytes_.peak - sums) / call.x.nbytes <= 4.15
 
 
 def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):

@@ -27,12 +27,13 @@ class Plan(NamedTuple):
         return found
 
 
-def note_on_gradients(call: Call | Transition) -> str:
-    """A sentence on what is kept for a backward."""
+def note_on_gradients(call: Call | Transition, planes: bool = False) -> str:
+    """A sentence on what is kept for a backward; `planes` says whether a and b are."""
     if not call.needs_grad:
         return "no gradient is needed: nothing is kept"
     if isinstance(call, Transition):
         return "the backward computes everything again, nothing is kept"
     if call.recompute == "all":
         return "recompute='all': the backward computes everything again, nothing is kept"
-    return "the product is kept for the backward, which computes the rest again"
+    kept = "a, b and the product are" if planes else "the product is"
+    return f"{kept} kept for the backward, which computes the rest again"

@@ -37,7 +37,7 @@ class ESMFold2TriangleMultiplication(nn.Module):
             visibility: [B, L, L] pair mask of any real dtype, or None for "every pair is real".
 
         The environment variable ESMFOLD2_TRIMUL_MEMORY, "auto" by default, is the function's
-        `memory`: "lean" trades time for memory. ESMFOLD2_TRIMUL_RECOMPUTE, "product" by default, is
+        `memory`: "lean" trades time for memory. ESMFOLD2_TRIMUL_RECOMPUTE, "none" by default, is
         its `recompute`: with "all" nothing but the inputs is kept for the backward.
 
         Where a part of the module is not plain (a hook, a quantised or offloaded weight, an adapter
@@ -54,7 +54,7 @@ class ESMFold2TriangleMultiplication(nn.Module):
         """
         memory = os.environ.get(MEMORY_VARIABLE, "auto")
         check_memory(memory, MEMORY_VARIABLE)
-        recompute = os.environ.get(RECOMPUTE_VARIABLE, "product")
+        recompute = os.environ.get(RECOMPUTE_VARIABLE, "none")
         check_recompute(recompute, RECOMPUTE_VARIABLE)
         fault = fault_of_parts(self, _LINEARS, _NORMS)
         if fault is not None:

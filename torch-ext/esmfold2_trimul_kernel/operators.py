@@ -6,9 +6,9 @@
     trimul_bwd          the gradients
 
 All take a call's fields in the order of `Call.flat`. For a backward, autograd keeps the call's
-tensors, except the residual. With recompute="product" it also keeps the product t [B, D, L, L] in
-the dtype of x, which takes longest to compute again: one tensor of the pair's size. On the Triton
-path its rows are padded, and the moments of x are kept too, 8 bytes a pair.
+tensors, except the residual. Unless recompute="all" it also keeps the product t [B, D, L, L] in the
+dtype of x: one tensor of the pair's size. On the Triton path its rows are padded, the moments of x
+are kept too, 8 bytes a pair, and with recompute="none" a and b, two more such tensors.
 """
 
 from collections.abc import Callable
@@ -70,16 +70,22 @@ def _trimul_fwd_(*flat) -> None:
     _trimul_fwd(*flat)
 
 
-def _trimul_fwd_saving(*flat) -> tuple[Tensor, Tensor, Tensor]:
-    """With recompute="all" the last two outputs are empty; on the ATen path the last always is."""
+def _trimul_fwd_saving(*flat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and the product, moments and planes, empty where they are not kept."""
     call = Call.of(flat)
     if call.x.numel() and call.keeps_product:
-        return path_of(call).forward_saving(call)
+        made = path_of(call).forward_saving(call)
+        return tuple([call.x.new_empty(0) if tensor is None else tensor for tensor in made])
     return (_trimul_fwd(*flat), *_empty_saved(call))
 
 
 def _trimul_bwd(
-    grad_out: Tensor, product: Tensor | None, moments: Tensor | None, needs: list[bool], *flat
+    grad_out: Tensor,
+    product: Tensor | None,
+    moments: Tensor | None,
+    planes: Tensor | None,
+    needs: list[bool],
+    *flat,
 ) -> tuple[Tensor, ...]:
     """A tensor for each name of `DIFFERENTIABLE`, empty if not needed.
 
@@ -87,7 +93,7 @@ def _trimul_bwd(
     """
     call = Call.of(flat)
     return gradients_by(
-        lambda names: path_of(call).backward(call, grad_out, product, moments, names),
+        lambda names: path_of(call).backward(call, grad_out, product, moments, planes, names),
         call, needs, FLAT, DIFFERENTIABLE,
     )  # fmt: skip
 
@@ -116,12 +122,13 @@ def gradients_by(
     ])
 
 
-def _empty_saved(call: Call) -> tuple[Tensor, Tensor]:
-    """The second and third output of `trimul_fwd_saving`, uninitialised."""
-    shapes = path_of(call).saved_shapes(call) if call.keeps_product else ((0,), (0,))
-    product_shape, moments_shape = shapes
+def _empty_saved(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs of `trimul_fwd_saving` but the first, uninitialised."""
+    shapes = path_of(call).saved_shapes(call) if call.keeps_product else ((0,), (0,), (0,))
+    product, moments, planes = shapes
     x = call.x
-    return x.new_empty(product_shape), x.new_empty(moments_shape, dtype=torch.float32)
+    moments = x.new_empty(moments, dtype=x.dtype if moments == (0,) else torch.float32)
+    return x.new_empty(product), moments, x.new_empty(planes)
 
 
 def empty_gradients(
@@ -146,12 +153,12 @@ def _trimul_fwd__fake(*_) -> None:
     return None
 
 
-def _trimul_fwd_saving_fake(*flat) -> tuple[Tensor, Tensor, Tensor]:
+def _trimul_fwd_saving_fake(*flat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call.of(flat)
     return (call.x.new_empty(call.x.shape), *_empty_saved(call))
 
 
-def _trimul_bwd_fake(grad_out, product, moments, needs, *flat) -> tuple[Tensor, ...]:
+def _trimul_bwd_fake(grad_out, product, moments, planes, needs, *flat) -> tuple[Tensor, ...]:
     return empty_gradients(Call.of(flat), needs, FLAT, DIFFERENTIABLE)
 
 
@@ -159,19 +166,20 @@ class TriangleMultiplication(Function):
     """`ops.trimul_fwd_saving`, whose backward is `ops.trimul_bwd`."""
 
     @staticmethod
-    def forward(ctx, *flat) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, *flat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, product, moments = ops.trimul_fwd_saving(*flat)
-        ctx.mark_non_differentiable(product, moments)
+            out, *saved = ops.trimul_fwd_saving(*flat)
+        ctx.mark_non_differentiable(*saved)
         call = Call.of(flat)
-        keep(ctx, call, *((product, moments) if call.keeps_product else (None, None)))
-        return out, product, moments
+        kept = call.keeps_product, call.keeps_product, call.keeps_planes
+        keep(ctx, call, *[t if keeps else None for t, keeps in zip(saved, kept, strict=True)])
+        return out, *saved
 
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
-            flat, (product, moments) = kept(ctx)
-            return ops.trimul_bwd(grad_out, product, moments, needs, *flat)
+            flat, saved = kept(ctx)
+            return ops.trimul_bwd(grad_out, *saved, needs, *flat)
 
         return pass_back(ctx, grad_out, gradients, FLAT, DIFFERENTIABLE)
 
@@ -255,7 +263,7 @@ _CALL = (
     "float eps_in, float eps_out, str precision, str memory, str recompute, bool inplace, "
     "Tensor? lengths"
 )
-_KEPT = "Tensor grad_out, Tensor? product, Tensor? moments, bool[] needs"
+_KEPT = "Tensor grad_out, Tensor? product, Tensor? moments, Tensor? planes, bool[] needs"
 _READ, _WRITTEN = (_CALL.format(residual=type_) for type_ in ("Tensor?", "Tensor(a!)"))
 _GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 # Library.define rather than custom_op, whose calls take ten times the Python time. Calls without a
@@ -283,7 +291,7 @@ def register(
 register(f"trimul_fwd({_READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake)
 register(f"trimul_fwd_({_WRITTEN}) -> ()", _trimul_fwd_, _trimul_fwd__fake)
 register(
-    f"trimul_fwd_saving({_READ}) -> (Tensor, Tensor, Tensor)",
+    f"trimul_fwd_saving({_READ}) -> (Tensor, Tensor, Tensor, Tensor)",
     _trimul_fwd_saving, _trimul_fwd_saving_fake, TriangleMultiplication,
 )  # fmt: skip
 register(

@@ -19,7 +19,7 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elements
 DIRECTIONS = ("outgoing", "incoming")
 MEMORY_MODES = ("auto", "default", "lean")
-RECOMPUTE_MODES = ("product", "all")
+RECOMPUTE_MODES = ("none", "product", "all")
 LENGTHS_DTYPES = (torch.int32, torch.int64)
 # The kernels take eps in float32, where a subnormal number may be flushed to 0.
 _EPS_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
@@ -385,7 +385,7 @@ def check_memory(memory: str, name: str = "memory") -> None:
 
 def check_recompute(recompute: str, name: str = "recompute") -> None:
     if not _is_word(recompute, RECOMPUTE_MODES):
-        raise ValueError(f"{name} must be 'product' or 'all'; got {recompute!r}")
+        raise ValueError(f"{name} must be 'none', 'product' or 'all'; got {recompute!r}")
 
 
 def check_inplace(

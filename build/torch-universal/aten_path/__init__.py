@@ -24,17 +24,17 @@ def forward(call: Call) -> Tensor:
     return call.residual.copy_(out) if call.inplace else out
 
 
-def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the product [B, D, L, L], and no moments. Lengths act as a mask."""
+def forward_saving(call: Call) -> tuple[Tensor, Tensor, None, None]:
+    """The output, the product [B, D, L, L], and nothing else. Lengths act as a mask."""
     masked, within = _masked(call)
     with _no_autocast(call):
         out, product = trimul_saving(masked)
-    return _padding_left(call, out, within), product, call.x.new_empty(0, dtype=torch.float32)
+    return _padding_left(call, out, within), product, None, None
 
 
-def saved_shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of product and moments."""
-    return saved_shape(call.x, call.weights), (0,)
+def saved_shapes(call: Call) -> tuple[tuple[int, ...], ...]:
+    """The shapes of product, moments and planes."""
+    return saved_shape(call.x, call.weights), (0,), (0,)
 
 
 def backward(
@@ -42,6 +42,7 @@ def backward(
     grad_out: Tensor,
     product: Tensor | None,
     moments: Tensor | None,
+    planes: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names; a product that is None is computed again."""

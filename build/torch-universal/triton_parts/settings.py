@@ -18,7 +18,7 @@ from pathlib import Path
 FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 STAGES = (
     *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
-    "row_products", "norm_in_bwd", "swiglu_hidden", "row_linear", "swiglu_projections",
+    "row_products", "input_bwd", "swiglu_hidden", "row_linear", "swiglu_projections",
     "swiglu_bwd", "row_products_and_sums",
 )  # fmt: skip
 _BOUNDS = ("max_width", "max_length", "triton")
@@ -30,7 +30,7 @@ class LaunchConfig:
     """One setting of one stage. M: positions or rows, N: output channels or columns, K: summed."""
 
     block_m: int
-    block_n: int  # 1 where a stage has no columns
+    block_n: int
     block_k: int
     num_warps: int
     num_stages: int

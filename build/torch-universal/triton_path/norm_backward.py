@@ -1,10 +1,9 @@
-"""The backward of both LayerNorms, for some rows of one sequence.
+"""The backward of the output's LayerNorm, for some rows of one sequence.
 
     dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),   dn = de We      t [D, R, pitch], planes
-    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^))                    x [R, L, C], any strides
 
-with t^ = (t - mean) rstd, and x^ likewise. The first is a GEMM followed by the norm's backward; its
-two means come from stage 3's backward.
+with t^ = (t - mean) rstd: a GEMM followed by the norm's backward, whose two means come from stage
+3's backward.
 
 For a sequence shorter than L, every output is zero at pairs with a residue beyond its length, where
 t and the moments may be NaN. Tiles that hold only such pairs write zeros and return.
@@ -20,13 +19,11 @@ from ..triton_parts.launch import (
     PreparedLaunch,
     block_of,
     dot_precision,
-    is_aligned,
     named_strides,
     pointers,
     setting_of,
-    strides,
 )
-from ..triton_parts.layer_norm import load_first, normalise
+from ..triton_parts.layer_norm import normalise
 from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import (
     any_of,
@@ -36,7 +33,6 @@ from ..triton_parts.tiles import (
     load_weight,
     positions,
     store_tile,
-    store_zeros,
     within_length,
 )
 
@@ -120,62 +116,6 @@ def _store_planes(
     tl.store(ptrs, tile, mask=valid)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "R", "L", "first_row", "moments_ptr", "lengths_ptr", "stride_x_i", "stride_x_j",
-        "stride_moments_n", "stride_moments_i", "stride_moments_j",
-    ]
-)  # fmt: skip
-def _norm_in_bwd_kernel(
-    grad_ptr, x_ptr, moments_ptr, lengths_ptr, norm_weight_ptr, grad_x_ptr, R, L, first_row,
-    stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, X_ALIGNMENT: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^)) of BLOCK_M rows m = i * L + j.
-
-    M = R * L rows, K = C channels in blocks. Rows are read twice: for the means, then for dx.
-    """
-    start_m = tl.program_id(0) * BLOCK_M
-    i, j = positions(start_m, L, BLOCK_M)
-    valid_m = i < R
-    row = i.to(tl.int64) * L + j
-    dtype = x_ptr.dtype.element_ty
-    EVEN_C: tl.constexpr = C % BLOCK_K == 0
-    if lengths_ptr is not None:
-        within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
-        store_zeros(grad_x_ptr, row * C, valid_m & ~within, C, BLOCK_K)
-        valid_m = within
-        if not any_of(valid_m):
-            return
-    offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
-    offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
-    mean_ptrs = moments_ptr + i.to(tl.int64) * stride_moments_i + j.to(tl.int64) * stride_moments_j
-    mean = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
-    rstd = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
-    first = None
-    if dtype == tl.float32:
-        first = load_first(x_ptr, offs_x, valid_m)
-
-    mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
-    mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
-    for start_k in range(0, C, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
-        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
-        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
-        mean_grad += tl.sum(grad, 1, keep_dims=True) * (1.0 / C)
-        mean_grad_hat += tl.sum(grad * hat, 1, keep_dims=True) * (1.0 / C)
-    for start_k in range(0, C, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
-        hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-        grad = load_tile(grad_ptr, row * C, offs_k, 1, valid_m, C, EVEN_C).to(tl.float32)
-        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, C, EVEN_C)
-        grad = rstd * (grad - mean_grad - hat * mean_grad_hat)
-        store_tile(grad_x_ptr, row * C, offs_k, grad.to(dtype), valid_m, C, EVEN_C)
-
-
 def norm_out_bwd(
     grad_emit: torch.Tensor,
     t: torch.Tensor,
@@ -240,55 +180,6 @@ def prepare_norm_out_bwd(
         constants=dict(
             C=channels, D=hidden, BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             PRECISION=dot_precision(precision, device.fp32_dots),
-        ),
-        options=config.options(),
-    )  # fmt: skip
-def norm_in_bwd(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    moments: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    grad_x: torch.Tensor,
-    prepared: PreparedLaunch,
-    lengths: torch.Tensor | None = None,
-) -> None:
-    """Fills grad_x [R, L, C], contiguous, from dz [R*L, C], x [R, L, C] and moments [2, R, L].
-
-    `prepared` is from `prepare_norm_in_bwd` for tensors like these. `lengths` [1] int32 is the
-    length of a padded sequence.
-    """
-    prepared.launch(
-        grad_ptr=grad,
-        x_ptr=x,
-        moments_ptr=moments,
-        lengths_ptr=lengths,
-        norm_weight_ptr=norm_weight,
-        grad_x_ptr=grad_x,
-    )
-
-
-def prepare_norm_in_bwd(
-    x: torch.Tensor, moments: torch.Tensor, first_row: int = 0
-) -> PreparedLaunch:
-    """The launch of `norm_in_bwd` for tensors like these; they begin at row `first_row`."""
-    count, length, channels = x.shape
-    config = setting_of("norm_in_bwd", x, channels, length)
-    block_m = config.block_m
-    block_k = block_of(config.block_k, channels)
-    return PreparedLaunch(
-        _norm_in_bwd_kernel,
-        triton.cdiv(count * length, block_m),
-        tensors=pointers(
-            "grad_ptr", "x_ptr", "moments_ptr", "lengths_ptr", "norm_weight_ptr", "grad_x_ptr"
-        ),
-        values=dict(
-            R=count, L=length, first_row=first_row,
-            **named_strides("x", "ijc", strides(x)),
-            **named_strides("moments", "nij", moments.stride()),
-        ),
-        constants=dict(
-            C=channels, BLOCK_M=block_m, BLOCK_K=block_k,
-            X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
         ),
         options=config.options(),
     )  # fmt: skip

@@ -11,8 +11,7 @@ The backward keeps nothing of the forward. In chunks of rows, with G the output'
     swiglu_hidden       p = z Wg^T + bg, u = z Wu^T + bu, x^, and the moments of x
     swiglu_bwd          h, and dp and du over p and u
     row_products        dWd += G^T h, and P += [dp, du]^T x^, from which the other gradients come
-    row_linear          dz = [dp, du] [Wg; Wu]
-    norm_in_bwd         dx
+    input_bwd           dz = dp Wg + du Wu, and dx
 
 Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 256 MiB). Sums
 over rows are in fp32, in a fixed order.
@@ -29,11 +28,11 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
+from .input_backward import input_bwd, prepare_input_bwd
 from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
-from .norm_backward import norm_in_bwd, prepare_norm_in_bwd
-from .parameter_gradients import gradients_of_projections, in_their_dtypes
+from .parameter_gradients import Projections, gradients_of_projections
 from .row_linear import prepare_row_linear, row_linear
-from .row_products import add_row_products, prepare_row_products
+from .row_products import RowParts, prepare_row_products, row_products
 from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
 from .swiglu_hidden import swiglu_hidden
 
@@ -44,6 +43,8 @@ _FORWARD_CHUNK = (1.0, 2**26, 2**28)
 _BACKWARD_CHUNK = (2.8, 2**28, 2**30)
 # The kernels find a row's pair by a division in fp32, exact up to this many columns.
 _MOST_COLUMNS = 2**17
+_DOWN = Projections(("down_weight",), None)
+_IN = Projections(("gate_weight", "up_weight"), "norm")
 _TILE = 128  # a multiple of every setting's rows
 
 
@@ -146,31 +147,27 @@ def _run_backward(
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
-    stacked = torch.cat([weights.gate_weight, weights.up_weight])
-    turned, down_turned = stacked.t().contiguous(), weights.down_weight.t().contiguous()
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    into = weights.gate_weight, weights.up_weight
+    down_turned = weights.down_weight.t().contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
 
-    def add_products(
-        which: str, total: Tensor, left: Tensor, right: Tensor, total_sums: Tensor | None = None
-    ) -> None:
+    parts: dict[str, RowParts] = {}
+
+    def add_products(which: str, left: Tensor, right: Tensor) -> None:
+        earlier = parts.get(which)
         prepared = launches.of(
-            ("row_products", which, left.shape[0], left.data_ptr() % 16),
-            prepare_row_products, left, right, call.precision, None, total_sums is not None,
+            ("row_products", which, left.shape[0], left.data_ptr() % 16, earlier is None),
+            prepare_row_products, left, right, call.precision, None, True, earlier,
         )  # fmt: skip
-        add_row_products(total, left, right, prepared, total_sums)
+        parts[which] = row_products(left, right, prepared, earlier)
 
     found = {}
     if "x" in needs:
         found["x"] = empty(*x.shape)
-    if of_parameters:
-        down_products, down_sums = zeros(channels, hidden), zeros(channels)
-        products, sums = zeros(2 * hidden, channels), zeros(2 * hidden)
-    # The rows that a chunk makes: dp and du, h, x^, and dz or a copy of G.
+    of_down = not needs.isdisjoint(("down_weight", "down_bias"))
+    # The rows that a chunk makes: dp and du, h, x^, and a copy of G.
     for entries, rows in _chunks(call, 3 * hidden + 2 * channels, *_BACKWARD_CHUNK):
         part, grad = _part(call, entries, rows), grad_out[entries, rows]
         count = part.x.shape[:3].numel()
@@ -186,46 +183,29 @@ def _run_backward(
         moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
         hat_x = empty(count, channels) if of_parameters else None
         swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
-        hidden_rows = empty(count, hidden) if "down_weight" in needs else None
+        hidden_rows = empty(count, hidden) if of_down else None
         prepared = launches.of(
             ("swiglu_bwd", count, grad.data_ptr() % 16),
             prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
         )  # fmt: skip
         swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
-        if "down_bias" in needs:
-            down_sums.add_(grad.sum(0, dtype=torch.float32))
         if of_parameters:
-            add_products("in", products, pair, hat_x, sums)
-        if "down_weight" in needs:
-            add_products("down", down_products, grad, hidden_rows)
+            add_products("in", pair, hat_x)
+        if of_down:
+            add_products("down", grad, hidden_rows)
         if "x" in needs:
-            grad_z, grad_x = empty(count, channels), found["x"][entries, rows]
-            prepared = launches.of(
-                ("row_linear", count),
-                prepare_row_linear, pair, turned, None, (count, 1), call.precision,
-            )  # fmt: skip
-            row_linear(pair, turned, None, None, None, grad_z, prepared)
+            grad_x = found["x"][entries, rows]
             # One sequence [R, J, C] to the kernel: the entries of a chunk are whole where several.
             rows_x, moments = part.x.flatten(0, 1), moments.view(2, -1, x.shape[2])
             prepared = launches.of(
-                ("norm_in_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
-                prepare_norm_in_bwd, rows_x, moments,
+                ("input_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
+                prepare_input_bwd, pair, None, rows_x, moments, into, call.precision,
             )  # fmt: skip
-            norm_in_bwd(grad_z, rows_x, moments, weights.norm_weight, grad_x, prepared)
-            del grad_z
+            input_bwd(pair, None, rows_x, moments, into, weights.norm_weight, grad_x, prepared)
         del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
-    if of_parameters:
-        gradients = gradients_of_projections(
-            stacked, products, sums, weights.norm_weight, weights.norm_bias,
-            ("norm_weight", "norm_bias"),
-            (
-                ("gate_weight", "gate_bias", slice(0, hidden)),
-                ("up_weight", "up_bias", slice(hidden, None)),
-            ), needs,
-        )  # fmt: skip
-        down = {"down_weight": down_products, "down_bias": down_sums}
-        gradients |= {name: value for name, value in down.items() if name in needs}
-        found |= in_their_dtypes(gradients, weights)
+    for which, names in (("in", _IN), ("down", _DOWN)):
+        if which in parts:
+            found |= gradients_of_projections(launches, names, weights, parts[which], None, needs)
     return found
 
 

@@ -146,7 +146,7 @@ def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
     return module.Call(
         x=x, direction="outgoing", mask=_empty(1, length, length, dtype=torch.float32), residual=x,
         drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision="fp32",
-        memory="default", recompute="product", inplace=False, lengths=_lengths_of(case),
+        memory="default", recompute="none", inplace=False, lengths=_lengths_of(case),
     )  # fmt: skip
 
 
@@ -177,9 +177,7 @@ def _name_of(launch: Any, prefix: str) -> str:
     constants, stage = launch.constants, launch.stage
     if stage == "row_products":
         return f"{prefix}row_products_{'in' if constants['N'] > constants['K'] else 'out'}"
-    if stage == "row_linear":  # of a transition's output, or of a dz
-        return stage if prefix and constants["K"] == 4 * constants["N"] else f"{prefix}{stage}_bwd"
-    if stage == "norm_in_bwd":
+    if stage == "input_bwd":
         return prefix + stage
     if constants.get("PROJECTIONS"):
         return f"{stage}_bwd"

@@ -127,7 +127,7 @@ def patch(
     *,
     parts: Iterable[str] = ("triangle", "residual", "transition"),
     memory: str = "auto",
-    recompute: str = "product",
+    recompute: str = "none",
     mesh: Any = None,
 ) -> PatchReport:
     """Lets the triangle multiplications and transitions that are understood run our kernels.

@@ -49,7 +49,7 @@ class PreparedLaunch:
     ) -> None:
         self.kernel, self.programs, self.options = kernel, programs, options
         self.variant = variant
-        # By the kernel's name: "trimul_einsum", "norm_in_bwd".
+        # By the kernel's name: "trimul_einsum", "input_bwd".
         self.stage = stage or (
             kernel.__name__.strip("_").removesuffix("_kernel").removesuffix("_fwd")
         )

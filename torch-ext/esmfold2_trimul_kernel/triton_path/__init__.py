@@ -55,11 +55,11 @@ def forward(call: Call) -> Tensor:
         return run_lean(call, launches_of(call, "lean"))
 
 
-def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, product, moments) of the default mode, see `_run_saving`."""
+def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(output, product, moments, planes) of the default mode, see `_run_saving`."""
     call = for_kernels(call)
     with current_device(call.x):
-        return _run_saving(call, launches_of(call, "saving"))
+        return _run_saving(call, launches_of(call, "saving"), call.keeps_planes)
 
 
 def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
@@ -67,7 +67,7 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
     x, hidden = call.x, call.hidden
     batch, length = x.shape[:2]
     if size == batch:
-        return _run_saving(call, launches)[0]
+        return _run_saving(call, launches, False)[0]
     # All large memory before a write, so that the residual is intact if there is too little.
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
     shape = (size, hidden, length, padded_pitch(length))
@@ -98,25 +98,27 @@ def _sequences_together(call: Call) -> int:
     return max(divisor for divisor in range(1, size + 1) if batch % divisor == 0)
 
 
-def _run_saving(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, product, moments).
+def _run_saving(
+    call: Call, launches: Launches, keeps_planes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(output, product, moments, planes).
 
     Stage 2 wrote the product [B, D, L, pitch] in the dtype of x, and stage 1 the moments
-    [B, 2, L, pitch] of x in fp32.
+    [B, 2, L, pitch] of x in fp32. The planes are a and b [B, 2, D, L, pitch], if they are kept.
+    Otherwise they are freed before the output is allocated: the peak is a, b and the product.
     """
     x = call.x
-    product, moments = _product(call, launches)
+    product, moments, planes = _product(call, launches)
+    if not keeps_planes:
+        planes = None
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
     by_rows = with_axes_of_x(moments, call.direction)
     fused_ln_residual_fwd(call, launches, product, by_rows, out)
-    return out, product, moments
+    return out, product, moments, planes
 
 
-def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor]:
-    """The product [B, D, L, pitch] of stage 2, and the moments of stage 1.
-
-    a and b are freed on return, before the output is allocated: the peak is a, b and the product.
-    """
+def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
+    """The product [B, D, L, pitch] of stage 2, and the moments and planes of stage 1."""
     x, hidden = call.x, call.hidden
     batch, length = x.shape[:2]
     shape = (batch, hidden, length, padded_pitch(length))
@@ -125,14 +127,15 @@ def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor]:
     moments = fused_dual_gemm_fwd(call, launches, (a, b))
     product = launches.empty("product", shape, x.dtype, x.device)
     trimul_einsum_fwd(call, launches, a, b, product)
-    return product, moments
+    return product, moments, planes
 
 
-def saved_shapes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of product and moments."""
+def saved_shapes(call: Call) -> tuple[tuple[int, ...], ...]:
+    """The shapes of product, moments and planes."""
     batch, length = call.x.shape[:2]
-    pitch = padded_pitch(length)
-    return (batch, call.hidden, length, pitch), (batch, 2, length, pitch)
+    size = length, padded_pitch(length)
+    planes = (batch, 2, call.hidden, *size) if call.keeps_planes else (0,)
+    return (batch, call.hidden, *size), (batch, 2, *size), planes
 
 
 def backward(
@@ -140,13 +143,14 @@ def backward(
     grad_out: Tensor,
     product: Tensor | None,
     moments: Tensor | None,
+    planes: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = for_kernels(call)
     # Autocast would choose dtypes for torch.cat and its like.
     with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
-        return run_backward(call, grad_out, product, moments, needs)
+        return run_backward(call, grad_out, product, moments, planes, needs)
 
 
 def plan(call: Call) -> Plan:
@@ -159,20 +163,22 @@ def plan(call: Call) -> Plan:
     kernels_call = for_kernels(twin_of(call))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
         if keeps:
-            _run_saving(kernels_call, launches)
+            _run_saving(kernels_call, launches, call.keeps_planes)
         elif lean:
             run_lean(kernels_call, launches)
         else:
             _run_default(kernels_call, launches, _sequences_together(kernels_call))
     buffers, notes = launches.buffers, []
+    keeps_planes = keeps and call.keeps_planes
     kept = buffers["product"] + buffers["moments"] if keeps else 0
+    kept += buffers["a and b"] if keeps_planes else 0
     mode = "lean" if lean else "default"
     found = Plan(mode, None, launches.launched, buffers, launches.peak, kept, notes)
     if call.memory == "auto" and not keeps:
         notes.append("lean mode would run where an allocation of this one fails")
     elif call.memory == "lean" and keeps:
         notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
-    notes.append(note_on_gradients(call))
+    notes.append(note_on_gradients(call, keeps_planes))
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
     found = with_precision(found, "fused_dual_gemm", kernels_call)
@@ -192,11 +198,12 @@ def plan(call: Call) -> Plan:
 def plan_training(call: Call) -> list:
     """The launches of `plan`, and of `backward` in both directions, as `Plan.launches`.
 
-    The backward gives the gradients of x and of all parameters.
+    The backward gives the gradients of x and of all parameters, with a and b kept or made again.
     """
     launches = plan(call).launches
-    for direction in DIRECTIONS:
-        launches += _plan_backward(call._replace(direction=direction))
+    for recompute in ("none", "product"):
+        for direction in DIRECTIONS:
+            launches += _plan_backward(call._replace(direction=direction, recompute=recompute))
     return launches
 
 
@@ -206,9 +213,12 @@ def _plan_backward(call: Call) -> list:
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:
-        product, moments = (
+        product, moments, planes = (
             torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in zip(saved_shapes(call), (x.dtype, torch.float32), strict=True)
+            for shape, dtype in zip(
+                saved_shapes(call), (x.dtype, torch.float32, x.dtype), strict=True
+            )
         )
-        run_backward(call, x, product, moments, frozenset({"x", *needs}), launches)
+        planes = planes if call.keeps_planes else None
+        run_backward(call, x, product, moments, planes, frozenset({"x", *needs}), launches)
     return launches.launched

@@ -8,9 +8,8 @@
     dg = dh p mask s (1 - s)                the gradient of the gate before its sigmoid
     dmask = sum of dh p s over the 2D channels
 
-The kernel recomputes p and s. It writes x^ = (x - mean) rstd, and dp and dg side by side: rows
-[R*L, 4D] of a matrix that may be wider, so that dz is one GEMM with the projections. Here planes
-have the axes of x in both directions.
+The kernel recomputes p and s. It writes x^ = (x - mean) rstd, and dp and dg side by side, rows
+[R*L, 4D]. Here planes have the axes of x in both directions.
 
 For a sequence shorter than L, every output is zero at pairs with a residue beyond its length, where
 planes and moments may be NaN. Tiles that hold only such pairs write zeros and return.
@@ -63,7 +62,7 @@ def _fused_dual_gemm_bwd_kernel(
     x_ptr, mask_ptr, lengths_ptr, moments_ptr, planes_ptr,
     grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
     norm_weight_ptr, norm_bias_ptr, weight_pair, value_bias_ptr, gate_bias_ptr,
-    weight_gap, R, L, pitch, first_row, stride_planes_d, stride_grads_m,
+    weight_gap, R, L, pitch, first_row, stride_planes_d,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
     stride_first, stride_second,
@@ -93,7 +92,7 @@ def _fused_dual_gemm_bwd_kernel(
         within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         beyond = valid_m & ~within
         if grads_ptr is not None:
-            store_zeros(grads_ptr, row * stride_grads_m, beyond, 4 * D, BLOCK_N)
+            store_zeros(grads_ptr, row * (4 * D), beyond, 4 * D, BLOCK_N)
         if hat_ptr is not None:
             store_zeros(hat_ptr, row * C, beyond, C, BLOCK_N)
         if grad_mask_ptr is not None:
@@ -172,7 +171,7 @@ def _fused_dual_gemm_bwd_kernel(
             tl.store(sums_ptrs + 2 * D, tl.sum(grad_gate, 0), mask=offs_n < D)
         if grads_ptr is not None:
             base = grads_ptr + half * D
-            offs_row = row * stride_grads_m
+            offs_row = row * (4 * D)
             store_tile(base, offs_row, offs_n, grad_value.to(dtype), valid_m, D, EVEN_D)
             store_tile(base + 2 * D, offs_row, offs_n, grad_gate.to(dtype), valid_m, D, EVEN_D)
     if grad_mask_ptr is not None:
@@ -183,7 +182,7 @@ def _fused_dual_gemm_bwd_kernel(
 class Stage1Gradients(NamedTuple):
     """The outputs of `fused_dual_gemm_bwd`, None where not wanted."""
 
-    grads: torch.Tensor | None  # [R*L, at least 4D] in the dtype of x: dp, dg, other columns
+    grads: torch.Tensor | None  # [R*L, 4D] in the dtype of x: dp, dg
     hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
     mask: torch.Tensor | None  # dmask [R, L], contiguous, in the dtype of the mask
     sums: torch.Tensor | None  # [programs, 4D] in fp32, partial sums of dp and dg
@@ -230,7 +229,6 @@ def prepare_dual_gemm_bwd(
     weights: Weights,
     precision: str,
     group: int,
-    grads_width: int,
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
@@ -265,7 +263,7 @@ def prepare_dual_gemm_bwd(
         ) | {"weight_pair": pair.descriptor},
         values=dict(
             R=count, L=length, pitch=pitch, first_row=first_row, weight_gap=pair.gap,
-            stride_planes_d=planes.stride(0), stride_grads_m=grads_width,
+            stride_planes_d=planes.stride(0),
             stride_first=pair.strides[0], stride_second=pair.strides[1],
             **named_strides("x", "ijc", strides(x)),
             **named_strides("moments", "nij", moments.stride()),

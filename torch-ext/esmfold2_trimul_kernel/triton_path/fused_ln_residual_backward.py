@@ -227,6 +227,61 @@ def _fused_ln_residual_bwd_kernel(
         tl.store(rows_ptr + 4 * count + row, mean_grad_hat * (1.0 / D), mask=valid_m)
 
 
+@triton.jit
+def _emit_means_kernel(
+    emit_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, shift_ptr, stride_emit,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """We g2 / D and We b2 of BLOCK_N channels in fp32; We is rounded as in its products."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = offs_n < C
+    scale = tl.zeros([BLOCK_N], tl.float32)
+    shift = tl.zeros([BLOCK_N], tl.float32)
+    for start_k in range(0, D, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        offs_emit = offs_n.to(tl.int64) * stride_emit
+        emit = load_tile(emit_ptr, offs_emit, offs_k, 1, valid, D, D % BLOCK_K == 0)
+        emit = as_multiplied(emit, PRECISION)
+        scale += tl.sum(emit * load_channels(norm_weight_ptr, offs_k, 1.0, D, D % BLOCK_K == 0), 1)
+        shift += tl.sum(emit * load_channels(norm_bias_ptr, offs_k, 0.0, D, D % BLOCK_K == 0), 1)
+    tl.store(scale_ptr + offs_n, scale * (1.0 / D), mask=valid)
+    if shift_ptr is not None:
+        tl.store(shift_ptr + offs_n, shift, mask=valid)
+
+
+def emit_means(weights: Weights, prepared: PreparedLaunch) -> tuple[torch.Tensor, ...]:
+    """We g2 / D and We b2, [C] each in fp32, for `fused_ln_residual_bwd`; None without b2.
+
+    `prepared` is from `prepare_emit_means`.
+    """
+    emit = weights.p_out_weight
+    scale, shift = torch.empty(2, emit.shape[0], dtype=torch.float32, device=emit.device).unbind()
+    if weights.norm_out_bias is None:
+        shift = None
+    prepared.launch(
+        emit_ptr=emit,
+        norm_weight_ptr=weights.norm_out_weight,
+        norm_bias_ptr=weights.norm_out_bias,
+        scale_ptr=scale,
+        shift_ptr=shift,
+    )
+    return scale, shift
+
+
+def prepare_emit_means(weights: Weights, precision: str) -> PreparedLaunch:
+    """The launch of `emit_means`."""
+    channels, hidden = weights.p_out_weight.shape
+    return PreparedLaunch(
+        _emit_means_kernel,
+        triton.cdiv(channels, 16),
+        tensors=pointers("emit_ptr", "norm_weight_ptr", "norm_bias_ptr", "scale_ptr", "shift_ptr"),
+        values=dict(stride_emit=weights.p_out_weight.stride(0)),
+        constants=dict(C=channels, D=hidden, BLOCK_N=16, BLOCK_K=64, PRECISION=precision),
+        options=dict(num_warps=4, num_stages=2),
+    )
+
+
 class Rows(NamedTuple):
     """Some rows of one sequence: stage 3's inputs, and the gradient of its output."""
 

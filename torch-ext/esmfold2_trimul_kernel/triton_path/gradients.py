@@ -1,22 +1,24 @@
 """The backward on the Triton path: the stages' backward kernels, sequence by sequence.
 
-The forward keeps x, and may keep the product t and the moments of x. Without them, stages 1 and 2
-run again here. For each sequence:
+The forward keeps x, and may keep the product t with the moments of x, and beside them a and b. What
+it did not keep is made again here. For each sequence:
 
     stage 3, in chunks of rows         gives dt, and dq, the gradient of the gate before its sigmoid
-    stage 2, in groups of channels     recomputes a and b, and gives da and db from dt
-    stage 1, in chunks of rows         gives dp and dg; with dq they give dz in one GEMM, then dx
+    stage 2                            gives da and db from dt, a and b
+    stage 1, in chunks of rows         gives dp and dg, and from them and dq dx
 
-Peak memory beyond the arguments (t among them), in tensors of one sequence's pair size, C = D a
-multiple of 64:
+Without a and b, stage 2 runs in groups of channels, for which stage 1 makes a and b. Peak memory
+beyond the arguments, what was kept among them, in tensors of one sequence's pair size (C = D a
+multiple of 64):
 
-    dx, whose memory holds dq first                                             1
-    da and db; their end holds dt until later groups overwrite it               2 1/4
-    a and b of one group (1/2), later a chunk's [dp, dg, dq], x^ and dz         7/8
+    dx, whose memory holds dq first                                                     1
+    da and db                                                                           2
+    dt; or, in groups, what da and db don't yet overwrite of it, and a and b of one     1
 
-4 1/8 in all; t is one more if the forward saved it. A small sequence is one group and one chunk,
-for fewer launches. The parameters' gradients come from few products: with t^ and x^ the normalised
-rows without norm weights and [dp, dg, dq] the rows of one matrix,
+The rows of a chunk lie where da and db are not yet, or where dt was; there are as many chunks as
+that takes. A product that was not kept lies where dt will be. A small sequence is one group and one
+chunk, for fewer launches. The parameters' gradients come from few products: with t^ and x^ the
+normalised rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
@@ -28,7 +30,6 @@ zeros; the weight-gradient products still run over all rows.
 All products are kernels of ours, in the call's precision: no setting of torch's applies to them.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,23 +48,26 @@ from .fused_dual_gemm_backward import (
 from .fused_ln_residual_backward import (
     Rows,
     Stage3Gradients,
+    emit_means,
     fused_ln_residual_bwd,
+    prepare_emit_means,
     prepare_ln_residual_bwd,
 )
+from .input_backward import holds_rows, input_bwd, prepare_input_bwd
 from .launches import launches_of
-from .norm_backward import norm_in_bwd, norm_out_bwd, prepare_norm_in_bwd, prepare_norm_out_bwd
-from .parameter_gradients import Totals, parameter_gradients
-from .row_linear import prepare_row_linear, row_linear
-from .row_products import add_row_products, prepare_row_products
+from .norm_backward import norm_out_bwd, prepare_norm_out_bwd
+from .parameter_gradients import Projections, gradients_of_projections
+from .row_products import RowParts, prepare_row_products, row_products
 
-# The most chunks and groups of a sequence, and the fewest pairs of a chunk and elements of a
-# group's planes: smaller ones don't fill a GPU.
-_CHUNKS = 8
+# The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
+# smaller ones don't fill a GPU.
 _CHUNK_PAIRS = 16_384
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
 _GROUP_MULTIPLE = 16
+_OUT = Projections(("p_out_weight",), "norm_out")
+_IN = Projections(("p_in_weight", "g_in_weight", "g_out_weight"), "norm_in")
 
 
 class _Wanted(NamedTuple):
@@ -91,6 +95,7 @@ def run_backward(
     grad_out: Tensor,
     product: Tensor | None,
     moments: Tensor | None,
+    planes: Tensor | None,
     needs: frozenset[str],
     launches: Launches | None = None,
 ) -> dict[str, Tensor]:
@@ -99,55 +104,57 @@ def run_backward(
     Args:
         call: the forward's; x's device must be the current one. Residual and inplace don't matter.
         grad_out: [B, L, L, C] in the dtype of x, any strides.
-        product, moments: from `forward_saving`, or None for both.
+        product, moments, planes: from `forward_saving`; the last or all may be None.
         needs: names from `DIFFERENTIABLE`, of tensors that the call has.
         launches: by default the cached ones of this kind of call.
     """
     x, weights = call.x, call.weights
     batch, length, _, channels = x.shape
-    hidden = call.hidden
     wanted = _Wanted(
         "x" in needs, "mask" in needs, "drop_mask" in needs,
         not needs.isdisjoint(Weights._fields),
     )  # fmt: skip
     if launches is None:
-        launches = launches_of(call, "backward", wanted, product is None, _likeness(grad_out))
+        kept = product is not None, planes is not None
+        launches = launches_of(call, "backward", wanted, kept, _likeness(grad_out))
     gradients = {}
     for name in ("x", "mask", "drop_mask"):
         if name in needs:
             like = getattr(call, name)
             # Contiguous, whatever the argument's strides.
             gradients[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    totals, grad_q = None, gradients.get("x")
-    if wanted.parameters:
-        rows = 4 * hidden + channels
-        shapes = (channels, hidden), (channels,), (rows, channels), (rows,)
-        totals = Totals(*[
-            torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes
-        ])
-        if grad_q is None:
-            grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
-    stacked = torch.cat([weights.p_in_weight, weights.g_in_weight, weights.g_out_weight])
-    turned = stacked.t().contiguous()
-    emit_means = _emit_means(weights, call.precision)
-    for entry in range(batch if length else 0):
+    if batch == 0 or length == 0:
+        return gradients | {
+            name: torch.zeros_like(value)
+            for name, value in weights._asdict().items()
+            if name in needs
+        }
+    parts, grad_q = {}, gradients.get("x")
+    if wanted.projections and not (wanted.x and holds_rows(x)):
+        grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
+    prepared = launches.of(("emit_means",), prepare_emit_means, weights, call.precision)
+    means = emit_means(weights, prepared)
+    for entry in range(batch):
         sequence = slice(entry, entry + 1)
         _Sequence(
             call.of_entry(entry),
             launches,
             wanted,
-            totals,
+            parts,
             {name: gradient[entry] for name, gradient in gradients.items()},
             None if grad_q is None else grad_q[entry],
-            turned,
-            emit_means,
+            means,
         ).run(
             grad_out[entry],
             None if product is None else product[sequence],
             None if moments is None else moments[sequence],
+            None if planes is None else planes[entry],
         )
     if wanted.parameters:
-        gradients |= parameter_gradients(totals, weights, stacked, needs)
+        out, into = parts["out"], parts["in"]
+        gradients |= gradients_of_projections(launches, _OUT, weights, out, None, needs)
+        of_gate = out.sums[:, channels:]
+        gradients |= gradients_of_projections(launches, _IN, weights, into, of_gate, needs)
     return gradients
 
 
@@ -157,81 +164,107 @@ class _Sequence(NamedTuple):
     call: Call  # x [1, L, L, C]
     launches: Launches
     wanted: _Wanted
-    totals: Totals | None  # if the parameters' gradients are wanted
+    parts: dict[str, RowParts]  # "out": S, and sums of de and dq; "in": H, and sums of dp and dg
     gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
-    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if dx is wanted
-    turned: Tensor  # [Wp; Wg; Wo]^T, [C, 4D + C]
+    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if `holds_rows`
     emit_means: tuple[Tensor, Tensor | None]
 
-    def run(self, grad_out: Tensor, product: Tensor | None, moments: Tensor | None) -> None:
-        """grad_out [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch]."""
-        x = self.call.x
-        length = x.shape[1]
-        hidden = self.call.hidden
-        size = group_size(hidden, length)
-        planes = hidden
-        if self.wanted.through_product:
-            planes = 2 * hidden + size
-        elif product is not None:
-            planes = 0
-        memory = torch.empty(planes, length, padded_pitch(length), dtype=x.dtype, device=x.device)
-        grad_t = memory[planes - hidden :] if planes else None
+    def run(
+        self,
+        grad_out: Tensor,
+        product: Tensor | None,
+        moments: Tensor | None,
+        planes: Tensor | None,
+    ) -> None:
+        """Fills what is to be written.
+
+        grad_out is [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch], planes
+        [2, D, L, pitch].
+        """
+        hidden, length = self.call.hidden, self.call.x.shape[1]
+        size = hidden if planes is not None else group_size(hidden, length)
+        memory = self._memory(0 if planes is not None else 3 * size)
+        grad_t = memory[hidden + size : 2 * hidden + size]
+        kept = planes is not None
+        if not kept:
+            planes = memory[2 * hidden + size : 2 * hidden + 3 * size].unflatten(0, (2, size))
         if product is None:
             product = grad_t[None]
-            moments = self._product_again(product, size)
+            moments = self._product_again(product, planes)
         by_rows = with_axes_of_x(moments, self.call.direction)[0, :, :length, :length]
-        self._stage_3(product[0], by_rows, grad_out, grad_t)
+        self._stage_3(product[0], by_rows, grad_out, grad_t, memory[: hidden + size])
         if self.wanted.through_product:
-            self._stage_2(memory, grad_t, moments, size)
-            self._stage_1(memory[: 2 * hidden], by_rows, size)
+            self._stage_2(memory, grad_t, moments, planes, kept)
+            self._stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
 
-    def _product_again(self, product: Tensor, size: int) -> Tensor:
-        """Fills the product, in groups of `size` channels; returns the moments."""
-        moments = None
+    def _memory(self, least: int) -> Tensor:
+        """Planes [2D + `least`, at least D, L, pitch] for da, db, dt, and rows of stages 3 and 1.
+
+        The rows of a chunk of stage 1 lie behind da and db, which may take more than D planes.
+        """
+        x, hidden = self.call.x, self.call.hidden
+        length, channels = x.shape[2:]
+        pitch = padded_pitch(length)
+        width = 4 * hidden + channels
+        chunks = -(-width * length // (hidden * pitch))
+        step = max(self._least_rows(), -(-length // chunks))
+        count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
+        return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
+
+    def _least_rows(self) -> int:
+        """The fewest rows i of a chunk."""
+        length = self.call.x.shape[1]
+        return min(length, -(-_CHUNK_PAIRS // length))
+
+    def _product_again(self, product: Tensor, planes: Tensor) -> Tensor:
+        """Fills the product, with a group's planes at a time as scratch; returns the moments."""
+        moments, size = None, planes.shape[1]
         for first in range(0, product.shape[1], size):
-            a, b, moments = self._group_planes(first, size, moments)
-            group = product[:, first : first + size]
+            moments = self._planes_again(planes, first, moments)
+            a, b, group = planes[None, 0], planes[None, 1], product[:, first : first + size]
             trimul_einsum_fwd(self.call, self.launches, a, b, group, first)
-            del a, b  # freed before the next group's are allocated
         return moments
 
-    def _group_planes(
-        self, first: int, size: int, moments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """a and b [1, G, L, pitch] of G = `size` channels, and the moments."""
-        x = self.call.x
-        length = x.shape[1]
-        shape = (1, 2, size, length, padded_pitch(length))
-        a, b = torch.empty(shape, dtype=x.dtype, device=x.device).unbind(1)
-        moments = fused_dual_gemm_fwd(self.call, self.launches, (a, b), (first, size), moments)
-        return a, b, moments
+    def _planes_again(self, planes: Tensor, first: int, moments: Tensor | None) -> Tensor:
+        """Fills planes [2, G, L, pitch] with a and b, channels `first` on; returns the moments."""
+        group = first, planes.shape[1]
+        both = planes[None, 0], planes[None, 1]
+        return fused_dual_gemm_fwd(self.call, self.launches, both, group, moments)
 
-    def _chunks(self) -> Iterator[slice]:
-        """Cuts the rows i into chunks."""
+    def _chunks(self, memory: Tensor, width: int) -> tuple[Tensor, list[slice]]:
+        """Cuts the rows i into chunks whose pairs, with `width` elements each, fit the memory.
+
+        Returns the memory too, which is other and larger if chunks would not fill a GPU.
+        """
         length = self.call.x.shape[1]
-        pairs = max(_CHUNK_PAIRS, -(-length * length // _CHUNKS))
-        step = -(-pairs // length)
-        for start in range(0, length, step):
-            yield slice(start, min(start + step, length))
+        least = self._least_rows() * length * width
+        if memory.numel() < least:
+            memory = memory.new_empty(least)
+        chunks = -(-length // min(length, memory.numel() // (length * width)))
+        step = -(-length // chunks)
+        cuts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+        return memory.view(-1), cuts
 
     def _first_row(self, chunk: slice) -> int:
         """The first row of a launch; 0 without lengths, where every chunk can share a launch."""
         return 0 if self.call.lengths is None else chunk.start
 
-    def _rows(self, count: int, width: int) -> Tensor:
-        """[count, width], uninitialised, in the dtype of x."""
-        return torch.empty(count, width, dtype=self.call.x.dtype, device=self.call.x.device)
-
     def _stage_3(
-        self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor | None
+        self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor, memory: Tensor
     ) -> None:
-        """Fills grad_t [D, L, pitch], which may be the product, and dq."""
+        """Fills grad_t [D, L, pitch], which may be the product, and dq; `memory` is scratch."""
         call, wanted, weights = self.call, self.wanted, self.call.weights
         hidden, length, _ = product.shape
         channels = call.x.shape[3]
         drop_mask = None if call.drop_mask is None else call.drop_mask[0]
         grad_drop = None
-        for chunk in self._chunks():
+        widths = (
+            channels if wanted.through_product else 0,
+            hidden if wanted.parameters else 0,
+            channels if wanted.drop_mask else 0,
+        )
+        memory, chunks = self._chunks(memory, sum(widths))
+        for chunk in chunks:
             rows = Rows(
                 product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk], drop_mask,
                 call.lengths,
@@ -244,24 +277,20 @@ class _Sequence(NamedTuple):
                 prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision, None,
                 first_row,
             )  # fmt: skip
+            emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
             out = Stage3Gradients(
-                emit=self._rows(count, channels) if wanted.through_product else None,
+                emit=emit,
                 gate=grad_q,
                 rows=_float32(call.x, 5, count) if wanted.through_product else None,
-                drop_mask=self._rows(count, channels) if wanted.drop_mask else None,
+                drop_mask=drop_rows,
                 sums=_float32(call.x, prepared.programs, 2, channels)
                 if wanted.parameters else None,
             )  # fmt: skip
             fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
-            if wanted.parameters:  # while the partial sums are in L2
-                emit_sums, gate_sums = out.sums.sum(0)
-                self.totals.emit_sums.add_(emit_sums)
-                self.totals.in_sums[4 * hidden :].add_(gate_sums)
             if wanted.drop_mask:
                 total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = total if grad_drop is None else grad_drop.add_(total)
             if wanted.through_product:
-                hat_t = self._rows(count, hidden) if wanted.parameters else None
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
@@ -272,27 +301,31 @@ class _Sequence(NamedTuple):
                     call.lengths,
                 )  # fmt: skip
             if wanted.parameters:
-                self._add_product(self.totals.emit_products, out.emit, hat_t, "emit")
-                del hat_t
+                self._add_product("out", emit, hat_t, out.sums.flatten(1))
             del out  # freed before the next chunk's is allocated
         if grad_drop is not None:
             self.gradients["drop_mask"].copy_(grad_drop)
 
-    def _stage_2(self, memory: Tensor, grad_t: Tensor, moments: Tensor, size: int) -> None:
-        """Fills memory [2D + G, L, pitch], whose end is grad_t, with da and db.
+    def _stage_2(
+        self, memory: Tensor, grad_t: Tensor, moments: Tensor, planes: Tensor, kept: bool
+    ) -> None:
+        """Fills the first 2D planes of the memory with da and db, over the beginning of dt.
 
-        They have the axes of x and lie group by group, da before db: [D / G, 2, G, L, pitch].
+        They have the axes of x and lie in groups, da before db: [D / G, 2, G, L, pitch]. `planes`
+        [2, G, L, pitch] are a and b of all channels if they were kept, or memory for a group's.
         """
+        size = planes.shape[1]
         for first in range(0, grad_t.shape[0], size):
+            if not kept:
+                self._planes_again(planes, first, moments)
             grad_planes = memory[2 * first : 2 * (first + size)]
-            self._stage_2_of_group(grad_t[first : first + size], first, moments, grad_planes)
+            self._stage_2_of_group(grad_t[first : first + size], first, planes, grad_planes)
 
     def _stage_2_of_group(
-        self, grad: Tensor, first: int, moments: Tensor, grad_planes: Tensor
+        self, grad: Tensor, first: int, planes: Tensor, grad_planes: Tensor
     ) -> None:
         """Fills grad_planes [2G, L, pitch] with da and db, from dt of G channels, `first` on."""
-        size = grad.shape[0]
-        a, b, _ = self._group_planes(first, size, moments)
+        size, a, b = grad.shape[0], planes[None, 0], planes[None, 1]
         grad, grad_a, grad_b = grad[None], grad_planes[None, :size], grad_planes[None, size:]
         if self.call.direction == "outgoing":
             # da[i, k] = sum_j dt[i, j] b[j, k], db[j, k] = sum_i dt[i, j] a[i, k]
@@ -303,14 +336,19 @@ class _Sequence(NamedTuple):
             key = first, turned
             trimul_einsum_fwd(self.call, self.launches, left, right, out, key, turned)
 
-    def _stage_1(self, planes: Tensor, moments: Tensor, size: int) -> None:
+    def _stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
         """Fills dx and dmask from dq and planes [2D, L, pitch], da and db in groups of `size`."""
         call, wanted, weights = self.call, self.wanted, self.call.weights
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
-        width = 4 * hidden + channels
         grad_mask = self.gradients.get("mask")
-        for chunk in self._chunks():
+        widths = (
+            4 * hidden if wanted.projections else 0,
+            channels if wanted.parameters else 0,
+        )
+        memory, chunks = self._chunks(memory, max(1, sum(widths)))
+        into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
+        for chunk in chunks:
             x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
             mask_out = None if grad_mask is None else grad_mask[chunk]
@@ -319,47 +357,42 @@ class _Sequence(NamedTuple):
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
                 prepare_dual_gemm_bwd, x, mask, x_moments, grad_h, weights, call.precision, size,
-                width, None, first_row,
+                None, first_row,
             )  # fmt: skip
-            out = Stage1Gradients(
-                grads=self._rows(count, width) if wanted.projections else None,
-                hat_x=self._rows(count, channels) if wanted.parameters else None,
-                mask=mask_out,
-                sums=_float32(call.x, prepared.programs, 4 * hidden) if wanted.parameters else None,
-            )
+            grads, hat_x = _row_buffers(memory, count, widths)
+            sums = None
+            if wanted.parameters:
+                sums = _float32(call.x, prepared.programs, 4 * hidden)
+            out = Stage1Gradients(grads, hat_x, mask_out, sums)
             fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
+            if not wanted.projections:
+                continue
+            grad_q = self.grad_q[chunk].view(count, channels)
             if wanted.parameters:
-                self.totals.in_sums[: 4 * hidden].add_(out.sums.sum(0))
-            if wanted.projections:
-                out.grads[:, 4 * hidden :].copy_(self.grad_q[chunk].view(count, channels))
-            if wanted.parameters:
-                self._add_product(self.totals.in_products, out.grads, out.hat_x, "in")
+                self._add_product("in", grads, hat_x, sums, grad_q)
             if wanted.x:
-                grad_z, grad_x = self._rows(count, channels), self.gradients["x"][chunk]
+                grad_x = self.gradients["x"][chunk]
                 prepared = self.launches.of(
-                    ("row_linear", count), prepare_row_linear, out.grads, self.turned, None,
-                    (count, 1), call.precision,
+                    ("input_bwd", count, first_row, *_alignments(x, grad_q, grad_x)),
+                    prepare_input_bwd, grads, grad_q, x, x_moments, into, call.precision, None,
+                    first_row,
                 )  # fmt: skip
-                row_linear(out.grads, self.turned, None, None, None, grad_z, prepared)
-                prepared = self.launches.of(
-                    ("norm_in_bwd", count, first_row, *_alignments(x, grad_x)),
-                    prepare_norm_in_bwd, x, x_moments, first_row,
+                input_bwd(
+                    grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,
+                    call.lengths,
                 )  # fmt: skip
-                norm_in_bwd(
-                    grad_z, x, x_moments, weights.norm_in_weight, grad_x, prepared, call.lengths
-                )
-                del grad_z
-            del out  # freed before the next chunk's is allocated
 
     def _add_product(
-        self, total: Tensor, left: Tensor, right: Tensor, which: str
+        self, which: str, left: Tensor, right: Tensor, partial: Tensor, last: Tensor | None = None
     ) -> None:
-        """total [N, K] in fp32 += left^T right of a chunk's rows [M, N] and [M, K]."""
+        """Adds left^T right of a chunk's rows [M, N] and [M, K], and partial sums, to the parts."""
+        parts = self.parts.get(which)
         prepared = self.launches.of(
-            ("row_products", which, left.shape[0]),
-            prepare_row_products, left, right, self.call.precision,
+            ("row_products", which, left.shape[0], parts is None, *_alignments(last)),
+            prepare_row_products, left, right, self.call.precision, None, False, parts, partial,
+            last,
         )  # fmt: skip
-        add_row_products(total, left, right, prepared)
+        self.parts[which] = row_products(left, right, prepared, parts, partial, last)
 
 
 def group_size(hidden: int, length: int) -> int:
@@ -372,15 +405,13 @@ def group_size(hidden: int, length: int) -> int:
     return hidden // groups
 
 
-def _emit_means(weights: Weights, precision: str) -> tuple[Tensor, Tensor | None]:
-    """We g2 / D and We b2, [C] in fp32, for stage 3's backward; We is rounded as in its GEMM."""
-    emit = weights.p_out_weight
-    if emit.dtype == torch.float32 and precision == "bf16":
-        emit = emit.to(torch.bfloat16)
-    emit = emit.float()
-    scaled = emit if weights.norm_out_weight is None else emit * weights.norm_out_weight
-    shift = weights.norm_out_bias
-    return scaled.mean(1), None if shift is None else (emit * shift).sum(1)
+def _row_buffers(memory: Tensor, count: int, widths: tuple[int, ...]) -> list[Tensor | None]:
+    """[count, width] one behind the other in the memory, None where the width is 0."""
+    parts = memory[: count * sum(widths)].split([count * width for width in widths])
+    return [
+        part.view(count, width) if width else None
+        for part, width in zip(parts, widths, strict=True)
+    ]
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

@@ -6,8 +6,8 @@ rows and out are contiguous, W has unit stride along k, all in one dtype; sums i
 and the lengths belong to rows m = (b * R + i) * J + j of [B, R, J, N]. With lengths, a row of a
 padded pair is its residual, or 0.
 
-The backward takes it for the gradients of normalised rows. No setting of torch's applies to it: the
-call's precision alone decides how float32 operands are multiplied, and equal calls give equal bits.
+No setting of torch's applies to it: the call's precision alone decides how float32 operands are
+multiplied, and equal calls give equal bits.
 """
 
 import math
