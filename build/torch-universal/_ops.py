@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c872174b65"
+_NAMESPACE = "_esmfold2_trimul_kernel_c99668e19c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
