@@ -159,10 +159,10 @@ def test_refusals(reports):
         "got (6, 8)",
         "inplace": "ValueError inplace must be False where pair is a DTensor; got True",
         "memory": "ValueError memory must be 'auto', 'default' or 'lean'; got 'little'",
-        "explain": "x must be a whole pair tensor, as explain knows nothing of other ranks; got a "
-        "DTensor",
-        "explain inside": "x must be a whole pair tensor, as explain knows nothing of other ranks; "
-        "got a call inside sharded_pairs",
+        "explain": "x must be a whole pair tensor: explain the sharded function for a rank's part; "
+        "got a DTensor",
+        "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
+        "rank's part; got a call inside sharded_pairs",
         "gradient": gradient,
         "gradient of a weight": gradient,
     }

@@ -214,15 +214,16 @@ def in_the_interpreter(on: Rank):
 
 
 def bytes_sent(on: Rank):
-    """By rank and group: bytes sent in a call, and the most messages of a batch."""
+    """By rank and group: bytes and messages sent in two calls, and the most messages of a batch."""
     found = {}
     batch_isend_irecv = dist.batch_isend_irecv
     for ranks in on.groups:
-        sent, most = 0, 0
+        sent, count, most = 0, 0, 0
 
         def counted(operations):
-            nonlocal sent, most
-            sent += sum(of.tensor.nbytes for of in operations if of.op is dist.isend)
+            nonlocal sent, count, most
+            tensors = [of.tensor for of in operations if of.op is dist.isend]
+            sent, count = sent + sum(of.nbytes for of in tensors), count + len(tensors)
             most = max(most, len(operations))
             return batch_isend_irecv(operations)
 
@@ -230,7 +231,13 @@ def bytes_sent(on: Rank):
         for direction in DIRECTIONS:
             sharded(on, make_problem(24, 8, 24, direction=direction), ranks)
         dist.batch_isend_irecv = batch_isend_irecv
-        found[ranks] = sent, most
+        problem = make_problem(24, 8, 24)
+        part = part_of(on, problem, ranks, 1)(problem.x)
+        explanation = on.kernel.explain(
+            on.kernel.sharded_triangle_multiplicative_update, part, group=on.groups[ranks],
+            length=24, memory="lean", **problem.weights,
+        )  # fmt: skip
+        found[ranks] = sent, count, most, str(explanation)
     return found
 
 
@@ -390,10 +397,27 @@ def test_the_parts_are_those_of_one_process(reports, case):
 def test_bytes_are_those_of_the_formula(reports):
     """3 (N - 1) / N^2 pair tensors a call; there were two calls, and one rank sends nothing."""
     for report in report_of(reports, bytes_sent).values():
-        for ranks, (sent, most) in report.items():
+        for ranks, (sent, _, most, _) in report.items():
             ranks = int(ranks)
             assert sent == 2 * 3 * (ranks - 1) * (24 * 24 * 24 * 4) // ranks**2
             assert most <= 256
+
+
+def test_explain(reports):
+    """What a rank's call would send is what it sent."""
+    for rank, report in report_of(reports, bytes_sent).items():
+        for ranks, (sent, count, _, page) in report.items():
+            rows = 24 // int(ranks)
+            assert f"outgoing, pair tensor 1x{rows}x24x8 float32 on cpu, D = 24\n" in page
+            assert (
+                f"  note     rank {rank} of {ranks} has residues {rank * rows} to "
+                f"{(rank + 1) * rows} of 24 along axis 1, and multiplies {rows} of 24 channels, in "
+            ) in page
+            assert (
+                f"  note     for each sequence it sends {count // 2:,} messages, "
+                f"{sent / 2 / 2**20:,.1f} MiB"
+            ) in page
+            assert "  memory   lean\n" in page and "  buffer   product: 3.00 such" in page
 
 
 @pytest.mark.parametrize("lean, inplace", [(False, False), (True, False), (True, True)])
@@ -505,37 +529,23 @@ def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
     """Bytes are the formula's, and each message is posted in the same batch on both its ends."""
     schedule = submodule("sharded")
     layout = schedule.Layout(ranks, length, hidden)
-    if ranks > 64:  # its messages alone would take a minute to write down
-        sent = {
-            rank: sum(
-                2 * (layout.rows(rank).stop - layout.rows(rank).start) * count(layout, peer)
-                + (layout.rows(peer).stop - layout.rows(peer).start) * count(layout, rank)
-                for peer in range(ranks)
-                if peer != rank
-            )
-            for rank in range(ranks)
-        }
-        batches = {}
-    else:
+    sent = {rank: layout.sent(rank)[1] for rank in range(ranks)}
+    batches = {}
+    if ranks <= 64:  # the messages of more would take a minute to write down
         batches = Plan(schedule, monkeypatch, layout, length).batches
-        sent = {
-            rank: sum(
-                message.numel() // length
-                for operations in mine
-                for operation, message, _, _ in operations
-                if operation is dist.isend
-            )
-            for rank, mine in batches.items()
-        }
+        for rank, mine in batches.items():
+            messages = [of[1] for operations in mine for of in operations if of[0] is dist.isend]
+            rows = sum(message.numel() for message in messages) // length
+            assert layout.sent(rank) == (len(messages), rows)
     rows = [i for rank in range(ranks) for i in range(length)[layout.rows(rank)]]
     assert rows == list(range(length))
-    assert sum(count(layout, rank) for rank in range(ranks)) == hidden
+    assert sum(layout.channel_count(rank) for rank in range(ranks)) == hidden
     if length % ranks == hidden % ranks == 0:
         assert set(sent.values()) == {3 * (ranks - 1) * length * hidden // ranks**2}
     else:
         total = sum(sent.values())
         own = sum(
-            (layout.rows(rank).stop - layout.rows(rank).start) * count(layout, rank)
+            (layout.rows(rank).stop - layout.rows(rank).start) * layout.channel_count(rank)
             for rank in range(ranks)
         )
         assert total == 3 * (length * hidden - own)
@@ -550,12 +560,6 @@ def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
                     )
                 )  # fmt: skip
                 assert out == back
-
-
-def count(layout, rank) -> int:
-    """The channels of a rank."""
-    of_groups = [layout.channels(rank, group) for group in range(layout.groups)]
-    return sum(channels.stop - channels.start for channels in of_groups)
 
 
 def test_a_group_of_nccl_has_one_for_numbers_beside_it(submodule, monkeypatch):

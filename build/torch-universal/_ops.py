@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c99668e19c"
+_NAMESPACE = "_esmfold2_trimul_kernel_8047f97a64"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._call import Call, Weights
+from ._plan import Plan
 from .paths import execution_path, path_of, say_once
 from .validation import (
     COMPUTE_DTYPES,
@@ -250,6 +251,9 @@ _TWINS = {
 }
 
 
+SHARDED = tuple(_TWINS.values())
+
+
 def run_divided(
     name: str, arguments: dict[str, Any], group: dist.ProcessGroup | None, dim: int, length: int
 ) -> Tensor:
@@ -297,6 +301,25 @@ class Layout(NamedTuple):
     @property
     def groups(self) -> int:
         return -(-self.hidden // (self.ranks * self.size))
+
+    def channel_count(self, rank: int) -> int:
+        """All channels that a rank multiplies."""
+        of_groups = [self.channels(rank, group) for group in range(self.groups)]
+        return sum([channels.stop - channels.start for channels in of_groups])
+
+    def sent(self, rank: int) -> tuple[int, int]:
+        """What a rank sends for a sequence: messages, and the rows of planes in them."""
+        own_rows, own_channels = self.rows(rank), self.channel_count(rank)
+        messages = rows = 0
+        for peer in range(self.ranks):
+            if peer != rank:
+                of_peer = self.rows(peer)
+                for planes, part in (
+                    (2 * self.channel_count(peer), own_rows), (own_channels, of_peer)
+                ):  # fmt: skip
+                    messages += planes * (part.stop > part.start)
+                    rows += planes * (part.stop - part.start)
+        return messages, rows
 
 
 @torch._disable_dynamo  # messages are not traced: a compiled caller's graph breaks here
@@ -358,6 +381,37 @@ class _Sharded:
             out = out.transpose(1, 2)
             out = out.contiguous() if over is None else over.copy_(out)
         return out if out.shape == shape else out.view(shape)
+
+    def plan(self, call: Call) -> Plan:
+        """The buffers of a call on rows, and what the rank sends."""
+        layout, rank = Layout(self._ranks, self._length, call.hidden), self._rank
+        rows = layout.rows(rank)
+        with path_of(call).stages(call, rows.start) as stages:
+            pitch, lean = stages.pitch, call.memory == "lean"
+            x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
+            made = _allocate(call._replace(x=x, residual=x), stages, layout, lean)
+        named = {"a and b": made.planes, "product": made.product, "output": made.out}
+        named["planes of a group, of all rows"] = made.slots
+        known, buffers = {x.untyped_storage()._cdata}, {}
+        for name, tensor in named.items():
+            memory = tensor.untyped_storage()
+            if memory._cdata not in known:
+                known.add(memory._cdata)
+                buffers[name] = memory.nbytes()
+        if stages.moments:
+            buffers["moments"] = 8 * (rows.stop - rows.start) * pitch
+        messages, sent = layout.sent(rank)
+        notes = [
+            f"rank {rank} of {self._ranks} has residues {rows.start} to {rows.stop} of "
+            f"{self._length} along axis {self._dim}, and multiplies {layout.channel_count(rank)} "
+            f"of {call.hidden} channels, in {layout.groups} groups",
+            f"for each sequence it sends {messages:,} messages, "
+            f"{sent * pitch * x.element_size() / 2**20:,.1f} MiB",
+        ]
+        if call.memory == "auto":
+            notes.append("all ranks go lean where an allocation of this mode fails on one")
+        mode = "lean" if lean else "default"
+        return Plan(mode, None, [], buffers, sum(buffers.values()), 0, notes)
 
     def _checked(
         self,
@@ -441,6 +495,26 @@ class _Sharded:
             drop_mask=None if call.drop_mask is None else call.drop_mask[:, :, None],
             inplace=False,  # the result is transposed first
         )
+
+
+def plan_of(arguments: dict[str, Any]) -> tuple[Call, Plan]:
+    """A rank's part of a sharded function's call, and its buffers and messages; nothing runs.
+
+    Args:
+        arguments: all of the function's, by name.
+    """
+    given = {**arguments}
+    weights = Weights(**{name: given.pop(name, None) for name in Weights._fields})
+    leading = "B" if "residual_local" in given else "..."
+    of_rank = _Sharded(given["group"], given["dim"], given["length"], leading)
+    eps_out = given.get("eps_out")
+    call, _ = of_rank._checked(
+        given["pair_local"], given["direction"], given.get("residual_local"),
+        given.get("drop_mask"), weights, given["mask"], given["eps"],
+        given["eps"] if eps_out is None else eps_out, given["precision"], given["memory"],
+        given.get("inplace", False), given["lengths"],
+    )  # fmt: skip
+    return call, of_rank.plan(of_rank._by_rows(call))
 
 
 class _Buffers(NamedTuple):

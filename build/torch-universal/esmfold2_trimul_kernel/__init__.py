@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c99668e19c"
+_BUILD_ID = "_esmfold2_trimul_kernel_8047f97a64"
 
 
 def _load_package() -> ModuleType:

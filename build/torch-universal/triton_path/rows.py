@@ -28,6 +28,7 @@ class Rows:
     """The stages of a call whose x has R of the L rows, each on one sequence `index`."""
 
     slots = 3  # planes that stage 2 works on: a, b and the product
+    moments = True  # two in fp32 for each pair are kept from stage 1 to stage 3
 
     def __init__(self, call: Call, first_row: int) -> None:
         self._call = for_kernels(call)
