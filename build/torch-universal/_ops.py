@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_514b6b0446"
+_NAMESPACE = "_esmfold2_trimul_kernel_4c9f4cb6fb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

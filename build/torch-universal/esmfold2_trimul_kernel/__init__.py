@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_514b6b0446"
+_BUILD_ID = "_esmfold2_trimul_kernel_4c9f4cb6fb"
 
 
 def _load_package() -> ModuleType:
