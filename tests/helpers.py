@@ -34,6 +34,8 @@ PUBLIC_NAMES = [
     "layers",
     "lengths_from_mask",
     "patch",
+    "sharded_triangle_multiplicative_update",
+    "sharded_triangle_multiplicative_update_with_residual",
     "swiglu_transition",
     "transition_from_boltz",
     "transition_from_esm",

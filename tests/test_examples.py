@@ -35,6 +35,19 @@ def test_fold_with_kernel():
     assert float(rows[0][1]) > 0
 
 
+def test_sharded_pairs():
+    """Two processes with the rows of one pair tensor."""
+    path = str(ROOT / "examples" / "sharded_pairs.py")
+    launch = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    arguments = ("--standalone", "--nproc-per-node", "2", path, "--length", "17")
+    output = python_output(launch, *arguments, OMP_NUM_THREADS="1")
+    devices = r"(?:cpu|cuda:\d)"
+    rows = re.findall(rf"(?m)^rank (\d) of 2 on {devices}: \[1, (\d+), 17, 32\]$", output)
+    assert sorted(rows) == [("0", "9"), ("1", "8")]
+    difference = re.search(rf"(?m)^relative difference from one process: {NUMBER}$", output)[1]
+    assert float(difference) <= 1e-6
+
+
 def test_any_model():
     output = printed_by("any_model.py")
     assert re.search(r"(?m)^block: \[2, 40, 40, 64\] on (cpu|cuda)$", output)

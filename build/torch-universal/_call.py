@@ -34,7 +34,7 @@ class Call(NamedTuple):
     direction: str
     mask: Tensor | None  # [B, L, L]
     residual: Tensor | None  # like x
-    drop_mask: Tensor | None  # [B, L, C]
+    drop_mask: Tensor | None  # [B, L, C]; in `sharded` also [B, R, 1, C]
     weights: Weights
     eps_in: float
     eps_out: float

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4c9f4cb6fb"
+_NAMESPACE = "_esmfold2_trimul_kernel_b83095a236"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -60,6 +60,33 @@ def check_pair(name: str, pair: Tensor, leading: str) -> None:
     _check_dtype(name, pair)
 
 
+def check_division(dim: int, length: int) -> None:
+    """How a pair tensor is divided among ranks: L = `length` residues along the axis `dim`."""
+    if dim not in (1, 2):
+        raise ValueError(f"dim must be 1 or 2, an axis of residues; got {dim!r}")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        raise ValueError(f"length must be L, an integer of at least 0; got {length!r}")
+    if length > MAX_LENGTH:
+        raise NotImplementedError(
+            f"length may be at most {MAX_LENGTH}, as one plane of L * L elements is indexed in 32 "
+            f"bits; got {length}"
+        )
+
+
+def check_pair_local(name: str, pair: Tensor, dim: int, length: int, rows: slice) -> None:
+    """A rank's part of a pair tensor: the residues `rows` of L = `length` along `dim`."""
+    _check_is_tensor(name, pair)
+    wanted = [rows.stop - rows.start, length][:: 1 if dim == 1 else -1]
+    if pair.ndim != 4 or list(pair.shape[1:3]) != wanted or pair.shape[3] == 0:
+        axes = ", ".join(map(str, wanted))
+        raise ValueError(
+            f"{name} must be [B, {axes}, C] with C of at least 1, residues {rows.start} to "
+            f"{rows.stop} of L = {length} along dim {dim}, as torch.chunk divides them; "
+            f"got {tuple(pair.shape)}"
+        )
+    _check_dtype(name, pair)
+
+
 def check_rows(x: Tensor, of_pairs: bool) -> None:
     """The rows x [..., C] of a transition, which must be [..., L, L, C] if they are `of_pairs`."""
     if of_pairs:
@@ -232,13 +259,18 @@ def broadcast_mask(mask: Tensor | None, pair_name: str, pair: Tensor) -> Tensor 
     _check_is_tensor("mask", mask)
     wanted = pair.shape[:-1]
     if mask.ndim < 2 or mask.shape[-2:] != wanted[-2:]:
-        length = wanted[-1]
+        rows, length = wanted[-2:]
+        if rows != length:
+            raise ValueError(
+                f"mask must be [..., {rows}, {length}], a number for each pair of {pair_name}; "
+                f"got {tuple(mask.shape)}"
+            )
         raise ValueError(
             f"mask must be [..., L, L] with L = {length}, a number for each pair of residues; "
             f"got {tuple(mask.shape)}. A mask of residues? Use m[..., :, None] * m[..., None, :], "
             "or lengths="
         )
-    if mask.shape != wanted and not _broadcasts_to(mask.shape, wanted):
+    if mask.shape != wanted and not broadcasts_to(mask.shape, wanted):
         raise ValueError(
             f"mask must broadcast to {list(wanted)}, {pair_name} without its channels; "
             f"got {tuple(mask.shape)}"
@@ -260,14 +292,14 @@ def broadcast_lengths(lengths: Tensor | None, pair_name: str, pair: Tensor) -> T
         )
     if lengths.dtype not in LENGTHS_DTYPES:
         raise TypeError(f"lengths must be torch.int32 or torch.int64; got {lengths.dtype}")
-    if not _broadcasts_to(lengths.shape, leading):
+    if not broadcasts_to(lengths.shape, leading):
         wanted = f"be one number, as {pair_name} is one sequence"
         if leading:
             wanted = f"broadcast to {list(leading)}, one for each sequence of {pair_name}"
         raise ValueError(f"lengths must {wanted}; got {tuple(lengths.shape)}")
     _check_device("lengths", lengths, pair_name, pair)
     if lengths.dtype == torch.int64:  # a large length would wrap around in 32 bits
-        lengths = lengths.clamp(0, pair.shape[-2])
+        lengths = lengths.clamp(0, max(pair.shape[-3:-1]))
     return lengths.to(torch.int32).expand(leading).reshape(leading.numel()).contiguous()
 
 
@@ -326,11 +358,11 @@ def check_residual(residual: Tensor | None, name: str, x: Tensor) -> None:
 
 
 def view_drop_mask(drop_mask: Tensor | None, pair: Tensor) -> Tensor | None:
-    """drop_mask, [B, 1, L, C] or [B*L, C], as a [B, L, C] view."""
+    """drop_mask, [B, 1, L, C] or [B*L, C], as a [B, L, C] view; L is the second axis of pairs."""
     if drop_mask is None:
         return None
     _check_is_tensor("drop_mask", drop_mask)
-    batch, length, _, channels = pair.shape
+    batch, _, length, channels = pair.shape
     if tuple(drop_mask.shape) not in ((batch, 1, length, channels), (batch * length, channels)):
         raise ValueError(
             f"drop_mask must be [B, 1, L, C] = {[batch, 1, length, channels]} or "
@@ -448,7 +480,7 @@ def _is_traced(tensor: Tensor) -> bool:
     )
 
 
-def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
+def broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
     return len(shape) <= len(wanted) and all(
         have in (1, want) for have, want in zip(reversed(shape), reversed(wanted), strict=False)
     )

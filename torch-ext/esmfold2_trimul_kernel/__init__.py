@@ -5,7 +5,8 @@
 pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same function as a Hugging
 Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand.
 `lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
-path, settings and memory without running it.
+path, settings and memory without running it. `sharded_triangle_multiplicative_update` and
+`sharded_triangle_multiplicative_update_with_residual` are for a pair tensor over many GPUs.
 
 `patch` puts the kernels into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
 transformers' or biohub's, and `unpatch` takes them out of one or of any copy of it. The functions
@@ -32,6 +33,10 @@ from .models.adapters import (
     transition_from_protenix,
 )
 from .models.patching import patch, unpatch
+from .sharded import (
+    sharded_triangle_multiplicative_update,
+    sharded_triangle_multiplicative_update_with_residual,
+)
 from .swiglu_transition import swiglu_transition
 from .trimul_with_residual import (
     triangle_multiplicative_update,
@@ -53,6 +58,8 @@ __all__ = [
     "layers",
     "lengths_from_mask",
     "patch",
+    "sharded_triangle_multiplicative_update",
+    "sharded_triangle_multiplicative_update_with_residual",
     "swiglu_transition",
     "transition_from_boltz",
     "transition_from_esm",

@@ -56,7 +56,7 @@ _STEPS = 16  # of an output that overwrites a tensor which is still to be read
         "stride_x_b", "stride_x_i", "stride_x_j",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_residual_b", "stride_residual_i", "stride_residual_j",
-        "stride_drop_b", "stride_drop_j", "drop_ptr",
+        "stride_drop_b", "stride_drop_ij", "drop_ptr",
     ]
 )  # fmt: skip
 def _fused_ln_residual_fwd_kernel(
@@ -68,13 +68,13 @@ def _fused_ln_residual_fwd_kernel(
     stride_x_b, stride_x_i, stride_x_j, stride_x_c,
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_residual_b, stride_residual_i, stride_residual_j, stride_residual_c,
-    stride_drop_b, stride_drop_j, stride_drop_c,
+    stride_drop_b, stride_drop_ij, stride_drop_c,
     stride_emit, stride_gate,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, RESIDUAL_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TILES: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
-    HELD: tl.constexpr, SPLIT: tl.constexpr,
+    HELD: tl.constexpr, SPLIT: tl.constexpr, DROP_ROWS: tl.constexpr,
 ):  # fmt: skip
     """All C channels of BLOCK_M positions m = i * pitch + j of one sequence's output.
 
@@ -89,7 +89,7 @@ def _fused_ln_residual_fwd_kernel(
     accumulator's layout (see `layer_norm.hold`), and a program makes one block of output channels.
     If also C = D, the product's statistics are computed in the gate's loop. SPLIT programs share
     the output channels of a tile. Row i is row first_row + i of its sequence, which matters only
-    with lengths.
+    with lengths. With DROP_ROWS the drop mask has a value for each row i, shared over j.
     """
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
@@ -229,7 +229,8 @@ def _fused_ln_residual_fwd_kernel(
             update = add_bias(deltas[quarter], emit_bias_ptr, offs_n, C)
             update *= gates[quarter].to(tl.float32)
             if drop_ptr is not None:
-                offs_drop = batch * stride_drop_b + j.to(tl.int64) * stride_drop_j
+                ij = i if DROP_ROWS else j
+                offs_drop = batch * stride_drop_b + ij.to(tl.int64) * stride_drop_ij
                 drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 update *= drop.to(tl.float32)
             if lengths_ptr is not None:
@@ -309,8 +310,9 @@ def fused_ln_residual_fwd(
     out: Tensor,
     rows: slice | None = None,
     config: LaunchConfig | None = None,
+    first_row: int = 0,
 ) -> None:
-    """Stage 3 of a call: all rows, or `rows`, of `out` [B, L, L, C], contiguous.
+    """Stage 3 of a call: all rows of its x, or `rows`, of `out` like x, contiguous.
 
     `out` may be the memory of the residual. If that is x too, and a program would read rows of x
     after they were overwritten, a few rows at a time are written to scratch memory and copied.
@@ -319,8 +321,9 @@ def fused_ln_residual_fwd(
         product: [B, D, L, pitch].
         moments: [B, 2, L, L], stage 1's, with the axes of x.
         config: a setting in place of the shipped one.
+        first_row: the row of the sequences that x begins with, without `rows`.
     """
-    key, first_row = ("fused_ln_residual",), 0
+    key = ("fused_ln_residual", first_row)
     if rows is not None:
         product, moments, out = product[:, :, rows], moments[:, :, rows], out[:, rows]
         residual = None if call.residual is None else call.residual[:, rows]
@@ -445,7 +448,9 @@ def prepare_ln_residual(
             product_arg = descriptor_of(product, shape, [stride_b, stride_i, stride_d, 1], tile)
 
     residual_strides = (0, 0, 0, 1) if residual is None else strides(residual)
-    drop_strides = (0, 0, 1) if drop_mask is None else strides(drop_mask)
+    drop_strides, drop_rows = (0, 0, 1), drop_mask is not None and drop_mask.ndim == 4
+    if drop_mask is not None:
+        drop_strides = strides(drop_mask.squeeze(2) if drop_rows else drop_mask)
     elements = 16 // x.element_size()
     return PreparedLaunch(
         _fused_ln_residual_fwd_kernel,
@@ -462,7 +467,7 @@ def prepare_ln_residual(
             **named_strides("x", "bijc", strides(x)),
             **named_strides("moments", "bnij", moments.stride()),
             **named_strides("residual", "bijc", residual_strides),
-            **named_strides("drop", "bjc", drop_strides),
+            **named_strides("drop", ("b", "ij", "c"), drop_strides),
         ),
         constants=dict(
             C=channels, D=hidden,
@@ -471,7 +476,7 @@ def prepare_ln_residual(
             RESIDUAL_ALIGNMENT=elements if residual is not None and is_aligned(residual) else 1,
             DESCRIPTORS=descriptors, TILES=tiling,
             PRECISION=dot_precision(call.precision, device.fp32_dots),
-            FAST_RECIPROCAL=device.fast_reciprocal, HELD=held, SPLIT=split,
+            FAST_RECIPROCAL=device.fast_reciprocal, HELD=held, SPLIT=split, DROP_ROWS=drop_rows,
         ),
         options=config.options(),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The two public functions, and their arguments as one checked `Call`."""
 
 import enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,9 @@ def triangle_multiplicative_update_with_residual(
     AlphaFold 2, Supplementary Methods 1.6.5, Algorithm 11 (outgoing) and Algorithm 12 (incoming).
 
     Args:
-        pair: [B, L, L, C], bfloat16, float16 or float32; any strides.
+        pair: [B, L, L, C], bfloat16, float16 or float32; any strides. It may be a DTensor whose
+            sequences, and rows or columns, are divided among ranks; then the result is one too, of
+            the same placements, and other arguments may be (see docs/distributed.md).
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
         residual: [B, L, L, C] in the dtype of pair; may be pair itself. None gives the update
             alone, without allocating or reading anything for it.
@@ -103,6 +106,8 @@ def triangle_multiplicative_update_with_residual(
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
         NotImplementedError: L above 46,336.
     """
+    if _is_dtensor(pair):
+        return _run_on_dtensors("pair", locals())
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
         norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
@@ -145,7 +150,7 @@ def triangle_multiplicative_update(
     Args:
         x: [..., L, L, C] with any number of leading dimensions; bfloat16, float16 or float32; any
             strides (it is copied if its leading dimensions, once they have been broadcast to those
-            of mask, can't be merged into one as a view).
+            of mask, can't be merged into one as a view). It may be a DTensor, as there.
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
         mask: pair mask [..., L, L], bool or real; multiplies a and b. Its leading dimensions and
             those of x broadcast with each other, its residue axes to those of x.
@@ -170,6 +175,8 @@ def triangle_multiplicative_update(
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
         NotImplementedError: L above 46,336.
     """
+    if _is_dtensor(x):
+        return _run_on_dtensors("x", locals())
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
         norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,
@@ -178,6 +185,17 @@ def triangle_multiplicative_update(
         x, direction, mask, weights, eps, precision, memory, recompute, lengths
     )
     return operators.run(call).view(shape)
+
+
+def _is_dtensor(pair: Tensor) -> bool:
+    return type(pair) is not Tensor and hasattr(pair, "device_mesh")
+
+
+def _run_on_dtensors(name: str, arguments: dict[str, Any]) -> Tensor:
+    """The value of the function whose pair tensor is called `name`."""
+    from .dtensors import run_on_dtensors  # imports what takes long, and torch may not have
+
+    return run_on_dtensors(name, arguments)
 
 
 def call_with_residual(

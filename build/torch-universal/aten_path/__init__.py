@@ -3,6 +3,9 @@
 Autocast is off in it: it would lower the precision of float32 operands, forward and backward.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from .._call import Call
 from .._plan import Plan, note_on_gradients
 from ..validation import pairs_within
 from . import transition as transition
-from .blocks import saved_shape, trimul_differentiable, trimul_inference, trimul_saving
+from .blocks import Stages, saved_shape, trimul_differentiable, trimul_inference, trimul_saving
 from .gradients import trimul_backward
 
 
@@ -55,6 +58,30 @@ def formula(call: Call) -> Tensor:
     masked, within = _masked(call)
     with _no_autocast(call):
         return _padding_left(call, trimul_differentiable(masked), within)
+
+
+@contextlib.contextmanager
+def stages(call: Call, first_row: int) -> Iterator["Rows"]:
+    """The stages for `sharded`, of a call whose x [B, R, L, C] begins at row `first_row`."""
+    with _no_autocast(call):
+        yield Rows(call, first_row)
+
+
+class Rows(Stages):
+    """The stages of some rows. Lengths act as a mask."""
+
+    slots = 2  # planes that stage 2 works on: a, which becomes the product, and b
+
+    def __init__(self, call: Call, first_row: int) -> None:
+        masked, self._within = _masked(call, first_row)
+        super().__init__(masked)
+        self.pitch = call.x.shape[2]
+
+    def emit(self, index: int, product: Tensor, out: Tensor) -> None:
+        super().emit(index, product, out)
+        if self._within is not None:
+            within = self._within[index : index + 1]
+            out.copy_(_padding_left(self._call.of_entry(index), out[None], within)[0])
 
 
 def plan(call: Call) -> Plan:
@@ -105,11 +132,12 @@ def _by_sequence(call: Call) -> Tensor:
     return out
 
 
-def _masked(call: Call) -> tuple[Call, Tensor | None]:
+def _masked(call: Call, first_row: int = 0) -> tuple[Call, Tensor | None]:
     """The call with its lengths as a mask and zeros in its padding, and the pairs within."""
     if call.lengths is None:
         return call, None
-    within = pairs_within(call.lengths, call.x.shape[1])
+    _, rows, length, _ = call.x.shape
+    within = pairs_within(call.lengths, length)[:, first_row : first_row + rows]
     # Filled, not multiplied: the padding may hold NaN.
     mask = within if call.mask is None else call.mask.masked_fill(~within, 0)
     return call._replace(x=torch.where(within[..., None], call.x, 0), mask=mask), within

@@ -95,16 +95,17 @@ def _consume(
         )
         mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
         rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
-        mbarrier.wait(x_full.index(ME), tile_phase)
-        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
-        fence_async_shared()
-        mbarrier.arrive(x_empty.index(ME), count=1)
+        # The moments of x arrive while those of the product are computed.
         mbarrier.wait(t_full.index(ME), tile_phase)
         slot = t_slots.index(ME).permute((1, 0))
         mean_t, rstd_t = statistics(slot, eps_out, A)
         ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, A)
         fence_async_shared()
         mbarrier.arrive(t_empty.index(ME), count=1)
+        mbarrier.wait(x_full.index(ME), tile_phase)
+        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
+        fence_async_shared()
+        mbarrier.arrive(x_empty.index(ME), count=1)
         tile_phase ^= 1
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
@@ -274,6 +275,7 @@ def takes(call: Call, product: Tensor) -> bool:
         and call.x.shape[3] == product.shape[1]
         and has_descriptor(product)
         and (call.residual is None or has_descriptor(call.residual))
+        and (call.drop_mask is None or call.drop_mask.ndim == 3)
     )
 
 

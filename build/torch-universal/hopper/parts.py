@@ -120,19 +120,21 @@ def _part(slot, k: gl.constexpr):
 def statistics(slot, eps, A: gl.constexpr):
     """The mean and 1 / sqrt(var + eps), [64] each, of 16-bit rows [64, C], in two passes.
 
-    The rows are read a part at a time: held in registers, each value would take one of its own.
+    The rows are read a part at a time: held in registers, each value would take one of its own. A
+    thread sums its own values of all parts first.
     """
     PARTS: gl.constexpr = slot.shape[1] // 64
     WIDTH: gl.constexpr = slot.shape[1]
-    total = gl.sum(_part(slot, 0).load(A).to(gl.float32) * _SUM_SCALE, 1)
+    sums = _part(slot, 0).load(A).to(gl.float32) * _SUM_SCALE
     for k in gl.static_range(1, PARTS):
-        total = total + gl.sum(_part(slot, k).load(A).to(gl.float32) * _SUM_SCALE, 1)
-    mean = total * (1.0 / WIDTH / _SUM_SCALE)
+        sums = sums + _part(slot, k).load(A).to(gl.float32) * _SUM_SCALE
+    mean = gl.sum(sums, 1) * (1.0 / WIDTH / _SUM_SCALE)
     d = _part(slot, 0).load(A).to(gl.float32) - mean.expand_dims(1)
-    squares = gl.sum(d * d, 1)
+    sums = d * d
     for k in gl.static_range(1, PARTS):
         d = _part(slot, k).load(A).to(gl.float32) - mean.expand_dims(1)
-        squares = squares + gl.sum(d * d, 1)
+        sums = sums + d * d
+    squares = gl.sum(sums, 1)
     return mean, gl.rsqrt(squares * (1.0 / WIDTH) + eps)
 
 

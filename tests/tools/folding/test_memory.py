@@ -59,8 +59,8 @@ def test_the_estimate_for_a_gpu_is_what_was_measured():
         config=SimpleNamespace(pairwise_hidden_size=about["pair_width"]),
     )  # fmt: skip
     kernels = {"ours": "ours", "published": "hub", "stock": "off"}
-    rows = [row for row in results["rows"] if row["way"] in kernels]
-    assert len(rows) == 9
+    rows = [row for row in results["rows"] if row["way"] in kernels and row["peak_bytes"]]
+    assert len(rows) == 10
     for row in rows:
         estimate = memory.fold_bytes(model, row["L"], about["samples"], kernels[row["way"]])
         assert estimate == pytest.approx(row["peak_bytes"] - about["bytes"], rel=0.06)

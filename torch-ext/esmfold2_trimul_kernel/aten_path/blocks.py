@@ -15,7 +15,8 @@ emulated 16-bit GEMMs are several times slower. `trimul_saving` returns t too, f
 transforms of torch.func can follow on any device and to any order.
 """
 
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -67,36 +68,59 @@ def saved_shape(x: Tensor, weights: Weights) -> tuple[int, int, int, int]:
 def _forward(call: Call, product: Tensor) -> Tensor:
     """The output; t is written to `product` [B, D, L, L], whose sequences may share memory."""
     x = call.x
-    batch, length, _, channels = x.shape
-    hidden = product.shape[1]
-    dtype = gemm_dtype(x.dtype, x.device.type)
-    parameters = prepare(call.weights, dtype)
-    blocks = blocks_of(x)
-
+    stages = Stages(call)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    b = empty_planes(x, call.weights)[0] if hidden > channels else None
-
-    def emit_rows(index: int, window: slice) -> None:
-        rows = x[index, window]
-        z = normalize_rows(rows, parameters, call.eps_in)
-        mixed, _ = normalize_columns(product[index][:, window], call.eps_out)
-        delta, gate = (each.view(rows.shape) for each in emit(mixed, z, parameters))
-        if call.drop_mask is not None:
-            gate.mul_(call.drop_mask[index])
-        if call.residual is None:
-            torch.mul(delta, gate, out=out[index, window])
-        else:
-            torch.addcmul(call.residual[index, window], delta, gate, out=out[index, window])
-
-    for index in range(batch):
+    b = empty_planes(x, call.weights)[0] if call.hidden > x.shape[3] else None
+    for index in range(x.shape[0]):
         a = product[index]
-        if hidden <= channels:  # b is no longer needed when the output is written
+        if call.hidden <= x.shape[3]:  # b is no longer needed when the output is written
             b = out[index].view(-1)[: a.numel()].view(a.shape)
-        mask = None if call.mask is None else call.mask[index]
-        write_planes(a, b, x[index], mask, parameters, blocks, call.eps_in)
-        multiply_planes(a, b, call.direction, dtype, blocks)
-        for_each(blocks.windows, partial(emit_rows, index), blocks.threads)
+        stages.project(index, (a, b))
+        stages.emit(index, stages.multiply(index, a, b), out[index])
     return out
+
+
+class Stages:
+    """The three stages of a call, each on one sequence `index` of its x [B, R, L, C].
+
+    Planes have the axes of x in both directions. R may be some of the L rows, except in stage 2.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._dtype = gemm_dtype(call.x.dtype, call.x.device.type)
+        self._parameters = prepare(call.weights, self._dtype)
+        self._blocks = blocks_of(call.x)
+
+    def project(self, index: int, planes: Sequence[Tensor]) -> None:
+        """Stage 1: the planes [D, R, L] of a and b."""
+        call = self._call
+        mask = None if call.mask is None else call.mask[index]
+        write_planes(*planes, call.x[index], mask, self._parameters, self._blocks, call.eps_in)
+
+    def multiply(self, index: int, a: Tensor, b: Tensor) -> Tensor:
+        """Stage 2: t [G, L, L] of whole planes, written over a."""
+        multiply_planes(a, b, self._call.direction, self._dtype, self._blocks)
+        return a
+
+    def emit(self, index: int, product: Tensor, out: Tensor) -> None:
+        """Stage 3: `out` [R, L, C] of t [D, R, L]."""
+        call, parameters = self._call, self._parameters
+
+        def emit_rows(window: slice) -> None:
+            rows = call.x[index, window]
+            z = normalize_rows(rows, parameters, call.eps_in)
+            mixed, _ = normalize_columns(product[:, window], call.eps_out)
+            delta, gate = (each.view(rows.shape) for each in emit(mixed, z, parameters))
+            if call.drop_mask is not None:
+                drop_mask = call.drop_mask[index]
+                gate.mul_(drop_mask if drop_mask.ndim == 2 else drop_mask[window])
+            if call.residual is None:
+                torch.mul(delta, gate, out=out[window])
+            else:
+                torch.addcmul(call.residual[index, window], delta, gate, out=out[window])
+
+        for_each(self._blocks.windows, emit_rows, self._blocks.threads)
 
 
 def empty_planes(x: Tensor, weights: Weights) -> Tensor:
@@ -113,23 +137,24 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(x: Tensor, parts: int = 1) -> Blocks:
-    """The blocks of a sequence of x [B, L, L, C].
+    """The blocks of a sequence of x [B, R, L, C], which has R of its L rows.
 
     To bound their buffers, the threads together hold at most 1 / `parts` of a long sequence.
     """
-    length, threads = x.shape[1], region_threads(x.device)
+    count, length = x.shape[1:3]
+    threads = region_threads(x.device)
     positions = _positions(x, parts, threads)
     if positions < LEAST_POSITIONS_A_THREAD * threads:
         threads = 1
         positions = _positions(x, parts, threads)
-    rows = max(1, positions // length)
-    windows = [slice(start, start + rows) for start in range(0, length, rows)]
+    rows = max(1, positions // max(1, length))
+    windows = [slice(start, start + rows) for start in range(0, count, rows)]
     return Blocks(positions, windows, threads)
 
 
 def _positions(x: Tensor, parts: int, threads: int) -> int:
     """The positions of a block."""
-    pairs = x.shape[1] ** 2
+    pairs = x.shape[2] ** 2
     positions = max(LEAST_POSITIONS, pairs // (parts * threads))
     if x.device.type == "cpu":
         share = max(_BLOCK_POSITIONS, pairs // 8) // threads
@@ -145,8 +170,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def write_planes(
     a: Tensor, b: Tensor, x: Tensor, mask: Tensor | None, p: Parameters, blocks: Blocks, eps: float
 ) -> None:
-    """a and b [D, L, L] of one sequence x [L, L, C]."""
-    hidden, length, _ = a.shape
+    """a and b [D, R, L] of one sequence x [R, L, C]."""
+    hidden, _, length = a.shape
     dtype = p.in_weight.dtype
     # A bool mask rounds nothing; any other mask multiplies before a and b are rounded.
     exact = mask is None or mask.dtype == torch.bool

@@ -83,6 +83,14 @@ def _consume(
     turn_phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         entry, i, start = tile_at(tile * CONSUMERS + ME, R, per_row)
+        # The mask arrives while the statistics are computed.
+        j = start + gl.arange(0, 64, layout=AT_ROWS)
+        if PLANES:
+            mask = (j < J) & (entry < B)
+            if MASKED:
+                offs_mask = entry.to(gl.int64) * mask_strides[0] + i.to(gl.int64) * mask_strides[1]
+                offs_mask = offs_mask + j.to(gl.int64) * mask_strides[2]
+                mask = gl.load(mask_ptr + offs_mask, mask=mask, other=0)
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         mean, rstd = statistics(x_slots.index(ME), eps, A)
@@ -91,16 +99,8 @@ def _consume(
         mbarrier.arrive(x_empty.index(ME), count=1)
         scale = gl.convert_layout(scale, AT_ROWS)
         gate_scale = scale * -_LOG2_E
-        j = start + gl.arange(0, 64, layout=AT_ROWS)
         if PLANES:
-            inside = (j < J) & (entry < B)
-            if MASKED:
-                offs_mask = entry.to(gl.int64) * mask_strides[0] + i.to(gl.int64) * mask_strides[1]
-                offs_mask = offs_mask + j.to(gl.int64) * mask_strides[2]
-                mask = gl.load(mask_ptr + offs_mask, mask=inside, other=0)
-                scale = scale * mask.to(gl.float32)
-            else:
-                scale = scale * inside.to(gl.float32)
+            scale = scale * mask.to(gl.float32)
             offs = (entry.to(gl.int64) * 2 * R + i) * pitch + j
             inside = (j < pitch) & (entry < B)
             mean = gl.convert_layout(mean, AT_ROWS)

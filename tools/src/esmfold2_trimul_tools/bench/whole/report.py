@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,19 +12,21 @@ from ..report import origin, ratio
 from .parts import LAYER, PARTS, TRANSITION, TRIANGLE
 from .results import Results, Row
 from .settings import TWICE_BELOW, Plan
-from .ways import OURS, STOCK
+from .ways import OURS, STOCK, WAYS
 
 _H200_GIB = 139.8
+_ORDER = [way.name for way in WAYS]
+# What follows tells of the process and of the allocator's settings.
+_AFTER_ALLOCATION = re.compile(r"(?<=iB\.) GPU \d+ has .*")
 
 # What the README's table shows, by the words that it uses.
 README_WAYS = {
-    STOCK: "transformers, as loaded (chunk 64)",
-    "stock-unchunked": "unchunked",
+    STOCK: "transformers, as loaded",
     "stock-compiled": "torch.compile",
     "published": "published kernel",
     "esm": "biohub's esm, fused",
     OURS: "ours, `patch`",
-    "ours-graph": "ours, `fold --cuda-graph`",
+    "ours-graph": "and `--cuda-graph`",
 }
 
 
@@ -52,7 +55,7 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
         "trunk, GiB": lambda row: _or_dash(row["trunk_peak_bytes"], gib),
         "trunk, pairs": lambda row: _or_dash(row["trunk_pairs"], "{:.1f}".format),
     }
-    return list(columns), [[cell(row) for cell in columns.values()] for row in results["rows"]]
+    return list(columns), [[cell(row) for cell in columns.values()] for row in _rows(results)]
 
 
 def longest_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -73,9 +76,9 @@ def longest_table(results: Results) -> tuple[list[str], list[list[str]]]:
 def notes(results: Results) -> list[str]:
     """A sentence for each way and note."""
     where: dict[tuple[str, str, str], list[str]] = {}
-    for row in [*results["rows"], *results["longest"]]:
+    for row in [*_rows(results), *results["longest"]]:
         if row["note"] is not None:
-            key = (row["way"], row["status"], row["note"])
+            key = (row["way"], row["status"], _AFTER_ALLOCATION.sub("", row["note"]))
             at = f"{row['gib']:g} GiB" if "gib" in row else f"L = {row['L']}"
             where.setdefault(key, []).append(at)
     return [
@@ -97,8 +100,8 @@ def markdown(results: Results) -> str:
 
 def readme_table(results: Results) -> str:
     """Seconds and peak GiB of a fold by length; brackets give another way's seconds over ours."""
-    rows = {(row["L"], row["way"]): row for row in results["rows"]}
-    lengths = dict.fromkeys(row["L"] for row in results["rows"])
+    rows = {(row["L"], row["way"]): row for row in _rows(results)}
+    lengths = dict.fromkeys(length for length, _ in rows)
     ways = [way for way in README_WAYS if any((length, way) in rows for length in lengths)]
 
     def cell(length: int, way: str) -> str:
@@ -155,6 +158,11 @@ def estimate(plan: Plan) -> float | None:
             fold = min(outside + (loops + 1) * loop, max(plan.fold_seconds, outside + 2 * loop))
             total += 2 * outside + loop + (2 if fold < TWICE_BELOW else 1) * fold
     return total / 60
+
+
+def _rows(results: Results) -> list[Row]:
+    """By length, and each length's in the order of WAYS, in however many runs they came."""
+    return sorted(results["rows"], key=lambda row: (row["L"], _ORDER.index(row["way"])))
 
 
 def _part(row: Row, part: str) -> str:

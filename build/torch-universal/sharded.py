@@ -1,0 +1,453 @@
+"""The triangle multiplication of a pair tensor whose rows lie on several ranks.
+
+The product t is D independent products of planes [L, L]. A rank that has whole planes of some
+channels multiplies them alone, so rows are exchanged for channels around stage 2:
+
+    stage 1    a, b [D, R, pitch] of my R rows
+    exchange   a, b [G, L, pitch] of my channels, a group of G at a time
+    stage 2    t    [G, L, pitch]
+    exchange   t    [D, R, pitch] of my rows, over a
+    stage 3    the output of my rows
+
+Each sum is made in one place, in one process's order and of the same rounded values. A rank sends
+3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction. Planes have the axes
+of x, so a message is the rows of one channel for one rank: contiguous at both ends, without a
+packed copy. Columns are rows of the transposed x, for which t is the other direction's product of
+b and a.
+
+Memory beyond the arguments, in a rank's share of the pair tensor where C = D, for each sequence: a
+and b, 2, and the output, 1. The planes [G, L, pitch] of a group, 3 / 8, lie in the output's memory
+where they fit.
+"""
+
+from __future__ import annotations  # builds of torch without ProcessGroup import this too
+
+import contextlib
+import enum
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._call import Call, Weights
+from .paths import execution_path, path_of
+from .validation import (
+    COMPUTE_DTYPES,
+    DIRECTIONS,
+    broadcast_lengths,
+    broadcast_mask,
+    check_direction,
+    check_division,
+    check_eps,
+    check_memory,
+    check_pair_local,
+    check_residual,
+    check_weights,
+    resolve_precision,
+    view_drop_mask,
+)
+
+_GROUPS = 8  # of a rank's channels: the fewest, if it has as many channels
+# NCCL has hung with more than 256 messages at once (pytorch/pytorch#174288).
+_MOST_MESSAGES = 256
+# What the ranks must agree on, lest they wait for each other or compute nonsense; and the words of
+# what is no number.
+_FACTS = (
+    "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "path", "lengths",
+)  # fmt: skip
+_WORDS = {
+    "dtype": COMPUTE_DTYPES,
+    "direction": DIRECTIONS,
+    "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16"),
+    "path": ("aten", "triton"),
+    "lengths": (False, True),
+}
+
+
+def sharded_triangle_multiplicative_update_with_residual(
+    pair_local: Tensor,
+    direction: str,
+    residual_local: Tensor | None,
+    drop_mask: Tensor | None,
+    *,
+    group: dist.ProcessGroup | None,
+    length: int,
+    dim: int = 1,
+    norm_in_weight: Tensor | None,
+    norm_in_bias: Tensor | None,
+    p_in_weight: Tensor,
+    g_in_weight: Tensor,
+    norm_out_weight: Tensor | None,
+    norm_out_bias: Tensor | None,
+    p_out_weight: Tensor,
+    g_out_weight: Tensor,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    eps_out: float | None = None,
+    precision: str | int | enum.Enum | None = None,
+    memory: str = "auto",
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """`triangle_multiplicative_update_with_residual` of a pair tensor over the ranks of a group.
+
+    AlphaFold 2, Supplementary Methods 1.6.5, Algorithm 11 (outgoing) and Algorithm 12 (incoming).
+    Every rank of the group calls it with its part of one pair tensor [B, L, L, C], and with the
+    same parameters, drop mask and lengths, whose values are not compared. Inference only.
+
+    Args:
+        pair_local: [B, R, L, C], or [B, L, R, C] with dim=2: this rank's residues along `dim`,
+            as torch.chunk divides L among the ranks. R may be 0.
+        direction: "outgoing" or "incoming", of the whole pair tensor.
+        residual_local: like pair_local, or None.
+        drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
+        group: the ranks, in their order; None is all ranks. Messages go by its own backend.
+        length: L.
+        dim: the axis of the pair tensor that is divided, 1 or 2.
+        mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
+            absent or 1.
+        memory: "default" or "auto", which are the same here.
+
+    The other arguments are those of `triangle_multiplicative_update_with_residual`.
+
+    Returns:
+        The output like pair_local: contiguous, or with dim=2 contiguous but for its transposed
+        residue axes.
+
+    Raises:
+        ValueError: an argument that doesn't fit. If the ranks disagree on a shape, dtype or option,
+            all of them raise the same error; if one refuses its arguments, the others name it.
+        TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
+        NotImplementedError: L above 46,336, memory="lean", or a gradient that is needed.
+        torch.OutOfMemoryError: too little memory on one rank, which all others name.
+    """
+    weights = Weights(
+        norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
+        norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
+    )  # fmt: skip
+    return _Sharded(group, dim, length).run(
+        pair_local, direction, residual_local, drop_mask, weights, mask, eps,
+        eps if eps_out is None else eps_out, precision, memory, lengths,
+    )  # fmt: skip
+
+
+def sharded_triangle_multiplicative_update(
+    pair_local: Tensor,
+    direction: str = "outgoing",
+    mask: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None,
+    length: int,
+    dim: int = 1,
+    norm_in_weight: Tensor | None = None,
+    norm_in_bias: Tensor | None = None,
+    p_in_weight: Tensor,
+    p_in_bias: Tensor | None = None,
+    g_in_weight: Tensor,
+    g_in_bias: Tensor | None = None,
+    norm_out_weight: Tensor | None = None,
+    norm_out_bias: Tensor | None = None,
+    p_out_weight: Tensor,
+    p_out_bias: Tensor | None = None,
+    g_out_weight: Tensor,
+    g_out_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    precision: str | int | enum.Enum | None = None,
+    memory: str = "auto",
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """`triangle_multiplicative_update` of a pair tensor over the ranks of a group.
+
+    AlphaFold 2, Supplementary Methods 1.6.5, Algorithm 11 (outgoing) and Algorithm 12 (incoming).
+    The update alone, without a residual, of projections that may have biases.
+
+    Args:
+        pair_local, direction, mask, group, length, dim, memory: as for
+            `sharded_triangle_multiplicative_update_with_residual`. No projection may be None.
+
+    The other arguments are those of `triangle_multiplicative_update`.
+
+    Returns, Raises:
+        As `sharded_triangle_multiplicative_update_with_residual`.
+    """
+    weights = Weights(
+        norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
+        norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,
+    )  # fmt: skip
+    return _Sharded(group, dim, length).run(
+        pair_local, direction, None, None, weights, mask, eps, eps, precision, memory, lengths
+    )
+
+
+class Layout(NamedTuple):
+    """Which rows and which channels the ranks have."""
+
+    ranks: int
+    length: int  # L
+    hidden: int  # D
+
+    def rows(self, rank: int) -> slice:
+        """The rows of a rank, as torch.chunk divides them."""
+        size = -(-self.length // self.ranks)
+        return slice(min(rank * size, self.length), min((rank + 1) * size, self.length))
+
+    def channels(self, rank: int, group: int) -> slice:
+        """The channels of a rank that are exchanged in a group; there may be none."""
+        first, end = (share * self.hidden // self.ranks for share in (rank, rank + 1))
+        start = min(first + group * self.size, end)
+        return slice(start, min(start + self.size, end))
+
+    @property
+    def size(self) -> int:
+        """The most channels of a rank in a group."""
+        # a and b of them are sent to, and received from, at least one rank at once.
+        return min(-(-self._most_channels // _GROUPS), _MOST_MESSAGES // 4)
+
+    @property
+    def groups(self) -> int:
+        return -(-self._most_channels // self.size)
+
+    @property
+    def _most_channels(self) -> int:
+        return -(-self.hidden // self.ranks)
+
+
+class _Sharded:
+    """A call on this rank's part of a pair tensor, which lies over the ranks of `group`."""
+
+    def __init__(self, group: dist.ProcessGroup | None, dim: int, length: int) -> None:
+        self._group, self._dim, self._length = group, dim, length
+        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+        if self._rank < 0:
+            raise ValueError("group must have the rank that calls; got a group without it")
+
+    def run(self, pair: Tensor, *arguments) -> Tensor:
+        """The output like `pair`; `arguments` are those of `_checked`.
+
+        Memory is allocated and stage 1 done before the ranks compare what they are about to do:
+        whatever fails on a rank until then is known to all, and none waits for its messages.
+        """
+        failure, facts = None, {}
+        with contextlib.ExitStack() as stack:
+            try:
+                call = self._checked(pair, *arguments)
+                facts = self._facts(call)
+                call = self._by_rows(call)
+                layout = Layout(self._ranks, self._length, call.hidden)
+                first_row = layout.rows(self._rank).start
+                stages = stack.enter_context(path_of(call).stages(call, first_row))
+                planes, slots, out = _allocate(call, stages, layout)
+                if out.numel():
+                    stages.project(0, planes)
+            except Exception as error:
+                failure = error
+            _compare(self._group, facts, failure)
+            exchange = _Exchange(self._group, self._rank, layout)
+            # By columns, the transposed product is the other direction's of b and a.
+            left, right = planes.unbind() if self._dim == 1 else reversed(planes.unbind())
+            for index in range(len(out) if self._length else 0):
+                if index and out.numel():
+                    stages.project(index, planes)
+                for group in range(layout.groups):
+                    channels = layout.channels(self._rank, group)
+                    mine = slots[:, : channels.stop - channels.start]
+                    exchange.to_channels(group, [(left, mine[0]), (right, mine[1])])
+                    product = stages.multiply(index, *mine) if mine.numel() else mine[0]
+                    exchange.to_rows(group, [(planes[0], product)])
+                if out.numel():
+                    stages.emit(index, planes[0], out[index])
+        return out.transpose(1, 2) if self._dim == 2 else out
+
+    def _checked(
+        self,
+        pair: Tensor,
+        direction: str,
+        residual: Tensor | None,
+        drop_mask: Tensor | None,
+        weights: Weights,
+        mask: Tensor | None,
+        eps: float,
+        eps_out: float,
+        precision: str | int | enum.Enum | None,
+        memory: str,
+        lengths: Tensor | None,
+    ) -> Call:
+        """The arguments as a call, whose x is the rank's part."""
+        name = "pair_local"
+        check_direction(direction)
+        check_division(self._dim, self._length)
+        rows = Layout(self._ranks, self._length, 1).rows(self._rank)
+        check_pair_local(name, pair, self._dim, self._length, rows)
+        check_weights(name, pair, weights)
+        check_residual(residual, name, pair)
+        check_eps("eps", eps)
+        check_eps("eps_out", eps_out)
+        check_memory(memory)
+        call = Call(
+            x=pair,
+            direction=direction,
+            mask=broadcast_mask(mask, name, pair),
+            residual=residual,
+            drop_mask=view_drop_mask(drop_mask, pair),
+            weights=weights,
+            eps_in=eps,
+            eps_out=eps_out,
+            precision=resolve_precision(precision, name, pair),
+            memory=memory,
+            recompute="all",
+            inplace=False,
+            lengths=broadcast_lengths(lengths, name, pair),
+        )
+        if memory == "lean":
+            raise NotImplementedError(
+                "memory must be 'auto' or 'default' in a sharded call, which has no lean mode; "
+                "got 'lean'"
+            )
+        if call.needs_grad:
+            raise NotImplementedError(
+                "a sharded call has no backward: call it under torch.no_grad() or "
+                "torch.inference_mode(); got an argument that requires a gradient"
+            )
+        return call
+
+    def _facts(self, call: Call) -> dict[str, int]:
+        """What the ranks must agree on, as numbers."""
+        path = execution_path(call.x.device, call.x.dtype).name
+        facts = {
+            "B": call.x.shape[0], "L": self._length, "C": call.x.shape[3], "D": call.hidden,
+            "dim": self._dim, "dtype": call.x.dtype, "direction": call.direction,
+            "precision": call.precision, "path": path, "lengths": call.lengths is not None,
+        }  # fmt: skip
+        return {
+            name: _WORDS[name].index(value) if name in _WORDS else value
+            for name, value in facts.items()
+        }
+
+    def _by_rows(self, call: Call) -> Call:
+        """The call with rows of x: if the pair tensor is divided by columns, its transpose's."""
+        if self._dim == 1:
+            return call
+        return call._replace(
+            x=call.x.transpose(1, 2),
+            direction=DIRECTIONS[1 - DIRECTIONS.index(call.direction)],
+            mask=None if call.mask is None else call.mask.transpose(1, 2),
+            residual=None if call.residual is None else call.residual.transpose(1, 2),
+            drop_mask=None if call.drop_mask is None else call.drop_mask[:, :, None],
+        )
+
+
+def _allocate(call: Call, stages: Any, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """All large memory of a call.
+
+    These are the planes [2, D, R, pitch] of a and b, those [slots, G, L, pitch] that stage 2 works
+    on, and the output [B, R, L, C], whose last sequence is written when no other plane is needed.
+    """
+    x = call.x
+    planes = x.new_empty(2, call.hidden, x.shape[1], stages.pitch)
+    out = x.new_empty(x.shape)
+    shape = (stages.slots, layout.size, layout.length, stages.pitch)
+    memory, count = out[-1:].view(-1), math.prod(shape)
+    if memory.numel() < count or memory.data_ptr() % 16:
+        memory = x.new_empty(count)
+    return planes, memory[:count].view(shape), out
+
+
+class _Exchange(NamedTuple):
+    """Messages among the ranks of `group`, of which this one is `rank`.
+
+    Each pair of planes is [D, R, pitch] of my rows and [G, L, pitch] of my channels of one group.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    layout: Layout
+
+    def to_channels(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Fills the planes of my channels."""
+        self._exchange(group, pairs, to_channels=True)
+
+    def to_rows(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Fills the group's channels of the planes of my rows."""
+        self._exchange(group, pairs, to_channels=False)
+
+    def _exchange(
+        self, group: int, pairs: list[tuple[Tensor, Tensor]], to_channels: bool
+    ) -> None:
+        layout = self.layout
+
+        def messages(peer: int, by_rows: bool) -> list[Tensor]:
+            """What my rows have of the peer's channels, or my channels of its rows."""
+            return [
+                message
+                for of_rows, of_channels in pairs
+                for message in (
+                    of_rows[layout.channels(peer, group)]
+                    if by_rows
+                    else of_channels[:, layout.rows(peer)]
+                )
+                if message.numel()
+            ]
+
+        own = messages(self.rank, to_channels), messages(self.rank, not to_channels)
+        for sent, received in zip(*own, strict=True):
+            received.copy_(sent)
+        # Each distance between ranks is in one batch on all of them, so that no two batches wait
+        # for each other.
+        at_once = max(1, _MOST_MESSAGES // (2 * len(pairs) * layout.size))
+        for first in range(1, layout.ranks, at_once):
+            operations = []
+            for distance in range(first, min(first + at_once, layout.ranks)):
+                for operation, step, by_rows in (
+                    (dist.isend, distance, to_channels), (dist.irecv, -distance, not to_channels)
+                ):  # fmt: skip
+                    peer = (self.rank + step) % layout.ranks
+                    to = peer if self.group is None else dist.get_global_rank(self.group, peer)
+                    operations += [
+                        dist.P2POp(operation, message, to, self.group)
+                        for message in messages(peer, by_rows)
+                    ]
+            for work in dist.batch_isend_irecv(operations) if operations else []:
+                work.wait()
+
+
+def _compare(
+    group: dist.ProcessGroup | None, facts: dict[str, int], failure: Exception | None
+) -> None:
+    """Raises on every rank if any has failed, or if the ranks disagree.
+
+    Raises:
+        Exception: this rank's own `failure`.
+        torch.OutOfMemoryError, ValueError: another rank's, or different facts.
+    """
+    state = 0 if failure is None else 2 if isinstance(failure, torch.OutOfMemoryError) else 1
+    mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]])
+    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_all, mine, _cpu_group(group))
+    if failure is not None:
+        raise failure
+    states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
+    if 2 in states:
+        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
+    if 1 in states:
+        raise ValueError(
+            f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
+            "own, and raises why"
+        )
+    for name, values in zip(_FACTS, columns, strict=True):
+        if len(set(values)) > 1:
+            got = [_WORDS[name][value] if name in _WORDS else value for value in values]
+            raise ValueError(
+                f"all ranks must have the same {name}; got "
+                + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(got))
+            )
+
+
+@functools.cache
+def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group, or one of the same ranks, that takes tensors of a CPU: NCCL takes none."""
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

@@ -1,0 +1,60 @@
+"""The three stages on some rows of each sequence, for `sharded`.
+
+Stage 1 writes the planes in the orientation of x for both directions, so that a rank's rows are
+rows of every plane; stage 2 reads them transposed for "incoming".
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .._call import Call
+from ..fused_dual_gemm import fused_dual_gemm_fwd
+from ..fused_ln_residual import fused_ln_residual_fwd
+from ..trimul_einsum_triton import trimul_einsum_fwd
+from ..triton_parts.tiles import padded_pitch
+from .launches import current_device, for_kernels, launches_of
+
+
+@contextlib.contextmanager
+def stages(call: Call, first_row: int) -> Iterator["Rows"]:
+    """The stages for `sharded`, of a call whose x [B, R, L, C] begins at row `first_row`."""
+    with current_device(call.x):
+        yield Rows(call, first_row)
+
+
+class Rows:
+    """The stages of a call whose x has R of the L rows, each on one sequence `index`."""
+
+    slots = 3  # planes that stage 2 works on: a, b and the product
+
+    def __init__(self, call: Call, first_row: int) -> None:
+        self._call = for_kernels(call)
+        self._first_row = 0 if call.lengths is None else first_row
+        self.pitch = padded_pitch(call.x.shape[2])
+
+    def project(self, index: int, planes: Tensor) -> None:
+        """Stage 1: planes [2, D, R, pitch] of a and b; the moments are kept for `emit`."""
+        call = self._call.of_entry(index)._replace(direction="outgoing")
+        self._moments = fused_dual_gemm_fwd(
+            call, launches_of(call, "rows"), planes[None].unbind(1), first_row=self._first_row
+        )
+
+    def multiply(self, index: int, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+        """Stage 2: the product [G, L, pitch] of whole planes."""
+        call = self._call.of_entry(index)
+        turned = (call.direction == "incoming",) * 2
+        trimul_einsum_fwd(
+            call, launches_of(call, "rows"), a[None], b[None], product[None],
+            key=a.shape[0], turned=turned,
+        )  # fmt: skip
+        return product
+
+    def emit(self, index: int, product: Tensor, out: Tensor) -> None:
+        """Stage 3: `out` [R, L, C] of the product [D, R, pitch]."""
+        call = self._call.of_entry(index)
+        fused_ln_residual_fwd(
+            call, launches_of(call, "rows", out.data_ptr() % 16), product[None], self._moments,
+            out[None], first_row=self._first_row,
+        )  # fmt: skip

@@ -1,0 +1,471 @@
+"""A pair tensor over 2, 3 and 4 processes, against the call of one process."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import DTYPES, as_call, make_problem
+from ranks import RANKS, Rank, report_of, reports_of, same_values
+
+DIRECTIONS = ("outgoing", "incoming")
+ABSENT = None  # the report of a rank without a part in a case
+
+
+def part_of(on: Rank, problem, ranks: int, dim: int):
+    """A function that cuts a rank's part from a tensor [B, L, L, ...]."""
+    rows = on.kernel.sharded.Layout(ranks, problem.x.shape[1], 1).rows(on.rank)
+    return lambda tensor: tensor if tensor is None else tensor.narrow(
+        dim, rows.start, rows.stop - rows.start
+    )
+
+
+def sharded(on: Rank, problem, ranks: int, dim: int = 1, **changes) -> torch.Tensor:
+    """The sharded function that takes these arguments, on this rank's part."""
+    part, drop_mask = part_of(on, problem, ranks, dim), problem.drop_mask
+    named = {
+        "group": on.groups[ranks], "dim": dim, "length": problem.x.shape[1],
+        "mask": part(problem.mask), "eps": problem.eps, **problem.weights, **changes,
+    }  # fmt: skip
+    if problem.biases:
+        return on.kernel.sharded_triangle_multiplicative_update(
+            part(problem.x), problem.direction, **named, **problem.biases
+        )
+    return on.kernel.sharded_triangle_multiplicative_update_with_residual(
+        part(problem.x), problem.direction, part(problem.residual),
+        part(drop_mask) if dim == 2 else drop_mask, **named,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory_of_no_numbers():
+    """A context in which torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_equals_one_process(on: Rank, problem, ranks, dim=1, exact=False, **others):
+    whole = problem.run(on.kernel, **others)
+    with memory_of_no_numbers():
+        got = sharded(on, problem, ranks, dim, **others)
+    wanted = part_of(on, problem, ranks, dim)(whole)
+    if exact:
+        assert torch.equal(got, wanted)
+    same_values(got, wanted)
+
+
+def bits_of_one_process(on: Rank):
+    """Where blocks of positions are the same, so is every operation, and every bit."""
+    blocks = on.kernel.aten_path.blocks
+    for ranks in on.groups:
+        length = 64 if ranks != 3 else 48
+        blocks._BLOCK_POSITIONS = blocks.LEAST_POSITIONS = 4 * length  # four rows
+        for at, (direction, dim) in enumerate(itertools.product(DIRECTIONS, (1, 2))):
+            problem = make_problem(
+                length, 16, 24, dtype=DTYPES[(at + ranks) % 3], direction=direction,
+                mask=("bool", "soft", "float")[at % 3], residual=dim == 1, drop_mask=True,
+                batch=1 + at // 3,
+            )  # fmt: skip
+            assert_equals_one_process(on, problem, ranks, dim, exact=True)
+    blocks._BLOCK_POSITIONS, blocks.LEAST_POSITIONS = 2048, 256
+
+
+def any_lengths_and_widths(on: Rank):
+    """Ragged lengths, fewer residues than ranks, uneven channels, fewer channels than ranks."""
+    for ranks in on.groups:
+        for at, (length, channels, hidden, batch) in enumerate(
+            ((50, 16, 24, 1), (9, 8, 5, 3), (3, 8, 3, 1), (1, 5, 1, 2), (23, 6, 40, 2))
+        ):
+            for dim in (1, 2):
+                problem = make_problem(
+                    length, channels, hidden, batch=batch, direction=DIRECTIONS[at % 2],
+                    dtype=DTYPES[at % 3], mask=(None, "bool", "expanded", "soft", "float")[at],
+                    residual=at % 2 == 0, drop_mask=at % 3 == 0, biases=at == 1,
+                )  # fmt: skip
+                assert_equals_one_process(on, problem, ranks, dim)
+
+
+def lengths(on: Rank):
+    for ranks in on.groups:
+        for dim, direction in ((1, "outgoing"), (2, "outgoing"), (1, "incoming")):
+            problem = make_problem(21, 8, batch=3, direction=direction, residual=dim == 1)
+            real = torch.tensor([21, 0, 13])
+            assert_equals_one_process(on, problem, ranks, dim, lengths=real)
+
+
+def no_residues(on: Rank):
+    for batch, length in ((2, 0), (0, 5)):
+        x = torch.empty(batch, length, length, 8)
+        problem = dataclasses.replace(make_problem(3, 8), x=x)
+        got = [sharded(on, problem, ranks) for ranks in on.groups]
+        assert all(some.numel() == 0 and some.shape[0] == batch for some in got)
+
+
+def in_the_interpreter(on: Rank):
+    """The Triton kernels: rows and columns, lengths, a drop mask for each row.
+
+    numpy multiplies a transposed operand in another order.
+    """
+    with on.on_triton():
+        for ranks, dim, direction, batch, real in (
+            (2, 1, "outgoing", 2, None),
+            (2, 2, "outgoing", 1, None),
+            (3, 1, "incoming", 2, [12, 7]),
+            (3, 2, "incoming", 1, None),
+        ):
+            if ranks in on.groups:
+                problem = make_problem(
+                    12, 16, 24, batch=batch, dtype=torch.bfloat16, direction=direction,
+                    mask="soft", residual=True, drop_mask=True,
+                )  # fmt: skip
+                real = None if real is None else torch.tensor(real)
+                turned = (direction == "incoming") != (dim == 2)
+                assert_equals_one_process(on, problem, ranks, dim, not turned, lengths=real)
+
+
+def bytes_sent(on: Rank):
+    """By rank and group: bytes sent in a call, and the most messages of a batch."""
+    found = {}
+    batch_isend_irecv = dist.batch_isend_irecv
+    for ranks in on.groups:
+        sent, most = 0, 0
+
+        def counted(operations):
+            nonlocal sent, most
+            sent += sum(of.tensor.nbytes for of in operations if of.op is dist.isend)
+            most = max(most, len(operations))
+            return batch_isend_irecv(operations)
+
+        dist.batch_isend_irecv = counted
+        for direction in DIRECTIONS:
+            sharded(on, make_problem(24, 8, 24, direction=direction), ranks)
+        dist.batch_isend_irecv = batch_isend_irecv
+        found[ranks] = sent, most
+    return found
+
+
+DISAGREEMENTS = {
+    "B": {"batch": 2},
+    "C": {"channels": 9},
+    "D": {"hidden": 9},
+    "dtype": {"dtype": torch.bfloat16},
+    "direction": {"direction": "incoming"},
+}
+
+
+def disagreements(on: Rank):
+    """What each rank hears if the last of three differs."""
+    found = {}
+    if 3 not in on.groups:
+        return ABSENT
+    arguments = {"length": 6, "channels": 8, "hidden": 8, "direction": "outgoing"}
+    problem = make_problem(**arguments)
+    last = on.rank == 2
+    calls = {
+        name: (make_problem(**arguments | changes) if last else problem, {})
+        for name, changes in DISAGREEMENTS.items()
+    }
+    calls["dim"] = problem, {"dim": 2 if last else 1}
+    calls["precision"] = problem, {"precision": "IEEE" if last else "TF32"}
+    calls["lengths"] = problem, {"lengths": torch.tensor([3]) if last else None}
+    longer = make_problem(7, 8, 8) if last else problem
+    calls["L"] = longer, {}
+    for name, (mine, options) in calls.items():
+        try:
+            sharded(on, mine, 3, **options)
+        except ValueError as error:
+            found[name] = str(error)
+    sharded(on, problem, 3)  # the ranks still understand each other
+    return found
+
+
+def failures(on: Rank):
+    """What each rank hears if one refuses its arguments, or is out of memory."""
+    if 3 not in on.groups:
+        return ABSENT
+    found, problem, schedule = {}, make_problem(6, 8, residual=True), on.kernel.sharded
+    allocate = schedule._allocate
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("no memory for planes")
+
+    for name in ("refused", "out of memory"):
+        wrong = problem
+        if on.rank == 1 and name == "refused":
+            wrong = dataclasses.replace(problem, residual=problem.residual[..., :7])
+        if on.rank == 1 and name == "out of memory":
+            schedule._allocate = exhausted
+        try:
+            sharded(on, wrong, 3)
+        except Exception as error:
+            found[name] = type(error).__name__, str(error)
+        schedule._allocate = allocate
+    sharded(on, problem, 3)
+    return found
+
+
+def refusals(on: Rank):
+    """Both of two ranks ask for what there is not."""
+    if 2 not in on.groups:
+        return ABSENT
+    problem, found = make_problem(6, 8), {}
+    asked = {
+        "lean": {"memory": "lean"},
+        "dim": {"dim": 3},
+        "length": {"length": 7},
+        "no length": {"length": 6.0},
+        "long": {"length": 46_337},
+        "mask": {"mask": torch.ones(6, 6)},
+        "group": {"group": dist.GroupMember.NON_GROUP_MEMBER},
+        "gradient": {"p_out_weight": problem.weights["p_out_weight"].clone().requires_grad_()},
+    }
+    with torch.enable_grad():
+        for name, options in asked.items():
+            try:
+                sharded(on, problem, 2, **{"dim": 1} | options)
+            except (ValueError, NotImplementedError) as error:
+                found[name] = f"{type(error).__name__} {error}"
+    return found
+
+
+def a_rank_that_does_not_call(on: Rank):
+    """Whether the others end, and within some seconds."""
+    group = impatient_group(range(3))
+    if on.rank >= 2:
+        return ABSENT
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        sharded(on._replace(groups={3: group}), make_problem(6, 8), 3)
+    return time.monotonic() - start
+
+
+def impatient_group(ranks) -> dist.ProcessGroup:
+    """A group of a short timeout, which begins when all ranks have joined."""
+    group = dist.new_group(ranks)
+    dist.barrier()
+    if group != dist.GroupMember.NON_GROUP_MEMBER:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    return group
+
+
+def a_killed_rank(on: Rank):
+    """It dies amid the exchange."""
+    group = impatient_group(range(RANKS))
+    if on.rank == 3:
+        dist.batch_isend_irecv = lambda _: os._exit(1)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        sharded(on._replace(groups={RANKS: group}), make_problem(24, 8), RANKS)
+    return time.monotonic() - start
+
+
+CASES = [
+    bits_of_one_process,
+    any_lengths_and_widths,
+    lengths,
+    no_residues,
+    in_the_interpreter,
+    bytes_sent,
+    disagreements,
+    failures,
+    refusals,
+    a_rank_that_does_not_call,
+    a_killed_rank,
+]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    return reports_of(CASES, tmp_path_factory)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [bits_of_one_process, any_lengths_and_widths, lengths, no_residues, in_the_interpreter],
+    ids=lambda case: case.__name__,
+)
+def test_the_parts_are_those_of_one_process(reports, case):
+    assert len(report_of(reports, case)) == RANKS
+
+
+def test_bytes_are_those_of_the_formula(reports):
+    """3 (N - 1) / N^2 pair tensors a call; there were two calls, and one rank sends nothing."""
+    for report in report_of(reports, bytes_sent).values():
+        for ranks, (sent, most) in report.items():
+            ranks = int(ranks)
+            assert sent == 2 * 3 * (ranks - 1) * (24 * 24 * 24 * 4) // ranks**2
+            assert most <= 256
+
+
+@pytest.mark.parametrize("batch, ranks, rank", [(1, 2, 0), (2, 8, 3), (1, 5, 4), (1, 3, 2)])
+def test_memory(submodule, batch, ranks, rank):
+    """a and b are 2 shares and the output 1; the planes to multiply lie in it where they fit."""
+    length, hidden = 64 if ranks != 3 else 4, 64
+    layout = submodule("sharded").Layout(ranks, length, hidden)
+    rows = layout.rows(rank)
+    problem = make_problem(length, hidden, batch=batch)
+    call = as_call(submodule("_call"), problem)._replace(x=problem.x[:, rows].to("meta"))
+    stages = SimpleNamespace(slots=3, pitch=length)
+    planes, slots, out = submodule("sharded")._allocate(call, stages, layout)
+    of_rows = length * (rows.stop - rows.start) * hidden
+    assert (planes.numel(), out.shape) == (2 * of_rows, call.x.shape)
+    assert slots.shape == (3, layout.size, length, length)
+    fits = slots.untyped_storage()._cdata == out.untyped_storage()._cdata
+    assert fits == (slots.numel() <= of_rows)
+    if fits:  # in the sequence that is written last
+        assert slots.storage_offset() == (batch - 1) * of_rows
+
+
+def test_ranks_that_disagree_raise_the_same_error(reports):
+    found = report_of(reports, disagreements)
+    assert found[0] == found[1] == found[2]
+    assert found[0].keys() == {*DISAGREEMENTS, "dim", "precision", "lengths", "L"}
+    for name, message in found[0].items():
+        assert message.startswith(f"all ranks must have the same {name}; got "), message
+        assert message.endswith(" on rank 2")
+    assert found[0]["dtype"].endswith(
+        "got torch.float32 on rank 0, torch.float32 on rank 1, torch.bfloat16 on rank 2"
+    )
+
+
+def test_a_failure_on_one_rank_is_known_to_all(reports):
+    found = report_of(reports, failures)
+    assert found[0] == found[2]
+    assert found[0]["refused"] == [
+        "ValueError",
+        "every rank's arguments must fit; rank 1 of 3 refused its own, and raises why",
+    ]
+    assert found[1]["refused"][1].startswith("residual must have the shape of pair_local")
+    assert found[0]["out of memory"] == ["OutOfMemoryError", "rank 1 of 3 is out of memory"]
+    assert found[1]["out of memory"] == ["OutOfMemoryError", "no memory for planes"]
+
+
+def test_refusals(reports):
+    found = report_of(reports, refusals)
+    wanted = {
+        "lean": "NotImplementedError memory must be 'auto' or 'default' in a sharded call, which "
+        "has no lean mode; got 'lean'",
+        "dim": "ValueError dim must be 1 or 2, an axis of residues; got 3",
+        "length": "ValueError pair_local must be [B, 3, 7, C] with C of at least 1, residues 4 to "
+        "7 of L = 7 along dim 1, as torch.chunk divides them; got (1, 3, 6, 8)",
+        "no length": "ValueError length must be L, an integer of at least 0; got 6.0",
+        "long": "NotImplementedError length may be at most 46336, as one plane of L * L elements "
+        "is indexed in 32 bits; got 46337",
+        "mask": "ValueError mask must be [..., 3, 6], a number for each pair of pair_local; "
+        "got (6, 6)",
+        "group": "ValueError group must have the rank that calls; got a group without it",
+        "gradient": "NotImplementedError a sharded call has no backward: call it under "
+        "torch.no_grad() or torch.inference_mode(); got an argument that requires a gradient",
+    }
+    assert found[1] == wanted and found[0].keys() == wanted.keys()
+
+
+def test_no_rank_waits_for_ever(reports):
+    late = report_of(reports, a_rank_that_does_not_call)
+    assert set(late) == set(range(RANKS)) and late[0] is not ABSENT
+    assert set(report_of(reports, a_killed_rank)) == {0, 1, 2}
+
+
+class Plan:
+    """The messages of one call, by rank, as the exchange would post them."""
+
+    def __init__(self, schedule, monkeypatch, layout, pitch):
+        self.batches = {rank: [] for rank in range(layout.ranks)}
+        monkeypatch.setattr(schedule.dist, "P2POp", lambda *of: of)
+        shape = layout.hidden, layout.length, pitch
+        whole = torch.empty(2, *shape, device="meta")
+        for rank in range(layout.ranks):
+            monkeypatch.setattr(
+                schedule.dist, "batch_isend_irecv",
+                lambda operations, mine=self.batches[rank]: mine.append(operations) or [],
+            )  # fmt: skip
+            planes = whole[:, :, layout.rows(rank)]
+            exchange = schedule._Exchange(None, rank, layout)
+            for group in range(layout.groups):
+                channels = layout.channels(rank, group)
+                slots = torch.empty(2, channels.stop - channels.start, *shape[1:], device="meta")
+                exchange.to_channels(group, [*zip(planes, slots, strict=True)])
+                exchange.to_rows(group, [(planes[0], slots[0])])
+
+
+@pytest.mark.parametrize(
+    "ranks, length, hidden",
+    [(64, 64, 128), (64, 100, 128), (48, 96, 128), (256, 256, 256), (3, 7, 1000)],
+)
+def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
+    """Bytes are the formula's, and each message is posted in the same batch on both its ends."""
+    schedule = submodule("sharded")
+    layout = schedule.Layout(ranks, length, hidden)
+    if ranks > 64:  # its messages alone would take a minute to write down
+        sent = {
+            rank: sum(
+                2 * (layout.rows(rank).stop - layout.rows(rank).start) * count(layout, peer)
+                + (layout.rows(peer).stop - layout.rows(peer).start) * count(layout, rank)
+                for peer in range(ranks)
+                if peer != rank
+            )
+            for rank in range(ranks)
+        }
+        batches = {}
+    else:
+        batches = Plan(schedule, monkeypatch, layout, length).batches
+        sent = {
+            rank: sum(
+                message.numel() // length
+                for operations in mine
+                for operation, message, _, _ in operations
+                if operation is dist.isend
+            )
+            for rank, mine in batches.items()
+        }
+    rows = [i for rank in range(ranks) for i in range(length)[layout.rows(rank)]]
+    assert rows == list(range(length))
+    assert sum(count(layout, rank) for rank in range(ranks)) == hidden
+    if length % ranks == hidden % ranks == 0:
+        assert set(sent.values()) == {3 * (ranks - 1) * length * hidden // ranks**2}
+    else:
+        total = sum(sent.values())
+        own = sum(
+            (layout.rows(rank).stop - layout.rows(rank).start) * count(layout, rank)
+            for rank in range(ranks)
+        )
+        assert total == 3 * (length * hidden - own)
+    for rank, mine in batches.items():
+        assert all(len(operations) <= 256 for operations in mine)
+        for at, operations in enumerate(mine):
+            for peer in {to for _, _, to, _ in operations}:
+                out, back = (
+                    [tuple(m.shape) for op, m, to, _ in of if op is kind and to == end]
+                    for of, kind, end in (
+                        (operations, dist.isend, peer), (batches[peer][at], dist.irecv, rank)
+                    )
+                )  # fmt: skip
+                assert out == back
+
+
+def count(layout, rank) -> int:
+    """The channels of a rank."""
+    of_groups = [layout.channels(rank, group) for group in range(layout.groups)]
+    return sum(channels.stop - channels.start for channels in of_groups)
+
+
+def test_a_group_of_nccl_has_one_for_numbers_beside_it(submodule, monkeypatch):
+    """Its ranks compare on gloo: NCCL takes no tensors of a CPU, and would wait for the GPU."""
+    schedule, made = submodule("sharded"), []
+    group = SimpleNamespace(backends="cuda:nccl")
+    monkeypatch.setattr(schedule.dist, "get_backend_config", lambda of: of.backends, raising=False)
+    monkeypatch.setattr(schedule.dist, "get_process_group_ranks", lambda _: [4, 5])
+    monkeypatch.setattr(schedule.dist, "new_group", lambda *of, **how: made.append((of, how)))
+    schedule._cpu_group.__wrapped__(group)
+    assert made == [(([4, 5],), {"backend": "gloo", "use_local_synchronization": True})]
+    both = SimpleNamespace(backends="cpu:gloo,cuda:nccl")
+    assert schedule._cpu_group.__wrapped__(both) is both

@@ -1,0 +1,145 @@
+"""Calls on DTensors: every rank's local tensors in, a DTensor of the same mesh and placements out.
+
+A dimension of the mesh may replicate, or divide leading axes, whose sequences are independent. One
+of them may divide the rows or the columns of pairs: its ranks run `sharded`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .sharded import (
+    sharded_triangle_multiplicative_update,
+    sharded_triangle_multiplicative_update_with_residual,
+)
+from .trimul_with_residual import (
+    triangle_multiplicative_update,
+    triangle_multiplicative_update_with_residual,
+)
+from .validation import (
+    broadcast_leading,
+    broadcast_lengths,
+    broadcasts_to,
+    check_direction,
+    check_pair,
+)
+
+# By the name of their pair tensor: a public function, and its twin for a divided pair tensor.
+_FUNCTIONS = {
+    "pair": (
+        triangle_multiplicative_update_with_residual,
+        sharded_triangle_multiplicative_update_with_residual,
+    ),
+    "x": (triangle_multiplicative_update, sharded_triangle_multiplicative_update),
+}
+
+
+def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
+    """The value of the public function whose pair tensor is called `name`, a DTensor.
+
+    Args:
+        arguments: all of the function's, by name.
+
+    Raises:
+        ValueError: placements that don't fit, or inplace.
+        NotImplementedError: a gradient that is needed.
+    """
+    x, mask = arguments[name], arguments["mask"]
+    check_direction(arguments["direction"])
+    check_pair(name, x, leading="B" if name == "pair" else "...")
+    rows = x.ndim - 3  # the axis; columns are the next
+    axes = [placement.dim if type(placement) is Shard else None for placement in x.placements]
+    dividing = [at for at, axis in enumerate(axes) if axis in (rows, rows + 1)]
+    others = [of for of, axis in zip(x.placements, axes, strict=True) if axis is None]
+    if len(dividing) > 1 or x.ndim - 1 in axes or any([of != Replicate() for of in others]):
+        raise ValueError(
+            f"{name} must be a DTensor of placements Replicate() or Shard() of an axis before the "
+            f"channels, at most one of them of a residue axis; got {x.placements}"
+        )
+    if isinstance(mask, Tensor) and not broadcasts_to(mask.shape[:-2], x.shape[:-3]):
+        raise ValueError(
+            f"mask must broadcast to the leading axes of {name}, {list(x.shape[:-3])}, where that "
+            f"is a DTensor; got {tuple(mask.shape)}"
+        )
+    if arguments.pop("inplace", False):
+        raise ValueError(f"inplace must be False where {name} is a DTensor; got True")
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
+        raise NotImplementedError(
+            f"a call whose {name} is a DTensor has no backward: call it under torch.no_grad() or "
+            "torch.inference_mode(); got an argument that requires a gradient"
+        )
+    local = {key: _local(key, value, name, x) for key, value in arguments.items()}
+    like = torch.empty(x.shape, device="meta")
+    shape = local[name].shape
+    function, sharded = _FUNCTIONS[name]
+    if not dividing:
+        made = function(**local)
+    else:
+        dim = axes[dividing[0]] - rows + 1
+        made = _run_divided(sharded, name, local, x.device_mesh.get_group(dividing[0]), dim)
+        if dim == 2:
+            like = like.transpose(-3, -2)
+    return DTensor.from_local(
+        made.view(shape), x.device_mesh, x.placements, run_check=False, shape=x.shape,
+        stride=like.stride(),
+    )  # fmt: skip
+
+
+def _run_divided(
+    sharded: Callable[..., Tensor], name: str, local: dict[str, Any], group: Any, dim: int
+) -> Tensor:
+    """The value of `sharded` for a rank's local arguments, its pair tensor [B, R, L, C]."""
+    part, mask = broadcast_leading(local.pop("mask"), name, local.pop(name))
+    lengths = broadcast_lengths(local.pop("lengths"), name, part)
+    batch = part.shape[:-3].numel()
+    if "residual" in local:
+        local["residual_local"] = local.pop("residual")
+    del local["recompute"]
+    return sharded(
+        part.reshape(batch, *part.shape[-3:]),
+        mask=None if mask is None else mask.reshape(batch, *mask.shape[-2:]),
+        lengths=lengths, group=group, dim=dim, length=part.shape[-dim - 1], **local,
+    )  # fmt: skip
+
+
+# How many of the last axes of a pair tensor [..., L, L, C] an argument lacks; parameters lack all.
+_LACKED = {"mask": 1, "residual": 0, "drop_mask": 0, "lengths": 3}
+
+
+def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
+    """This rank's part of an argument: the axes that it has in common with x are divided alike.
+
+    A tensor that is no DTensor is the whole one, the same on all ranks.
+
+    Raises:
+        ValueError: another mesh, or placements that are neither those of x nor Replicate.
+    """
+    if value is x or not isinstance(value, Tensor):
+        return value.to_local() if value is x else value
+    if key == "drop_mask" and value.ndim != 4:
+        raise ValueError(
+            f"drop_mask must be [B, 1, L, C] where {name} is a DTensor; got {tuple(value.shape)}"
+        )
+    mesh = x.device_mesh
+    wanted = [Replicate()] * mesh.ndim
+    for at, placement in enumerate(x.placements):
+        if key in _LACKED and placement.is_shard():
+            axis = placement.dim - (x.ndim - _LACKED[key] - value.ndim)
+            common = 0 <= axis < value.ndim and value.shape[axis] == x.shape[placement.dim]
+            # A drop mask is shared over rows, even if there is one.
+            if common and not (key == "drop_mask" and axis == 1):
+                wanted[at] = Shard(axis)
+    if not isinstance(value, DTensor):
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    fits = [of in (want, Replicate()) for of, want in zip(value.placements, wanted, strict=False)]
+    if value.device_mesh != mesh or not all(fits):
+        raise ValueError(
+            f"{key} must be a tensor, or a DTensor on the mesh of {name} with placements "
+            f"{wanted}, each of which may be Replicate(); got {value.placements} on "
+            f"{value.device_mesh}"
+        )
+    return value.redistribute(placements=wanted).to_local()  # each rank cuts its part: no message
