@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c872174b65"
+_NAMESPACE = "_esmfold2_trimul_kernel_2aaa08d43d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

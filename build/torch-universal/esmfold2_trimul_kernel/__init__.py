@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c872174b65"
+_BUILD_ID = "_esmfold2_trimul_kernel_2aaa08d43d"
 
 
 def _load_package() -> ModuleType:
