@@ -407,11 +407,12 @@ def group_size(hidden: int, length: int) -> int:
 
 def _row_buffers(memory: Tensor, count: int, widths: tuple[int, ...]) -> list[Tensor | None]:
     """[count, width] one behind the other in the memory, None where the width is 0."""
-    parts = memory[: count * sum(widths)].split([count * width for width in widths])
-    return [
-        part.view(count, width) if width else None
-        for part, width in zip(parts, widths, strict=True)
-    ]
+    found, start = [], 0
+    for width in widths:
+        rows = memory[start : start + count * width].view(count, width) if width else None
+        found.append(rows)
+        start += count * width
+    return found
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

@@ -152,7 +152,7 @@ def gradients_of_projections(
     absent = 3 - len(given)
     counts = counts[:-1] + [0] * absent + counts[-1:]
     three, three_grads = (some[:-1] + some[-1:] * (1 + absent) for some in (given, grads))
-    blocks = sum(triton.cdiv(count, _BLOCK_N) for count in counts)
+    blocks = sum([-(-count // _BLOCK_N) for count in counts])
     sums = torch.empty(total, dtype=torch.float32, device=parts.products.device)
     norm_parts = None if norm_weight is norm_bias is None else sums.new_empty(blocks, 2, width)
     prepared = launches.of(
