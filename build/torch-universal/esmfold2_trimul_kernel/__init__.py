@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b83095a236"
+_BUILD_ID = "_esmfold2_trimul_kernel_87c9a2fe73"
 
 
 def _load_package() -> ModuleType:
