@@ -87,12 +87,12 @@ def main() -> None:
     like = torch.empty(1, length, length, channels, device="meta")
     pair = DTensor.from_local(local, mesh, [Shard(1)], shape=like.shape, stride=like.stride())
     made = layer(pair, parameters)
-    print(f"rank {rank} of {ranks} on {device}: {list(made.to_local().shape)}", flush=True)
-
-    whole = made.full_tensor()
+    whole, parts = made.full_tensor(), [None] * ranks
+    dist.all_gather_object(parts, f"rank {rank} of {ranks} on {device}: {list(local.shape)}")
     if rank == 0:
         alone = layer(left[None, :, None] + right[None, None], parameters)
         difference = (whole - alone).norm() / alone.norm()
+        print(*parts, sep="\n")
         print(f"relative difference from one process: {difference:.1e}")
     dist.destroy_process_group()
 

@@ -34,6 +34,7 @@ PUBLIC_NAMES = [
     "layers",
     "lengths_from_mask",
     "patch",
+    "sharded_pairs",
     "sharded_triangle_multiplicative_update",
     "sharded_triangle_multiplicative_update_with_residual",
     "swiglu_transition",

@@ -1,5 +1,7 @@
 """The public functions on DTensors, over 4 processes, against the call on the whole tensors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import make_problem
@@ -74,7 +76,6 @@ def of_any_rank(on: Rank):
     wanted = run(problem.x[0], "outgoing", **weights)
     got = run(distribute(problem.x[0], line, [Shard(1)]), "outgoing", **weights)
     same_values(got.full_tensor(), wanted)
-    assert got.stride() == (6, 7 * 6, 1)  # as the columns of each rank lie in memory
 
 
 def refusals(on: Rank):
@@ -104,6 +105,13 @@ def refusals(on: Rank):
     refused("drop_mask", rows, drop_mask=torch.ones(6, 8))
     refused("inplace", rows, inplace=True)
     refused("lean", rows, memory="lean")
+    for name, explained in (("explain", rows), ("explain inside", x)):
+        inside = on.kernel.sharded_pairs(None, length=6) if explained is x else nullcontext()
+        with inside, pytest.raises(NotImplementedError) as caught:
+            on.kernel.explain(
+                on.kernel.triangle_multiplicative_update, explained, **problem.weights
+            )
+        found[name] = str(caught.value)
     with torch.enable_grad():
         refused("gradient", rows.detach().requires_grad_())
         whole = distribute(x, line, [Shard(0)])
@@ -151,6 +159,10 @@ def test_refusals(reports):
         "got (6, 8)",
         "inplace": "ValueError inplace must be False where pair is a DTensor; got True",
         "lean": "NotImplementedError memory must be 'auto' or 'default' in a sharded call",
+        "explain": "x must be a whole pair tensor, as explain knows nothing of other ranks; got a "
+        "DTensor",
+        "explain inside": "x must be a whole pair tensor, as explain knows nothing of other ranks; "
+        "got a call inside sharded_pairs",
         "gradient": gradient,
         "gradient of a weight": gradient,
     }

@@ -124,6 +124,29 @@ def test_some_rows_alone_and_in_the_memory_of_the_residual(submodule, on_triton)
     assert torch.equal(run(inplace=True), whole)
 
 
+def test_a_call_on_some_rows(submodule, on_triton):
+    """x begins at a row of its sequence; the drop mask has a value for each row, not column."""
+    problem = make_problem(18, 16, residual=True)
+    problem.drop_mask = torch.rand(1, 18, 1, 16, generator=seeded(2)).round() * 2
+    product = make_product(problem, submodule)
+    rows, real = slice(5, 18), 14
+    wanted = out_in_float64(problem, product)
+    wanted[:, real:] = problem.residual[:, real:].double()
+    wanted[:, :, real:] = problem.residual[:, :, real:].double()
+    p, stage = problem.to(on_triton), submodule("fused_ln_residual")
+    moments = moments_in_float64(p.x, p.eps).float()[:, :, rows]
+    lengths = torch.tensor([real], dtype=torch.int32, device=on_triton)
+    for run in (stage.fused_ln_residual_fwd, stage.fused_ln_residual_by_steps):
+        residual = p.residual[:, rows].clone()
+        call = as_call(submodule("_call"), p, lengths=lengths, inplace=True)._replace(
+            x=p.x[:, rows], residual=residual, drop_mask=p.drop_mask[:, rows]
+        )
+        launches = submodule("triton_parts.launch").Launches()
+        some = product.to(on_triton)[:, :, rows]
+        run(call, launches, some, moments, residual, first_row=rows.start)
+        assert relative_error(residual, wanted[:, rows]) <= STAGE_BUDGET[torch.float32]
+
+
 def test_strided_residual_and_expanded_drop_mask(submodule, on_triton):
     problem = make_problem(6, 16)
     problem.residual = torch.randn(1, 16, 6, 6).permute(0, 2, 3, 1)

@@ -6,7 +6,8 @@ pair tensor [B, L, L, C]. `layers.ESMFold2TriangleMultiplication` is the same fu
 Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels beforehand.
 `lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
 path, settings and memory without running it. `sharded_triangle_multiplicative_update` and
-`sharded_triangle_multiplicative_update_with_residual` are for a pair tensor over many GPUs.
+`sharded_triangle_multiplicative_update_with_residual` are for a pair tensor over many GPUs, and
+`sharded_pairs` for a whole model on them.
 
 `patch` puts the kernels into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
 transformers' or biohub's, and `unpatch` takes them out of one or of any copy of it. The functions
@@ -34,6 +35,7 @@ from .models.adapters import (
 )
 from .models.patching import patch, unpatch
 from .sharded import (
+    sharded_pairs,
     sharded_triangle_multiplicative_update,
     sharded_triangle_multiplicative_update_with_residual,
 )
@@ -58,6 +60,7 @@ __all__ = [
     "layers",
     "lengths_from_mask",
     "patch",
+    "sharded_pairs",
     "sharded_triangle_multiplicative_update",
     "sharded_triangle_multiplicative_update_with_residual",
     "swiglu_transition",

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_87c9a2fe73"
+_NAMESPACE = "_esmfold2_trimul_kernel_c432f6dbf5"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -321,14 +321,17 @@ def fused_ln_residual_fwd(
         product: [B, D, L, pitch].
         moments: [B, 2, L, L], stage 1's, with the axes of x.
         config: a setting in place of the shipped one.
-        first_row: the row of the sequences that x begins with, without `rows`.
+        first_row: the row of the sequences that x begins with; it matters only with lengths.
     """
     key = ("fused_ln_residual", first_row)
     if rows is not None:
         product, moments, out = product[:, :, rows], moments[:, :, rows], out[:, rows]
         residual = None if call.residual is None else call.residual[:, rows]
-        call = call._replace(x=call.x[:, rows], residual=residual)
-        first_row = 0 if call.lengths is None else rows.start
+        drop_mask = call.drop_mask
+        if drop_mask is not None and drop_mask.ndim == 4:
+            drop_mask = drop_mask[:, rows]
+        call = call._replace(x=call.x[:, rows], residual=residual, drop_mask=drop_mask)
+        first_row = 0 if call.lengths is None else first_row + rows.start
         alignments = [t.data_ptr() % 16 for t in (call.x, out, residual) if t is not None]
         # Over x itself the launch may write to memory of its own, of another alignment.
         over_x = call.inplace and residual.data_ptr() == call.x.data_ptr()
@@ -340,7 +343,7 @@ def fused_ln_residual_fwd(
             for entry in range(out.shape[0]):
                 at = slice(entry, entry + 1)
                 fused_ln_residual_by_steps(
-                    call.of_entry(entry), launches, product[at], moments[at], out[at]
+                    call.of_entry(entry), launches, product[at], moments[at], out[at], first_row
                 )
             return
         made = launches.empty("output", out.shape, out.dtype, out.device)
@@ -372,7 +375,12 @@ def fused_ln_residual_fwd(
 
 
 def fused_ln_residual_by_steps(
-    call: Call, launches: Launches, product: Tensor, moments: Tensor, out: Tensor
+    call: Call,
+    launches: Launches,
+    product: Tensor,
+    moments: Tensor,
+    out: Tensor,
+    first_row: int = 0,
 ) -> None:
     """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows.
 
@@ -382,7 +390,7 @@ def fused_ln_residual_by_steps(
     step = rows_of_step(length)
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
-        fused_ln_residual_fwd(call, launches, product, moments, out, rows)
+        fused_ln_residual_fwd(call, launches, product, moments, out, rows, None, first_row)
 
 
 def rows_of_step(length: int) -> int:

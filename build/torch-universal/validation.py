@@ -73,14 +73,17 @@ def check_division(dim: int, length: int) -> None:
         )
 
 
-def check_pair_local(name: str, pair: Tensor, dim: int, length: int, rows: slice) -> None:
+def check_pair_local(
+    name: str, pair: Tensor, leading: str, dim: int, length: int, rows: slice
+) -> None:
     """A rank's part of a pair tensor: the residues `rows` of L = `length` along `dim`."""
     _check_is_tensor(name, pair)
     wanted = [rows.stop - rows.start, length][:: 1 if dim == 1 else -1]
-    if pair.ndim != 4 or list(pair.shape[1:3]) != wanted or pair.shape[3] == 0:
+    fits = pair.ndim == 4 if leading == "B" else pair.ndim >= 3
+    if not fits or list(pair.shape[-3:-1]) != wanted or pair.shape[-1] == 0:
         axes = ", ".join(map(str, wanted))
         raise ValueError(
-            f"{name} must be [B, {axes}, C] with C of at least 1, residues {rows.start} to "
+            f"{name} must be [{leading}, {axes}, C] with C of at least 1, residues {rows.start} to "
             f"{rows.stop} of L = {length} along dim {dim}, as torch.chunk divides them; "
             f"got {tuple(pair.shape)}"
         )

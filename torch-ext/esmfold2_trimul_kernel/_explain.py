@@ -11,10 +11,12 @@ from torch.autograd import forward_ad
 
 from ._call import Call, Transition, TransitionWeights, Weights
 from .paths import execution_path, module_for
+from .sharded import division
 from .swiglu_transition import swiglu_transition, transition_call
 from .trimul_with_residual import (
     call_of_any_rank,
     call_with_residual,
+    is_dtensor,
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
 )
@@ -94,6 +96,7 @@ def explain(
 
     Raises:
         TypeError: another function, or arguments that it doesn't take.
+        NotImplementedError: a DTensor, or a call inside `sharded_pairs`.
         ValueError, TypeError, NotImplementedError: as the call would raise them.
     """
     given, call = _call_of(function, arguments, named)
@@ -139,12 +142,22 @@ def _settings(launch: Any) -> dict[str, Any]:
 
 def _of_update(values: dict) -> tuple[list[Tensor], Call]:
     weights = _popped(Weights, values)
+    _refuse_parts("x", values["x"])
     return [values["x"]], call_of_any_rank(weights=weights, **values)[0]
 
 
 def _with_residual(values: dict) -> tuple[list[Tensor], Call]:
     weights = _popped(Weights, values)
+    _refuse_parts("pair", values["pair"])
     return [values["pair"]], call_with_residual(weights=weights, **values)
+
+
+def _refuse_parts(name: str, pair: Tensor) -> None:
+    if is_dtensor(pair) or division() is not None:
+        raise NotImplementedError(
+            f"{name} must be a whole pair tensor, as explain knows nothing of other ranks; got "
+            + ("a DTensor" if is_dtensor(pair) else "a call inside sharded_pairs")
+        )
 
 
 def _of_transition(values: dict) -> tuple[list[Tensor | None], Transition]:

@@ -4,39 +4,30 @@ A dimension of the mesh may replicate, or divide leading axes, whose sequences a
 of them may divide the rows or the columns of pairs: its ranks run `sharded`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .sharded import (
-    sharded_triangle_multiplicative_update,
-    sharded_triangle_multiplicative_update_with_residual,
-)
+from .sharded import run_divided
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
 )
 from .validation import (
-    broadcast_leading,
-    broadcast_lengths,
     broadcasts_to,
     check_direction,
     check_pair,
 )
 
-# By the name of their pair tensor: a public function, and its twin for a divided pair tensor.
 _FUNCTIONS = {
-    "pair": (
-        triangle_multiplicative_update_with_residual,
-        sharded_triangle_multiplicative_update_with_residual,
-    ),
-    "x": (triangle_multiplicative_update, sharded_triangle_multiplicative_update),
+    "pair": triangle_multiplicative_update_with_residual,
+    "x": triangle_multiplicative_update,
 }
 
 
+@torch._disable_dynamo  # as `sharded`
 def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
     """The value of the public function whose pair tensor is called `name`, a DTensor.
 
@@ -73,37 +64,15 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
             "torch.inference_mode(); got an argument that requires a gradient"
         )
     local = {key: _local(key, value, name, x) for key, value in arguments.items()}
-    like = torch.empty(x.shape, device="meta")
-    shape = local[name].shape
-    function, sharded = _FUNCTIONS[name]
-    if not dividing:
-        made = function(**local)
+    if dividing:
+        group, dim = x.device_mesh.get_group(dividing[0]), axes[dividing[0]] - rows + 1
+        made = run_divided(name, local, group, dim, x.shape[-2])
     else:
-        dim = axes[dividing[0]] - rows + 1
-        made = _run_divided(sharded, name, local, x.device_mesh.get_group(dividing[0]), dim)
-        if dim == 2:
-            like = like.transpose(-3, -2)
+        made = _FUNCTIONS[name](**local)
+    stride = torch.empty(x.shape, device="meta").stride()
     return DTensor.from_local(
-        made.view(shape), x.device_mesh, x.placements, run_check=False, shape=x.shape,
-        stride=like.stride(),
-    )  # fmt: skip
-
-
-def _run_divided(
-    sharded: Callable[..., Tensor], name: str, local: dict[str, Any], group: Any, dim: int
-) -> Tensor:
-    """The value of `sharded` for a rank's local arguments, its pair tensor [B, R, L, C]."""
-    part, mask = broadcast_leading(local.pop("mask"), name, local.pop(name))
-    lengths = broadcast_lengths(local.pop("lengths"), name, part)
-    batch = part.shape[:-3].numel()
-    if "residual" in local:
-        local["residual_local"] = local.pop("residual")
-    del local["recompute"]
-    return sharded(
-        part.reshape(batch, *part.shape[-3:]),
-        mask=None if mask is None else mask.reshape(batch, *mask.shape[-2:]),
-        lengths=lengths, group=group, dim=dim, length=part.shape[-dim - 1], **local,
-    )  # fmt: skip
+        made, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
+    )
 
 
 # How many of the last axes of a pair tensor [..., L, L, C] an argument lacks; parameters lack all.

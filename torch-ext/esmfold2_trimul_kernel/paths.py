@@ -12,11 +12,12 @@ A path is a module with five functions, which take a `Call` whose x is not empty
     saved_shapes(call)                                      the shapes of the last three
     plan(call)                                              the launches and buffers
 
-`planes` are a and b, which recompute="none" keeps on the Triton path. Of what a path doesn't keep,
-`forward_saving` and `backward` have None, and `saved_shapes` has (0,). A sixth function is for
-`sharded`, whose call has some rows of x:
+and a sixth for `sharded`, whose call has some rows of x:
 
     stages(call, first_row)                                 a context with the three stages
+
+`planes` are a and b, which recompute="none" keeps on the Triton path. Of what a path doesn't keep,
+`forward_saving` and `backward` have None, and `saved_shapes` has (0,).
 
 Its submodule `transition` has three for a `Transition`: forward(call), plan(call), and
 backward(call, grad_out, needs).

@@ -17,7 +17,7 @@ b and a.
 
 Memory beyond the arguments, in a rank's share of the pair tensor where C = D, for each sequence: a
 and b, 2, and the output, 1. The planes [G, L, pitch] of a group, 3 / 8, lie in the output's memory
-where they fit.
+where they fit, unless that is the residual.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
@@ -26,6 +26,7 @@ import contextlib
 import enum
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +38,13 @@ from .paths import execution_path, path_of
 from .validation import (
     COMPUTE_DTYPES,
     DIRECTIONS,
+    broadcast_leading,
     broadcast_lengths,
     broadcast_mask,
     check_direction,
     check_division,
     check_eps,
+    check_inplace,
     check_memory,
     check_pair_local,
     check_residual,
@@ -89,6 +92,7 @@ def sharded_triangle_multiplicative_update_with_residual(
     eps_out: float | None = None,
     precision: str | int | enum.Enum | None = None,
     memory: str = "auto",
+    inplace: bool = False,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """`triangle_multiplicative_update_with_residual` of a pair tensor over the ranks of a group.
@@ -103,18 +107,19 @@ def sharded_triangle_multiplicative_update_with_residual(
         direction: "outgoing" or "incoming", of the whole pair tensor.
         residual_local: like pair_local, or None.
         drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
-        group: the ranks, in their order; None is all ranks. Messages go by its own backend.
+        group: a process group, or a DeviceMesh of one dimension: the ranks, in their order; None is
+            all ranks. Messages go by its own backend.
         length: L.
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
             absent or 1.
         memory: "default" or "auto", which are the same here.
+        inplace: write the result over residual_local, as there.
 
     The other arguments are those of `triangle_multiplicative_update_with_residual`.
 
     Returns:
-        The output like pair_local: contiguous, or with dim=2 contiguous but for its transposed
-        residue axes.
+        The output like pair_local, contiguous.
 
     Raises:
         ValueError: an argument that doesn't fit. If the ranks disagree on a shape, dtype or option,
@@ -127,9 +132,9 @@ def sharded_triangle_multiplicative_update_with_residual(
         norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
         norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
     )  # fmt: skip
-    return _Sharded(group, dim, length).run(
-        pair_local, direction, residual_local, drop_mask, weights, mask, eps,
-        eps if eps_out is None else eps_out, precision, memory, lengths,
+    return _run(
+        group, dim, length, "B", pair_local, direction, residual_local, drop_mask, weights, mask,
+        eps, eps if eps_out is None else eps_out, precision, memory, inplace, lengths,
     )  # fmt: skip
 
 
@@ -164,8 +169,11 @@ def sharded_triangle_multiplicative_update(
     The update alone, without a residual, of projections that may have biases.
 
     Args:
-        pair_local, direction, mask, group, length, dim, memory: as for
+        pair_local: [..., R, L, C], or [..., L, R, C] with dim=2, with any number of leading axes,
+            which broadcast with those of mask.
+        direction, group, length, dim, memory: as for
             `sharded_triangle_multiplicative_update_with_residual`. No projection may be None.
+        mask: [..., R, L], or [..., L, R] with dim=2.
 
     The other arguments are those of `triangle_multiplicative_update`.
 
@@ -176,9 +184,73 @@ def sharded_triangle_multiplicative_update(
         norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
         norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,
     )  # fmt: skip
-    return _Sharded(group, dim, length).run(
-        pair_local, direction, None, None, weights, mask, eps, eps, precision, memory, lengths
-    )
+    return _run(
+        group, dim, length, "...", pair_local, direction, None, None, weights, mask, eps, eps,
+        precision, memory, False, lengths,
+    )  # fmt: skip
+
+
+class _Division(NamedTuple):
+    """How the pair tensors of a model are divided."""
+
+    group: dist.ProcessGroup | None
+    dim: int
+    length: int
+
+
+_division: _Division | None = None  # inside `sharded_pairs`
+
+
+def division() -> _Division | None:
+    """How the pair tensors are divided that the public functions get; None if they are whole."""
+    return _division
+
+
+@contextlib.contextmanager
+def sharded_pairs(
+    group: dist.ProcessGroup | None, *, length: int, dim: int = 1
+) -> Iterator[None]:
+    """A context in which pair tensors are this rank's part of larger ones, for a whole model.
+
+    Calls of the two public functions, and so those of the layer and of modules that `patch` has
+    swapped, take and return the part of [..., L, L, C] that a rank of `group` has: [..., R, L, C],
+    or with dim=2 [..., L, R, C]. Everything else is the model's business: what is not local to rows
+    must exchange on its own. Inference only, for the whole process.
+
+        with kernel.sharded_pairs(group, length=L):
+            rows = stack(rows, pair_attention_mask=mask_rows)
+
+    Args:
+        group, length, dim: as for `sharded_triangle_multiplicative_update_with_residual`.
+    """
+    global _division
+    check_division(dim, length)
+    previous, _division = _division, _Division(group, dim, length)
+    try:
+        yield
+    finally:
+        _division = previous
+
+
+# By the name of its pair tensor, the twin of a public function.
+_TWINS = {
+    "pair": sharded_triangle_multiplicative_update_with_residual,
+    "x": sharded_triangle_multiplicative_update,
+}
+
+
+def run_divided(
+    name: str, arguments: dict[str, Any], group: dist.ProcessGroup | None, dim: int, length: int
+) -> Tensor:
+    """The value of the public function whose pair tensor is called `name`, for a rank's part.
+
+    Args:
+        arguments: all of the function's, by name.
+    """
+    names = {name: "pair_local", "residual": "residual_local"}
+    given = {names.get(key, key): value for key, value in arguments.items()}
+    del given["recompute"]
+    return _TWINS[name](group=group, dim=dim, length=length, **given)
 
 
 class Layout(NamedTuple):
@@ -214,11 +286,22 @@ class Layout(NamedTuple):
         return -(-self.hidden // self.ranks)
 
 
+@torch._disable_dynamo  # messages are not traced: a compiled caller's graph breaks here
+def _run(
+    group: dist.ProcessGroup | None, dim: int, length: int, leading: str, *arguments: Any
+) -> Tensor:
+    """The output of a rank's part [B, R, L, C], or with `leading` "..." [..., R, L, C]."""
+    return _Sharded(group, dim, length, leading).run(*arguments)
+
+
 class _Sharded:
     """A call on this rank's part of a pair tensor, which lies over the ranks of `group`."""
 
-    def __init__(self, group: dist.ProcessGroup | None, dim: int, length: int) -> None:
-        self._group, self._dim, self._length = group, dim, length
+    def __init__(
+        self, group: dist.ProcessGroup | None, dim: int, length: int, leading: str
+    ) -> None:
+        group = group.get_group() if hasattr(group, "get_group") else group
+        self._group, self._dim, self._length, self._leading = group, dim, length, leading
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
             raise ValueError("group must have the rank that calls; got a group without it")
@@ -232,8 +315,8 @@ class _Sharded:
         failure, facts = None, {}
         with contextlib.ExitStack() as stack:
             try:
-                call = self._checked(pair, *arguments)
-                facts = self._facts(call)
+                call, shape = self._checked(pair, *arguments)
+                facts, over = self._facts(call), call.residual if call.inplace else None
                 call = self._by_rows(call)
                 layout = Layout(self._ranks, self._length, call.hidden)
                 first_row = layout.rows(self._rank).start
@@ -245,20 +328,13 @@ class _Sharded:
                 failure = error
             _compare(self._group, facts, failure)
             exchange = _Exchange(self._group, self._rank, layout)
-            # By columns, the transposed product is the other direction's of b and a.
-            left, right = planes.unbind() if self._dim == 1 else reversed(planes.unbind())
-            for index in range(len(out) if self._length else 0):
-                if index and out.numel():
-                    stages.project(index, planes)
-                for group in range(layout.groups):
-                    channels = layout.channels(self._rank, group)
-                    mine = slots[:, : channels.stop - channels.start]
-                    exchange.to_channels(group, [(left, mine[0]), (right, mine[1])])
-                    product = stages.multiply(index, *mine) if mine.numel() else mine[0]
-                    exchange.to_rows(group, [(planes[0], product)])
-                if out.numel():
-                    stages.emit(index, planes[0], out[index])
-        return out.transpose(1, 2) if self._dim == 2 else out
+            if self._length:
+                _run_stages(stages, exchange, planes, slots, out, self._dim == 2)
+        del planes, slots  # before the copy
+        if self._dim == 2:
+            out = out.transpose(1, 2)
+            out = out.contiguous() if over is None else over.copy_(out)
+        return out if out.shape == shape else out.view(shape)
 
     def _checked(
         self,
@@ -272,23 +348,29 @@ class _Sharded:
         eps_out: float,
         precision: str | int | enum.Enum | None,
         memory: str,
+        inplace: bool,
         lengths: Tensor | None,
-    ) -> Call:
-        """The arguments as a call, whose x is the rank's part."""
+    ) -> tuple[Call, torch.Size]:
+        """The arguments as a call, whose x is the rank's part, and the shape of its result."""
         name = "pair_local"
         check_direction(direction)
         check_division(self._dim, self._length)
         rows = Layout(self._ranks, self._length, 1).rows(self._rank)
-        check_pair_local(name, pair, self._dim, self._length, rows)
+        check_pair_local(name, pair, self._leading, self._dim, self._length, rows)
         check_weights(name, pair, weights)
         check_residual(residual, name, pair)
         check_eps("eps", eps)
         check_eps("eps_out", eps_out)
         check_memory(memory)
+        if self._leading == "B":
+            mask = broadcast_mask(mask, name, pair)
+        else:
+            pair, mask = broadcast_leading(mask, name, pair)
+        batch = pair.shape[:-3].numel()
         call = Call(
-            x=pair,
+            x=pair.reshape(batch, *pair.shape[-3:]),
             direction=direction,
-            mask=broadcast_mask(mask, name, pair),
+            mask=None if mask is None else mask.reshape(batch, *mask.shape[-2:]),
             residual=residual,
             drop_mask=view_drop_mask(drop_mask, pair),
             weights=weights,
@@ -297,9 +379,12 @@ class _Sharded:
             precision=resolve_precision(precision, name, pair),
             memory=memory,
             recompute="all",
-            inplace=False,
+            inplace=inplace,
             lengths=broadcast_lengths(lengths, name, pair),
         )
+        if inplace is not False:
+            others = {"mask": mask, "drop_mask": drop_mask, "lengths": lengths}
+            check_inplace(inplace, name, pair, residual, {**others, **weights._asdict()})
         if memory == "lean":
             raise NotImplementedError(
                 "memory must be 'auto' or 'default' in a sharded call, which has no lean mode; "
@@ -310,7 +395,7 @@ class _Sharded:
                 "a sharded call has no backward: call it under torch.no_grad() or "
                 "torch.inference_mode(); got an argument that requires a gradient"
             )
-        return call
+        return call, pair.shape
 
     def _facts(self, call: Call) -> dict[str, int]:
         """What the ranks must agree on, as numbers."""
@@ -335,7 +420,29 @@ class _Sharded:
             mask=None if call.mask is None else call.mask.transpose(1, 2),
             residual=None if call.residual is None else call.residual.transpose(1, 2),
             drop_mask=None if call.drop_mask is None else call.drop_mask[:, :, None],
+            inplace=False,  # the result is transposed first
         )
+
+
+def _run_stages(
+    stages: Any, exchange: _Exchange, planes: Tensor, slots: Tensor, out: Tensor, by_columns: bool
+) -> None:
+    """All stages but the first one of the first sequence."""
+    layout = exchange.layout
+    a, b = planes
+    # By columns, t is that of the transposed x: the other direction's product of b and a.
+    left, right = (b, a) if by_columns else (a, b)
+    for index in range(len(out)):
+        if index and out.numel():
+            stages.project(index, planes)
+        for group in range(layout.groups):
+            channels = layout.channels(exchange.rank, group)
+            mine = slots[:, : channels.stop - channels.start]
+            exchange.to_channels(group, [(left, mine[0]), (right, mine[1])])
+            product = stages.multiply(index, *mine) if mine.numel() else mine[0]
+            exchange.to_rows(group, [(a, product)])
+        if out.numel():
+            stages.emit(index, a, out[index])
 
 
 def _allocate(call: Call, stages: Any, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,10 +453,10 @@ def _allocate(call: Call, stages: Any, layout: Layout) -> tuple[Tensor, Tensor, 
     """
     x = call.x
     planes = x.new_empty(2, call.hidden, x.shape[1], stages.pitch)
-    out = x.new_empty(x.shape)
+    out = call.residual if call.inplace else x.new_empty(x.shape)
     shape = (stages.slots, layout.size, layout.length, stages.pitch)
     memory, count = out[-1:].view(-1), math.prod(shape)
-    if memory.numel() < count or memory.data_ptr() % 16:
+    if call.inplace or memory.numel() < count or memory.data_ptr() % 16:
         memory = x.new_empty(count)
     return planes, memory[:count].view(shape), out
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
+from . import operators, sharded
 from ._call import Call, Weights
 from .validation import (
     broadcast_leading,
@@ -106,8 +106,10 @@ def triangle_multiplicative_update_with_residual(
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
         NotImplementedError: L above 46,336.
     """
-    if _is_dtensor(pair):
+    if is_dtensor(pair):
         return _run_on_dtensors("pair", locals())
+    if sharded.division() is not None:
+        return sharded.run_divided("pair", locals(), *sharded.division())
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
         norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
@@ -175,8 +177,10 @@ def triangle_multiplicative_update(
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
         NotImplementedError: L above 46,336.
     """
-    if _is_dtensor(x):
+    if is_dtensor(x):
         return _run_on_dtensors("x", locals())
+    if sharded.division() is not None:
+        return sharded.run_divided("x", locals(), *sharded.division())
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
         norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,
@@ -187,7 +191,8 @@ def triangle_multiplicative_update(
     return operators.run(call).view(shape)
 
 
-def _is_dtensor(pair: Tensor) -> bool:
+def is_dtensor(pair: Tensor) -> bool:
+    """Whether it is a DTensor, without an import of their module."""
     return type(pair) is not Tensor and hasattr(pair, "device_mesh")
 
 

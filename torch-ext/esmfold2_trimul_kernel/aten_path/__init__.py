@@ -78,10 +78,12 @@ class Rows(Stages):
         self.pitch = call.x.shape[2]
 
     def emit(self, index: int, product: Tensor, out: Tensor) -> None:
-        super().emit(index, product, out)
-        if self._within is not None:
-            within = self._within[index : index + 1]
-            out.copy_(_padding_left(self._call.of_entry(index), out[None], within)[0])
+        if self._within is None:
+            return super().emit(index, product, out)
+        made = torch.empty_like(out)  # as `out` may be the residual, which is left in the padding
+        super().emit(index, product, made)
+        within = self._within[index : index + 1]
+        out.copy_(_padding_left(self._call.of_entry(index), made[None], within)[0])
 
 
 def plan(call: Call) -> Plan:

@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..sharded import sharded_pairs
 from ..validation import check_memory, check_recompute
 from .calls import transition, triangle
 from .families import (
@@ -127,6 +128,7 @@ def patch(
     parts: Iterable[str] = ("triangle", "residual", "transition"),
     memory: str = "auto",
     recompute: str = "none",
+    mesh: Any = None,
 ) -> PatchReport:
     """Lets the triangle multiplications and transitions that are understood run our kernels.
 
@@ -180,6 +182,9 @@ def patch(
             "esmfold2" and "esm"; None swaps all. ESMFold is of "openfold".
         parts: names of those to swap, as above. What is not among them is not in the report.
         memory, recompute: of the triangles, as for `triangle_multiplicative_update`.
+        mesh: a DeviceMesh of one dimension, or a process group, whose ranks have the rows of the
+            pair tensors, as in `sharded_pairs`: every swapped module runs in that context. None for
+            whole pair tensors.
 
     Raises:
         TypeError: a model that is no torch.nn.Module, or families or parts that are no names.
@@ -209,7 +214,10 @@ def patch(
             except (TypeError, ValueError) as error:
                 report.left[name] = str(error)
                 continue
-            forward = family.bind(functools.partial(part.run, family, settings))
+            run = functools.partial(part.run, family, settings)
+            if mesh is not None:
+                run = functools.partial(_run_on_rows, run, mesh)
+            forward = family.bind(run)
             setattr(forward, MARK, True)
             module.forward = forward.__get__(module)
             report.swapped[name] = family.name
@@ -220,6 +228,13 @@ def patch(
             reasons = [report.left.get(name), _PASSES_OVER]
             report.left[name] = "; ".join(filter(None, reasons))
     return report
+
+
+def _run_on_rows(run: Callable, mesh: Any, module: nn.Module, *arguments: Any) -> Tensor:
+    """The output of a swapped module whose first tensor is a rank's rows [..., R, L, C]."""
+    pair = next(value for value in arguments if isinstance(value, Tensor))
+    with sharded_pairs(mesh, length=pair.shape[-2]):
+        return run(module, *arguments)
 
 
 def _names(what: str, given: Iterable[str], known: list[str], none: str = "") -> list[str]:
