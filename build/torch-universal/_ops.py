@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c432f6dbf5"
+_NAMESPACE = "_esmfold2_trimul_kernel_26feef1baf"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

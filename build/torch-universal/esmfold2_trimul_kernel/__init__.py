@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c432f6dbf5"
+_BUILD_ID = "_esmfold2_trimul_kernel_26feef1baf"
 
 
 def _load_package() -> ModuleType:
