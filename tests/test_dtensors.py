@@ -105,6 +105,8 @@ def refusals(on: Rank):
     refused("drop_mask", rows, drop_mask=torch.ones(6, 8))
     refused("inplace", rows, inplace=True)
     refused("memory", rows, memory="little")
+    refused("one rank", rows, mask=torch.ones(2, 6, 6) if on.rank == 1 else None)
+    refused("projection", rows, p_out_weight=None)
     for name, explained in (("explain", rows), ("explain inside", x)):
         inside = on.kernel.sharded_pairs(None, length=6) if explained is x else nullcontext()
         with inside, pytest.raises(NotImplementedError) as caught:
@@ -134,6 +136,10 @@ def test_a_call_is_that_on_the_whole(reports, case):
 
 def test_refusals(reports):
     found = report_of(reports, refusals)
+    others = "ValueError every rank's arguments must fit; rank 1 of 4 refused its own, and raises why"
+    of_one = [found[rank].pop("one rank") for rank in range(RANKS)]
+    assert of_one.pop(1).startswith("ValueError mask must broadcast to the leading axes of pair")
+    assert of_one == [others] * 3
     assert found[0] == found[1] == found[2] == found[3]
     placements = (
         "ValueError pair must be a DTensor of placements Replicate() or Shard() of an axis before "
@@ -163,6 +169,7 @@ def test_refusals(reports):
         "got a DTensor",
         "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
         "rank's part; got a call inside sharded_pairs",
+        "projection": "ValueError p_out_weight must be a tensor where pair is a DTensor; got None",
         "gradient": gradient,
         "gradient of a weight": gradient,
     }

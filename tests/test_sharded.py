@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 import time
+import weakref
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -562,14 +564,88 @@ def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
                 assert out == back
 
 
-def test_a_group_of_nccl_has_one_for_numbers_beside_it(submodule, monkeypatch):
-    """Its ranks compare on gloo: NCCL takes no tensors of a CPU, and would wait for the GPU."""
-    schedule, made = submodule("sharded"), []
-    group = SimpleNamespace(backends="cuda:nccl")
-    monkeypatch.setattr(schedule.dist, "get_backend_config", lambda of: of.backends, raising=False)
-    monkeypatch.setattr(schedule.dist, "get_process_group_ranks", lambda _: [4, 5])
-    monkeypatch.setattr(schedule.dist, "new_group", lambda *of, **how: made.append((of, how)))
-    schedule._cpu_group.__wrapped__(group)
-    assert made == [(([4, 5],), {"backend": "gloo", "use_local_synchronization": True})]
-    both = SimpleNamespace(backends="cpu:gloo,cuda:nccl")
-    assert schedule._cpu_group.__wrapped__(both) is both
+@pytest.mark.parametrize(
+    "backends, device", [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo", "cpu")]
+)
+def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backends, device):
+    """NCCL takes no tensors of a CPU, and the host would wait for a GPU's."""
+    schedule, seen = submodule("sharded"), []
+    monkeypatch.setattr(schedule.dist, "get_backend_config", lambda _: backends, raising=False)
+    monkeypatch.setattr(schedule.dist, "get_world_size", lambda _: 1)
+    monkeypatch.setattr(schedule.dist, "all_gather", lambda of_all, mine, _: of_all[0].copy_(mine))
+    original = torch.tensor
+
+    def tensor(values, device):
+        seen.append(device.type)
+        return original(values)
+
+    monkeypatch.setattr(schedule.torch, "tensor", tensor)
+    assert schedule._compare(None, {}, None, last=True)
+    assert seen == [device]
+
+
+def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):
+    """Its traceback holds the frames: if one held it too, planes would wait for the collector."""
+    schedule = submodule("sharded")
+    monkeypatch.setattr(schedule.dist, "get_backend_config", lambda _: "cpu:gloo", raising=False)
+    monkeypatch.setattr(schedule.dist, "get_world_size", lambda _: 1)
+    monkeypatch.setattr(schedule.dist, "get_rank", lambda _: 0)
+    monkeypatch.setattr(schedule.dist, "all_gather", lambda of_all, mine, _: of_all[0].copy_(mine))
+    kept = []
+    allocate = schedule._allocate
+
+    def allocated(*arguments):
+        buffers = allocate(*arguments)
+        kept.append(weakref.ref(buffers.planes))
+        return buffers
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(schedule, "_allocate", allocated)
+    monkeypatch.setattr(schedule, "_project", fails)
+    problem = make_problem(6, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            schedule.sharded_triangle_multiplicative_update(
+                problem.x, "outgoing", group=None, length=6, memory="default", **problem.weights
+            )
+        assert [of() for of in kept] == [None]
+    finally:
+        gc.enable()
+
+
+def test_a_group_is_a_group_or_a_mesh_in_its_order(submodule, monkeypatch):
+    schedule = submodule("sharded")
+    with pytest.raises(TypeError, match="mesh must be a process group, a DeviceMesh.*; got 'foo'"):
+        schedule.checked_group("mesh", "foo")
+    mesh = SimpleNamespace(ndim=1, get_group=lambda *_: "its group", get_local_rank=lambda _: 0)
+    monkeypatch.setattr(schedule.dist, "get_rank", lambda _: 0)
+    assert schedule.checked_group("group", mesh) == "its group"
+    monkeypatch.setattr(schedule.dist, "get_rank", lambda _: 1)  # DeviceMesh("cpu", [1, 0])
+    with pytest.raises(ValueError, match="group must be a DeviceMesh with ascending ranks"):
+        schedule.checked_group("group", mesh)
+    mesh.ndim = 2
+    with pytest.raises(ValueError, match="group must be a DeviceMesh of one dimension; got 2"):
+        schedule.checked_group("group", mesh)
+
+
+def test_a_mesh_leaves_no_triangle_to_its_own_formula(kernel, submodule, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.esmfold2.modeling_esmfold2")
+    monkeypatch.setattr(submodule("models.patching"), "checked_group", lambda name, group: group)
+    layer = modeling.EsmFold2PairUpdateLayer(
+        transformers.EsmFold2Config(pairwise_hidden_size=8, pair_transition_intermediate_size=12)
+    )
+    with kernel.patch(layer, mesh="mesh") as report:
+        assert len(report.swapped) == 4
+        # A transition's pairs are each alone, and need no division.
+        layer.pair_transition(torch.randn(3, 8))
+    layer.tri_mul_out.norm_start.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="every triangle multiplication .* must be swapped.*hook"):
+        kernel.patch(layer, mesh="mesh")
+    assert kernel.unpatch(layer) == []
+    with pytest.raises(ValueError, match="parts must have 'triangle' where there is a mesh"):
+        kernel.patch(layer, parts=("transition",), mesh="mesh")

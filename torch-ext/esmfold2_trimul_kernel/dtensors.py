@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .sharded import run_divided
+from .sharded import check_order, refuse, run_divided
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
 )
-from .validation import (
-    broadcasts_to,
-    check_direction,
-    check_pair,
-)
+from .validation import broadcasts_to, check_direction, check_pair
 
 _FUNCTIONS = {
     "pair": triangle_multiplicative_update_with_residual,
@@ -38,8 +34,7 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
         ValueError: placements that don't fit, or inplace.
         NotImplementedError: a gradient that is needed.
     """
-    x, mask = arguments[name], arguments["mask"]
-    check_direction(arguments["direction"])
+    x = arguments[name]
     check_pair(name, x, leading="B" if name == "pair" else "...")
     rows = x.ndim - 3  # the axis; columns are the next
     axes = [placement.dim if type(placement) is Shard else None for placement in x.placements]
@@ -50,12 +45,33 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
             f"{name} must be a DTensor of placements Replicate() or Shard() of an axis before the "
             f"channels, at most one of them of a residue axis; got {x.placements}"
         )
+    if not dividing:
+        made = _FUNCTIONS[name](**_local_arguments(name, x, arguments))
+    else:
+        (at,) = dividing
+        check_order(f"the mesh of {name}", x.device_mesh, at)
+        group, dim = x.device_mesh.get_group(at), axes[at] - rows + 1
+        try:
+            local = _local_arguments(name, x, arguments)
+        except Exception as error:
+            refuse(group, error)
+        made = run_divided(name, local, group, dim, x.shape[-2])
+    stride = torch.empty(x.shape, device="meta").stride()
+    return DTensor.from_local(
+        made, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
+    )
+
+
+def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of each argument but `inplace`, by name."""
+    mask = arguments["mask"]
+    check_direction(arguments["direction"])
     if isinstance(mask, Tensor) and not broadcasts_to(mask.shape[:-2], x.shape[:-3]):
         raise ValueError(
             f"mask must broadcast to the leading axes of {name}, {list(x.shape[:-3])}, where that "
             f"is a DTensor; got {tuple(mask.shape)}"
         )
-    if arguments.pop("inplace", False):
+    if arguments.get("inplace", False):
         raise ValueError(f"inplace must be False where {name} is a DTensor; got True")
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
@@ -63,16 +79,12 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
             f"a call whose {name} is a DTensor has no backward: call it under torch.no_grad() or "
             "torch.inference_mode(); got an argument that requires a gradient"
         )
-    local = {key: _local(key, value, name, x) for key, value in arguments.items()}
-    if dividing:
-        group, dim = x.device_mesh.get_group(dividing[0]), axes[dividing[0]] - rows + 1
-        made = run_divided(name, local, group, dim, x.shape[-2])
-    else:
-        made = _FUNCTIONS[name](**local)
-    stride = torch.empty(x.shape, device="meta").stride()
-    return DTensor.from_local(
-        made, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
-    )
+    for projection in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
+        if arguments[projection] is None:  # each rank would draw its own
+            raise ValueError(f"{projection} must be a tensor where {name} is a DTensor; got None")
+    return {
+        key: _local(key, value, name, x) for key, value in arguments.items() if key != "inplace"
+    }
 
 
 # How many of the last axes of a pair tensor [..., L, L, C] an argument lacks; parameters lack all.
@@ -111,4 +123,4 @@ def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
             f"{wanted}, each of which may be Replicate(); got {value.placements} on "
             f"{value.device_mesh}"
         )
-    return value.redistribute(placements=wanted).to_local()  # each rank cuts its part: no message
+    return value.redistribute(placements=wanted).to_local()

@@ -11,6 +11,7 @@ from torch import nn
 
 from .models.parts import fault_of_parts, linear_of
 from .paths import say_own
+from .sharded import division
 from .trimul_with_residual import triangle_multiplicative_update_with_residual
 from .validation import check_memory, check_recompute
 
@@ -50,7 +51,8 @@ class ESMFold2TriangleMultiplication(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes or devices that don't fit each other, or a word
                 in ESMFOLD2_TRIMUL_MEMORY or ESMFOLD2_TRIMUL_RECOMPUTE that the function doesn't
-                know; a part that is not plain in a module without a forward of its own.
+                know; a part that is not plain in a module without a forward of its own, or inside
+                `sharded_pairs`.
         """
         memory = os.environ.get(MEMORY_VARIABLE, "auto")
         check_memory(memory, MEMORY_VARIABLE)
@@ -59,8 +61,8 @@ class ESMFold2TriangleMultiplication(nn.Module):
         fault = fault_of_parts(self, _LINEARS, _NORMS)
         if fault is not None:
             own = type(self).forward
-            if own is ESMFold2TriangleMultiplication.forward:
-                raise TypeError(fault)
+            if own is ESMFold2TriangleMultiplication.forward or division() is not None:
+                raise TypeError(fault)  # a forward of its own would take rows for a whole
             say_own(fault)
             return own(self, pair_grid, visibility)
         bundle, emit, gate = [linear_of(self._modules[name]).weight for name in _LINEARS]

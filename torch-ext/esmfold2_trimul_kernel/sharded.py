@@ -29,15 +29,16 @@ from __future__ import annotations  # builds of torch without ProcessGroup impor
 
 import contextlib
 import enum
-import functools
 import itertools
 import math
+import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._call import Call, Weights
 from ._plan import Plan
@@ -55,6 +56,7 @@ from .validation import (
     check_inplace,
     check_memory,
     check_pair_local,
+    check_recompute,
     check_residual,
     check_weights,
     resolve_precision,
@@ -68,7 +70,7 @@ _MOST_MESSAGES = 256
 # what is no number.
 _FACTS = (
     "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory", "inplace", "path",
-    "lengths",
+    "lengths", "eps", "eps_out",
 )  # fmt: skip
 _WORDS = {
     "dtype": COMPUTE_DTYPES,
@@ -237,7 +239,7 @@ def sharded_pairs(
     """
     global _division
     check_division(dim, length)
-    previous, _division = _division, _Division(group, dim, length)
+    previous, _division = _division, _Division(checked_group("group", group), dim, length)
     try:
         yield
     finally:
@@ -264,8 +266,42 @@ def run_divided(
     """
     names = {name: "pair_local", "residual": "residual_local"}
     given = {names.get(key, key): value for key, value in arguments.items()}
-    del given["recompute"]
+    try:
+        check_recompute(given.pop("recompute"))
+    except ValueError as error:
+        refuse(group, error)
     return _TWINS[name](group=group, dim=dim, length=length, **given)
+
+
+def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
+    """The process group of a DeviceMesh of one dimension, or the group itself.
+
+    Raises:
+        TypeError: neither, nor None.
+        ValueError: a mesh of more dimensions, or one in whose order the ranks of its group are not.
+    """
+    if not hasattr(group, "get_group"):
+        others = group is None or group == dist.GroupMember.NON_GROUP_MEMBER
+        if not others and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"{name} must be a process group, a DeviceMesh of one dimension, or None; "
+                f"got {group!r}"
+            )
+        return group
+    if group.ndim != 1:
+        raise ValueError(f"{name} must be a DeviceMesh of one dimension; got {group.ndim}")
+    check_order(name, group, 0)
+    return group.get_group()
+
+
+def check_order(name: str, mesh: Any, dim: int) -> None:
+    """The ranks of a mesh's dimension must be in the order of its group, which is ascending."""
+    at, rank = mesh.get_local_rank(dim), dist.get_rank(mesh.get_group(dim))
+    if at != rank:
+        raise ValueError(
+            f"{name} must be a DeviceMesh with ascending ranks along its dimension {dim}; "
+            f"got {mesh}"
+        )
 
 
 class Layout(NamedTuple):
@@ -336,7 +372,7 @@ class _Sharded:
     def __init__(
         self, group: dist.ProcessGroup | None, dim: int, length: int, leading: str
     ) -> None:
-        group = group.get_group() if hasattr(group, "get_group") else group
+        group = checked_group("group", group)
         self._group, self._dim, self._length, self._leading = group, dim, length, leading
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
@@ -345,8 +381,9 @@ class _Sharded:
     def run(self, pair: Tensor, *arguments) -> Tensor:
         """The output like `pair`; `arguments` are those of `_checked`.
 
-        Memory is allocated and stage 1 done before the ranks compare what they are about to do:
-        whatever fails on a rank until then is known to all, and none waits for its messages.
+        Planes and output are allocated, and stage 1 of the first sequence is done, before the ranks
+        compare what they are about to do: whatever fails on a rank until then is known to all, and
+        none waits for its messages.
         """
         failure, facts, modes = None, {}, ("default",)
         with contextlib.ExitStack() as stack:
@@ -360,18 +397,21 @@ class _Sharded:
                 modes = ("default", "lean") if call.memory == "auto" else (call.memory,)
             except Exception as error:
                 failure = error
-            for mode in modes:
-                try:
-                    if failure is None:
-                        buffers = _allocate(call, stages, layout, mode == "lean")
-                        if buffers.out.numel():
-                            _project(stages, layout, buffers, 0, 0)
-                except Exception as error:
-                    failure = error
-                if _compare(self._group, facts, failure, last=mode == modes[-1]):
-                    break
-                failure = buffers = None
-                say_once("runs in lean mode: an allocation of the default mode failed")
+            try:
+                for mode in modes:
+                    try:
+                        if failure is None:
+                            buffers = _allocate(call, stages, layout, mode == "lean")
+                            if buffers.out.numel():
+                                _project(stages, layout, buffers, 0, 0)
+                    except Exception as error:
+                        failure = error
+                    if _compare(self._group, facts, failure, last=mode == modes[-1]):
+                        break
+                    failure = buffers = None
+                    say_once("runs in lean mode: an allocation of the default mode failed")
+            finally:
+                failure = None  # its traceback holds this frame, and so the buffers
             exchange = _Exchange(self._group, self._rank, layout)
             if self._length:
                 _run_stages(stages, exchange, buffers, self._dim == 2)
@@ -467,6 +507,10 @@ class _Sharded:
                 "a sharded call has no backward: call it under torch.no_grad() or "
                 "torch.inference_mode(); got an argument that requires a gradient"
             )
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "a sharded call has no forward-mode AD and no transforms of torch.func; got one"
+            )
         return call, pair.shape
 
     def _facts(self, call: Call) -> dict[str, int]:
@@ -477,11 +521,9 @@ class _Sharded:
             "dim": self._dim, "dtype": call.x.dtype, "direction": call.direction,
             "precision": call.precision, "memory": call.memory, "inplace": call.inplace,
             "path": path, "lengths": call.lengths is not None,
+            "eps": call.eps_in, "eps_out": call.eps_out,
         }  # fmt: skip
-        return {
-            name: _WORDS[name].index(value) if name in _WORDS else value
-            for name, value in facts.items()
-        }
+        return {name: _as_integer(name, value) for name, value in facts.items()}
 
     def _by_rows(self, call: Call) -> Call:
         """The call with rows of x: if the pair tensor is divided by columns, its transpose's."""
@@ -652,12 +694,18 @@ def _compare(
         torch.OutOfMemoryError, ValueError: another rank's, or different facts.
     """
     state = 0 if failure is None else 2 if isinstance(failure, torch.OutOfMemoryError) else 1
-    mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]])
+    # NCCL takes no tensors of a CPU; where a group has it alone, the host waits for the GPU here.
+    kinds = [of.split(":")[0] for of in dist.get_backend_config(group).split(",")]
+    device = torch.device("cpu" if "cpu" in kinds else kinds[0])
+    mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]], device=device)
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_all, mine, _cpu_group(group))
+    dist.all_gather(of_all, mine, group)
     states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
     if failure is not None and (state == 1 or last):
-        raise failure
+        try:
+            raise failure
+        finally:
+            failure = None  # its traceback holds this frame
     if 1 in states:
         raise ValueError(
             f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
@@ -665,7 +713,7 @@ def _compare(
         )
     for name, values in zip(_FACTS, columns, strict=True):
         if len(set(values)) > 1:
-            got = [_WORDS[name][value] if name in _WORDS else value for value in values]
+            got = [_from_integer(name, value) for value in values]
             raise ValueError(
                 f"all ranks must have the same {name}; got "
                 + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(got))
@@ -675,10 +723,20 @@ def _compare(
     return 2 not in states
 
 
-@functools.cache
-def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group, or one of the same ranks, that takes tensors of a CPU: NCCL takes none."""
-    if "cpu:" in dist.get_backend_config(group):
-        return group
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+def refuse(group: dist.ProcessGroup | None, failure: Exception) -> NoReturn:
+    """Raises `failure`, and on the other ranks, which compare, an error that names this one."""
+    _compare(group, {}, failure, last=True)
+    raise AssertionError("a failure is raised by the comparison")
+
+
+def _as_integer(name: str, value: Any) -> int:
+    """One of the `_FACTS` as the ranks compare it; a float by its bits."""
+    if isinstance(value, float):
+        return struct.unpack("q", struct.pack("d", value))[0]
+    return _WORDS[name].index(value) if name in _WORDS else value
+
+
+def _from_integer(name: str, value: int) -> Any:
+    if name in ("eps", "eps_out"):
+        return struct.unpack("d", struct.pack("q", value))[0]
+    return _WORDS[name][value] if name in _WORDS else value

@@ -62,7 +62,7 @@ def check_pair(name: str, pair: Tensor, leading: str) -> None:
 
 def check_division(dim: int, length: int) -> None:
     """How a pair tensor is divided among ranks: L = `length` residues along the axis `dim`."""
-    if dim not in (1, 2):
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim not in (1, 2):
         raise ValueError(f"dim must be 1 or 2, an axis of residues; got {dim!r}")
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
         raise ValueError(f"length must be L, an integer of at least 0; got {length!r}")

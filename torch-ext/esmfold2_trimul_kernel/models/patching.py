@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..sharded import sharded_pairs
+from ..sharded import checked_group, sharded_pairs
 from ..validation import check_memory, check_recompute
 from .calls import transition, triangle
 from .families import (
@@ -183,12 +183,14 @@ def patch(
         parts: names of those to swap, as above. What is not among them is not in the report.
         memory, recompute: of the triangles, as for `triangle_multiplicative_update`.
         mesh: a DeviceMesh of one dimension, or a process group, whose ranks have the rows of the
-            pair tensors, as in `sharded_pairs`: every swapped module runs in that context. None for
-            whole pair tensors.
+            pair tensors, as in `sharded_pairs`: every swapped triangle and pair layer runs in that
+            context. None for whole pair tensors.
 
     Raises:
-        TypeError: a model that is no torch.nn.Module, or families or parts that are no names.
-        ValueError: a family, part, memory or recompute that is none.
+        TypeError: a model that is no torch.nn.Module, families or parts that are no names, or a
+            mesh that is none.
+        ValueError: a family, part, memory or recompute that is none; a mesh, and a triangle
+            multiplication that is not swapped.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -197,6 +199,10 @@ def patch(
     wanted = _names("parts", parts, ["triangle", "residual", "transition"])
     check_memory(memory)
     check_recompute(recompute)
+    if mesh is not None:
+        mesh = checked_group("mesh", mesh)
+        if "triangle" not in wanted:
+            raise ValueError(f"parts must have 'triangle' where there is a mesh; got {wanted}")
 
     report = PatchReport({}, {}, {}, {})
     settings = {"memory": memory, "recompute": recompute}
@@ -215,7 +221,7 @@ def patch(
                 report.left[name] = str(error)
                 continue
             run = functools.partial(part.run, family, settings)
-            if mesh is not None:
+            if mesh is not None and part_name != "transition":  # whose pairs are each alone
                 run = functools.partial(_run_on_rows, run, mesh)
             forward = family.bind(run)
             setattr(forward, MARK, True)
@@ -227,6 +233,14 @@ def patch(
             report.parts[name] = "residual"
             reasons = [report.left.get(name), _PASSES_OVER]
             report.left[name] = "; ".join(filter(None, reasons))
+    whole = [name for name, of in report.parts.items() if of == "triangle" and name in report.left]
+    if mesh is not None and whole:
+        report.undo()
+        raise ValueError(
+            "with a mesh every triangle multiplication of the model must be swapped, as its own "
+            "would take a rank's rows for a whole pair tensor; left: "
+            + "; ".join(f"{name} ({report.left[name]})" for name in whole)
+        )
     return report
 
 
