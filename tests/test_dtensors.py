@@ -136,7 +136,9 @@ def test_a_call_is_that_on_the_whole(reports, case):
 
 def test_refusals(reports):
     found = report_of(reports, refusals)
-    others = "ValueError every rank's arguments must fit; rank 1 of 4 refused its own, and raises why"
+    others = (
+        "ValueError every rank's arguments must fit; rank 1 of 4 refused its own, and raises why"
+    )
     of_one = [found[rank].pop("one rank") for rank in range(RANKS)]
     assert of_one.pop(1).startswith("ValueError mask must broadcast to the leading axes of pair")
     assert of_one == [others] * 3

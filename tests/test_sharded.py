@@ -179,6 +179,8 @@ def a_pair_stack(on: Rank):
                 got = stack(part(problem.x), pair_attention_mask=part(problem.mask))
             same_values(got, part(whole))
     with on.kernel.patch(stack, mesh=on.groups[2]):
+        with pytest.raises(ValueError, match="as torch.chunk divides them"):
+            stack(problem.x, pair_attention_mask=problem.mask)  # a whole pair tensor
         part = part_of(on, problem, 2, 1)
         same_values(stack(part(problem.x), pair_attention_mask=part(problem.mask)), part(whole))
     same_values(stack(problem.x, pair_attention_mask=problem.mask), whole)
