@@ -177,6 +177,8 @@ def a_pair_stack(on: Rank):
                 got = stack(part(problem.x), pair_attention_mask=part(problem.mask))
             same_values(got, part(whole))
     with on.kernel.patch(stack, mesh=on.groups[2]):
+        with pytest.raises(ValueError, match="as torch.chunk divides them"):
+            stack(problem.x, pair_attention_mask=problem.mask)  # a whole pair tensor
         part = part_of(on, problem, 2, 1)
         same_values(stack(part(problem.x), pair_attention_mask=part(problem.mask)), part(whole))
     same_values(stack(problem.x, pair_attention_mask=problem.mask), whole)
@@ -505,6 +507,7 @@ class Plan:
     def __init__(self, schedule, monkeypatch, layout, pitch):
         self.batches = {rank: [] for rank in range(layout.ranks)}
         monkeypatch.setattr(schedule.dist, "P2POp", lambda *of: of)
+        monkeypatch.setattr(schedule.dist, "get_global_rank", lambda group, rank: rank)
         shape = layout.hidden, layout.length, pitch
         whole = torch.empty(2, *shape, device="meta")
         for rank in range(layout.ranks):

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_fb54364315"
+_NAMESPACE = "_esmfold2_trimul_kernel_24b2bbf510"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

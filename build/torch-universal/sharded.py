@@ -337,6 +337,7 @@ class _Sharded:
         self, group: dist.ProcessGroup | None, dim: int, length: int, leading: str
     ) -> None:
         group = group.get_group() if hasattr(group, "get_group") else group
+        group = dist.group.WORLD if group is None else group
         self._group, self._dim, self._length, self._leading = group, dim, length, leading
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
@@ -587,7 +588,7 @@ class _Exchange(NamedTuple):
     all rows [.., L, pitch].
     """
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     rank: int
     layout: Layout
 
@@ -630,7 +631,7 @@ class _Exchange(NamedTuple):
                     (dist.isend, distance, to_channels), (dist.irecv, -distance, not to_channels)
                 ):  # fmt: skip
                     peer = (self.rank + step) % layout.ranks
-                    to = peer if self.group is None else dist.get_global_rank(self.group, peer)
+                    to = dist.get_global_rank(self.group, peer)
                     operations += [
                         dist.P2POp(operation, message, to, self.group)
                         for message in messages(peer, by_rows)
@@ -640,7 +641,7 @@ class _Exchange(NamedTuple):
 
 
 def _compare(
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     facts: dict[str, int],
     failure: Exception | None,
     last: bool,
@@ -676,7 +677,7 @@ def _compare(
 
 
 @functools.cache
-def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group, or one of the same ranks, that takes tensors of a CPU: NCCL takes none."""
     if "cpu:" in dist.get_backend_config(group):
         return group
