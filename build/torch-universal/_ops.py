@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_24b2bbf510"
+_NAMESPACE = "_esmfold2_trimul_kernel_294c95bf57"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_24b2bbf510"
+_BUILD_ID = "_esmfold2_trimul_kernel_294c95bf57"
 
 
 def _load_package() -> ModuleType:
