@@ -20,7 +20,7 @@ BOTH = [
     "test_fuzz.py", "test_gradients.py", "test_layers.py", "test_lengths.py", "test_operators.py",
     "test_training_layers.py", "test_trimul_with_residual.py", "tools/conformance",
 ]  # fmt: skip
-ATEN = ["aten_path", "models", "test_budgets.py"]
+ATEN = ["aten_path", "models", "test_budgets.py", "test_sharded.py"]
 INTERPRETED = [
     "test_fused_dual_gemm.py", "test_fused_ln_residual.py", "test_trimul_einsum_triton.py",
     "triton_path",

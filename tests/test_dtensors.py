@@ -104,7 +104,7 @@ def refusals(on: Rank):
     refused("weight", rows, g_out_weight=distribute(torch.ones(8, 8), line, [Shard(0)]))
     refused("drop_mask", rows, drop_mask=torch.ones(6, 8))
     refused("inplace", rows, inplace=True)
-    refused("lean", rows, memory="lean")
+    refused("memory", rows, memory="little")
     for name, explained in (("explain", rows), ("explain inside", x)):
         inside = on.kernel.sharded_pairs(None, length=6) if explained is x else nullcontext()
         with inside, pytest.raises(NotImplementedError) as caught:
@@ -158,11 +158,11 @@ def test_refusals(reports):
         "drop_mask": "ValueError drop_mask must be [B, 1, L, C] where pair is a DTensor; "
         "got (6, 8)",
         "inplace": "ValueError inplace must be False where pair is a DTensor; got True",
-        "lean": "NotImplementedError memory must be 'auto' or 'default' in a sharded call",
-        "explain": "x must be a whole pair tensor, as explain knows nothing of other ranks; got a "
-        "DTensor",
-        "explain inside": "x must be a whole pair tensor, as explain knows nothing of other ranks; "
-        "got a call inside sharded_pairs",
+        "memory": "ValueError memory must be 'auto', 'default' or 'lean'; got 'little'",
+        "explain": "x must be a whole pair tensor: explain the sharded function for a rank's part; "
+        "got a DTensor",
+        "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
+        "rank's part; got a call inside sharded_pairs",
         "gradient": gradient,
         "gradient of a weight": gradient,
     }

@@ -186,7 +186,8 @@ def test_what_the_call_refuses_explain_refuses(kernel):
             kernel.explain(function, p.x)
         assert str(caught.value) == (
             "function must be triangle_multiplicative_update, "
-            "triangle_multiplicative_update_with_residual or swiglu_transition; "
+            "triangle_multiplicative_update_with_residual or swiglu_transition, or a "
+                "sharded one; "
             f"got {function!r}"
         )
     with pytest.raises(ValueError, match=r"x must be \[..., C\] with C of at least 1; got \(\)"):

@@ -61,7 +61,9 @@ def memory_of_no_numbers():
 
 
 def assert_equals_one_process(on: Rank, problem, ranks, dim=1, exact=False, **others):
-    whole = problem.run(on.kernel, **others | {"inplace": False} if "inplace" in others else others)
+    lengths = others.get("lengths")
+    others["lengths"] = None if lengths is None else torch.as_tensor(lengths)
+    whole = problem.run(on.kernel, lengths=others["lengths"])
     with memory_of_no_numbers():
         got = sharded(on, problem, ranks, dim, **others)
     wanted = part_of(on, problem, ranks, dim)(whole)
@@ -97,7 +99,8 @@ def any_lengths_and_widths(on: Rank):
                 dtype=DTYPES[at % 3], mask=(None, "bool", "expanded", "soft", "float")[at],
                 residual=at % 2 == 0, drop_mask=at % 3 == 0, biases=at == 1,
             )  # fmt: skip
-            assert_equals_one_process(on, problem, ranks, dim=1 + (at + ranks) % 2)
+            memory = ("lean", "auto")[(at + ranks) // 2 % 2]
+            assert_equals_one_process(on, problem, ranks, dim=1 + (at + ranks) % 2, memory=memory)
 
 
 def lengths(on: Rank):
@@ -114,7 +117,10 @@ def over_the_residual(on: Rank):
             problem = make_problem(13, 8, batch=2, direction=DIRECTIONS[at % 2], drop_mask=True)
             problem.residual = problem.x if at < 2 else problem.x.flip(1)
             real = None if at == 0 else torch.tensor([13, 7])
-            assert_equals_one_process(on, problem, ranks, dim, inplace=True, lengths=real)
+            memory = ("lean", "default", "lean")[at]
+            assert_equals_one_process(
+                on, problem, ranks, dim, inplace=True, lengths=real, memory=memory
+            )
 
 
 def any_leading_axes(on: Rank):
@@ -192,7 +198,7 @@ def in_the_interpreter(on: Rank):
     with on.on_triton():
         for ranks, dim, direction, batch, real in (
             (2, 1, "outgoing", 1, None),
-            (2, 2, "outgoing", 1, None),
+            (2, 2, "outgoing", 1, [8]),
             (3, 1, "incoming", 2, [9, 5]),
             (3, 2, "incoming", 1, None),
         ):
@@ -201,21 +207,23 @@ def in_the_interpreter(on: Rank):
                     9, 16, batch=batch, dtype=torch.bfloat16, direction=direction,
                     mask="soft", residual=True, drop_mask=True,
                 )  # fmt: skip
-                real = None if real is None else torch.tensor(real)
-                turned = (direction == "incoming") != (dim == 2)
-                assert_equals_one_process(on, problem, ranks, dim, not turned, lengths=real)
+                turned, memory = (direction == "incoming") != (dim == 2), "lean" if real else "auto"
+                assert_equals_one_process(
+                    on, problem, ranks, dim, not turned, lengths=real, memory=memory
+                )
 
 
 def bytes_sent(on: Rank):
-    """By rank and group: bytes sent in a call, and the most messages of a batch."""
+    """By rank and group: bytes and messages sent in two calls, and the most messages of a batch."""
     found = {}
     batch_isend_irecv = dist.batch_isend_irecv
     for ranks in on.groups:
-        sent, most = 0, 0
+        sent, count, most = 0, 0, 0
 
         def counted(operations):
-            nonlocal sent, most
-            sent += sum(of.tensor.nbytes for of in operations if of.op is dist.isend)
+            nonlocal sent, count, most
+            tensors = [of.tensor for of in operations if of.op is dist.isend]
+            sent, count = sent + sum(of.nbytes for of in tensors), count + len(tensors)
             most = max(most, len(operations))
             return batch_isend_irecv(operations)
 
@@ -223,7 +231,13 @@ def bytes_sent(on: Rank):
         for direction in DIRECTIONS:
             sharded(on, make_problem(24, 8, 24, direction=direction), ranks)
         dist.batch_isend_irecv = batch_isend_irecv
-        found[ranks] = sent, most
+        problem = make_problem(24, 8, 24)
+        part = part_of(on, problem, ranks, 1)(problem.x)
+        explanation = on.kernel.explain(
+            on.kernel.sharded_triangle_multiplicative_update, part, group=on.groups[ranks],
+            length=24, memory="lean", **problem.weights,
+        )  # fmt: skip
+        found[ranks] = sent, count, most, str(explanation)
     return found
 
 
@@ -250,6 +264,7 @@ def disagreements(on: Rank):
     }
     calls["dim"] = problem, {"dim": 2 if last else 1}
     calls["precision"] = problem, {"precision": "IEEE" if last else "TF32"}
+    calls["memory"] = problem, {"memory": "lean" if last else "auto"}
     calls["lengths"] = problem, {"lengths": torch.tensor([3]) if last else None}
     longer = make_problem(7, 8, 8) if last else problem
     calls["L"] = longer, {}
@@ -269,21 +284,26 @@ def failures(on: Rank):
     found, problem, schedule = {}, make_problem(6, 8, residual=True), on.kernel.sharded
     allocate = schedule._allocate
 
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("no memory for planes")
+    def exhausted(call, stages, layout, lean):
+        if name == "out of memory" or not lean:
+            raise torch.OutOfMemoryError("no memory for planes")
+        modes.append("lean")
+        return allocate(call, stages, layout, lean)
 
-    for name in ("refused", "out of memory"):
+    modes = []
+    for name in ("refused", "out of memory", "short of memory"):
         wrong = problem
         if on.rank == 1 and name == "refused":
             wrong = dataclasses.replace(problem, residual=problem.residual[..., :7])
-        if on.rank == 1 and name == "out of memory":
+        if on.rank == 1 and name != "refused":
             schedule._allocate = exhausted
         try:
-            sharded(on, wrong, 3)
+            assert_equals_one_process(on, wrong, 3) if wrong is problem else sharded(on, wrong, 3)
         except Exception as error:
             found[name] = type(error).__name__, str(error)
         schedule._allocate = allocate
     sharded(on, problem, 3)
+    assert modes == (["lean"] if on.rank == 1 else [])
     return found
 
 
@@ -293,7 +313,7 @@ def refusals(on: Rank):
         return ABSENT
     problem, found = make_problem(6, 8), {}
     asked = {
-        "lean": {"memory": "lean"},
+        "memory": {"memory": "little"},
         "dim": {"dim": 3},
         "length": {"length": 7},
         "no length": {"length": 6.0},
@@ -377,27 +397,54 @@ def test_the_parts_are_those_of_one_process(reports, case):
 def test_bytes_are_those_of_the_formula(reports):
     """3 (N - 1) / N^2 pair tensors a call; there were two calls, and one rank sends nothing."""
     for report in report_of(reports, bytes_sent).values():
-        for ranks, (sent, most) in report.items():
+        for ranks, (sent, _, most, _) in report.items():
             ranks = int(ranks)
             assert sent == 2 * 3 * (ranks - 1) * (24 * 24 * 24 * 4) // ranks**2
             assert most <= 256
 
 
+def test_explain(reports):
+    """What a rank's call would send is what it sent."""
+    for rank, report in report_of(reports, bytes_sent).items():
+        for ranks, (sent, count, _, page) in report.items():
+            rows = 24 // int(ranks)
+            assert f"outgoing, pair tensor 1x{rows}x24x8 float32 on cpu, D = 24\n" in page
+            assert (
+                f"  note     rank {rank} of {ranks} has residues {rank * rows} to "
+                f"{(rank + 1) * rows} of 24 along axis 1, and multiplies {rows} of 24 channels, in "
+            ) in page
+            assert (
+                f"  note     for each sequence it sends {count // 2:,} messages, "
+                f"{sent / 2 / 2**20:,.1f} MiB"
+            ) in page
+            assert "  memory   lean\n" in page and "  buffer   product: 3.00 such" in page
+
+
+@pytest.mark.parametrize("lean, inplace", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("batch, ranks, rank", [(1, 2, 0), (2, 8, 3), (1, 5, 4), (1, 3, 2)])
-def test_memory(submodule, batch, ranks, rank):
-    """a and b are 2 shares and the output 1; the planes to multiply lie in it where they fit."""
+def test_memory(submodule, batch, ranks, rank, lean, inplace):
+    """a and b are 2 shares, or 1 / 4 in lean mode and then t is 1; the output is 1.
+
+    The planes that are multiplied, 3 / 8, lie in the output where they fit.
+    """
     length, hidden = 64 if ranks != 3 else 4, 64
     layout = submodule("sharded").Layout(ranks, length, hidden)
     rows = layout.rows(rank)
     problem = make_problem(length, hidden, batch=batch)
-    call = as_call(submodule("_call"), problem)._replace(x=problem.x[:, rows].to("meta"))
+    x = problem.x[:, rows].to("meta")
+    call = as_call(submodule("_call"), problem, inplace=inplace)._replace(x=x, residual=x)
     stages = SimpleNamespace(slots=3, pitch=length)
-    planes, slots, out = submodule("sharded")._allocate(call, stages, layout)
+    planes, product, slots, out = submodule("sharded")._allocate(call, stages, layout, lean)
     of_rows = length * (rows.stop - rows.start) * hidden
-    assert (planes.numel(), out.shape) == (2 * of_rows, call.x.shape)
-    assert slots.shape == (3, layout.size, length, length)
-    fits = slots.untyped_storage()._cdata == out.untyped_storage()._cdata
-    assert fits == (slots.numel() <= of_rows)
+    assert slots.shape == (3, layout.size, length, length) and out.shape == x.shape
+    assert product.numel() == of_rows
+    if lean:
+        assert planes.numel() <= of_rows * 2 * ranks * layout.size / hidden
+    else:
+        assert planes.numel() == 2 * of_rows
+    fits = not inplace and slots.numel() <= of_rows
+    memories = {tensor.untyped_storage()._cdata for tensor in (planes, product, slots, out)}
+    assert len(memories) == 4 - fits - (not lean) and (not inplace or out is x)
     if fits:  # in the sequence that is written last
         assert slots.storage_offset() == (batch - 1) * of_rows
 
@@ -405,7 +452,7 @@ def test_memory(submodule, batch, ranks, rank):
 def test_ranks_that_disagree_raise_the_same_error(reports):
     found = report_of(reports, disagreements)
     assert found[0] == found[1] == found[2]
-    assert found[0].keys() == {*DISAGREEMENTS, "dim", "precision", "lengths", "L"}
+    assert found[0].keys() == {*DISAGREEMENTS, "dim", "precision", "memory", "lengths", "L"}
     for name, message in found[0].items():
         assert message.startswith(f"all ranks must have the same {name}; got "), message
         assert message.endswith(" on rank 2")
@@ -422,6 +469,7 @@ def test_a_failure_on_one_rank_is_known_to_all(reports):
         "every rank's arguments must fit; rank 1 of 3 refused its own, and raises why",
     ]
     assert found[1]["refused"][1].startswith("residual must have the shape of pair_local")
+    assert found[0].keys() == {"refused", "out of memory"}  # a lean call went well
     assert found[0]["out of memory"] == ["OutOfMemoryError", "rank 1 of 3 is out of memory"]
     assert found[1]["out of memory"] == ["OutOfMemoryError", "no memory for planes"]
 
@@ -429,8 +477,7 @@ def test_a_failure_on_one_rank_is_known_to_all(reports):
 def test_refusals(reports):
     found = report_of(reports, refusals)
     wanted = {
-        "lean": "NotImplementedError memory must be 'auto' or 'default' in a sharded call, which "
-        "has no lean mode; got 'lean'",
+        "memory": "ValueError memory must be 'auto', 'default' or 'lean'; got 'little'",
         "dim": "ValueError dim must be 1 or 2, an axis of residues; got 3",
         "length": "ValueError pair_local must be [B, 3, 7, C] with C of at least 1, residues 4 to "
         "7 of L = 7 along dim 1, as torch.chunk divides them; got (1, 3, 6, 8)",
@@ -468,10 +515,10 @@ class Plan:
             planes = whole[:, :, layout.rows(rank)]
             exchange = schedule._Exchange(None, rank, layout)
             for group in range(layout.groups):
-                channels = layout.channels(rank, group)
+                channels, of_group = layout.channels(rank, group), planes[:, layout.group(group)]
                 slots = torch.empty(2, channels.stop - channels.start, *shape[1:], device="meta")
-                exchange.to_channels(group, [*zip(planes, slots, strict=True)])
-                exchange.to_rows(group, [(planes[0], slots[0])])
+                exchange.to_channels(group, [*zip(of_group, slots, strict=True)])
+                exchange.to_rows(group, [(of_group[0], slots[0])])
 
 
 @pytest.mark.parametrize(
@@ -482,37 +529,23 @@ def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
     """Bytes are the formula's, and each message is posted in the same batch on both its ends."""
     schedule = submodule("sharded")
     layout = schedule.Layout(ranks, length, hidden)
-    if ranks > 64:  # its messages alone would take a minute to write down
-        sent = {
-            rank: sum(
-                2 * (layout.rows(rank).stop - layout.rows(rank).start) * count(layout, peer)
-                + (layout.rows(peer).stop - layout.rows(peer).start) * count(layout, rank)
-                for peer in range(ranks)
-                if peer != rank
-            )
-            for rank in range(ranks)
-        }
-        batches = {}
-    else:
+    sent = {rank: layout.sent(rank)[1] for rank in range(ranks)}
+    batches = {}
+    if ranks <= 64:  # the messages of more would take a minute to write down
         batches = Plan(schedule, monkeypatch, layout, length).batches
-        sent = {
-            rank: sum(
-                message.numel() // length
-                for operations in mine
-                for operation, message, _, _ in operations
-                if operation is dist.isend
-            )
-            for rank, mine in batches.items()
-        }
+        for rank, mine in batches.items():
+            messages = [of[1] for operations in mine for of in operations if of[0] is dist.isend]
+            rows = sum(message.numel() for message in messages) // length
+            assert layout.sent(rank) == (len(messages), rows)
     rows = [i for rank in range(ranks) for i in range(length)[layout.rows(rank)]]
     assert rows == list(range(length))
-    assert sum(count(layout, rank) for rank in range(ranks)) == hidden
+    assert sum(layout.channel_count(rank) for rank in range(ranks)) == hidden
     if length % ranks == hidden % ranks == 0:
         assert set(sent.values()) == {3 * (ranks - 1) * length * hidden // ranks**2}
     else:
         total = sum(sent.values())
         own = sum(
-            (layout.rows(rank).stop - layout.rows(rank).start) * count(layout, rank)
+            (layout.rows(rank).stop - layout.rows(rank).start) * layout.channel_count(rank)
             for rank in range(ranks)
         )
         assert total == 3 * (length * hidden - own)
@@ -527,12 +560,6 @@ def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
                     )
                 )  # fmt: skip
                 assert out == back
-
-
-def count(layout, rank) -> int:
-    """The channels of a rank."""
-    of_groups = [layout.channels(rank, group) for group in range(layout.groups)]
-    return sum(channels.stop - channels.start for channels in of_groups)
 
 
 def test_a_group_of_nccl_has_one_for_numbers_beside_it(submodule, monkeypatch):

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from ._call import Call, Transition, TransitionWeights, Weights
 from .paths import execution_path, module_for
-from .sharded import division
+from .sharded import SHARDED, division, plan_of
 from .swiglu_transition import swiglu_transition, transition_call
 from .trimul_with_residual import (
     call_of_any_rank,
@@ -83,7 +83,8 @@ def explain(
         print(explain(triangle_multiplicative_update, pair, mask=mask, **weights))
 
     Args:
-        function: any of the three public functions.
+        function: any of the three public functions, or a sharded one, for which buffers and
+            messages of this rank are told, and no launches.
         arguments, named: those of the call; they are checked as the call would check them, which
             copies an x or residual whose leading dimensions can't be merged, and draws absent
             projections.
@@ -99,7 +100,10 @@ def explain(
         NotImplementedError: a DTensor, or a call inside `sharded_pairs`.
         ValueError, TypeError, NotImplementedError: as the call would raise them.
     """
-    given, call = _call_of(function, arguments, named)
+    if function in SHARDED:
+        given, (call, plan) = [], plan_of(_by_name(function, arguments, named))
+    else:
+        (given, call), plan = _call_of(function, arguments, named), None
     x, words = call.x, _in_words(call)
     nothing = dict(memory=None, precision=None, stages={}, buffers={}, kept=0.0)
     if x.numel() == 0:
@@ -114,7 +118,8 @@ def explain(
     if transformed:
         note = "vmap runs one call for each entry: explain one of them for its launches and memory"
         return Explanation(words, path.name, path.reason, notes=(note,), **nothing)
-    plan = module_for(call, path.name).plan(call)
+    if plan is None:
+        plan = module_for(call, path.name).plan(call)
     found = Explanation(
         call=words,
         path=path.name,
@@ -155,8 +160,8 @@ def _with_residual(values: dict) -> tuple[list[Tensor], Call]:
 def _refuse_parts(name: str, pair: Tensor) -> None:
     if is_dtensor(pair) or division() is not None:
         raise NotImplementedError(
-            f"{name} must be a whole pair tensor, as explain knows nothing of other ranks; got "
-            + ("a DTensor" if is_dtensor(pair) else "a call inside sharded_pairs")
+            f"{name} must be a whole pair tensor: explain the sharded function for a rank's part; "
+            + ("got a DTensor" if is_dtensor(pair) else "got a call inside sharded_pairs")
         )
 
 
@@ -185,10 +190,17 @@ def _call_of(
     """x, and a residual of any strides, as given, and the checked call."""
     if not callable(function) or function not in _CALLS:
         *names, last = [known.__name__ for known in _CALLS]
-        raise TypeError(f"function must be {', '.join(names)} or {last}; got {function!r}")
+        raise TypeError(
+            f"function must be {', '.join(names)} or {last}, or a sharded one; got {function!r}"
+        )
+    return _CALLS[function](_by_name(function, arguments, named))
+
+
+def _by_name(function: Callable[..., Tensor], arguments: tuple, named: dict) -> dict[str, Any]:
+    """All arguments of a call by name, defaults too."""
     bound = inspect.signature(function).bind(*arguments, **named)
     bound.apply_defaults()
-    return _CALLS[function](bound.arguments)
+    return bound.arguments
 
 
 def _in_words(call: Call | Transition) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_26feef1baf"
+_NAMESPACE = "_esmfold2_trimul_kernel_8936c607a1"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

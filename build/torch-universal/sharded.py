@@ -15,9 +15,14 @@ of x, so a message is the rows of one channel for one rank: contiguous at both e
 packed copy. Columns are rows of the transposed x, for which t is the other direction's product of
 b and a.
 
-Memory beyond the arguments, in a rank's share of the pair tensor where C = D, for each sequence: a
-and b, 2, and the output, 1. The planes [G, L, pitch] of a group, 3 / 8, lie in the output's memory
-where they fit, unless that is the residual.
+Memory beyond the arguments, in a rank's share of one pair tensor where C = D, if a rank has eight
+channels or more (with fewer there are fewer groups):
+
+    default   a and b, 2; the planes [G, L, pitch] of a group, 3/8; the output
+    lean      t, 1; a and b of a group, 1/4; the planes [G, L, pitch], 3/8; the output
+
+Sequences share all but the output. The planes of a group lie in the output's memory where they fit,
+unless that is the residual. In lean mode stage 1 runs once for each group and reads x each time.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
@@ -25,6 +30,7 @@ from __future__ import annotations  # builds of torch without ProcessGroup impor
 import contextlib
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -34,10 +40,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._call import Call, Weights
-from .paths import execution_path, path_of
+from ._plan import Plan
+from .paths import execution_path, path_of, say_once
 from .validation import (
     COMPUTE_DTYPES,
     DIRECTIONS,
+    MEMORY_MODES,
     broadcast_leading,
     broadcast_lengths,
     broadcast_mask,
@@ -59,12 +67,15 @@ _MOST_MESSAGES = 256
 # What the ranks must agree on, lest they wait for each other or compute nonsense; and the words of
 # what is no number.
 _FACTS = (
-    "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "path", "lengths",
+    "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory", "inplace", "path",
+    "lengths",
 )  # fmt: skip
 _WORDS = {
     "dtype": COMPUTE_DTYPES,
     "direction": DIRECTIONS,
     "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16"),
+    "memory": MEMORY_MODES,
+    "inplace": (False, True),
     "path": ("aten", "triton"),
     "lengths": (False, True),
 }
@@ -113,7 +124,8 @@ def sharded_triangle_multiplicative_update_with_residual(
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
             absent or 1.
-        memory: "default" or "auto", which are the same here.
+        memory: as there: "default", or "lean", which takes less and longer. "auto" is "default", or
+            "lean" on all ranks if an allocation of the default mode fails on any.
         inplace: write the result over residual_local, as there.
 
     The other arguments are those of `triangle_multiplicative_update_with_residual`.
@@ -125,7 +137,7 @@ def sharded_triangle_multiplicative_update_with_residual(
         ValueError: an argument that doesn't fit. If the ranks disagree on a shape, dtype or option,
             all of them raise the same error; if one refuses its arguments, the others name it.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
-        NotImplementedError: L above 46,336, memory="lean", or a gradient that is needed.
+        NotImplementedError: L above 46,336, or a gradient that is needed.
         torch.OutOfMemoryError: too little memory on one rank, which all others name.
     """
     weights = Weights(
@@ -239,6 +251,9 @@ _TWINS = {
 }
 
 
+SHARDED = tuple(_TWINS.values())
+
+
 def run_divided(
     name: str, arguments: dict[str, Any], group: dist.ProcessGroup | None, dim: int, length: int
 ) -> Tensor:
@@ -265,25 +280,46 @@ class Layout(NamedTuple):
         size = -(-self.length // self.ranks)
         return slice(min(rank * size, self.length), min((rank + 1) * size, self.length))
 
+    def group(self, index: int) -> slice:
+        """The channels that are exchanged at once, all ranks' together."""
+        width = self.ranks * self.size
+        return slice(index * width, min((index + 1) * width, self.hidden))
+
     def channels(self, rank: int, group: int) -> slice:
-        """The channels of a rank that are exchanged in a group; there may be none."""
-        first, end = (share * self.hidden // self.ranks for share in (rank, rank + 1))
-        start = min(first + group * self.size, end)
-        return slice(start, min(start + self.size, end))
+        """Those of a group that a rank multiplies, counted from the group's first; maybe none."""
+        channels = self.group(group)
+        count = channels.stop - channels.start
+        return slice(rank * count // self.ranks, (rank + 1) * count // self.ranks)
 
     @property
     def size(self) -> int:
         """The most channels of a rank in a group."""
+        most = -(-self.hidden // self.ranks)
         # a and b of them are sent to, and received from, at least one rank at once.
-        return min(-(-self._most_channels // _GROUPS), _MOST_MESSAGES // 4)
+        return min(-(-most // _GROUPS), _MOST_MESSAGES // 4)
 
     @property
     def groups(self) -> int:
-        return -(-self._most_channels // self.size)
+        return -(-self.hidden // (self.ranks * self.size))
 
-    @property
-    def _most_channels(self) -> int:
-        return -(-self.hidden // self.ranks)
+    def channel_count(self, rank: int) -> int:
+        """All channels that a rank multiplies."""
+        of_groups = [self.channels(rank, group) for group in range(self.groups)]
+        return sum([channels.stop - channels.start for channels in of_groups])
+
+    def sent(self, rank: int) -> tuple[int, int]:
+        """What a rank sends for a sequence: messages, and the rows of planes in them."""
+        own_rows, own_channels = self.rows(rank), self.channel_count(rank)
+        messages = rows = 0
+        for peer in range(self.ranks):
+            if peer != rank:
+                of_peer = self.rows(peer)
+                for planes, part in (
+                    (2 * self.channel_count(peer), own_rows), (own_channels, of_peer)
+                ):  # fmt: skip
+                    messages += planes * (part.stop > part.start)
+                    rows += planes * (part.stop - part.start)
+        return messages, rows
 
 
 @torch._disable_dynamo  # messages are not traced: a compiled caller's graph breaks here
@@ -312,7 +348,7 @@ class _Sharded:
         Memory is allocated and stage 1 done before the ranks compare what they are about to do:
         whatever fails on a rank until then is known to all, and none waits for its messages.
         """
-        failure, facts = None, {}
+        failure, facts, modes = None, {}, ("default",)
         with contextlib.ExitStack() as stack:
             try:
                 call, shape = self._checked(pair, *arguments)
@@ -321,20 +357,61 @@ class _Sharded:
                 layout = Layout(self._ranks, self._length, call.hidden)
                 first_row = layout.rows(self._rank).start
                 stages = stack.enter_context(path_of(call).stages(call, first_row))
-                planes, slots, out = _allocate(call, stages, layout)
-                if out.numel():
-                    stages.project(0, planes)
+                modes = ("default", "lean") if call.memory == "auto" else (call.memory,)
             except Exception as error:
                 failure = error
-            _compare(self._group, facts, failure)
+            for mode in modes:
+                try:
+                    if failure is None:
+                        buffers = _allocate(call, stages, layout, mode == "lean")
+                        if buffers.out.numel():
+                            _project(stages, layout, buffers, 0, 0)
+                except Exception as error:
+                    failure = error
+                if _compare(self._group, facts, failure, last=mode == modes[-1]):
+                    break
+                failure = buffers = None
+                say_once("runs in lean mode: an allocation of the default mode failed")
             exchange = _Exchange(self._group, self._rank, layout)
             if self._length:
-                _run_stages(stages, exchange, planes, slots, out, self._dim == 2)
-        del planes, slots  # before the copy
+                _run_stages(stages, exchange, buffers, self._dim == 2)
+        out = buffers.out
+        del buffers  # before the copy
         if self._dim == 2:
             out = out.transpose(1, 2)
             out = out.contiguous() if over is None else over.copy_(out)
         return out if out.shape == shape else out.view(shape)
+
+    def plan(self, call: Call) -> Plan:
+        """The buffers of a call on rows, and what the rank sends."""
+        layout, rank = Layout(self._ranks, self._length, call.hidden), self._rank
+        rows = layout.rows(rank)
+        with path_of(call).stages(call, rows.start) as stages:
+            pitch, lean = stages.pitch, call.memory == "lean"
+            x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
+            made = _allocate(call._replace(x=x, residual=x), stages, layout, lean)
+        named = {"a and b": made.planes, "product": made.product, "output": made.out}
+        named["planes of a group, of all rows"] = made.slots
+        known, buffers = {x.untyped_storage()._cdata}, {}
+        for name, tensor in named.items():
+            memory = tensor.untyped_storage()
+            if memory._cdata not in known:
+                known.add(memory._cdata)
+                buffers[name] = memory.nbytes()
+        if stages.moments:
+            buffers["moments"] = 8 * (rows.stop - rows.start) * pitch
+        messages, sent = layout.sent(rank)
+        notes = [
+            f"rank {rank} of {self._ranks} has residues {rows.start} to {rows.stop} of "
+            f"{self._length} along axis {self._dim}, and multiplies {layout.channel_count(rank)} "
+            f"of {call.hidden} channels, in {layout.groups} groups",
+            f"for each sequence it sends {messages:,} messages, "
+            f"{sent * pitch * x.element_size() / 2**20:,.1f} MiB",
+        ]
+        if call.memory == "auto":
+            notes.append("all ranks go lean where an allocation of this mode fails on one")
+        mode = "lean" if lean else "default"
+        return Plan(mode, None, [], buffers, sum(buffers.values()), 0, notes)
 
     def _checked(
         self,
@@ -385,11 +462,6 @@ class _Sharded:
         if inplace is not False:
             others = {"mask": mask, "drop_mask": drop_mask, "lengths": lengths}
             check_inplace(inplace, name, pair, residual, {**others, **weights._asdict()})
-        if memory == "lean":
-            raise NotImplementedError(
-                "memory must be 'auto' or 'default' in a sharded call, which has no lean mode; "
-                "got 'lean'"
-            )
         if call.needs_grad:
             raise NotImplementedError(
                 "a sharded call has no backward: call it under torch.no_grad() or "
@@ -403,7 +475,8 @@ class _Sharded:
         facts = {
             "B": call.x.shape[0], "L": self._length, "C": call.x.shape[3], "D": call.hidden,
             "dim": self._dim, "dtype": call.x.dtype, "direction": call.direction,
-            "precision": call.precision, "path": path, "lengths": call.lengths is not None,
+            "precision": call.precision, "memory": call.memory, "inplace": call.inplace,
+            "path": path, "lengths": call.lengths is not None,
         }  # fmt: skip
         return {
             name: _WORDS[name].index(value) if name in _WORDS else value
@@ -424,47 +497,94 @@ class _Sharded:
         )
 
 
-def _run_stages(
-    stages: Any, exchange: _Exchange, planes: Tensor, slots: Tensor, out: Tensor, by_columns: bool
-) -> None:
-    """All stages but the first one of the first sequence."""
-    layout = exchange.layout
-    a, b = planes
-    # By columns, t is that of the transposed x: the other direction's product of b and a.
-    left, right = (b, a) if by_columns else (a, b)
-    for index in range(len(out)):
-        if index and out.numel():
-            stages.project(index, planes)
-        for group in range(layout.groups):
-            channels = layout.channels(exchange.rank, group)
-            mine = slots[:, : channels.stop - channels.start]
-            exchange.to_channels(group, [(left, mine[0]), (right, mine[1])])
-            product = stages.multiply(index, *mine) if mine.numel() else mine[0]
-            exchange.to_rows(group, [(a, product)])
-        if out.numel():
-            stages.emit(index, a, out[index])
+def plan_of(arguments: dict[str, Any]) -> tuple[Call, Plan]:
+    """A rank's part of a sharded function's call, and its buffers and messages; nothing runs.
+
+    Args:
+        arguments: all of the function's, by name.
+    """
+    given = {**arguments}
+    weights = Weights(**{name: given.pop(name, None) for name in Weights._fields})
+    leading = "B" if "residual_local" in given else "..."
+    of_rank = _Sharded(given["group"], given["dim"], given["length"], leading)
+    eps_out = given.get("eps_out")
+    call, _ = of_rank._checked(
+        given["pair_local"], given["direction"], given.get("residual_local"),
+        given.get("drop_mask"), weights, given["mask"], given["eps"],
+        given["eps"] if eps_out is None else eps_out, given["precision"], given["memory"],
+        given.get("inplace", False), given["lengths"],
+    )  # fmt: skip
+    return call, of_rank.plan(of_rank._by_rows(call))
 
 
-def _allocate(call: Call, stages: Any, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """All large memory of a call.
+class _Buffers(NamedTuple):
+    """All large memory of a call."""
 
-    These are the planes [2, D, R, pitch] of a and b, those [slots, G, L, pitch] that stage 2 works
-    on, and the output [B, R, L, C], whose last sequence is written when no other plane is needed.
+    planes: Tensor  # of a and b of my rows: [2, D, R, pitch], or in lean mode of one group
+    product: Tensor  # [D, R, pitch] of my rows
+    slots: Tensor  # [2 or 3, G, L, pitch], the planes that stage 2 works on
+    out: Tensor  # [B, R, L, C]
+
+    @property
+    def lean(self) -> bool:
+        return self.planes.shape[1] < len(self.product)
+
+
+def _allocate(call: Call, stages: Any, layout: Layout, lean: bool) -> _Buffers:
+    """The buffers of a call. By default t is received over a, whose planes have been sent.
+
+    Where they fit, the slots lie in the last sequence of the output, which is written last.
     """
     x = call.x
-    planes = x.new_empty(2, call.hidden, x.shape[1], stages.pitch)
+    group = layout.group(0)
+    channels = group.stop - group.start if lean else call.hidden
+    planes = x.new_empty(2, channels, x.shape[1], stages.pitch)
+    product = planes[0]
+    if channels < call.hidden:
+        product = x.new_empty(call.hidden, x.shape[1], stages.pitch)
     out = call.residual if call.inplace else x.new_empty(x.shape)
     shape = (stages.slots, layout.size, layout.length, stages.pitch)
     memory, count = out[-1:].view(-1), math.prod(shape)
     if call.inplace or memory.numel() < count or memory.data_ptr() % 16:
         memory = x.new_empty(count)
-    return planes, memory[:count].view(shape), out
+    return _Buffers(planes, product, memory[:count].view(shape), out)
+
+
+def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: int) -> None:
+    """Stage 1 of all channels before the first group of a sequence, or in lean mode of each."""
+    if buffers.lean:
+        channels = layout.group(group)
+        planes = buffers.planes[:, : channels.stop - channels.start]
+        stages.project(index, planes, channels)
+    elif group == 0:
+        stages.project(index, buffers.planes)
+
+
+def _run_stages(
+    stages: Any, exchange: _Exchange, buffers: _Buffers, by_columns: bool
+) -> None:
+    """All stages but the first `_project`."""
+    layout, (planes, product, slots, out) = exchange.layout, buffers
+    for index, group in itertools.product(range(len(out)), range(layout.groups)):
+        if (index or group) and out.numel():
+            _project(stages, layout, buffers, index, group)
+        channels, mine = layout.group(group), layout.channels(exchange.rank, group)
+        a, b = planes[:, : channels.stop - channels.start] if buffers.lean else planes[:, channels]
+        own = slots[:, : mine.stop - mine.start]
+        # By columns, t is that of the transposed x: the other direction's product of b and a.
+        left, right = (b, a) if by_columns else (a, b)
+        exchange.to_channels(group, [(left, own[0]), (right, own[1])])
+        made = stages.multiply(index, *own) if own.numel() else own[0]
+        exchange.to_rows(group, [(product[channels], made)])
+        if group == layout.groups - 1 and out.numel():
+            stages.emit(index, product, out[index])
 
 
 class _Exchange(NamedTuple):
     """Messages among the ranks of `group`, of which this one is `rank`.
 
-    Each pair of planes is [D, R, pitch] of my rows and [G, L, pitch] of my channels of one group.
+    Each pair of planes is of one group: all its channels for my rows [.., R, pitch], and my own for
+    all rows [.., L, pitch].
     """
 
     group: dist.ProcessGroup | None
@@ -476,7 +596,7 @@ class _Exchange(NamedTuple):
         self._exchange(group, pairs, to_channels=True)
 
     def to_rows(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the group's channels of the planes of my rows."""
+        """Fills the planes of my rows."""
         self._exchange(group, pairs, to_channels=False)
 
     def _exchange(
@@ -520,9 +640,12 @@ class _Exchange(NamedTuple):
 
 
 def _compare(
-    group: dist.ProcessGroup | None, facts: dict[str, int], failure: Exception | None
-) -> None:
-    """Raises on every rank if any has failed, or if the ranks disagree.
+    group: dist.ProcessGroup | None,
+    facts: dict[str, int],
+    failure: Exception | None,
+    last: bool,
+) -> bool:
+    """Whether all ranks are ready; not `last`, they may be out of memory, which another mode helps.
 
     Raises:
         Exception: this rank's own `failure`.
@@ -532,11 +655,9 @@ def _compare(
     mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]])
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(of_all, mine, _cpu_group(group))
-    if failure is not None:
-        raise failure
     states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
-    if 2 in states:
-        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
+    if failure is not None and (state == 1 or last):
+        raise failure
     if 1 in states:
         raise ValueError(
             f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
@@ -549,6 +670,9 @@ def _compare(
                 f"all ranks must have the same {name}; got "
                 + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(got))
             )
+    if 2 in states and last:
+        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
+    return 2 not in states
 
 
 @functools.cache

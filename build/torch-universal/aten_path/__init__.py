@@ -71,6 +71,7 @@ class Rows(Stages):
     """The stages of some rows. Lengths act as a mask."""
 
     slots = 2  # planes that stage 2 works on: a, which becomes the product, and b
+    moments = False  # none are kept
 
     def __init__(self, call: Call, first_row: int) -> None:
         masked, self._within = _masked(call, first_row)

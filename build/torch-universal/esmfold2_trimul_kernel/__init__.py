@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_26feef1baf"
+_BUILD_ID = "_esmfold2_trimul_kernel_8936c607a1"
 
 
 def _load_package() -> ModuleType:

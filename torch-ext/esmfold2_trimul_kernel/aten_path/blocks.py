@@ -47,6 +47,14 @@ class Parameters(NamedTuple):
     out_weight: Tensor  # [C, D], fp32, times the second norm's weight
     out_bias: Tensor | None  # [C], fp32, plus the second norm's bias, projected
 
+    def of_channels(self, channels: slice) -> "Parameters":
+        """Those that make some channels of a and b."""
+        weight, bias = self.in_weight, self.in_bias
+        return self._replace(
+            in_weight=weight.view(4, -1, weight.shape[1])[:, channels].flatten(0, 1),
+            in_bias=None if bias is None else bias.view(4, -1)[:, channels].flatten(),
+        )
+
 
 def trimul_inference(call: Call) -> Tensor:
     """The output [B, L, L, C]. Calls in this module have no lengths."""
@@ -92,11 +100,15 @@ class Stages:
         self._parameters = prepare(call.weights, self._dtype)
         self._blocks = blocks_of(call.x)
 
-    def project(self, index: int, planes: Sequence[Tensor]) -> None:
-        """Stage 1: the planes [D, R, L] of a and b."""
-        call = self._call
+    def project(
+        self, index: int, planes: Sequence[Tensor], channels: slice | None = None
+    ) -> None:
+        """Stage 1: the planes [D, R, L] of a and b, or those of some channels."""
+        call, parameters = self._call, self._parameters
+        if channels is not None:
+            parameters = parameters.of_channels(channels)
         mask = None if call.mask is None else call.mask[index]
-        write_planes(*planes, call.x[index], mask, self._parameters, self._blocks, call.eps_in)
+        write_planes(*planes, call.x[index], mask, parameters, self._blocks, call.eps_in)
 
     def multiply(self, index: int, a: Tensor, b: Tensor) -> Tensor:
         """Stage 2: t [G, L, L] of whole planes, written over a."""

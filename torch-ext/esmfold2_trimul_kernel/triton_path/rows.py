@@ -28,18 +28,26 @@ class Rows:
     """The stages of a call whose x has R of the L rows, each on one sequence `index`."""
 
     slots = 3  # planes that stage 2 works on: a, b and the product
+    moments = True  # two in fp32 for each pair are kept from stage 1 to stage 3
 
     def __init__(self, call: Call, first_row: int) -> None:
         self._call = for_kernels(call)
         self._first_row = 0 if call.lengths is None else first_row
         self.pitch = padded_pitch(call.x.shape[2])
 
-    def project(self, index: int, planes: Tensor) -> None:
-        """Stage 1: planes [2, D, R, pitch] of a and b; the moments are kept for `emit`."""
+    def project(self, index: int, planes: Tensor, channels: slice | None = None) -> None:
+        """Stage 1: planes [2, D, R, pitch] of a and b, or of some channels, of which the first come
+        first; the moments are kept for the others and for `emit`.
+        """
         call = self._call.of_entry(index)._replace(direction="outgoing")
+        group, moments = None, None
+        if channels is not None:
+            group = channels.start, channels.stop - channels.start
+            moments = self._moments if channels.start else None
         self._moments = fused_dual_gemm_fwd(
-            call, launches_of(call, "rows"), planes[None].unbind(1), first_row=self._first_row
-        )
+            call, launches_of(call, "rows"), planes[None].unbind(1), group, moments,
+            first_row=self._first_row,
+        )  # fmt: skip
 
     def multiply(self, index: int, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
         """Stage 2: the product [G, L, pitch] of whole planes."""
