@@ -70,19 +70,14 @@ def message_rate(megabytes: int, device: torch.device, budget: float) -> float:
     return (ranks - 1) * (megabytes << 20) / spent
 
 
-def rows_of(length: int) -> slice:
-    """This rank's rows, as torch.chunk divides them."""
-    size = -(-length // dist.get_world_size())
-    start = min(dist.get_rank() * size, length)
-    return slice(start, min(start + size, length))
-
-
-def problem_of(case: Case, whole: bool, device: torch.device) -> tuple[Problem, torch.Tensor]:
+def problem_of(
+    case: Case, rows: slice, whole: bool, device: torch.device
+) -> tuple[Problem, torch.Tensor]:
     """The problem and this rank's mask; x is the whole pair tensor, the same on all ranks, or rows.
 
     Rows alone need no memory for the rest.
     """
-    rows, length = rows_of(case.length), case.length
+    length = case.length
     small = Case(case.channels, 1, case.dtype, case.direction, mask="none")
     problem = make_problem(case if whole else small, device)
     if not whole:
@@ -96,8 +91,9 @@ def measure(
     kernel: Any, case: Case, whole: bool, device: torch.device, budget: float
 ) -> dict[str, Any]:
     """One row."""
-    problem, mask = problem_of(case, whole, device)
-    ranks, rows = dist.get_world_size(), rows_of(case.length)
+    ranks = dist.get_world_size()
+    rows = kernel.sharded.Layout(ranks, case.length, case.hidden).rows(dist.get_rank())
+    problem, mask = problem_of(case, rows, whole, device)
     x = problem.x[:, rows].contiguous() if whole else problem.x
 
     def sharded() -> torch.Tensor:

@@ -566,15 +566,24 @@ def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
                 assert out == back
 
 
+def alone_in_a_group_of(backends: str, schedule, monkeypatch) -> None:
+    """The one rank of a group with such backends, without processes."""
+    for name, value in {
+        "get_backend_config": lambda _: backends,
+        "get_world_size": lambda _: 1,
+        "get_rank": lambda _: 0,
+        "all_gather": lambda of_all, mine, _: of_all[0].copy_(mine),
+    }.items():
+        monkeypatch.setattr(schedule.dist, name, value, raising=False)
+
+
 @pytest.mark.parametrize(
     "backends, device", [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo", "cpu")]
 )
 def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backends, device):
     """NCCL takes no tensors of a CPU, and the host would wait for a GPU's."""
     schedule, seen = submodule("sharded"), []
-    monkeypatch.setattr(schedule.dist, "get_backend_config", lambda _: backends, raising=False)
-    monkeypatch.setattr(schedule.dist, "get_world_size", lambda _: 1)
-    monkeypatch.setattr(schedule.dist, "all_gather", lambda of_all, mine, _: of_all[0].copy_(mine))
+    alone_in_a_group_of(backends, schedule, monkeypatch)
     original = torch.tensor
 
     def tensor(values, device):
@@ -589,10 +598,7 @@ def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backe
 def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):
     """Its traceback holds the frames: if one held it too, planes would wait for the collector."""
     schedule = submodule("sharded")
-    monkeypatch.setattr(schedule.dist, "get_backend_config", lambda _: "cpu:gloo", raising=False)
-    monkeypatch.setattr(schedule.dist, "get_world_size", lambda _: 1)
-    monkeypatch.setattr(schedule.dist, "get_rank", lambda _: 0)
-    monkeypatch.setattr(schedule.dist, "all_gather", lambda of_all, mine, _: of_all[0].copy_(mine))
+    alone_in_a_group_of("cpu:gloo", schedule, monkeypatch)
     kept = []
     allocate = schedule._allocate
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b84ae0e1a6"
+_NAMESPACE = "_esmfold2_trimul_kernel_8c413e1d00"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

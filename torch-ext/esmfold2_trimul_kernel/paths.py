@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ._call import Call, Transition
 from .validation import COMPUTE_DTYPES
@@ -99,6 +100,11 @@ def module_for(call: Call | Transition, path: str) -> ModuleType:
     """The part of a path, by its name, that takes calls of this kind."""
     module = path_module(path)
     return module.transition if isinstance(call, Transition) else module
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a transform of torch.func is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache

@@ -33,16 +33,15 @@ import itertools
 import math
 import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._call import Call, Weights
 from ._plan import Plan
-from .paths import execution_path, path_of, say_once
+from .paths import execution_path, is_transformed, path_of, say_once
 from .validation import (
     COMPUTE_DTYPES,
     DIRECTIONS,
@@ -507,7 +506,7 @@ class _Sharded:
                 "a sharded call has no backward: call it under torch.no_grad() or "
                 "torch.inference_mode(); got an argument that requires a gradient"
             )
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if is_transformed():
             raise NotImplementedError(
                 "a sharded call has no forward-mode AD and no transforms of torch.func; got one"
             )
@@ -723,10 +722,9 @@ def _compare(
     return 2 not in states
 
 
-def refuse(group: dist.ProcessGroup | None, failure: Exception) -> NoReturn:
+def refuse(group: dist.ProcessGroup | None, failure: Exception) -> None:
     """Raises `failure`, and on the other ranks, which compare, an error that names this one."""
     _compare(group, {}, failure, last=True)
-    raise AssertionError("a failure is raised by the comparison")
 
 
 def _as_integer(name: str, value: Any) -> int:

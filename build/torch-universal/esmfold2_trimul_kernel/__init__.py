@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b84ae0e1a6"
+_BUILD_ID = "_esmfold2_trimul_kernel_8c413e1d00"
 
 
 def _load_package() -> ModuleType:

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from ..paths import is_transformed
 from ..swiglu_transition import swiglu_transition
 from ..trimul_with_residual import (
     triangle_multiplicative_update,
@@ -83,8 +83,7 @@ def may_overwrite() -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
     )
 
 

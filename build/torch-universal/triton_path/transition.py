@@ -132,7 +132,7 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
     shape = call.x.shape
     call = for_kernels(_merged(call._replace(residual=grad_out)))
     call, grad_out = call._replace(residual=None), call.residual
-    # Autocast would choose dtypes for torch.cat and its like.
+    # Autocast would choose dtypes for what torch itself computes.
     with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         launches = launches_of(call, "transition_bwd", needs, grad_out.stride())
         found = _run_backward(call, grad_out, needs, launches)

@@ -233,7 +233,7 @@ def _through_product(step: _Step, seq: _Sequence, planes: Tensor, others: Tensor
     right = torch.empty(count, length, length, dtype=planes.dtype, device=planes.device)
     for first in range(0, hidden, count):
         part = slice(first, first + count)
-        parameters = _part_of(step.parameters, hidden, part)
+        parameters = step.parameters.of_channels(part)
         grad, a = planes[part], others[part]
         b = right[: len(grad)]
         write_planes(a, b, seq.x, seq.mask, parameters, step.blocks, step.eps_in)
@@ -252,13 +252,6 @@ def _multiply_gradients(step: _Step, grad: Tensor, a: Tensor, b: Tensor, dtype) 
         grad[group], a[group] = grad_a, grad_b
 
     for_each(channel_groups(*grad.shape[:2], step.blocks), multiply, step.blocks.threads)
-
-
-def _part_of(p: Parameters, hidden: int, part: slice) -> Parameters:
-    """The parameters that make a and b of some of the D channels."""
-    weight = p.in_weight.view(4, hidden, -1)[:, part].flatten(0, 1)
-    bias = None if p.in_bias is None else p.in_bias.view(4, hidden)[:, part].flatten()
-    return p._replace(in_weight=weight, in_bias=bias)
 
 
 def _through_inputs(

@@ -148,7 +148,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = for_kernels(call)
-    # Autocast would choose dtypes for torch.cat and its like.
+    # Autocast would choose dtypes for what torch itself computes.
     with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
         return run_backward(call, grad_out, product, moments, planes, needs)
 
