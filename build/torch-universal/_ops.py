@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6dc761f1cb"
+_NAMESPACE = "_esmfold2_trimul_kernel_063023f99d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6dc761f1cb"
+_BUILD_ID = "_esmfold2_trimul_kernel_063023f99d"
 
 
 def _load_package() -> ModuleType:

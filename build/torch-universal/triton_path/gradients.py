@@ -375,7 +375,7 @@ class _Sequence(NamedTuple):
                 prepared = self.launches.of(
                     ("input_bwd", count, first_row, *_alignments(x, grad_q, grad_x)),
                     prepare_input_bwd, grads, grad_q, x, x_moments, into, call.precision, None,
-                    first_row,
+                    first_row, call.lengths is not None,
                 )  # fmt: skip
                 input_bwd(
                     grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,
