@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b54a906310"
+_NAMESPACE = "_esmfold2_trimul_kernel_c25212d02c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b54a906310"
+_BUILD_ID = "_esmfold2_trimul_kernel_c25212d02c"
 
 
 def _load_package() -> ModuleType:
