@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_063023f99d"
+_NAMESPACE = "_esmfold2_trimul_kernel_ff24836ddf"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_063023f99d"
+_BUILD_ID = "_esmfold2_trimul_kernel_ff24836ddf"
 
 
 def _load_package() -> ModuleType:
