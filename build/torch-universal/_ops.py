@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8c413e1d00"
+_NAMESPACE = "_esmfold2_trimul_kernel_2b4e54838e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,7 +1,8 @@
 """Variants of stages for Hopper GPUs, written in Triton's Gluon dialect.
 
-    gated_rows      stage 1, and the first stage of the transition
-    ln_residual     stage 3
+    gated_rows           stage 1, and the first stage of the transition
+    gated_rows_backward  stage 1's backward
+    ln_residual          stage 3
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
 the faster one ("kernel": "hopper"). What it doesn't take, and any other GPU, has the stage's own
