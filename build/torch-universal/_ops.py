@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_ff24836ddf"
+_NAMESPACE = "_esmfold2_trimul_kernel_c43ca21f73"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,8 +1,9 @@
 """Variants of stages for Hopper GPUs, written in Triton's Gluon dialect.
 
-    gated_rows      stage 1, and the first stage of the transition
-    ln_residual     stage 3
-    input_backward  stage 1's backward, from dp, dg and dq to dx, and the transition's
+    gated_rows             stage 1, and the first stage of the transition
+    gated_rows_backward    stage 1's backward, from the planes' gradients to dp, dg
+    input_backward         and from there to dx; the transition's too
+    ln_residual            stage 3
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
 the faster one ("kernel": "hopper"). What it doesn't take, and any other GPU, has the stage's own

@@ -99,6 +99,10 @@ class PreparedLaunch:
             *self._with(tensors), grid=(self.programs, 1, 1), **self.constants, **self.options
         )
 
+    def value_of(self, name: str) -> Any:
+        """A run-time parameter that is no tensor."""
+        return self._arguments[name]
+
     def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
         """The run-time arguments, in the kernel's order."""
         named = {**self._arguments, **tensors}  # an unknown name makes it longer

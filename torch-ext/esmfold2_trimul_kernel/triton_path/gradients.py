@@ -44,6 +44,7 @@ from .fused_dual_gemm_backward import (
     Stage1Gradients,
     fused_dual_gemm_bwd,
     prepare_dual_gemm_bwd,
+    rows_of_sums,
 )
 from .fused_ln_residual_backward import (
     Rows,
@@ -87,6 +88,17 @@ class _Wanted(NamedTuple):
     def projections(self) -> bool:
         """Whether dp, dg and dq are wanted: for dz, or for the parameters."""
         return self.x or self.parameters
+
+    @property
+    def of_stage_1(self) -> frozenset[str]:
+        """The outputs of stage 1's backward, by their names in `Stage1Gradients`."""
+        outputs = {
+            "grads": self.projections,
+            "hat_x": self.parameters,
+            "mask": self.mask,
+            "sums": self.parameters,
+        }
+        return frozenset(name for name, wanted in outputs.items() if wanted)
 
 
 @torch.no_grad()
@@ -348,6 +360,7 @@ class _Sequence(NamedTuple):
         )
         memory, chunks = self._chunks(memory, max(1, sum(widths)))
         into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
+        outputs, folded = wanted.of_stage_1, None
         for chunk in chunks:
             x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
@@ -356,15 +369,17 @@ class _Sequence(NamedTuple):
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
-                prepare_dual_gemm_bwd, x, mask, x_moments, grad_h, weights, call.precision, size,
-                None, first_row,
+                prepare_dual_gemm_bwd, call, x, mask, x_moments, grad_h, size, outputs, None,
+                first_row,
             )  # fmt: skip
             grads, hat_x = _row_buffers(memory, count, widths)
             sums = None
             if wanted.parameters:
-                sums = _float32(call.x, prepared.programs, 4 * hidden)
+                sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
-            fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
+            folded = fused_dual_gemm_bwd(
+                call, self.launches, x, mask, x_moments, grad_h, prepared, out, folded
+            )
             if not wanted.projections:
                 continue
             grad_q = self.grad_q[chunk].view(count, channels)
