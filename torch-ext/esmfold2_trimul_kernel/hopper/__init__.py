@@ -2,6 +2,7 @@
 
     gated_rows      stage 1, and the first stage of the transition
     ln_residual     stage 3
+    ln_residual_backward    its backward
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
 the faster one ("kernel": "hopper"). What it doesn't take, and any other GPU, has the stage's own
