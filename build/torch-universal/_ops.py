@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_0f33626867"
+_NAMESPACE = "_esmfold2_trimul_kernel_177071db4a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_0f33626867"
+_BUILD_ID = "_esmfold2_trimul_kernel_177071db4a"
 
 
 def _load_package() -> ModuleType:

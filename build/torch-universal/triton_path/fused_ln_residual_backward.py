@@ -30,9 +30,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import hopper
 from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     block_of,
     descriptor_of,
@@ -300,21 +302,26 @@ class Stage3Gradients(NamedTuple):
     gate: torch.Tensor | None  # dq [R*L, C] in the dtype of x
     rows: torch.Tensor | None  # [5, R*L] in fp32, for `norm_out_bwd`
     drop_mask: torch.Tensor | None  # [R*L, C] in the dtype of x
-    sums: torch.Tensor | None  # [programs, 2, C] in fp32, partial sums of de and dq
+    sums: torch.Tensor | None  # [partial_sums, 2, C] in fp32, of de and dq
 
 
 def fused_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
     emit_means: tuple[torch.Tensor, torch.Tensor | None],
+    launches: Launches,
     prepared: PreparedLaunch,
     out: Stage3Gradients,
 ) -> None:
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
-    is from `prepare_ln_residual_bwd` for tensors like these.
+    is from `prepare_ln_residual_bwd` for tensors like these; `launches` gives other memory.
     """
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("ln_residual_backward")
+        variant.launch(rows, weights, emit_means, launches, prepared, out)
+        return
     emit_scale, emit_shift = emit_means
     prepared.launch(
         t_ptr=rows.t,
@@ -341,25 +348,40 @@ def fused_ln_residual_bwd(
     )
 
 
+def partial_sums(prepared: PreparedLaunch) -> int:
+    """The first extent of the sums that `fused_ln_residual_bwd` writes."""
+    if prepared.variant == "hopper":
+        return prepared.programs * hopper.kernels("ln_residual_backward").SUMS
+    return prepared.programs
+
+
 def prepare_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
-    eps_out: float,
+    eps: tuple[float, float],
     precision: str,
+    outputs: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_bwd`; its `programs` is the first extent of the sums.
+    """The launch of `fused_ln_residual_bwd`.
 
-    The first row is row `first_row` of its sequence.
+    Args:
+        eps: of the norms of x and of t.
+        outputs: the names of `Stage3Gradients` that will be wanted.
+        first_row: the row of its sequence that the rows begin with.
     """
     t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape
     length, channels = x.shape[1:]
     device = device_target(x.device)
+    variants = hopper.variants("ln_residual_backward", "takes", x, rows, outputs)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_ln_residual_bwd", x, width, length)
+        config = setting_of("fused_ln_residual_bwd", x, width, length, 1, variants)
+    if hopper.is_variant(config, variants):
+        variant = hopper.kernels("ln_residual_backward")
+        return variant.prepare(rows, weights, eps, outputs, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, hidden))
@@ -384,7 +406,7 @@ def prepare_ln_residual_bwd(
             "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr",
         ) | {"t_planes": t_planes, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
-            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps_out,
+            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps[1],
             stride_emit=emit.stride(0), stride_gate=gate.stride(0),
             **named_strides("t", "di", t.stride()[:2]),
             **named_strides("x", "ijc", strides(x)),

@@ -51,6 +51,7 @@ from .fused_ln_residual_backward import (
     Stage3Gradients,
     emit_means,
     fused_ln_residual_bwd,
+    partial_sums,
     prepare_emit_means,
     prepare_ln_residual_bwd,
 )
@@ -83,6 +84,15 @@ class _Wanted(NamedTuple):
     def through_product(self) -> bool:
         """Whether one of them comes through the product t."""
         return self.x or self.mask or self.parameters
+
+    @property
+    def of_stage_3(self) -> frozenset[str]:
+        """The outputs of stage 3's backward that are used."""
+        found = {
+            "emit": self.through_product, "gate": self.projections, "rows": self.through_product,
+            "drop_mask": self.drop_mask, "sums": self.parameters,
+        }  # fmt: skip
+        return frozenset([name for name, wanted in found.items() if wanted])
 
     @property
     def projections(self) -> bool:
@@ -286,8 +296,8 @@ class _Sequence(NamedTuple):
             grad_q = self.grad_q[chunk].view(count, channels) if wanted.projections else None
             prepared = self.launches.of(
                 ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, grad_q)),
-                prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision, None,
-                first_row,
+                prepare_ln_residual_bwd, rows, weights, (call.eps_in, call.eps_out),
+                call.precision, wanted.of_stage_3, None, first_row,
             )  # fmt: skip
             emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
             out = Stage3Gradients(
@@ -295,10 +305,10 @@ class _Sequence(NamedTuple):
                 gate=grad_q,
                 rows=_float32(call.x, 5, count) if wanted.through_product else None,
                 drop_mask=drop_rows,
-                sums=_float32(call.x, prepared.programs, 2, channels)
+                sums=_float32(call.x, partial_sums(prepared), 2, channels)
                 if wanted.parameters else None,
             )  # fmt: skip
-            fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
+            fused_ln_residual_bwd(rows, weights, self.emit_means, self.launches, prepared, out)
             if wanted.drop_mask:
                 total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = total if grad_drop is None else grad_drop.add_(total)
