@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_2b4e54838e"
+_NAMESPACE = "_esmfold2_trimul_kernel_f3c271c835"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
