@@ -201,8 +201,8 @@ def reciprocal(x):
 
 @gluon.jit
 def halves(x, HALF: gl.constexpr):
-    """The two halves of x [64, 2N] along N: registers are renamed, no data moves."""
-    left, right = x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+    """The two halves of x [M, 2N] along N: registers are renamed, no data moves."""
+    left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
     left = gl.convert_layout(left, HALF, assert_trivial=True)
     return left, gl.convert_layout(right, HALF, assert_trivial=True)
 

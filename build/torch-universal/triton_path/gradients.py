@@ -51,7 +51,7 @@ from .fused_ln_residual_backward import (
     Stage3Gradients,
     emit_means,
     fused_ln_residual_bwd,
-    gives_dt,
+    partial_sums,
     prepare_emit_means,
     prepare_ln_residual_bwd,
 )
@@ -84,6 +84,15 @@ class _Wanted(NamedTuple):
     def through_product(self) -> bool:
         """Whether one of them comes through the product t."""
         return self.x or self.mask or self.parameters
+
+    @property
+    def of_stage_3(self) -> frozenset[str]:
+        """The outputs of stage 3's backward that are used."""
+        found = {
+            "emit": self.through_product, "gate": self.projections, "rows": self.through_product,
+            "drop_mask": self.drop_mask, "sums": self.parameters,
+        }  # fmt: skip
+        return frozenset([name for name, wanted in found.items() if wanted])
 
     @property
     def projections(self) -> bool:
@@ -287,27 +296,23 @@ class _Sequence(NamedTuple):
             grad_q = self.grad_q[chunk].view(count, channels) if wanted.projections else None
             prepared = self.launches.of(
                 ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, grad_q)),
-                prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision,
-                grad_t[:, chunk], None, first_row,
+                prepare_ln_residual_bwd, rows, weights, (call.eps_in, call.eps_out),
+                call.precision, wanted.of_stage_3, None, first_row,
             )  # fmt: skip
-            at_once = wanted.through_product and gives_dt(prepared)
             emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
             out = Stage3Gradients(
                 emit=emit,
                 gate=grad_q,
-                rows=_float32(call.x, 5, count)
-                if wanted.through_product and not at_once else None,
+                rows=_float32(call.x, 5, count) if wanted.through_product else None,
                 drop_mask=drop_rows,
-                sums=_float32(call.x, prepared.programs, 2, channels)
+                sums=_float32(call.x, partial_sums(prepared), 2, channels)
                 if wanted.parameters else None,
-                t=grad_t[:, chunk] if at_once else None,
-                hat_t=hat_t if at_once else None,
             )  # fmt: skip
-            fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
+            fused_ln_residual_bwd(rows, weights, self.emit_means, self.launches, prepared, out)
             if wanted.drop_mask:
                 total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = total if grad_drop is None else grad_drop.add_(total)
-            if wanted.through_product and not at_once:
+            if wanted.through_product:
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
@@ -395,7 +400,7 @@ class _Sequence(NamedTuple):
                 prepared = self.launches.of(
                     ("input_bwd", count, first_row, *_alignments(x, grad_q, grad_x)),
                     prepare_input_bwd, grads, grad_q, x, x_moments, into, call.precision, None,
-                    first_row,
+                    first_row, call.lengths is not None,
                 )  # fmt: skip
                 input_bwd(
                     grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,
