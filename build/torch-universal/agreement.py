@@ -8,15 +8,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .validation import COMPUTE_DTYPES, DIRECTIONS, MEMORY_MODES
+from ._call import DIFFERENTIABLE
+from .validation import (
+    COMPUTE_DTYPES,
+    DIRECTIONS,
+    MEMORY_MODES,
+    PARAMETER_GRADS,
+    RECOMPUTE_MODES,
+)
 
 # What the ranks must agree on, lest they wait for each other or compute nonsense; and the words of
 # what is no number.
 _FACTS = (
-    "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory", "inplace", "path",
-    "lengths", "eps", "eps_out",
+    "pass", "call", "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory",
+    "inplace", "path", "lengths", "eps", "eps_out", "requires_grad", "recompute",
+    "parameter_grads", "gradients",
 )  # fmt: skip
 _WORDS = {
+    "pass": ("forward", "backward"),
     "dtype": COMPUTE_DTYPES,
     "direction": DIRECTIONS,
     "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16"),
@@ -24,12 +33,15 @@ _WORDS = {
     "inplace": (False, True),
     "path": ("aten", "triton"),
     "lengths": (False, True),
+    "requires_grad": (False, True),
+    "recompute": RECOMPUTE_MODES,
+    "parameter_grads": PARAMETER_GRADS,
 }
 
 
 def compare(
     group: dist.ProcessGroup | None,
-    facts: dict[str, int],
+    facts: dict[str, Any],
     failure: Exception | None,
     last: bool,
 ) -> bool:
@@ -43,7 +55,8 @@ def compare(
     # NCCL takes no tensors of a CPU; where a group has it alone, the host waits for the GPU here.
     kinds = [of.split(":")[0] for of in dist.get_backend_config(group).split(",")]
     device = torch.device("cpu" if "cpu" in kinds else kinds[0])
-    mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]], device=device)
+    numbers = [_as_integer(name, facts[name]) if name in facts else 0 for name in _FACTS]
+    mine = torch.tensor([state, *numbers], device=device)
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(of_all, mine, group)
     states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
@@ -74,14 +87,18 @@ def refuse(group: dist.ProcessGroup | None, failure: Exception) -> None:
     compare(group, {}, failure, last=True)
 
 
-def as_integer(name: str, value: Any) -> int:
-    """One of the `_FACTS` as the ranks compare it; a float by its bits."""
+def _as_integer(name: str, value: Any) -> int:
+    """One of the `_FACTS` as the ranks compare it; a float by its bits, names by theirs."""
     if isinstance(value, float):
         return struct.unpack("q", struct.pack("d", value))[0]
+    if name == "gradients":
+        return sum([1 << at for at, of in enumerate(DIFFERENTIABLE) if of in value])
     return _WORDS[name].index(value) if name in _WORDS else value
 
 
 def _from_integer(name: str, value: int) -> Any:
     if name in ("eps", "eps_out"):
         return struct.unpack("d", struct.pack("q", value))[0]
+    if name == "gradients":
+        return [of for at, of in enumerate(DIFFERENTIABLE) if value >> at & 1]
     return _WORDS[name][value] if name in _WORDS else value

@@ -35,6 +35,11 @@ class Layout(NamedTuple):
         count = channels.stop - channels.start
         return slice(rank * count // self.ranks, (rank + 1) * count // self.ranks)
 
+    def own_channels(self, rank: int, group: int) -> slice:
+        """The same, counted among all channels that the rank multiplies."""
+        of_group = self.channels(rank, group)  # all groups but the last have `size` of each rank
+        return slice(group * self.size, group * self.size + of_group.stop - of_group.start)
+
     @property
     def size(self) -> int:
         """The most channels of a rank in a group."""
@@ -51,15 +56,19 @@ class Layout(NamedTuple):
         of_groups = [self.channels(rank, group) for group in range(self.groups)]
         return sum([channels.stop - channels.start for channels in of_groups])
 
-    def sent(self, rank: int) -> tuple[int, int]:
-        """What a rank sends for a sequence: messages, and the rows of planes in them."""
+    def sent(self, rank: int, to_channels: int = 2, to_rows: int = 1) -> tuple[int, int]:
+        """What a rank sends for a sequence: messages, and the rows of planes in them.
+
+        `to_channels` and `to_rows` are how many pair tensors are exchanged, those of a forward.
+        """
         own_rows, own_channels = self.rows(rank), self.channel_count(rank)
         messages = rows = 0
         for peer in range(self.ranks):
             if peer != rank:
                 of_peer = self.rows(peer)
                 for planes, part in (
-                    (2 * self.channel_count(peer), own_rows), (own_channels, of_peer)
+                    (to_channels * self.channel_count(peer), own_rows),
+                    (to_rows * own_channels, of_peer),
                 ):  # fmt: skip
                     messages += planes * (part.stop > part.start)
                     rows += planes * (part.stop - part.start)
