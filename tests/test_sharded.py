@@ -142,19 +142,19 @@ def any_leading_axes(on: Rank):
 
 
 def in_a_compiled_function(on: Rank):
-    """The graph breaks at the call, so fullgraph=True refuses it."""
+    """In one graph."""
     if 2 not in on.groups:
         return ABSENT
-    problem = make_problem(6, 8, residual=True)
+    for dim, inplace in ((1, False), (2, True)):
+        problem = make_problem(5, 8, residual=True)
 
-    def run(problem):
-        return sharded(on, problem, 2) * 2
+        def run(problem, dim=dim, inplace=inplace):
+            problem = dataclasses.replace(problem, residual=problem.residual * 2)
+            return sharded(on, problem, 2, dim, inplace=inplace) * 2
 
-    wanted = run(problem)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(run, backend="eager", fullgraph=True)(problem)
-    torch._dynamo.reset()
-    same_values(torch.compile(run, backend="eager")(problem), wanted)
+        wanted = run(problem)
+        torch._dynamo.reset()
+        same_values(torch.compile(run, backend="aot_eager", fullgraph=True)(problem), wanted)
 
 
 def a_pair_stack(on: Rank):

@@ -189,10 +189,10 @@ def in_a_context(on: Rank):
     with on.kernel.patch(stack):
         whole = train(problem.x, problem.mask, grad_out)
         part = part_of(on, problem, 2, 2)
-        with on.kernel.sharded_pairs(on.groups[2], length=9, dim=2, parameter_grads="local"):
+        with on.kernel.sharded_pairs(on.groups[2], length=9, dim=2):
             of_columns = train(*map(part, (problem.x, problem.mask, grad_out)), checkpointed=True)
     assert_shares(on, of_columns, whole, part)
-    with on.kernel.patch(stack, mesh=on.groups[2]):
+    with on.kernel.patch(stack, mesh=on.groups[2], parameter_grads="sum"):
         part = part_of(on, problem, 2, 1)
         of_rows = train(*map(part, (problem.x, problem.mask, grad_out)))
     assert_shares(on, of_rows, whole, part, summed="tri_mul")
@@ -205,6 +205,32 @@ def assert_shares(on: Rank, got, whole, part, summed: str | None = None) -> None
         if name != "x" and not (summed and summed in name):
             dist.all_reduce(mine, group=on.groups[2])
         assert (mine - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+@torch.enable_grad()
+def in_a_compiled_function(on: Rank):
+    """In one graph, whose tracers see the ops' own shapes."""
+    if 2 not in on.groups:
+        return ABSENT
+    for dim, recompute in ((1, "none"), (2, "product"), (1, "all")):
+        problem = make_problem(5, 8, mask="soft", residual=True, drop_mask=True)
+        leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+
+        def run(leaves, problem=problem, dim=dim, recompute=recompute):
+            return sharded(on, with_leaves(problem, leaves), 2, dim, recompute=recompute) * 2
+
+        torch._dynamo.reset()
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        grads = [torch.autograd.grad(f(leaves).sum(), leaves.values()) for f in (run, compiled)]
+        assert all(map(torch.equal, *grads))
+        part = part_of(on, problem, 2, dim)(problem.x).detach().requires_grad_()
+        call = as_call(on.kernel._call, problem, recompute=recompute)
+        call = call._replace(x=part, mask=None, residual=None, drop_mask=None)
+        torch.library.opcheck(
+            on.kernel._ops.ops.sharded_trimul_fwd_saving.default,
+            (*call.flat(), on.groups[2].group_name, dim, 5, "sum"),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
 
 
 LONG = 96  # beside so many residues, parameters and a block of positions are small
@@ -359,6 +385,7 @@ EQUAL = [
     of_some,
     in_the_interpreter,
     in_a_context,
+    in_a_compiled_function,
 ]
 CASES = [*EQUAL, bytes_and_memory, disagreements, failures, a_rank_without_a_backward]
 

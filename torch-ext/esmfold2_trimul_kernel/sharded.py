@@ -207,7 +207,7 @@ def sharded_pairs(
     *,
     length: int,
     dim: int = 1,
-    parameter_grads: str = "sum",
+    parameter_grads: str = "local",
 ) -> Iterator[None]:
     """A context in which pair tensors are this rank's part of larger ones, for a whole model.
 
@@ -221,8 +221,9 @@ def sharded_pairs(
             rows = stack(rows, pair_attention_mask=mask_rows)
 
     Args:
-        group, length, dim, parameter_grads: as for
-            `sharded_triangle_multiplicative_update_with_residual`.
+        group, length, dim: as for `sharded_triangle_multiplicative_update_with_residual`.
+        parameter_grads: as there, but "local" by default, like the gradients of the model's other
+            modules on a rank's rows.
     """
     global _division
     check_division(dim, length)
@@ -263,9 +264,10 @@ def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
         TypeError: neither, nor None.
         ValueError: a mesh of more dimensions, or one in whose order the ranks of its group are not.
     """
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
     if not hasattr(group, "get_group"):
-        others = group is None or group == dist.GroupMember.NON_GROUP_MEMBER
-        if not others and not isinstance(group, dist.ProcessGroup):
+        if group != dist.GroupMember.NON_GROUP_MEMBER:
             raise TypeError(
                 f"{name} must be a process group, a DeviceMesh of one dimension, or None; "
                 f"got {group!r}"
@@ -287,7 +289,6 @@ def check_order(name: str, mesh: Any, dim: int) -> None:
         )
 
 
-@torch._disable_dynamo  # messages are not traced: a compiled caller's graph breaks here
 def _run(division: Division, leading: str, *arguments: Any) -> Tensor:
     """The output of a rank's part [B, R, L, C], or with `leading` "..." [..., R, L, C].
 
