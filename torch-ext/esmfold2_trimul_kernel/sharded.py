@@ -41,6 +41,10 @@ from torch import Tensor
 from ._call import Call, Weights
 from ._plan import Plan
 from .agreement import as_integer, compare, refuse
+from .carriers import Carrier
+from .carriers.copies import PeerMemory
+from .carriers.memory import GroupMemory, known_memory_of, memory_of
+from .carriers.messages import Messages
 from .exchange import Exchange, Layout
 from .paths import execution_path, is_transformed, path_of, say_once
 from .validation import (
@@ -308,38 +312,60 @@ class _Sharded:
 
         Planes and output are allocated, and stage 1 of the first sequence is done, before the ranks
         compare what they are about to do: whatever fails on a rank until then is known to all, and
-        none waits for its messages.
+        none waits for its planes. If a call needs more memory that all ranks have mapped than there
+        is, they compare first, and then take it together.
         """
-        failure, facts, modes = None, {}, ("default",)
+        shared = memory_of(self._group)
+        failure, facts, ways = None, {}, [_Way(False, (), 0)]
+
+        def compared(last: bool) -> bool:
+            of_way = {}
+            if facts and shared is not None:
+                of_way = {"exchange_memory": shared.bytes(device), "mapped": way.mapped}
+            return compare(self._group, facts | of_way, failure, last)
+
         with contextlib.ExitStack() as stack:
             try:
                 call, shape = self._checked(pair, *arguments)
-                facts, over = self._facts(call), call.residual if call.inplace else None
-                call = self._by_rows(call)
+                found, over = self._facts(call), call.residual if call.inplace else None
+                call, device = self._by_rows(call), call.x.device
                 layout = Layout(self._ranks, self._length, call.hidden)
                 first_row = layout.rows(self._rank).start
                 stages = stack.enter_context(path_of(call).stages(call, first_row))
-                modes = ("default", "lean") if call.memory == "auto" else (call.memory,)
+                ways, facts = _ways(call, stages, layout, shared), found
             except Exception as error:
                 failure = error
             try:
-                for mode in modes:
+                for way in ways:
+                    if failure is None and way.mapped and shared.bytes(device) < way.mapped:
+                        compared(last=True)
+                        if not shared.grow(way.mapped, device):
+                            continue
                     try:
                         if failure is None:
-                            buffers = _allocate(call, stages, layout, mode == "lean")
+                            buffers = _allocate(call, stages, layout, way)
                             if buffers.out.numel():
                                 _project(stages, layout, buffers, 0, 0)
                     except Exception as error:
                         failure = error
-                    if compare(self._group, facts, failure, last=mode == modes[-1]):
+                    if compared(last=way is ways[-1]):
                         break
                     failure = buffers = None
-                    say_once("runs in lean mode: an allocation of the default mode failed")
+                    if way.mapped:
+                        shared.drop()  # the next way needs less, and all of it elsewhere
             finally:
                 failure = None  # its traceback holds this frame, and so the buffers
-            exchange = Exchange(self._group, self._rank, layout)
+            if way.lean and not ways[0].lean:
+                say_once("runs in lean mode: an allocation of the default mode failed")
             if self._length:
-                _run_stages(stages, exchange, buffers, self._dim == 2)
+                exchange = Exchange(self._group, self._rank, layout)
+                if way.mapped:
+                    carrier = stack.enter_context(
+                        shared.carrier(exchange, way.slots, call.x.dtype)
+                    )
+                else:
+                    carrier = Messages(exchange, buffers.slots)
+                _run_stages(stages, exchange, carrier, buffers, self._dim == 2)
         out = buffers.out
         del buffers  # before the copy
         if self._dim == 2:
@@ -352,11 +378,13 @@ class _Sharded:
         layout, rank = Layout(self._ranks, self._length, call.hidden), self._rank
         rows = layout.rows(rank)
         with path_of(call).stages(call, rows.start) as stages:
-            pitch, lean = stages.pitch, call.memory == "lean"
+            pitch = stages.pitch
+            way = _ways(call, stages, layout, known_memory_of(self._group))[0]
             x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
-            made = _allocate(call._replace(x=x, residual=x), stages, layout, lean)
+            made = _allocate(call._replace(x=x, residual=x), stages, layout, way)
         named = {"a and b": made.planes, "product": made.product, "output": made.out}
-        named["planes of a group, of all rows"] = made.slots
+        if made.slots is not None:
+            named["planes of a group, of all rows"] = made.slots
         known, buffers = {x.untyped_storage()._cdata}, {}
         for name, tensor in named.items():
             memory = tensor.untyped_storage()
@@ -365,17 +393,22 @@ class _Sharded:
                 buffers[name] = memory.nbytes()
         if stages.moments:
             buffers["moments"] = 8 * (rows.stop - rows.start) * pitch
+        if way.mapped:
+            buffers["planes that all ranks map, which are kept"] = way.mapped
         messages, sent = layout.sent(rank)
+        size = f"{sent * pitch * x.element_size() / 2**20:,.1f} MiB"
+        carried = f"copies {size}" if way.mapped else f"sends {messages:,} messages, {size}"
         notes = [
             f"rank {rank} of {self._ranks} has residues {rows.start} to {rows.stop} of "
             f"{self._length} along axis {self._dim}, and multiplies {layout.channel_count(rank)} "
             f"of {call.hidden} channels, in {layout.groups} groups",
-            f"for each sequence it sends {messages:,} messages, "
-            f"{sent * pitch * x.element_size() / 2**20:,.1f} MiB",
+            f"for each sequence it {carried}",
         ]
+        if way.slots[0] == 2:
+            notes.append("a group's planes travel during stage 2 of another")
         if call.memory == "auto":
             notes.append("all ranks go lean where an allocation of this mode fails on one")
-        mode = "lean" if lean else "default"
+        mode = "lean" if way.lean else "default"
         return Plan(mode, None, [], buffers, sum(buffers.values()), 0, notes)
 
     def _checked(
@@ -484,12 +517,43 @@ def plan_of(arguments: dict[str, Any]) -> tuple[Call, Plan]:
     return call, of_rank.plan(of_rank._by_rows(call))
 
 
+class _Way(NamedTuple):
+    """A way to run a call."""
+
+    lean: bool
+    slots: tuple[int, ...]  # [depth, 2 or 3, G, L, pitch], the planes that stage 2 works on
+    mapped: int  # bytes that all ranks map, with these planes; 0 if messages fill them
+
+
+def _ways(
+    call: Call, stages: Any, layout: Layout, shared: GroupMemory | None
+) -> list[_Way]:
+    """The ways to run a call, the best first; the same on all ranks.
+
+    In the default mode two groups are under way at once: with messages if their planes fit in the
+    output, so that they cost no memory.
+    """
+    ways = []
+    planes = stages.slots, layout.size, layout.length, stages.pitch
+    room = 0 if call.inplace else layout.rows(0).stop * math.prod(call.x.shape[2:])
+    for lean in {"auto": (False, True), "default": (False,), "lean": (True,)}[call.memory]:
+        twice = not lean and layout.groups > 1
+        if shared is not None and stages.slots == 3 and call.x.shape[0] and layout.length:
+            slots = 1 + twice, *planes
+            mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
+            if shared.takes(mapped, call.x.device):
+                ways.append(_Way(lean, slots, mapped))
+        fit = twice and 2 * math.prod(planes) <= room
+        ways.append(_Way(lean, (1 + fit, *planes), 0))
+    return ways
+
+
 class _Buffers(NamedTuple):
-    """All large memory of a call."""
+    """All large memory of a call but what all ranks map."""
 
     planes: Tensor  # of a and b of my rows: [2, D, R, pitch], or in lean mode of one group
     product: Tensor  # [D, R, pitch] of my rows
-    slots: Tensor  # [2 or 3, G, L, pitch], the planes that stage 2 works on
+    slots: Tensor | None  # [depth, 2 or 3, G, L, pitch]; None if all ranks map them
     out: Tensor  # [B, R, L, C]
 
     @property
@@ -497,24 +561,25 @@ class _Buffers(NamedTuple):
         return self.planes.shape[1] < len(self.product)
 
 
-def _allocate(call: Call, stages: Any, layout: Layout, lean: bool) -> _Buffers:
+def _allocate(call: Call, stages: Any, layout: Layout, way: _Way) -> _Buffers:
     """The buffers of a call. By default t is received over a, whose planes have been sent.
 
     Where they fit, the slots lie in the last sequence of the output, which is written last.
     """
     x = call.x
     group = layout.group(0)
-    channels = group.stop - group.start if lean else call.hidden
+    channels = group.stop - group.start if way.lean else call.hidden
     planes = x.new_empty(2, channels, x.shape[1], stages.pitch)
     product = planes[0]
     if channels < call.hidden:
         product = x.new_empty(call.hidden, x.shape[1], stages.pitch)
     out = call.residual if call.inplace else x.new_empty(x.shape)
-    shape = (stages.slots, layout.size, layout.length, stages.pitch)
-    memory, count = out[-1:].view(-1), math.prod(shape)
+    if way.mapped:
+        return _Buffers(planes, product, None, out)
+    memory, count = out[-1:].view(-1), math.prod(way.slots)
     if call.inplace or memory.numel() < count or memory.data_ptr() % 16:
         memory = x.new_empty(count)
-    return _Buffers(planes, product, memory[:count].view(shape), out)
+    return _Buffers(planes, product, memory[:count].view(way.slots), out)
 
 
 def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: int) -> None:
@@ -528,20 +593,35 @@ def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: 
 
 
 def _run_stages(
-    stages: Any, exchange: Exchange, buffers: _Buffers, by_columns: bool
+    stages: Any, exchange: Exchange, carrier: Carrier, buffers: _Buffers, by_columns: bool
 ) -> None:
-    """All stages but the first `_project`."""
-    layout, (planes, product, slots, out) = exchange.layout, buffers
-    for index, group in itertools.product(range(len(out)), range(layout.groups)):
-        if (index or group) and out.numel():
+    """All stages but the first `_project`.
+
+    Where two groups may be under way, the next one's a and b travel during stage 2 of a group.
+    """
+    layout, (planes, product, _, out) = exchange.layout, buffers
+    depth, last = len(carrier.slots), layout.groups - 1
+
+    def send(step: int, index: int, group: int) -> None:
+        if step and out.numel():
             _project(stages, layout, buffers, index, group)
-        channels, mine = layout.group(group), layout.channels(exchange.rank, group)
+        channels = layout.group(group)
         a, b = planes[:, : channels.stop - channels.start] if buffers.lean else planes[:, channels]
-        own = slots[:, : mine.stop - mine.start]
         # By columns, t is that of the transposed x: the other direction's product of b and a.
-        left, right = (b, a) if by_columns else (a, b)
-        exchange.to_channels(group, [(left, own[0]), (right, own[1])])
-        made = stages.multiply(index, *own) if own.numel() else own[0]
-        exchange.to_rows(group, [(product[channels], made)])
-        if group == layout.groups - 1 and out.numel():
-            stages.emit(index, product, out[index])
+        carrier.send(step, group, *((b, a) if by_columns else (a, b)))
+
+    groups = itertools.product(range(len(out)), range(layout.groups))
+    for step, (index, group) in enumerate(groups):
+        if group == 0 or depth == 1:
+            send(step, index, group)
+        if group < last and depth == 2:
+            send(step + 1, index, group + 1)
+        carrier.receive(step)
+        own = exchange.own(carrier.slots[step % depth], group)
+        if own.numel():
+            stages.multiply(index, *own)
+        carrier.give_back(step, group, product[layout.group(group)])
+        if group == last:
+            carrier.finish()
+            if out.numel():
+                stages.emit(index, product, out[index])
