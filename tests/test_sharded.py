@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import DTYPES, as_call, make_problem
+from mapped import mapped
 from ranks import RANKS, Rank, report_of, reports_of, same_values
 
 DIRECTIONS = ("outgoing", "incoming")
@@ -217,6 +218,72 @@ def in_the_interpreter(on: Rank):
                 )
 
 
+def by_copies(on: Rank):
+    """As in the interpreter above, but processes write to each other's memory."""
+    calls = (
+        (1, "outgoing", 1, 48, None, "default"),
+        (2, "incoming", 2, 16, None, "auto"),
+        (1, "outgoing", 1, 16, [8], "lean"),
+        (1, "outgoing", 1, 7, None, "default"),
+    )
+    found = {}
+    with on.on_triton(), mapped(on) as seen:
+        for ranks, group in on.groups.items():
+            for dim, direction, batch, hidden, real, memory in calls:
+                problem = make_problem(
+                    9, 16, hidden, batch=batch, dtype=torch.bfloat16, direction=direction,
+                    mask="soft", residual=True, drop_mask=True,
+                )  # fmt: skip
+                assert_equals_one_process(
+                    on, problem, ranks, dim, exact=True, lengths=real, memory=memory,
+                    inplace=hidden == 7,
+                )  # fmt: skip
+            if ranks > 1:
+                problem = make_problem(9, 16, 48, dtype=torch.bfloat16)
+                page = on.kernel.explain(
+                    on.kernel.sharded_triangle_multiplicative_update,
+                    part_of(on, problem, ranks, 1)(problem.x), group=group, length=9,
+                    memory="default", **problem.weights,
+                )  # fmt: skip
+                kept = on.kernel.carriers.memory.known_memory_of(group)
+                found[ranks] = [str(page), page.peak_bytes, kept.bytes(problem.x.device)]
+    assert seen.mapped == len(found) and seen.watched == len(found) * (1 + len(calls))
+    return found
+
+
+def memory_that_some_lack(on: Rank):
+    """Ranks that lack memory, or can't map it, or have freed it alone, and what each one hears."""
+    if 3 not in on.groups:
+        return ABSENT
+    problem, found = make_problem(9, 16, 24, dtype=torch.bfloat16), []
+    larger, memory = make_problem(9, 16, 48, dtype=torch.bfloat16), on.kernel.carriers.memory
+
+    def run(of=problem, **options):
+        assert_equals_one_process(on, of, 3, exact=True, **options)
+        found.append([seen.mapped, len(seen.taken)])
+
+    with on.on_triton(), mapped(on) as seen:
+        run()
+        seen.short = (1,)
+        run(larger)  # by messages: there is no more memory
+        run(larger)  # which isn't tried again
+        run(memory="lean")  # there is none of less either, as the larger took its place
+        seen.short = ()
+        on.kernel.free_exchange_memory()
+        run(larger)
+        if on.rank == 1:
+            on.kernel.free_exchange_memory()
+        with pytest.raises(ValueError) as raised:
+            run(larger)
+        found.append(str(raised.value))
+        on.kernel.free_exchange_memory()
+        seen.lost = (2,)
+        run(larger)  # by messages: it can't be mapped
+        run()  # nor is it tried again
+        assert not memory.known_memory_of(on.groups[3]).possible
+    return found
+
+
 def bytes_sent(on: Rank):
     """By rank and group: bytes and messages sent in two calls, and the most messages of a batch."""
     found = {}
@@ -289,11 +356,11 @@ def failures(on: Rank):
     schedule = on.kernel.sharded_schedule
     allocate = schedule._allocate
 
-    def exhausted(call, stages, exchange, lean, saves):
-        if name == "out of memory" or not lean:
+    def exhausted(call, stages, exchange, way, saves):
+        if name == "out of memory" or not way.lean:
             raise torch.OutOfMemoryError("no memory for planes")
         modes.append("lean")
-        return allocate(call, stages, exchange, lean, saves)
+        return allocate(call, stages, exchange, way, saves)
 
     modes = []
     for name in ("refused", "out of memory", "short of memory"):
@@ -373,11 +440,13 @@ EQUAL = [
     over_the_residual,
     no_residues,
     in_the_interpreter,
+    by_copies,
     in_a_compiled_function,
     a_pair_stack,
 ]
 CASES = [
     *EQUAL,
+    memory_that_some_lack,
     bytes_sent,
     disagreements,
     failures,
@@ -436,12 +505,16 @@ def test_memory(submodule, batch, ranks, rank, lean, inplace):
     problem = make_problem(length, hidden, batch=batch)
     x = problem.x[:, rows].to("meta")
     call = as_call(submodule("_call"), problem, inplace=inplace)._replace(x=x, residual=x)
-    stages = SimpleNamespace(in_place=False, pitch=length)
+    call = call._replace(memory="lean" if lean else "default")
+    stages, schedule = SimpleNamespace(slots=3, pitch=length), submodule("sharded_schedule")
+    (way,) = schedule._ways(call, stages, layout, None)
     exchange = submodule("exchange").Exchange(None, rank, layout)
-    buffers = submodule("sharded_schedule")._allocate(call, stages, exchange, lean)
-    planes, product, slots, _, out = buffers
+    planes, product, slots, _, out = schedule._allocate(call, stages, exchange, way)
     of_rows = length * (rows.stop - rows.start) * hidden
-    assert slots.shape == (3, layout.size, length, length) and out.shape == x.shape
+    planes_of_group = 3, layout.size, length, length
+    room = length * layout.rows(0).stop * hidden
+    twice = not lean and not inplace and 6 * layout.size * length**2 <= room
+    assert slots.shape == (1 + twice, *planes_of_group) and out.shape == x.shape
     assert product[0].numel() == of_rows and product.shape[0] == batch
     if lean:
         assert planes.numel() <= of_rows * 2 * ranks * layout.size / hidden
@@ -452,6 +525,33 @@ def test_memory(submodule, batch, ranks, rank, lean, inplace):
     assert len(memories) == 4 - fits - (not lean) and (not inplace or out is x)
     if fits:  # in the sequence that is written last
         assert slots.storage_offset() == (batch - 1) * of_rows
+
+
+def test_memory_that_all_ranks_map(reports):
+    """In the default mode twice a, b and t of a group, and words; explain counts all of it."""
+    for rank, report in report_of(reports, by_copies).items():
+        for ranks, (page, peak, kept) in report.items():
+            size = -(-48 // int(ranks) // 8)  # channels of a rank in a group
+            assert kept == 256 + 2 * 3 * size * 9 * 16 * 2
+            if rank != 3:  # which has no rows: nothing is told
+                rows = -(-9 // int(ranks))
+                rows = min(rows, 9 - rank * rows)
+                own = rows * (2 * 48 * 16 * 2 + 9 * 16 * 2 + 8 * 16)  # a and b, output, moments
+                assert peak == own + kept
+                assert f"planes that all ranks map, which are kept: {kept / 288 / rows:.2f}" in page
+                assert "a group's planes travel during stage 2 of another" in page
+
+
+def test_without_memory_that_all_can_map_there_are_messages(reports):
+    """What was mapped, and asked for, after each call."""
+    found = report_of(reports, memory_that_some_lack)
+    unequal = "all ranks must have the same exchange_memory; got "
+    for rank in range(3):
+        lost = 2 if rank == 2 else 3
+        *before, refused, last, again = found[rank]
+        assert before == [[1, 1], [1, 2], [1, 2], [1, 3], [2, 4]]
+        assert refused.startswith(unequal) and ", 0 on rank 1, " in refused
+        assert last == again == [lost, 5]
 
 
 def test_ranks_that_disagree_raise_the_same_error(reports):

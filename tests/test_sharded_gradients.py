@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from gradients_of_calls import RECOMPUTE, assert_equal, fresh_leaves, grad_of_output, gradients
 from helpers import DTYPES, as_call, leaves_of, make_problem, with_leaves
+from mapped import mapped
 from peak_bytes import PeakBytes
 from ranks import RANKS, Rank, report_of, reports_of
 from test_sharded import (
@@ -160,6 +161,16 @@ def of_some(on: Rank):
         problem = dataclasses.replace(make_problem(3, 8), x=x)
         got = gradients_of_part(on, problem, 2)
         assert not any([grad.any() for grad in got.values()])
+
+
+def after_copies(on: Rank):
+    """a and b are kept, although they came into memory that later calls use too."""
+    if 2 not in on.groups:
+        return ABSENT
+    problem = make_problem(9, 16, batch=2, mask="soft", residual=True)
+    with on.on_triton(), mapped(on) as seen:
+        assert_gradients(on, problem, 2, dim=2)
+    assert seen.mapped == 1
 
 
 @torch.enable_grad()
@@ -384,6 +395,7 @@ EQUAL = [
     of_padded_batches,
     of_some,
     in_the_interpreter,
+    after_copies,
     in_a_context,
     in_a_compiled_function,
 ]

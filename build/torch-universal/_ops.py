@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_aea73112b9"
+_NAMESPACE = "_esmfold2_trimul_kernel_97d96342bb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,9 +1,10 @@
-"""Which rows and channels the ranks have, and the messages that exchange one for the other."""
+"""Which rows and channels the ranks have, and messages that exchange one for the other."""
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -86,17 +87,23 @@ class Exchange(NamedTuple):
     rank: int
     layout: Layout
 
+    def own(self, slots: Tensor, group: int) -> Tensor:
+        """Those planes [.., G, L, pitch] that this rank's channels of a group have."""
+        mine = self.layout.channels(self.rank, group)
+        return slots[..., : mine.stop - mine.start, :, :]
+
     def to_channels(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Fills the planes of my channels."""
-        self._exchange(group, pairs, to_channels=True)
+        wait(self.begin(group, pairs, to_channels=True))
 
     def to_rows(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Fills the planes of my rows."""
-        self._exchange(group, pairs, to_channels=False)
+        wait(self.begin(group, pairs, to_channels=False))
 
-    def _exchange(
+    def begin(
         self, group: int, pairs: list[tuple[Tensor, Tensor]], to_channels: bool
-    ) -> None:
+    ) -> list[dist.Work]:
+        """Posts the messages that fill the planes of my channels, or of my rows."""
         layout = self.layout
 
         def messages(peer: int, by_rows: bool) -> list[Tensor]:
@@ -117,6 +124,7 @@ class Exchange(NamedTuple):
             received.copy_(sent)
         # Each distance between ranks is in one batch on all of them, so that no two batches wait
         # for each other.
+        works = []
         at_once = max(1, _MOST_MESSAGES // (2 * len(pairs) * layout.size))
         for first in range(1, layout.ranks, at_once):
             operations = []
@@ -130,5 +138,22 @@ class Exchange(NamedTuple):
                         dist.P2POp(operation, message, to, self.group)
                         for message in messages(peer, by_rows)
                     ]
-            for work in dist.batch_isend_irecv(operations) if operations else []:
-                work.wait()
+            works += dist.batch_isend_irecv(operations) if operations else []
+        return works
+
+
+def wait(works: list[dist.Work]) -> None:
+    """Until the messages have gone and come; a GPU's stream waits, not the host."""
+    for work in works:
+        work.wait()
+
+
+def gather(group: dist.ProcessGroup | None, values: list[int]) -> list[list[int]]:
+    """Every rank's values."""
+    # NCCL takes no tensors of a CPU; where a group has it alone, the host waits for the GPU here.
+    kinds = [of.split(":")[0] for of in dist.get_backend_config(group).split(",")]
+    device = torch.device("cpu" if "cpu" in kinds else kinds[0])
+    mine = torch.tensor(values, device=device)
+    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_all, mine, group)
+    return [of_rank.tolist() for of_rank in of_all]

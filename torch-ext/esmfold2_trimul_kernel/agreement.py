@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ._call import DIFFERENTIABLE
+from .carriers.memory import memory_of
+from .exchange import gather
 from .validation import (
     COMPUTE_DTYPES,
     DIRECTIONS,
@@ -22,7 +24,7 @@ from .validation import (
 _FACTS = (
     "pass", "call", "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory",
     "inplace", "path", "lengths", "eps", "eps_out", "requires_grad", "recompute",
-    "parameter_grads", "gradients",
+    "parameter_grads", "gradients", "exchange_memory", "mapped",
 )  # fmt: skip
 _WORDS = {
     "pass": ("forward", "backward"),
@@ -51,15 +53,12 @@ def compare(
         Exception: this rank's own `failure`.
         torch.OutOfMemoryError, ValueError: another rank's, or different facts.
     """
-    state = 0 if failure is None else 2 if isinstance(failure, torch.OutOfMemoryError) else 1
-    # NCCL takes no tensors of a CPU; where a group has it alone, the host waits for the GPU here.
-    kinds = [of.split(":")[0] for of in dist.get_backend_config(group).split(",")]
-    device = torch.device("cpu" if "cpu" in kinds else kinds[0])
+    state = 0
+    if failure is not None:  # out of memory before there are facts, a rank knows no other mode
+        state = 2 if facts and isinstance(failure, torch.OutOfMemoryError) else 1
     numbers = [_as_integer(name, facts[name]) if name in facts else 0 for name in _FACTS]
-    mine = torch.tensor([state, *numbers], device=device)
-    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_all, mine, group)
-    states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
+    of_all = gather(group, [state, *numbers])
+    states, *columns = zip(*of_all, strict=True)
     if failure is not None and (state == 1 or last):
         try:
             raise failure
@@ -84,6 +83,7 @@ def compare(
 
 def refuse(group: dist.ProcessGroup | None, failure: Exception) -> None:
     """Raises `failure`, and on the other ranks, which compare, an error that names this one."""
+    memory_of(group)  # the others begin a call with it
     compare(group, {}, failure, last=True)
 
 

@@ -29,6 +29,10 @@ from torch import Tensor
 from ._call import DIFFERENTIABLE, FLAT, Call, Weights
 from ._plan import Plan, note_on_gradients
 from .agreement import compare
+from .carriers import Carrier
+from .carriers.copies import PeerMemory
+from .carriers.memory import GroupMemory, known_memory_of, memory_of
+from .carriers.messages import Messages
 from .exchange import Exchange, Layout
 from .paths import execution_path, path_of, say_once
 from .validation import DIRECTIONS
@@ -98,37 +102,60 @@ def run_forward(division: Division, call: Call, saves: bool = False) -> tuple[Te
 
     Planes and output are allocated, and stage 1 of the first sequence is done, before the ranks
     compare what they are about to do: whatever fails on a rank until then is known to all, and none
-    waits for its messages.
+    waits for its planes. If a call needs more memory that all ranks have mapped than there is, they
+    compare first, and then take it together.
     """
-    failure, facts, modes = None, {}, ("default",)
-    over = call.residual if call.inplace else None
+    shared = memory_of(division.group)
+    failure, facts, ways = None, {}, [_Way(False, (), 0)]
+    over, device = call.residual if call.inplace else None, call.x.device
     exchange = Exchange(division.group, division.rank, division.layout(call.hidden))
+
+    def compared(last: bool) -> bool:
+        of_way = {}
+        if facts and shared is not None:
+            of_way = {"exchange_memory": shared.bytes(device), "mapped": way.mapped}
+        return compare(division.group, facts | of_way, failure, last)
+
     with contextlib.ExitStack() as stack:
         try:
-            facts = division.facts(call, saves)
+            found = division.facts(call, saves)
             call = division.by_rows(call)
-            modes = ("default", "lean") if call.memory == "auto" else (call.memory,)
             stages = stack.enter_context(path_of(call).stages(call, division.rows().start))
+            ways, facts = _ways(call, stages, exchange.layout, shared), found
         except Exception as error:
             failure = error
         try:
-            for mode in modes:
+            for way in ways:
+                if failure is None and way.mapped and shared.bytes(device) < way.mapped:
+                    compared(last=True)
+                    if not shared.grow(way.mapped, device):
+                        continue
                 try:
                     if failure is None:
-                        buffers = _allocate(call, stages, exchange, mode == "lean", saves)
+                        buffers = _allocate(call, stages, exchange, way, saves)
                         if buffers.out.numel():
                             _project(stages, exchange.layout, buffers, 0, 0)
                 except Exception as error:
                     failure = error
-                if compare(division.group, facts, failure, last=mode == modes[-1]):
+                if compared(last=way is ways[-1]):
                     break
                 failure = buffers = None
-                say_once("runs in lean mode: an allocation of the default mode failed")
+                if way.mapped:
+                    shared.drop()  # the next way needs less, and all of it elsewhere
         finally:
             failure = None  # its traceback holds this frame, and so the buffers
+        if way.lean and not ways[0].lean:
+            say_once("runs in lean mode: an allocation of the default mode failed")
         number = _next_number(division.group) if saves else None
-        keeps_product = saves and call.keeps_product
-        moments = _run_stages(stages, exchange, buffers, division.dim == 2, keeps_product)
+        keeps_product, moments = saves and call.keeps_product, None
+        if division.length:
+            if way.mapped:
+                carrier = stack.enter_context(shared.carrier(exchange, way.slots, call.x.dtype))
+            else:
+                carrier = Messages(exchange, buffers.slots)
+            moments = _run_stages(
+                stages, exchange, carrier, buffers, division.dim == 2, keeps_product
+            )
     out, kept = buffers.out, None
     if saves:
         product = buffers.product if keeps_product else None
@@ -221,13 +248,44 @@ def _sums_over_ranks(group: dist.ProcessGroup | None, values: list[Tensor]) -> l
     return [part.view(value.shape).clone() for part, value in zip(parts, values, strict=True)]
 
 
+class _Way(NamedTuple):
+    """A way to run a forward."""
+
+    lean: bool
+    slots: tuple[int, ...]  # [depth, 2 or 3, G, L, pitch], the planes that stage 2 works on
+    mapped: int  # bytes that all ranks map, with these planes; 0 if messages fill them
+
+
+def _ways(
+    call: Call, stages: Any, layout: Layout, shared: GroupMemory | None
+) -> list[_Way]:
+    """The ways to run a call, the best first; the same on all ranks.
+
+    In the default mode two groups are under way at once: with messages if their planes fit in the
+    output, so that they cost no memory.
+    """
+    ways = []
+    planes = stages.slots, layout.size, layout.length, stages.pitch
+    room = 0 if call.inplace else layout.rows(0).stop * math.prod(call.x.shape[2:])
+    for lean in {"auto": (False, True), "default": (False,), "lean": (True,)}[call.memory]:
+        twice = not lean and layout.groups > 1
+        if shared is not None and stages.slots == 3 and call.x.shape[0] and layout.length:
+            slots = 1 + twice, *planes
+            mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
+            if shared.takes(mapped, call.x.device):
+                ways.append(_Way(lean, slots, mapped))
+        fit = twice and 2 * math.prod(planes) <= room
+        ways.append(_Way(lean, (1 + fit, *planes), 0))
+    return ways
+
+
 class _Buffers(NamedTuple):
-    """All large memory of a forward."""
+    """All large memory of a forward but what all ranks map."""
 
     planes: Tensor  # of a and b of my rows: [2, D, R, pitch], or in lean mode of one group
     product: Tensor  # [B, D, R, pitch] of my rows; sequences share it, unless it is kept
-    slots: Tensor  # [1 to 3, G, L, pitch], the planes that stage 2 works on
-    channels: Tensor | None  # a and b of my channels [B, 2, Dc, L, pitch], if they are kept
+    slots: Tensor | None  # [depth, 2 or 3, G, L, pitch]; None if all ranks map them
+    channels: Tensor | None  # operands of my channels [B, 2, Dc, L, pitch], if they are kept
     out: Tensor | None  # [B, R, L, C]; None where stage 3 doesn't follow
 
     @property
@@ -236,7 +294,7 @@ class _Buffers(NamedTuple):
 
 
 def _allocate(
-    call: Call, stages: Any, exchange: Exchange, lean: bool, saves: bool = False
+    call: Call, stages: Any, exchange: Exchange, way: _Way, saves: bool = False
 ) -> _Buffers:
     """The buffers of a call. By default t is received over a, whose planes have been sent.
 
@@ -244,25 +302,24 @@ def _allocate(
     """
     x, layout = call.x, exchange.layout
     batch, rows = x.shape[:2]
-    keeps_product, keeps_planes = saves and call.keeps_product, saves and call.keeps_planes
+    keeps_product, channels = saves and call.keeps_product, None
     group = layout.group(0)
-    channels = group.stop - group.start if lean else call.hidden
-    planes = x.new_empty(2, channels, rows, stages.pitch)
+    at_once = group.stop - group.start if way.lean else call.hidden
+    planes = x.new_empty(2, at_once, rows, stages.pitch)
     product = planes[:1]
-    if channels < call.hidden or keeps_product:
+    if at_once < call.hidden or keeps_product:
         count = batch if keeps_product else 1
         product = x.new_empty(count, call.hidden, rows, stages.pitch)
-    mine = layout.length, stages.pitch  # of a plane of my channels
-    kept, slots = None, 3 - stages.in_place
-    if keeps_planes:
-        kept, slots = x.new_empty(batch, 2, layout.channel_count(exchange.rank), *mine), 1
-    out = call.residual if call.inplace else x.new_empty(x.shape)
-    shape = (slots, layout.size, *mine)
-    memory, count = out[-1:].view(-1), math.prod(shape)
-    if call.inplace or memory.numel() < count or memory.data_ptr() % 16:
-        memory = x.new_empty(count)
-    product = product.expand(batch, -1, -1, -1)
-    return _Buffers(planes, product, memory[:count].view(shape), kept, out)
+    if saves and call.keeps_planes:
+        mine = layout.channel_count(exchange.rank), layout.length, stages.pitch
+        channels = x.new_empty(batch, 2, *mine)
+    out, slots = call.residual if call.inplace else x.new_empty(x.shape), None
+    if not way.mapped:
+        memory, count = out[-1:].view(-1), math.prod(way.slots)
+        if call.inplace or memory.numel() < count or memory.data_ptr() % 16:
+            memory = x.new_empty(count)
+        slots = memory[:count].view(way.slots)
+    return _Buffers(planes, product.expand(batch, -1, -1, -1), slots, channels, out)
 
 
 def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: int) -> None:
@@ -276,12 +333,17 @@ def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: 
 
 
 def _run_stages(
-    stages: Any, exchange: Exchange, buffers: _Buffers, by_columns: bool, saves: bool
+    stages: Any,
+    exchange: Exchange,
+    carrier: Carrier,
+    buffers: _Buffers,
+    by_columns: bool,
+    saves: bool,
 ) -> Tensor | None:
     """All stages but the first `_project`; returns the moments, if they are kept."""
     moments = []
-    for index in range(len(buffers.out) if exchange.layout.length else 0):
-        _multiply(stages, exchange, buffers, index, by_columns, begun=index == 0)
+    for index in range(len(buffers.out)):
+        _multiply(stages, exchange, carrier, buffers, index, by_columns, begun=index == 0)
         if buffers.out.numel():
             stages.emit(index, buffers.product[index], buffers.out[index])
             if saves and stages.moments is not None:
@@ -292,28 +354,50 @@ def _run_stages(
 def _multiply(
     stages: Any,
     exchange: Exchange,
+    carrier: Carrier,
     buffers: _Buffers,
     index: int,
     by_columns: bool,
     begun: bool = False,
 ) -> None:
-    """The product of my rows of a sequence, of which `_project` may have begun the first group."""
+    """The product of my rows of a sequence, of which `_project` may have begun the first group.
+
+    Where two groups may be under way, the next one's a and b travel during stage 2 of a group.
+    """
     layout, product = exchange.layout, buffers.product[index]
-    for group in range(layout.groups):
+    depth, first, last = len(carrier.slots), index * layout.groups, layout.groups - 1
+
+    def send(group: int) -> None:
         if product.numel() and not (begun and group == 0):
             _project(stages, layout, buffers, index, group)
-        channels, mine = layout.group(group), layout.own_channels(exchange.rank, group)
-        rows, slots = buffers.planes[:, channels], buffers.slots[:, : mine.stop - mine.start]
+        channels = layout.group(group)
         if buffers.lean:
-            rows = buffers.planes[:, : channels.stop - channels.start]
-        own = slots[:2] if buffers.channels is None else buffers.channels[index, :, mine]
-        exchange.to_channels(group, [*zip(rows, own, strict=True)])
-        # By columns, t is that of the transposed x: the other direction's product of b and a.
-        left, right = own.unbind()[:: -1 if by_columns else 1]
-        made = slots[-1] if buffers.channels is not None or not stages.in_place else left
-        if made.numel():
-            stages.multiply(index, left, right, made)
-        exchange.to_rows(group, [(product[channels], made)])
+            channels = slice(channels.stop - channels.start)
+        carrier.send(first + group, group, *_operands(buffers.planes[:, channels], by_columns))
+
+    for group in range(layout.groups):
+        step = first + group
+        if group == 0 or depth == 1:
+            send(group)
+        if group < last and depth == 2:
+            send(group + 1)
+        carrier.receive(step)
+        own = exchange.own(carrier.slots[step % depth], group)
+        if buffers.channels is not None:
+            mine = layout.own_channels(exchange.rank, group)
+            buffers.channels[index, :, mine].copy_(own[:2])
+        if own.numel():
+            stages.multiply(index, *own)
+        carrier.give_back(step, group, product[layout.group(group)])
+    carrier.finish()
+
+
+def _operands(planes: Tensor, by_columns: bool) -> tuple[Tensor, ...]:
+    """The left and the right operand of the product, of planes [2, ..] of a and b.
+
+    By columns, t is that of the transposed x: the other direction's product of b and a.
+    """
+    return planes.unbind()[:: -1 if by_columns else 1]
 
 
 class _BackwardBuffers(NamedTuple):
@@ -321,7 +405,7 @@ class _BackwardBuffers(NamedTuple):
 
     planes: Tensor  # [2, D, R, pitch] of my rows: dt, then da and db
     sent: Tensor | None  # a and b of a group of my rows [2, .., R, pitch], if not kept
-    slots: Tensor  # [2 to 4, G, L, pitch]: dt, a and b of my channels, then da and db
+    slots: Tensor  # [2 to 4, G, L, pitch] of my channels: dt, operands, their gradients
     again: _Buffers | None  # of a product that was not kept
 
 
@@ -333,12 +417,14 @@ def _allocate_backward(
     planes = x.new_empty(2, call.hidden, rows, stages.pitch)
     mine = layout.length, stages.pitch
     again, sent, remade = None, None, kept.channels is None and kept.product is not None
-    slots = x.new_empty(2 + (not stages.in_place) + remade, layout.size, *mine)
+    # Where t may lie over an operand, so may an operand's gradient lie over dt.
+    slots = x.new_empty(stages.slots + remade, layout.size, *mine)
     if kept.product is None:
         # a and b of all my channels, or they would be exchanged again beside dt.
         channels = x.new_empty(1, 2, layout.channel_count(exchange.rank), *mine)
         product = x.new_empty(1, call.hidden, rows, stages.pitch).expand(batch, -1, -1, -1)
-        again = _Buffers(planes, product, slots, channels.expand(batch, -1, -1, -1, -1), None)
+        channels = channels.expand(batch, -1, -1, -1, -1)
+        again = _Buffers(planes, product, slots[None], channels, None)
     if remade:
         group = layout.group(0)
         sent = x.new_empty(2, group.stop - group.start, rows, stages.pitch)
@@ -359,7 +445,8 @@ def _run_backward_stages(
     planes, again, moments = buffers.planes, buffers.again, kept.moments
     product, kept_channels = kept.product, kept.channels
     if again is not None:
-        _multiply(stages, exchange, again, index, by_columns)
+        carrier = Messages(exchange, again.slots)
+        _multiply(stages, exchange, carrier, again, index, by_columns)
         product, kept_channels = again.product, again.channels
     if has_rows:
         moments = stages.moments if moments is None else moments[index : index + 1]
@@ -373,17 +460,15 @@ def _run_backward_stages(
             sent, own = buffers.sent[:, : channels.stop - channels.start], slots[1:3]
             if has_rows:
                 stages.project(index, sent, channels)
-            exchange.to_channels(group, [*zip(sent, own, strict=True)])
+            exchange.to_channels(group, [*zip(_operands(sent, by_columns), own, strict=True)])
         else:
             own = kept_channels[index, :, mine]
-        left, right = own.unbind()[:: -1 if by_columns else 1]
-        grad_left = slots[0] if stages.in_place else slots[-1]
-        # It is written last, when the right planes are not needed any more.
-        grad_right = right if kept_channels is None else slots[1]
+        # The second gradient may lie over the second operand, which nothing needs any more.
+        grads = slots[0 if stages.slots == 2 else -1], slots[1 if kept_channels is not None else 2]
         if mine.stop > mine.start:
-            stages.multiply_gradients(index, slots[0], left, right, grad_left, grad_right)
-        grads = (grad_left, grad_right)[:: -1 if by_columns else 1]
-        exchange.to_rows(group, [*zip(planes[:, channels], grads, strict=True)])
+            stages.multiply_gradients(index, slots[0], *own, *grads)
+        rows = _operands(planes[:, channels], by_columns)
+        exchange.to_rows(group, [*zip(rows, grads, strict=True)])
     if has_rows:
         stages.through_inputs(planes, buffers.slots)
 
@@ -394,10 +479,11 @@ def plan(division: Division, call: Call) -> Plan:
     exchange = Exchange(division.group, rank, division.layout(call.hidden))
     call, layout = division.by_rows(call), exchange.layout
     with path_of(call).stages(call, rows.start) as stages:
-        pitch, lean = stages.pitch, call.memory == "lean"
+        pitch = stages.pitch
+        way = _ways(call, stages, layout, known_memory_of(division.group))[0]
         x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
         on_meta = call._replace(x=x, residual=x)
-        made = _allocate(on_meta, stages, exchange, lean, saves)
+        made = _allocate(on_meta, stages, exchange, way, saves)
         kept = Kept(made.product if saves and call.keeps_product else None, None, made.channels, 0)
         backward = _allocate_backward(on_meta, stages, exchange, kept)
     buffers = _bytes(
@@ -410,6 +496,8 @@ def plan(division: Division, call: Call) -> Plan:
         },
         x,
     )
+    if way.mapped:
+        buffers["planes that all ranks map, which are kept"] = way.mapped
     moments = stages.moment_bytes * (rows.stop - rows.start) * pitch
     if moments:
         buffers["moments"] = moments
@@ -417,8 +505,10 @@ def plan(division: Division, call: Call) -> Plan:
         f"rank {rank} of {layout.ranks} has residues {rows.start} to {rows.stop} of "
         f"{division.length} along axis {division.dim}, and multiplies {layout.channel_count(rank)} "
         f"of {call.hidden} channels, in {layout.groups} groups",
-        f"for each sequence it sends {_sent(layout, rank, (2, 1), pitch, x)}",
+        f"for each sequence it {_sent(layout, rank, (2, 1), pitch, x, way.mapped)}",
     ]
+    if way.slots[0] == 2:
+        notes.append("a group's planes travel during stage 2 of another")
     if call.memory == "auto":
         notes.append("all ranks go lean where an allocation of this mode fails on one")
     bytes_kept = 0
@@ -431,19 +521,25 @@ def plan(division: Division, call: Call) -> Plan:
         again = backward.again or (None,) * 5
         beside = _bytes(dict(enumerate((*backward[:3], again[1], again[3]))), x)
         notes.append(
-            f"for each sequence the backward sends {_sent(layout, rank, exchanged, pitch, x)}; it "
-            f"holds {sum(beside.values()) / x.nbytes if x.nbytes else 0:.2f} such tensors beside "
+            f"for each sequence the backward {_sent(layout, rank, exchanged, pitch, x)}; it holds "
+            f"{sum(beside.values()) / x.nbytes if x.nbytes else 0:.2f} such tensors beside "
             "the gradients"
         )
-    mode = "lean" if lean else "default"
+    mode = "lean" if way.lean else "default"
     return Plan(mode, None, [], buffers, sum(buffers.values()), bytes_kept, notes)
 
 
 def _sent(
-    layout: Layout, rank: int, exchanged: tuple[int, int], pitch: int, like: Tensor
+    layout: Layout,
+    rank: int,
+    exchanged: tuple[int, int],
+    pitch: int,
+    like: Tensor,
+    mapped: int = 0,
 ) -> str:
     messages, rows = layout.sent(rank, *exchanged)
-    return f"{messages:,} messages, {rows * pitch * like.element_size() / 2**20:,.1f} MiB"
+    size = f"{rows * pitch * like.element_size() / 2**20:,.1f} MiB"
+    return f"copies {size}" if mapped else f"sends {messages:,} messages, {size}"
 
 
 def _bytes(named: dict[Any, Tensor | None], given: Tensor) -> dict[Any, int]:

@@ -84,8 +84,7 @@ def _forward(call: Call, product: Tensor) -> Tensor:
         if call.hidden <= x.shape[3]:  # b is no longer needed when the output is written
             b = out[index].view(-1)[: a.numel()].view(a.shape)
         stages.project(index, (a, b))
-        stages.multiply(index, a, b, a)
-        stages.emit(index, a, out[index])
+        stages.emit(index, stages.multiply(index, a, b), out[index])
     return out
 
 
@@ -111,9 +110,10 @@ class Stages:
         mask = None if call.mask is None else call.mask[index]
         write_planes(*planes, call.x[index], mask, parameters, self._blocks, call.eps_in)
 
-    def multiply(self, index: int, a: Tensor, b: Tensor, product: Tensor) -> None:
-        """Stage 2: t [G, L, L] of whole planes; it may be written over a."""
-        multiply_planes(a, b, product, self._call.direction, self._dtype, self._blocks)
+    def multiply(self, index: int, a: Tensor, b: Tensor) -> Tensor:
+        """Stage 2: t [G, L, L] of whole planes, written over a."""
+        multiply_planes(a, b, self._call.direction, self._dtype, self._blocks)
+        return a
 
     def emit(self, index: int, product: Tensor, out: Tensor) -> None:
         """Stage 3: `out` [R, L, C] of t [D, R, L]."""
@@ -211,9 +211,9 @@ def empty_columns(channels: int, z: Tensor) -> Tensor:
 
 
 def multiply_planes(
-    a: Tensor, b: Tensor, product: Tensor, direction: str, dtype: torch.dtype, blocks: Blocks
+    a: Tensor, b: Tensor, direction: str, dtype: torch.dtype, blocks: Blocks
 ) -> None:
-    """Fills the product t [D, L, L], which may be a, by GEMMs in `dtype`."""
+    """Overwrites a with t [D, L, L], by GEMMs in `dtype`."""
 
     def multiply(group: slice) -> None:
         left, right = a[group].to(dtype), b[group].to(dtype)
@@ -221,7 +221,7 @@ def multiply_planes(
             right = right.mT
         else:
             left = left.mT
-        product[group] = torch.bmm(left, right)
+        a[group] = torch.bmm(left, right)
 
     for_each(channel_groups(*a.shape[:2], blocks), multiply, blocks.threads)
 

@@ -153,8 +153,7 @@ class Steps:
         call, p = self.call, self.parameters
         mask = None if call.mask is None else call.mask[index]
         write_planes(product, planes, call.x[index], mask, p, self.blocks, call.eps_in)
-        dtype = p.in_weight.dtype
-        multiply_planes(product, planes, product, call.direction, dtype, self.blocks)
+        multiply_planes(product, planes, call.direction, p.in_weight.dtype, self.blocks)
 
     def of_parameters(self) -> dict[str, Tensor]:
         """The parameters' gradients after all sequences, in the dtype of the sums."""

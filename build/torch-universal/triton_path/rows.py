@@ -27,7 +27,7 @@ def stages(call: Call, first_row: int) -> Iterator["Rows"]:
 class Rows:
     """The stages of a call whose x has R of the L rows, each on one sequence `index`."""
 
-    in_place = False  # a product may not be written over its operands
+    slots = 3  # planes that stage 2 works on: a, b and the product
     moment_bytes = 8  # of a pair, in `moments`
 
     def __init__(self, call: Call, first_row: int) -> None:

@@ -79,7 +79,7 @@ def gradient_stages(
 class Rows(Stages):
     """The stages of some rows. Lengths act as a mask."""
 
-    in_place = True  # a product may be written over its left operand
+    slots = 2  # planes that stage 2 works on: the left operand, which the product overwrites, and b
     moments, moment_bytes = None, 0  # of a pair of x; none are kept
 
     def __init__(self, call: Call, first_row: int) -> None:
