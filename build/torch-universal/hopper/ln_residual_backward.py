@@ -380,6 +380,7 @@ def takes(rows, outputs: frozenset[str]) -> bool:
     """Whether stage 3's backward of `Rows`, which wants `outputs`, can run here."""
     return (
         rows.lengths is None
+        and (rows.drop_mask is None or rows.drop_mask.ndim == 2)
         and rows.x.shape[2] == rows.t.shape[0]
         and has_descriptor(rows.t)
         and has_descriptor(rows.grad_out)
