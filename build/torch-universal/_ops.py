@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_9e26aabd71"
+_NAMESPACE = "_esmfold2_trimul_kernel_95c9cc6702"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
