@@ -48,7 +48,7 @@ from .parts import (
     halves,
     load_weights,
     lower,
-    ready,
+    ready_at_once,
     reciprocal,
     shared_layout,
     statistics,
@@ -212,14 +212,14 @@ def _consume(
         first = i.to(gl.int64) * J + start
         gl.store(rows_ptr + (first + pairs_of_plane) + row, mean_t, mask=inside)
         gl.store(rows_ptr + (first + 2 * pairs_of_plane) + row, rstd_t, mask=inside)
-        # The padding columns of t are uninitialised and may be NaN: `ready` makes them zeros.
+        # Padding columns of t are uninitialised and may be NaN: these make them zeros.
         mean_t = gl.where(inside, mean_t, 0.0)
         rstd_t = gl.where(inside, rstd_t, 0.0)
-        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, A)
+        ts, further_t, scale_t = ready_at_once(slot, mean_t, rstd_t, eps_out, A)
         fence_async_shared()
         mbarrier.arrive(t_empty.index(ME), count=1)
         mbarrier.wait(x_full.index(ME), tile_phase)
-        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
+        xs, further_x, scale_x = ready_at_once(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E

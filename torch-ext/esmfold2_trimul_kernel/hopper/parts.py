@@ -163,9 +163,32 @@ def ready(slot, mean, rstd, eps, A: gl.constexpr):
     if gl.max(replaced.to(gl.int32), 0) > 0:
         rows = slot.load(A)
         slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
-    mean = gl.where(replaced, 0.0, mean)
+    further, scale = _further(replaced, mean, rstd, A)
+    return slot.load(A), further, scale
+
+
+@gluon.jit
+def ready_at_once(slot, mean, rstd, eps, A: gl.constexpr):
+    """`ready`, but the rows are replaced in registers.
+
+    This is one more instruction for each register. The branch of `ready` has addresses of its own,
+    which a consumer with few registers left would have to spill.
+    """
+    replaced = without_norm(mean, rstd, eps)
+    bits = gl.where(replaced, 0, -1).to(gl.int16).expand_dims(1)
+    rows = gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [slot.load(A), bits],
+        dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+    further, scale = _further(replaced, mean, rstd, A)
+    return rows, further, scale
+
+
+@gluon.jit
+def _further(replaced, mean, rstd, A: gl.constexpr):
+    """(further channels [64, 16], scale [64])."""
     scale = gl.maximum(rstd, 2.0**-64)
-    return slot.load(A), _pieces(mean, 1.0 / scale, A), scale
+    return _pieces(gl.where(replaced, 0.0, mean), 1.0 / scale, A), scale
 
 
 @gluon.jit
