@@ -17,12 +17,16 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from .errors import UserError
+
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0  # after a rank has failed, in which the others may say why they do
 
 
-class RanksError(Exception):
+class RanksError(UserError):
     """A rank failed, or they were not done in time. None of them runs any more."""
+
+    exit_status = 1
 
 
 def run_ranks(
