@@ -22,7 +22,7 @@ ABSENT = None  # the report of a rank without a part in a case
 
 def part_of(on: Rank, problem, ranks: int, dim: int):
     """A function that cuts a rank's part from a tensor [B, L, L, ...]."""
-    rows = on.kernel.sharded.Layout(ranks, problem.x.shape[1], 1).rows(on.rank)
+    rows = on.kernel.exchange.Layout(ranks, problem.x.shape[1], 1).rows(on.rank)
     return lambda tensor: tensor if tensor is None else tensor.narrow(
         dim, rows.start, rows.stop - rows.start
     )
@@ -132,7 +132,7 @@ def any_leading_axes(on: Rank):
     for mask in (whole.view(2, 3, 7, 7), whole[:3], whole[0]):
         for pair in (x, x[:1], x[0, 0]):
             wanted = on.kernel.triangle_multiplicative_update(pair, "outgoing", mask, **weights)
-            dim, rows = mask.ndim % 2 + 1, on.kernel.sharded.Layout(RANKS, 7, 1).rows(on.rank)
+            dim, rows = mask.ndim % 2 + 1, on.kernel.exchange.Layout(RANKS, 7, 1).rows(on.rank)
             own = (..., rows, *[slice(None)] * (3 - dim))
             got = on.kernel.sharded_triangle_multiplicative_update(
                 pair[own], "outgoing", mask[own[:-1]], group=on.groups[RANKS], dim=dim, length=7,
@@ -432,7 +432,7 @@ def test_memory(submodule, batch, ranks, rank, lean, inplace):
     The planes that are multiplied, 3 / 8, lie in the output where they fit.
     """
     length, hidden = 64 if ranks != 3 else 4, 64
-    layout = submodule("sharded").Layout(ranks, length, hidden)
+    layout = submodule("exchange").Layout(ranks, length, hidden)
     rows = layout.rows(rank)
     problem = make_problem(length, hidden, batch=batch)
     x = problem.x[:, rows].to("meta")
@@ -517,7 +517,7 @@ class Plan:
                 lambda operations, mine=self.batches[rank]: mine.append(operations) or [],
             )  # fmt: skip
             planes = whole[:, :, layout.rows(rank)]
-            exchange = schedule._Exchange(None, rank, layout)
+            exchange = schedule.Exchange(None, rank, layout)
             for group in range(layout.groups):
                 channels, of_group = layout.channels(rank, group), planes[:, layout.group(group)]
                 slots = torch.empty(2, channels.stop - channels.start, *shape[1:], device="meta")
@@ -531,7 +531,7 @@ class Plan:
 )
 def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
     """Bytes are the formula's, and each message is posted in the same batch on both its ends."""
-    schedule = submodule("sharded")
+    schedule = submodule("exchange")
     layout = schedule.Layout(ranks, length, hidden)
     sent = {rank: layout.sent(rank)[1] for rank in range(ranks)}
     batches = {}
@@ -582,16 +582,16 @@ def alone_in_a_group_of(backends: str, schedule, monkeypatch) -> None:
 )
 def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backends, device):
     """NCCL takes no tensors of a CPU, and the host would wait for a GPU's."""
-    schedule, seen = submodule("sharded"), []
-    alone_in_a_group_of(backends, schedule, monkeypatch)
+    agreement, seen = submodule("agreement"), []
+    alone_in_a_group_of(backends, agreement, monkeypatch)
     original = torch.tensor
 
     def tensor(values, device):
         seen.append(device.type)
         return original(values)
 
-    monkeypatch.setattr(schedule.torch, "tensor", tensor)
-    assert schedule._compare(None, {}, None, last=True)
+    monkeypatch.setattr(agreement.torch, "tensor", tensor)
+    assert agreement.compare(None, {}, None, last=True)
     assert seen == [device]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8c413e1d00"
+_NAMESPACE = "_esmfold2_trimul_kernel_d23cb36e3b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .sharded import check_order, refuse, run_divided
+from .agreement import refuse
+from .sharded import check_order, run_divided
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,

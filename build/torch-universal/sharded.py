@@ -31,7 +31,6 @@ import contextlib
 import enum
 import itertools
 import math
-import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -41,11 +40,11 @@ from torch import Tensor
 
 from ._call import Call, Weights
 from ._plan import Plan
+from .agreement import as_integer, compare, refuse
+from .exchange import Exchange, Layout
 from .paths import execution_path, is_transformed, path_of, say_once
 from .validation import (
-    COMPUTE_DTYPES,
     DIRECTIONS,
-    MEMORY_MODES,
     broadcast_leading,
     broadcast_lengths,
     broadcast_mask,
@@ -61,25 +60,6 @@ from .validation import (
     resolve_precision,
     view_drop_mask,
 )
-
-_GROUPS = 8  # of a rank's channels: the fewest, if it has as many channels
-# NCCL has hung with more than 256 messages at once (pytorch/pytorch#174288).
-_MOST_MESSAGES = 256
-# What the ranks must agree on, lest they wait for each other or compute nonsense; and the words of
-# what is no number.
-_FACTS = (
-    "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory", "inplace", "path",
-    "lengths", "eps", "eps_out",
-)  # fmt: skip
-_WORDS = {
-    "dtype": COMPUTE_DTYPES,
-    "direction": DIRECTIONS,
-    "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16"),
-    "memory": MEMORY_MODES,
-    "inplace": (False, True),
-    "path": ("aten", "triton"),
-    "lengths": (False, True),
-}
 
 
 def sharded_triangle_multiplicative_update_with_residual(
@@ -303,60 +283,6 @@ def check_order(name: str, mesh: Any, dim: int) -> None:
         )
 
 
-class Layout(NamedTuple):
-    """Which rows and which channels the ranks have."""
-
-    ranks: int
-    length: int  # L
-    hidden: int  # D
-
-    def rows(self, rank: int) -> slice:
-        """The rows of a rank, as torch.chunk divides them."""
-        size = -(-self.length // self.ranks)
-        return slice(min(rank * size, self.length), min((rank + 1) * size, self.length))
-
-    def group(self, index: int) -> slice:
-        """The channels that are exchanged at once, all ranks' together."""
-        width = self.ranks * self.size
-        return slice(index * width, min((index + 1) * width, self.hidden))
-
-    def channels(self, rank: int, group: int) -> slice:
-        """Those of a group that a rank multiplies, counted from the group's first; maybe none."""
-        channels = self.group(group)
-        count = channels.stop - channels.start
-        return slice(rank * count // self.ranks, (rank + 1) * count // self.ranks)
-
-    @property
-    def size(self) -> int:
-        """The most channels of a rank in a group."""
-        most = -(-self.hidden // self.ranks)
-        # a and b of them are sent to, and received from, at least one rank at once.
-        return min(-(-most // _GROUPS), _MOST_MESSAGES // 4)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.hidden // (self.ranks * self.size))
-
-    def channel_count(self, rank: int) -> int:
-        """All channels that a rank multiplies."""
-        of_groups = [self.channels(rank, group) for group in range(self.groups)]
-        return sum([channels.stop - channels.start for channels in of_groups])
-
-    def sent(self, rank: int) -> tuple[int, int]:
-        """What a rank sends for a sequence: messages, and the rows of planes in them."""
-        own_rows, own_channels = self.rows(rank), self.channel_count(rank)
-        messages = rows = 0
-        for peer in range(self.ranks):
-            if peer != rank:
-                of_peer = self.rows(peer)
-                for planes, part in (
-                    (2 * self.channel_count(peer), own_rows), (own_channels, of_peer)
-                ):  # fmt: skip
-                    messages += planes * (part.stop > part.start)
-                    rows += planes * (part.stop - part.start)
-        return messages, rows
-
-
 @torch._disable_dynamo  # messages are not traced: a compiled caller's graph breaks here
 def _run(
     group: dist.ProcessGroup | None, dim: int, length: int, leading: str, *arguments: Any
@@ -405,13 +331,13 @@ class _Sharded:
                                 _project(stages, layout, buffers, 0, 0)
                     except Exception as error:
                         failure = error
-                    if _compare(self._group, facts, failure, last=mode == modes[-1]):
+                    if compare(self._group, facts, failure, last=mode == modes[-1]):
                         break
                     failure = buffers = None
                     say_once("runs in lean mode: an allocation of the default mode failed")
             finally:
                 failure = None  # its traceback holds this frame, and so the buffers
-            exchange = _Exchange(self._group, self._rank, layout)
+            exchange = Exchange(self._group, self._rank, layout)
             if self._length:
                 _run_stages(stages, exchange, buffers, self._dim == 2)
         out = buffers.out
@@ -522,7 +448,7 @@ class _Sharded:
             "path": path, "lengths": call.lengths is not None,
             "eps": call.eps_in, "eps_out": call.eps_out,
         }  # fmt: skip
-        return {name: _as_integer(name, value) for name, value in facts.items()}
+        return {name: as_integer(name, value) for name, value in facts.items()}
 
     def _by_rows(self, call: Call) -> Call:
         """The call with rows of x: if the pair tensor is divided by columns, its transpose's."""
@@ -602,7 +528,7 @@ def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: 
 
 
 def _run_stages(
-    stages: Any, exchange: _Exchange, buffers: _Buffers, by_columns: bool
+    stages: Any, exchange: Exchange, buffers: _Buffers, by_columns: bool
 ) -> None:
     """All stages but the first `_project`."""
     layout, (planes, product, slots, out) = exchange.layout, buffers
@@ -619,122 +545,3 @@ def _run_stages(
         exchange.to_rows(group, [(product[channels], made)])
         if group == layout.groups - 1 and out.numel():
             stages.emit(index, product, out[index])
-
-
-class _Exchange(NamedTuple):
-    """Messages among the ranks of `group`, of which this one is `rank`.
-
-    Each pair of planes is of one group: all its channels for my rows [.., R, pitch], and my own for
-    all rows [.., L, pitch].
-    """
-
-    group: dist.ProcessGroup | None
-    rank: int
-    layout: Layout
-
-    def to_channels(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the planes of my channels."""
-        self._exchange(group, pairs, to_channels=True)
-
-    def to_rows(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the planes of my rows."""
-        self._exchange(group, pairs, to_channels=False)
-
-    def _exchange(
-        self, group: int, pairs: list[tuple[Tensor, Tensor]], to_channels: bool
-    ) -> None:
-        layout = self.layout
-
-        def messages(peer: int, by_rows: bool) -> list[Tensor]:
-            """What my rows have of the peer's channels, or my channels of its rows."""
-            return [
-                message
-                for of_rows, of_channels in pairs
-                for message in (
-                    of_rows[layout.channels(peer, group)]
-                    if by_rows
-                    else of_channels[:, layout.rows(peer)]
-                )
-                if message.numel()
-            ]
-
-        own = messages(self.rank, to_channels), messages(self.rank, not to_channels)
-        for sent, received in zip(*own, strict=True):
-            received.copy_(sent)
-        # Each distance between ranks is in one batch on all of them, so that no two batches wait
-        # for each other.
-        at_once = max(1, _MOST_MESSAGES // (2 * len(pairs) * layout.size))
-        for first in range(1, layout.ranks, at_once):
-            operations = []
-            for distance in range(first, min(first + at_once, layout.ranks)):
-                for operation, step, by_rows in (
-                    (dist.isend, distance, to_channels), (dist.irecv, -distance, not to_channels)
-                ):  # fmt: skip
-                    peer = (self.rank + step) % layout.ranks
-                    to = peer if self.group is None else dist.get_global_rank(self.group, peer)
-                    operations += [
-                        dist.P2POp(operation, message, to, self.group)
-                        for message in messages(peer, by_rows)
-                    ]
-            for work in dist.batch_isend_irecv(operations) if operations else []:
-                work.wait()
-
-
-def _compare(
-    group: dist.ProcessGroup | None,
-    facts: dict[str, int],
-    failure: Exception | None,
-    last: bool,
-) -> bool:
-    """Whether all ranks are ready; not `last`, they may be out of memory, which another mode helps.
-
-    Raises:
-        Exception: this rank's own `failure`.
-        torch.OutOfMemoryError, ValueError: another rank's, or different facts.
-    """
-    state = 0 if failure is None else 2 if isinstance(failure, torch.OutOfMemoryError) else 1
-    # NCCL takes no tensors of a CPU; where a group has it alone, the host waits for the GPU here.
-    kinds = [of.split(":")[0] for of in dist.get_backend_config(group).split(",")]
-    device = torch.device("cpu" if "cpu" in kinds else kinds[0])
-    mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]], device=device)
-    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_all, mine, group)
-    states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
-    if failure is not None and (state == 1 or last):
-        try:
-            raise failure
-        finally:
-            failure = None  # its traceback holds this frame
-    if 1 in states:
-        raise ValueError(
-            f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
-            "own, and raises why"
-        )
-    for name, values in zip(_FACTS, columns, strict=True):
-        if len(set(values)) > 1:
-            got = [_from_integer(name, value) for value in values]
-            raise ValueError(
-                f"all ranks must have the same {name}; got "
-                + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(got))
-            )
-    if 2 in states and last:
-        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
-    return 2 not in states
-
-
-def refuse(group: dist.ProcessGroup | None, failure: Exception) -> None:
-    """Raises `failure`, and on the other ranks, which compare, an error that names this one."""
-    _compare(group, {}, failure, last=True)
-
-
-def _as_integer(name: str, value: Any) -> int:
-    """One of the `_FACTS` as the ranks compare it; a float by its bits."""
-    if isinstance(value, float):
-        return struct.unpack("q", struct.pack("d", value))[0]
-    return _WORDS[name].index(value) if name in _WORDS else value
-
-
-def _from_integer(name: str, value: int) -> Any:
-    if name in ("eps", "eps_out"):
-        return struct.unpack("d", struct.pack("q", value))[0]
-    return _WORDS[name][value] if name in _WORDS else value

@@ -89,7 +89,7 @@ def _measure(
 ) -> Row:
     """One row, the same on all ranks."""
     ranks, rank, length = dist.get_world_size(), dist.get_rank(), case.length
-    layout, beside = kernel.sharded.Layout(ranks, length, case.hidden), length <= plan.alone_up_to
+    layout, beside = kernel.exchange.Layout(ranks, length, case.hidden), length <= plan.alone_up_to
     rows = layout.rows(rank)
     problem = _problem_of(case, rows, beside, device, plan.seed)
     x = problem.x[:, rows].contiguous() if beside else problem.x
