@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d23cb36e3b"
+_NAMESPACE = "_esmfold2_trimul_kernel_18a9ce5bd2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

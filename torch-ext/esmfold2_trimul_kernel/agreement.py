@@ -14,7 +14,7 @@ from .validation import COMPUTE_DTYPES, DIRECTIONS, MEMORY_MODES
 # what is no number.
 _FACTS = (
     "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory", "inplace", "path",
-    "lengths", "eps", "eps_out",
+    "lengths", "eps", "eps_out", "mask", "residual",
 )  # fmt: skip
 _WORDS = {
     "dtype": COMPUTE_DTYPES,
@@ -24,6 +24,8 @@ _WORDS = {
     "inplace": (False, True),
     "path": ("aten", "triton"),
     "lengths": (False, True),
+    "mask": (False, True),  # these two where blocks of them are exchanged
+    "residual": (False, True),
 }
 
 

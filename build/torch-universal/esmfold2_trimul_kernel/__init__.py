@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_d23cb36e3b"
+_BUILD_ID = "_esmfold2_trimul_kernel_18a9ce5bd2"
 
 
 def _load_package() -> ModuleType:
