@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_18a9ce5bd2"
+_NAMESPACE = "_esmfold2_trimul_kernel_eafab43288"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_18a9ce5bd2"
+_BUILD_ID = "_esmfold2_trimul_kernel_eafab43288"
 
 
 def _load_package() -> ModuleType:
