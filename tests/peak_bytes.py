@@ -1,5 +1,9 @@
 """Counts the memory that operations take, for tests of what a path needs at its peak."""
 
+from types import ModuleType
+from typing import Any
+
+import pytest
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,3 +29,20 @@ class PeakBytes(TorchDispatchMode):
         self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return out
+
+
+def bytes_of_parts(monkeypatch: pytest.MonkeyPatch, subject: ModuleType) -> list[int]:
+    """The sizes of the parameters' sums that a backward of `subject` is going to make.
+
+    Their number depends on the GPU, and from some length on they are small beside the rest.
+    """
+    sizes, row_products = [], subject.row_products
+
+    def recorded(left: Tensor, right: Tensor, prepared: Any, parts: Any, *others: Any) -> Any:
+        made = row_products(left, right, prepared, parts, *others)
+        if parts is None:
+            sizes.extend([sums.nbytes for sums in made if sums is not None])
+        return made
+
+    monkeypatch.setattr(subject, "row_products", recorded)
+    return sizes

@@ -47,10 +47,10 @@ def deviations(submodule, on_triton):
         means = torch.zeros(WIDTH, device=on_triton), None
         statistics = torch.empty(5, LENGTH * LENGTH, device=on_triton)
         prepared = backward.prepare_ln_residual_bwd(
-            rows, call.weights, problem.eps, "fp32", torch.empty_like(t[0])
+            rows, call.weights, (problem.eps, problem.eps), "fp32", frozenset({"rows"})
         )
         backward.fused_ln_residual_bwd(
-            rows, call.weights, means, prepared,
+            rows, call.weights, means, launches, prepared,
             backward.Stage3Gradients(None, None, statistics, None, None),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_eafab43288"
+_BUILD_ID = "_esmfold2_trimul_kernel_b1e3f448c9"
 
 
 def _load_package() -> ModuleType:

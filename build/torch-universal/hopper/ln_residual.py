@@ -161,9 +161,10 @@ def _consume(
 
 
 @gluon.jit
-def _load_rows(
+def load_rows(
     x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, pairs, C: gl.constexpr
 ):  # fmt: skip
+    """Both consumers' tiles of x, and of the product's planes."""
     B, R, J, per_row, tiles = pairs
     X_LAYOUT: gl.constexpr = x.layout
     T_LAYOUT: gl.constexpr = product.layout
@@ -183,10 +184,11 @@ def _load_rows(
 
 
 @gluon.jit
-def _load_residual(
+def load_residual(
     residual, out_slots0, out_slots1, full0, full1, empty0, empty1, pairs,
     C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
+    """Both consumers' blocks of the residual, into the memory of the output."""
     if RESIDUAL:
         LAYOUT: gl.constexpr = residual.layout
         B, R, J, per_row, tiles = pairs
@@ -258,10 +260,10 @@ def _ln_residual_hopper_kernel(
         (load_weights, (
             weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
-        (_load_rows, (
+        (load_rows, (
             x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
         )),
-        (_load_residual, (
+        (load_residual, (
             residual, out0, out1, full0, full1, empty0, empty1, pairs,
             C, BLOCK_N, OUT_SLOTS, RESIDUAL,
         )),

@@ -66,6 +66,7 @@ class PreparedLaunch:
         self._arguments = {name: values.get(name) for name in names if name not in constants}
         places = {name: place for place, name in enumerate(self._arguments)}
         self._tensors = tuple(tensors)
+        self._pointers = [places[name] for name, kind in tensors.items() if kind is None]
         self._descriptors = [
             (places[name], descriptor)
             for name, descriptor in tensors.items()
@@ -85,6 +86,10 @@ class PreparedLaunch:
             # The interpreter returns None, so that every launch takes this branch.
             self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         else:
+            # As addresses: of a tensor Triton asks the driver, which takes longer.
+            for place in self._pointers:
+                if arguments[place] is not None:
+                    arguments[place] = arguments[place].data_ptr()
             self._compiled[grid](*arguments, *self.constants.values())
 
     def compile(self, **tensors: Tensor | None) -> Any:
@@ -98,6 +103,10 @@ class PreparedLaunch:
         return self.kernel.warmup(
             *self._with(tensors), grid=(self.programs, 1, 1), **self.constants, **self.options
         )
+
+    def value_of(self, name: str) -> Any:
+        """A run-time parameter that is no tensor."""
+        return self._arguments[name]
 
     def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
         """The run-time arguments, in the kernel's order."""

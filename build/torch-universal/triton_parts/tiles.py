@@ -271,17 +271,6 @@ def beside(left, right):
 
 
 @triton.jit
-def together(parts):
-    """[M, N] of its `quarters`."""
-    if len(parts) == 4:
-        return beside(beside(parts[0], parts[1]), beside(parts[2], parts[3]))
-    elif len(parts) == 2:
-        return beside(parts[0], parts[1])
-    else:
-        return parts[0]
-
-
-@triton.jit
 def identity(K: tl.constexpr, dtype: tl.constexpr):
     """[K, K] identity matrix."""
     offs_k = tl.arange(0, K)

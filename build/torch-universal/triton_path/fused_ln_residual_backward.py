@@ -8,9 +8,9 @@
     dq = dy e o (1 - o)              [R*L, C]      the gradient of the gate before its sigmoid
     dt = rstd (g2 dn - mean(g2 dn) - t^ mean(g2 dn t^)),  dn = de We
 
-This kernel recomputes e and o and writes de and dq. Where a program holds whole rows of de, it
-computes dt too; otherwise `norm_backward` does. Both means over the D channels of a row of dn are
-sums over the C channels of de. They are taken here, so that nothing needs a whole row of dn:
+This kernel recomputes e and o and writes de and dq; `norm_backward` computes dt. Both means over
+the D channels of a row of dn are sums over the C channels of de. They are taken here, so that no
+program of `norm_backward` needs a whole row of dn:
 
     mean(g2 dn)    = sum_c de_c u_c,                u = We g2 / D
     mean(g2 dn t^) = sum_c de_c (We (g2 t^))_c / D,             which is e without We b2 + be
@@ -30,9 +30,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import hopper
 from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     block_of,
     descriptor_of,
@@ -59,10 +61,8 @@ from ..triton_parts.tiles import (
     sigmoid,
     store_tile,
     store_zeros,
-    together,
     within_length,
 )
-from .norm_backward import store_planes
 
 
 @triton.jit(
@@ -75,11 +75,11 @@ from .norm_backward import store_planes
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
     t_ptr, t_planes, x_ptr, moments_ptr, grad_ptr, drop_ptr, lengths_ptr,
-    grad_emit_ptr, grad_gate_ptr, rows_ptr, grad_drop_ptr, sums_ptr, grad_t_ptr, hat_ptr,
+    grad_emit_ptr, grad_gate_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
     R, L, pitch, first_row, eps_out,
-    stride_t_d, stride_t_i, stride_grad_t_d, stride_grad_t_i,
+    stride_t_d, stride_t_i,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j,
     stride_grad_i, stride_grad_j, stride_grad_c,
@@ -88,7 +88,7 @@ def _fused_ln_residual_bwd_kernel(
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, HELD: tl.constexpr,
+    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     """de, dq and the outputs below, of all C channels at BLOCK_M positions m = i * pitch + j.
 
@@ -97,9 +97,7 @@ def _fused_ln_residual_bwd_kernel(
     the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the gradient of
     drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. With DESCRIPTORS the
     projections are descriptors, and `t_planes` describes t as [D, R * pitch]. Row i is row
-    first_row + i of its sequence, which matters only with lengths. HELD means that BLOCK_N >= C.
-    Then there may be a `grad_t`, which may be t, for dt [D, R, pitch] with zeros in columns
-    [L, pitch), and a `hat` for t^ [R*L, D].
+    first_row + i of its sequence, which matters only with lengths.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -119,22 +117,11 @@ def _fused_ln_residual_bwd_kernel(
             store_zeros(grad_gate_ptr, offs_beyond, beyond, C, BLOCK_N)
         if grad_drop_ptr is not None:
             store_zeros(grad_drop_ptr, offs_beyond, beyond, C, BLOCK_N)
-        if hat_ptr is not None:
-            store_zeros(hat_ptr, (i.to(tl.int64) * L + j) * D, beyond, D, BLOCK_K)
         valid_m = within
         if not any_of(valid_m):
             if sums_ptr is not None:
                 both = tl.program_id(0).to(tl.int64) * 2 + tl.arange(0, 2)
                 store_zeros(sums_ptr, both * C, both >= 0, C, BLOCK_N)
-            if grad_t_ptr is not None:
-                offs_grad_t = i.to(tl.int64) * stride_grad_t_i + j
-                offs_grad_t = tl.max_contiguous(tl.multiple_of(offs_grad_t, 16), 16)
-                zeros = tl.zeros([BLOCK_K, BLOCK_M], dtype)
-                for start_k in range(0, D, BLOCK_K):
-                    store_planes(
-                        grad_t_ptr, start_k + tl.arange(0, BLOCK_K), offs_grad_t, stride_grad_t_d,
-                        zeros, valid_t, D, EVEN_D,
-                    )  # fmt: skip
             return
 
     offs_x = i.to(tl.int64) * stride_x_i + j.to(tl.int64) * stride_x_j
@@ -199,7 +186,6 @@ def _fused_ln_residual_bwd_kernel(
         EVEN_N: tl.constexpr = C % BLOCK_N == 0
         emits = quarters(emit)
         gates = quarters(gate)
-        grads = ()
         for quarter in tl.static_range(len(emits)):
             emit, gate = emits[quarter], gates[quarter]
             offs_n = start_n + quarter * emit.shape[1] + tl.arange(0, emit.shape[1])
@@ -225,24 +211,13 @@ def _fused_ln_residual_bwd_kernel(
             if grad_emit_ptr is not None:
                 rounded = grad_emit.to(dtype)
                 store_tile(grad_emit_ptr, row * C, offs_n, rounded, valid_m, C, EVEN_N)
-                grads = grads + (rounded,)
-                # The means are of the values that dn's product multiplies.
+                # The means are of the values that `norm_out_bwd` multiplies.
                 grad_emit = as_multiplied(rounded, PRECISION)
-            if rows_ptr is not None or grad_t_ptr is not None:
+            if rows_ptr is not None:
                 scale = load_channels(emit_scale_ptr, offs_n, 0.0, C, EVEN_N)
                 mean_grad += tl.sum(grad_emit * scale, 1)
                 shift = load_channels(emit_shift_ptr, offs_n, 0.0, C, EVEN_N)
                 mean_grad_hat += tl.sum(grad_emit * (emit - shift), 1)
-
-        if HELD and grad_t_ptr is not None:
-            _write_grad_t(
-                together(grads), mean_grad[:, None], mean_grad_hat[:, None] * (1.0 / D),
-                mean_t, rstd_t,
-                t_ptr, t_planes, offs_t, stride_t_d, start_m, valid_t, row, valid_m, first_t,
-                grad_t_ptr, i.to(tl.int64) * stride_grad_t_i + j, stride_grad_t_d, hat_ptr,
-                emit_weight, stride_emit, norm_out_weight_ptr,
-                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
-            )  # fmt: skip
 
     if rows_ptr is not None:
         count = R.to(tl.int64) * L
@@ -252,42 +227,6 @@ def _fused_ln_residual_bwd_kernel(
         tl.store(rows_ptr + 2 * count + row, tl.sum(rstd_t, 1), mask=valid_m)
         tl.store(rows_ptr + 3 * count + row, mean_grad, mask=valid_m)
         tl.store(rows_ptr + 4 * count + row, mean_grad_hat * (1.0 / D), mask=valid_m)
-
-
-@triton.jit
-def _write_grad_t(
-    grad_emit, mean_grad, mean_grad_hat, mean_t, rstd_t,
-    t_ptr, t_planes, offs_t, stride_t_d, start_m, valid_t, row, valid_m, first_t,
-    grad_t_ptr, offs_grad_t, stride_grad_t_d, hat_ptr, emit_weight, stride_emit, norm_weight_ptr,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dt, and t^ if wanted, of whole rows de [M, BLOCK_N >= C], in blocks of channels of t."""
-    EVEN_D: tl.constexpr = D % BLOCK_K == 0
-    offs_grad_t = tl.max_contiguous(tl.multiple_of(offs_grad_t, 16), 16)
-    for start_k in range(0, D, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        emit_tile = load_weight(
-            emit_weight, 0, start_k, stride_emit, C, D, BLOCK_N, BLOCK_K, DESCRIPTORS
-        )
-        grad = tl.zeros([grad_emit.shape[0], BLOCK_K], tl.float32)
-        grad = dot(grad_emit, emit_tile, grad, PRECISION)
-        if DESCRIPTORS:
-            t = t_planes.load([start_k, start_m]).T
-        else:
-            t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D)
-        hat = normalise(
-            t.to(tl.float32), offs_k, first_t, mean_t, rstd_t, None, None, D, EVEN_D
-        )
-        if hat_ptr is not None:
-            store_tile(hat_ptr, row * D, offs_k, hat.to(grad_emit.dtype), valid_m, D, EVEN_D)
-        grad *= load_channels(norm_weight_ptr, offs_k, 1.0, D, EVEN_D)
-        grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
-        # The padding columns of t are uninitialised and may be NaN.
-        grad = tl.where(valid_m[:, None], grad, 0.0).to(grad_emit.dtype).T
-        store_planes(
-            grad_t_ptr, offs_k, offs_grad_t, stride_grad_t_d, grad, valid_t, D, EVEN_D
-        )
 
 
 @triton.jit
@@ -363,23 +302,26 @@ class Stage3Gradients(NamedTuple):
     gate: torch.Tensor | None  # dq [R*L, C] in the dtype of x
     rows: torch.Tensor | None  # [5, R*L] in fp32, for `norm_out_bwd`
     drop_mask: torch.Tensor | None  # [R*L, C] in the dtype of x
-    sums: torch.Tensor | None  # [programs, 2, C] in fp32, partial sums of de and dq
-    t: torch.Tensor | None = None  # dt [D, R, pitch] in the dtype of x, if the launch `gives_dt`
-    hat_t: torch.Tensor | None = None  # t^ [R*L, D] in the dtype of x, beside dt
+    sums: torch.Tensor | None  # [partial_sums, 2, C] in fp32, of de and dq
 
 
 def fused_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
     emit_means: tuple[torch.Tensor, torch.Tensor | None],
+    launches: Launches,
     prepared: PreparedLaunch,
     out: Stage3Gradients,
 ) -> None:
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
-    is from `prepare_ln_residual_bwd` for tensors like these.
+    is from `prepare_ln_residual_bwd` for tensors like these; `launches` gives other memory.
     """
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("ln_residual_backward")
+        variant.launch(rows, weights, emit_means, launches, prepared, out)
+        return
     emit_scale, emit_shift = emit_means
     prepared.launch(
         t_ptr=rows.t,
@@ -394,8 +336,6 @@ def fused_ln_residual_bwd(
         rows_ptr=out.rows,
         grad_drop_ptr=out.drop_mask,
         sums_ptr=out.sums,
-        grad_t_ptr=out.t,
-        hat_ptr=out.hat_t,
         norm_in_weight_ptr=weights.norm_in_weight,
         norm_in_bias_ptr=weights.norm_in_bias,
         norm_out_weight_ptr=weights.norm_out_weight,
@@ -408,31 +348,40 @@ def fused_ln_residual_bwd(
     )
 
 
-def gives_dt(prepared: PreparedLaunch) -> bool:
-    """Whether the programs of `fused_ln_residual_bwd` hold whole rows of de, and give dt."""
-    return prepared.constants["HELD"]
+def partial_sums(prepared: PreparedLaunch) -> int:
+    """The first extent of the sums that `fused_ln_residual_bwd` writes."""
+    if prepared.variant == "hopper":
+        return prepared.programs * hopper.kernels("ln_residual_backward").SUMS
+    return prepared.programs
 
 
 def prepare_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
-    eps_out: float,
+    eps: tuple[float, float],
     precision: str,
-    grad_t: torch.Tensor,
+    outputs: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_bwd`; its `programs` is the first extent of the sums.
+    """The launch of `fused_ln_residual_bwd`.
 
-    The first row is row `first_row` of its sequence.
+    Args:
+        eps: of the norms of x and of t.
+        outputs: the names of `Stage3Gradients` that will be wanted.
+        first_row: the row of its sequence that the rows begin with.
     """
     t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape
     length, channels = x.shape[1:]
     device = device_target(x.device)
+    variants = hopper.variants("ln_residual_backward", "takes", x, rows, outputs)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_ln_residual_bwd", x, width, length)
+        config = setting_of("fused_ln_residual_bwd", x, width, length, 1, variants)
+    if hopper.is_variant(config, variants):
+        variant = hopper.kernels("ln_residual_backward")
+        return variant.prepare(rows, weights, eps, outputs, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, hidden))
@@ -453,15 +402,13 @@ def prepare_ln_residual_bwd(
         tensors=pointers(
             "t_ptr", "x_ptr", "moments_ptr", "grad_ptr", "drop_ptr", "lengths_ptr",
             "grad_emit_ptr", "grad_gate_ptr", "rows_ptr", "grad_drop_ptr", "sums_ptr",
-            "grad_t_ptr", "hat_ptr", "norm_in_weight_ptr", "norm_in_bias_ptr",
-            "norm_out_weight_ptr", "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr",
-            "emit_shift_ptr",
+            "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
+            "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr",
         ) | {"t_planes": t_planes, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
-            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps_out,
+            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps[1],
             stride_emit=emit.stride(0), stride_gate=gate.stride(0),
             **named_strides("t", "di", t.stride()[:2]),
-            **named_strides("grad_t", "di", grad_t.stride()[:2]),
             **named_strides("x", "ijc", strides(x)),
             **named_strides("moments", "nij", moments.stride()),
             **named_strides("grad", "ijc", strides(grad_out)),
@@ -472,7 +419,7 @@ def prepare_ln_residual_bwd(
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1, DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots),
-            FAST_RECIPROCAL=device.fast_reciprocal, HELD=config.held and block_n >= channels,
+            FAST_RECIPROCAL=device.fast_reciprocal,
         ),
         options=config.options(),
     )  # fmt: skip

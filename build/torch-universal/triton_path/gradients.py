@@ -44,13 +44,14 @@ from .fused_dual_gemm_backward import (
     Stage1Gradients,
     fused_dual_gemm_bwd,
     prepare_dual_gemm_bwd,
+    rows_of_sums,
 )
 from .fused_ln_residual_backward import (
     Rows,
     Stage3Gradients,
     emit_means,
     fused_ln_residual_bwd,
-    gives_dt,
+    partial_sums,
     prepare_emit_means,
     prepare_ln_residual_bwd,
 )
@@ -85,9 +86,29 @@ class _Wanted(NamedTuple):
         return self.x or self.mask or self.parameters
 
     @property
+    def of_stage_3(self) -> frozenset[str]:
+        """The outputs of stage 3's backward that are used."""
+        found = {
+            "emit": self.through_product, "gate": self.projections, "rows": self.through_product,
+            "drop_mask": self.drop_mask, "sums": self.parameters,
+        }  # fmt: skip
+        return frozenset([name for name, wanted in found.items() if wanted])
+
+    @property
     def projections(self) -> bool:
         """Whether dp, dg and dq are wanted: for dz, or for the parameters."""
         return self.x or self.parameters
+
+    @property
+    def of_stage_1(self) -> frozenset[str]:
+        """The outputs of stage 1's backward, by their names in `Stage1Gradients`."""
+        outputs = {
+            "grads": self.projections,
+            "hat_x": self.parameters,
+            "mask": self.mask,
+            "sums": self.parameters,
+        }
+        return frozenset(name for name, wanted in outputs.items() if wanted)
 
 
 @torch.no_grad()
@@ -275,27 +296,23 @@ class _Sequence(NamedTuple):
             grad_q = self.grad_q[chunk].view(count, channels) if wanted.projections else None
             prepared = self.launches.of(
                 ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, grad_q)),
-                prepare_ln_residual_bwd, rows, weights, call.eps_out, call.precision,
-                grad_t[:, chunk], None, first_row,
+                prepare_ln_residual_bwd, rows, weights, (call.eps_in, call.eps_out),
+                call.precision, wanted.of_stage_3, None, first_row,
             )  # fmt: skip
-            at_once = wanted.through_product and gives_dt(prepared)
             emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
             out = Stage3Gradients(
                 emit=emit,
                 gate=grad_q,
-                rows=_float32(call.x, 5, count)
-                if wanted.through_product and not at_once else None,
+                rows=_float32(call.x, 5, count) if wanted.through_product else None,
                 drop_mask=drop_rows,
-                sums=_float32(call.x, prepared.programs, 2, channels)
+                sums=_float32(call.x, partial_sums(prepared), 2, channels)
                 if wanted.parameters else None,
-                t=grad_t[:, chunk] if at_once else None,
-                hat_t=hat_t if at_once else None,
             )  # fmt: skip
-            fused_ln_residual_bwd(rows, weights, self.emit_means, prepared, out)
+            fused_ln_residual_bwd(rows, weights, self.emit_means, self.launches, prepared, out)
             if wanted.drop_mask:
                 total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
                 grad_drop = total if grad_drop is None else grad_drop.add_(total)
-            if wanted.through_product and not at_once:
+            if wanted.through_product:
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
@@ -353,6 +370,7 @@ class _Sequence(NamedTuple):
         )
         memory, chunks = self._chunks(memory, max(1, sum(widths)))
         into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
+        outputs, folded = wanted.of_stage_1, None
         for chunk in chunks:
             x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
@@ -361,15 +379,17 @@ class _Sequence(NamedTuple):
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
-                prepare_dual_gemm_bwd, x, mask, x_moments, grad_h, weights, call.precision, size,
-                None, first_row,
+                prepare_dual_gemm_bwd, call, x, mask, x_moments, grad_h, size, outputs, None,
+                first_row,
             )  # fmt: skip
             grads, hat_x = _row_buffers(memory, count, widths)
             sums = None
             if wanted.parameters:
-                sums = _float32(call.x, prepared.programs, 4 * hidden)
+                sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
-            fused_dual_gemm_bwd(x, mask, x_moments, grad_h, weights, prepared, out, call.lengths)
+            folded = fused_dual_gemm_bwd(
+                call, self.launches, x, mask, x_moments, grad_h, prepared, out, folded
+            )
             if not wanted.projections:
                 continue
             grad_q = self.grad_q[chunk].view(count, channels)
@@ -380,7 +400,7 @@ class _Sequence(NamedTuple):
                 prepared = self.launches.of(
                     ("input_bwd", count, first_row, *_alignments(x, grad_q, grad_x)),
                     prepare_input_bwd, grads, grad_q, x, x_moments, into, call.precision, None,
-                    first_row,
+                    first_row, call.lengths is not None,
                 )  # fmt: skip
                 input_bwd(
                     grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,

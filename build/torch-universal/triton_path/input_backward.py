@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import hopper
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
@@ -247,6 +248,10 @@ def input_bwd(
     Wp, Wg and Wo. `prepared` is from `prepare_input_bwd` for tensors like these. `lengths` [1]
     int32 is the length of a padded sequence.
     """
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("input_backward")
+        variant.launch(prepared, pair, gate, x, moments, weights, norm_weight, grad_x)
+        return
     prepared.launch(
         pair_ptr=pair,
         pair=pair,
@@ -278,13 +283,21 @@ def prepare_input_bwd(
     precision: str,
     config: LaunchConfig | None = None,
     first_row: int = 0,
+    padded: bool = False,
 ) -> PreparedLaunch:
-    """The launch of `input_bwd` for tensors like these; they begin at row `first_row`."""
+    """The launch of `input_bwd` for tensors like these.
+
+    They begin at row `first_row`, of a sequence with a length if `padded`.
+    """
     count, length, channels = x.shape
     width = pair.shape[1] // 2
     device = device_target(x.device)
+    variants = hopper.variants("input_backward", "takes", x, pair, gate, x, weights, padded)
     if config is None:
-        config = setting_of("input_bwd", x, channels, length)
+        config = setting_of("input_bwd", x, channels, length, variants=variants)
+    if hopper.is_variant(config, variants):
+        variant = hopper.kernels("input_backward")
+        return variant.prepare(pair, gate, x, moments, weights, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, width))

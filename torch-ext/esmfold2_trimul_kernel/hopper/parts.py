@@ -73,21 +73,29 @@ def load_weights(
 
     The first's channels are the lower half of a stage, the second's the upper.
     """
-    BYTES: gl.constexpr = 2 * BLOCK_N * (ring.shape[2] + extras.shape[2]) * 2
     stage = 0
     phase = 1
     for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for step in range(N // BLOCK_N):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
-            low, high = lower(extras.index(stage)), upper(extras.index(stage))
-            load_tile(further, [step * BLOCK_N, 0], bar, low)
-            load_tile(further, [N + step * BLOCK_N, 0], bar, high)
-            low, high = lower(ring.index(stage)), upper(ring.index(stage))
-            load_tile(weights, [step * BLOCK_N, 0], bar, low)
-            load_tile(weights, [N + step * BLOCK_N, 0], bar, high)
+            load_block(weights, further, ring, extras, full, empty, stage, phase, step, N, BLOCK_N)
             stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def load_block(
+    weights, further, ring, extras, full, empty, stage, phase, step,
+    N: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """The step-th BLOCK_N channels of `load_weights`."""
+    mbarrier.wait(empty.index(stage), phase)
+    bar = full.index(stage)
+    mbarrier.expect(bar, 2 * BLOCK_N * (ring.shape[2] + extras.shape[2]) * 2)
+    low, high = lower(extras.index(stage)), upper(extras.index(stage))
+    load_tile(further, [step * BLOCK_N, 0], bar, low)
+    load_tile(further, [N + step * BLOCK_N, 0], bar, high)
+    low, high = lower(ring.index(stage)), upper(ring.index(stage))
+    load_tile(weights, [step * BLOCK_N, 0], bar, low)
+    load_tile(weights, [N + step * BLOCK_N, 0], bar, high)
 
 
 @gluon.jit
@@ -151,15 +159,21 @@ def ready(slot, mean, rstd, eps, A: gl.constexpr):
     - rows whose variance overflows, of which rstd is 0. x W'^T may overflow too, and so would the
       reciprocal of rstd, the least of which is otherwise 2^-64.
     """
-    of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
-    constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
-    replaced = constant | (rstd == 0.0)
+    replaced = without_norm(mean, rstd, eps)
     if gl.max(replaced.to(gl.int32), 0) > 0:
         rows = slot.load(A)
         slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
     mean = gl.where(replaced, 0.0, mean)
     scale = gl.maximum(rstd, 2.0**-64)
     return slot.load(A), _pieces(mean, 1.0 / scale, A), scale
+
+
+@gluon.jit
+def without_norm(mean, rstd, eps):
+    """Whether rows are among those that `ready` replaces, [64]."""
+    of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
+    constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
+    return constant | (rstd == 0.0)
 
 
 @gluon.jit
@@ -187,8 +201,8 @@ def reciprocal(x):
 
 @gluon.jit
 def halves(x, HALF: gl.constexpr):
-    """The two halves of x [64, 2N] along N: registers are renamed, no data moves."""
-    left, right = x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+    """The two halves of x [M, 2N] along N: registers are renamed, no data moves."""
+    left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
     left = gl.convert_layout(left, HALF, assert_trivial=True)
     return left, gl.convert_layout(right, HALF, assert_trivial=True)
 

@@ -22,10 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .._call import Weights
+from .. import hopper
+from .._call import Call
 from ..fused_dual_gemm import lowest, project_pair, projection_pair
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     block_of,
     dot_precision,
@@ -185,28 +187,34 @@ class Stage1Gradients(NamedTuple):
     grads: torch.Tensor | None  # [R*L, 4D] in the dtype of x: dp, dg
     hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
     mask: torch.Tensor | None  # dmask [R, L], contiguous, in the dtype of the mask
-    sums: torch.Tensor | None  # [programs, 4D] in fp32, partial sums of dp and dg
+    sums: torch.Tensor | None  # [`rows_of_sums`, 4D] in fp32, partial sums of dp and dg
 
 
 def fused_dual_gemm_bwd(
+    call: Call,
+    launches: Launches,
     x: torch.Tensor,
     mask: torch.Tensor | None,
     moments: torch.Tensor,
     planes: torch.Tensor,
-    weights: Weights,
     prepared: PreparedLaunch,
     out: Stage1Gradients,
-    lengths: torch.Tensor | None = None,
-) -> None:
+    folded: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
-    `prepared` is from `prepare_dual_gemm_bwd` for tensors like these. `lengths` [1] int32 is the
-    length of a padded sequence.
+    These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for
+    tensors like these. Returns what a variant can be given as `folded` for other rows.
     """
+    weights = call.weights
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("gated_rows_backward")
+        tensors, made = (x, mask, moments, planes), (out.grads, out.hat_x, out.sums)
+        return variant.launch(call, launches, prepared, tensors, made, folded)
     prepared.launch(
         x_ptr=x,
         mask_ptr=mask,
-        lengths_ptr=lengths,
+        lengths_ptr=call.lengths,
         moments_ptr=moments,
         planes_ptr=planes,
         grads_ptr=out.grads,
@@ -219,29 +227,45 @@ def fused_dual_gemm_bwd(
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
     )
+    return None
+
+
+def rows_of_sums(prepared: PreparedLaunch) -> int:
+    """The first extent of the sums."""
+    if prepared.variant == "hopper":
+        return hopper.kernels("gated_rows_backward").rows_of_sums(prepared)
+    return prepared.programs
 
 
 def prepare_dual_gemm_bwd(
+    call: Call,
     x: torch.Tensor,
     mask: torch.Tensor | None,
     moments: torch.Tensor,
     planes: torch.Tensor,
-    weights: Weights,
-    precision: str,
     group: int,
+    wanted: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_dual_gemm_bwd`; its `programs` is the first extent of the sums.
+    """The launch of `fused_dual_gemm_bwd`.
 
-    The planes come in groups of `group` channels. The first row is row `first_row` of its sequence.
+    The planes come in groups of `group` channels. `wanted` names outputs of `Stage1Gradients`. The
+    first row is row `first_row` of its sequence.
     """
+    weights = call.weights
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
     device = device_target(x.device)
+    variants = hopper.variants(
+        "gated_rows_backward", "takes", x, planes, call.lengths, group, wanted
+    )
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_dual_gemm_bwd", x, width, length)
+        config = setting_of("fused_dual_gemm_bwd", x, width, length, variants=variants)
+    if hopper.is_variant(config, variants):
+        module = hopper.kernels("gated_rows_backward")
+        return module.prepare(call, x, mask, moments, planes, group, wanted, config)
     block_n = block_of(config.block_n, group)
     if group % 16 == 0:  # whole blocks, even if smaller
         block_n = math.gcd(group, block_n)
@@ -275,7 +299,7 @@ def prepare_dual_gemm_bwd(
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             WEIGHT_ALIGNMENT=pair.alignment, GATE_FIRST=pair.gate_first,
             DESCRIPTORS=pair.descriptor is not None,
-            PRECISION=dot_precision(precision, device.fp32_dots),
+            PRECISION=dot_precision(call.precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
         ),
         options=config.options(),

@@ -71,7 +71,7 @@ def _norm_out_bwd_kernel(
         valid_m = within
         if not any_of(valid_m):
             planes = tl.zeros([BLOCK_N, BLOCK_M], dtype)
-            store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, planes, valid_t, D, EVEN_D)
+            _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, planes, valid_t, D, EVEN_D)
             return
 
     grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -101,11 +101,11 @@ def _norm_out_bwd_kernel(
     grad = rstd_t * (grad - mean_grad - hat * mean_grad_hat)
     # The padding columns of t are uninitialised and may be NaN.
     grad = tl.where(valid_m[:, None], grad, 0.0).to(dtype).T  # [BLOCK_N, BLOCK_M]
-    store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
+    _store_planes(grad_t_ptr, offs_n, offs_grad, stride_grad_d, grad, valid_t, D, EVEN_D)
 
 
 @triton.jit
-def store_planes(
+def _store_planes(
     ptr, offs_n, offs_m, stride_d, tile, valid_t, D: tl.constexpr, EVEN_D: tl.constexpr
 ):
     """Stores tile [N, M] at channels offs_n of planes, and at offsets offs_m within a plane."""
