@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b1e3f448c9"
+_NAMESPACE = "_esmfold2_trimul_kernel_bc5a413f8a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

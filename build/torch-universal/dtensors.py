@@ -92,6 +92,13 @@ def _run_on_blocks(
 
     failure, moves = None, {}
     try:
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
+            raise NotImplementedError(
+                f"a call whose {name} several dimensions of a mesh divide has no backward: call it "
+                "under torch.no_grad() or torch.inference_mode(); got an argument that requires a "
+                "gradient"
+            )
         local = _local_arguments(name, x, arguments, dividing)
         check_residual(arguments.get("residual"), name, x)
         if isinstance(arguments["mask"], Tensor):

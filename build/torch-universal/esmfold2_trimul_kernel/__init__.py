@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_b1e3f448c9"
+_BUILD_ID = "_esmfold2_trimul_kernel_bc5a413f8a"
 
 
 def _load_package() -> ModuleType:
