@@ -7,7 +7,7 @@ from fresh_process import HUNG_SECONDS
 def test_processes_measure_their_messages(monkeypatch):
     monkeypatch.setenv("RANK", "7")  # of somebody else's launch
     found = measure("cpu", 2, HUNG_SECONDS)
-    assert found.rate > 0 and found.fault == ""
+    assert found.fault == "" and found.rate > 0
     assert found.symmetric_fault == "it is for GPUs"
 
 

@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from .ranks import RanksError, join_ranks, received_rate, run_ranks, slowest_sec
 
 MESSAGE_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}  # from each rank to each other
 _SECONDS = 120.0  # of all processes; starting them takes most of it
-_MESSAGE_SECONDS = 30  # of one message
 _CALLS = 10
 
 
@@ -47,7 +45,8 @@ def measure(kind: str, count: int, seconds: float = _SECONDS) -> Links:
             run_ranks(__name__, [kind, str(path)], count, seconds, output)
         except RanksError as error:
             output.seek(0)
-            said = [line.strip() for line in output if "Error: " in line]
+            lines = [line.strip() for line in output if line.strip()]
+            said = [line for line in lines if "Error: " in line] or lines[-1:]
             fault = f"{error}: {said[0]}" if said else str(error)
         found = json.loads(path.read_text()) if path.exists() else {}
     rate = found.get("rate")
@@ -55,7 +54,7 @@ def measure(kind: str, count: int, seconds: float = _SECONDS) -> Links:
 
 
 def _work(kind: str, path: Path) -> None:
-    device = join_ranks(kind, timedelta(seconds=_MESSAGE_SECONDS))
+    device = join_ranks(kind)
 
     def median(call: Callable[[], Any]) -> float:
         slowest_seconds(call, device)  # makes the channels

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -38,7 +38,7 @@ def run_ranks(
 ) -> None:
     """Runs `python -m module arguments` in `count` processes, until all have ended well.
 
-    Each has a share of the cores, unless OMP_NUM_THREADS says otherwise.
+    They import these tools. Each has a share of the cores, unless OMP_NUM_THREADS says otherwise.
 
     Args:
         seconds: the time that they have; None for any.
@@ -54,6 +54,10 @@ def run_ranks(
         "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }  # fmt: skip
+    folder = Path(__file__).resolve().parents[1]
+    if not folder.name.endswith("-packages"):  # where the processes find them anyway
+        path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, "-m", module, *arguments]
     processes: list[subprocess.Popen] = []
     try:
@@ -90,11 +94,8 @@ def is_rank() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
-def join_ranks(kind: str, timeout: timedelta | None = None) -> torch.device:
+def join_ranks(kind: str) -> torch.device:
     """Makes this process a rank: by gloo, and with `kind` "cuda" by NCCL on a GPU of its own.
-
-    Args:
-        timeout: of a message; None is torch's own.
 
     Returns:
         The rank's device.
@@ -103,7 +104,7 @@ def join_ranks(kind: str, timeout: timedelta | None = None) -> torch.device:
     if kind == "cuda":
         device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return device
 
 
