@@ -55,8 +55,8 @@ def triangle_multiplicative_update_with_residual(
 
     Args:
         pair: [B, L, L, C], bfloat16, float16 or float32; any strides. It may be a DTensor whose
-            sequences, and rows or columns, are divided among ranks; then the result is one too, of
-            the same placements, and other arguments may be (see docs/distributed.md).
+            sequences, rows and columns are divided among ranks; then the result is one too, of the
+            same placements, and other arguments may be (see docs/distributed.md).
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
         residual: [B, L, L, C] in the dtype of pair; may be pair itself. None gives the update
             alone, without allocating or reading anything for it.

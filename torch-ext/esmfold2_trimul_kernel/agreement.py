@@ -25,6 +25,7 @@ _FACTS = (
     "pass", "call", "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory",
     "inplace", "path", "lengths", "eps", "eps_out", "requires_grad", "recompute",
     "parameter_grads", "gradients", "exchange_memory", "mapped",
+    "mask", "residual",
 )  # fmt: skip
 _WORDS = {
     "pass": ("forward", "backward"),
@@ -38,6 +39,8 @@ _WORDS = {
     "requires_grad": (False, True),
     "recompute": RECOMPUTE_MODES,
     "parameter_grads": PARAMETER_GRADS,
+    "mask": (False, True),  # these two where blocks of them are exchanged
+    "residual": (False, True),
 }
 
 

@@ -161,6 +161,11 @@ def patch(
     or after it. A `PairUpdateBlock` that is not swapped itself runs esm's kernels in place of its
     swapped triangles with the backend "fused" or "fast"; the report names it if one is chosen.
 
+    The triangle multiplications of Fold-CP's Boltz ("boltz") and of esm's port of it ("esm") hold
+    DTensors in blocks, of placements (Shard(0), Shard(1), Shard(2)). Without a gradient ours runs
+    on them (see docs/distributed.md); any other call runs the module's own forward, which is logged
+    once for each reason.
+
     Each swapped module keeps its parameters, state dict, hooks and the arguments of its forward,
     training included. Of these, those that choose an implementation or a chunk size choose nothing
     any more, nor does the attribute `chunk_size`: results don't depend on it. Hooks of a module's

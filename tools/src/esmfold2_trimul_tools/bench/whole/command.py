@@ -8,8 +8,9 @@ import typer
 from rich.table import Column, Table
 
 from ...console import ProgressBar, print_json, print_whole, stdout
+from ..options import Options
 from .results import ours_is_right, read_results
-from .settings import Options
+from .settings import plan_of
 
 
 def bench_whole(options: Options) -> None:
@@ -21,7 +22,7 @@ def bench_whole(options: Options) -> None:
     if options.results is not None:
         measured = read_results(options.results)
     else:
-        plan = options.plan()
+        plan = plan_of(options)
         from .report import estimate
         from .run import run
 

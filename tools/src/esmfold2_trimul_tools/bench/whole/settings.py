@@ -1,31 +1,27 @@
 """The options of whole folds: their checks, and their defaults on this machine."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import UserError
-from ...options import at_least, read
+from ...options import at_least
 from ...repository import find_root
 from ...triton_cache import check_cache
-from ..settings import Settings, words
+from ..settings import words
 from .ways import OURS, STOCK, WAYS, Way
 
 if TYPE_CHECKING:
     import torch
 
     from ...folding.options import Settings as FoldSettings
+    from ..options import Options
 
 _LENGTHS = {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)}
 TWICE_BELOW = 5.0  # seconds of a fold that is timed twice
 _LONGEST_WAYS = (STOCK, OURS)
-# The options of the benchmark of single calls that a benchmark of folds has too.
-_SHARED = {
-    "device", "lengths", "dtypes", "published", "esm", "seed", "kernel_root", "commit", "out",
-    "resume", "results", "as_markdown", "as_json",
-}  # fmt: skip
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -105,56 +101,6 @@ class WholeOptions:
 
 
 @dataclass(frozen=True)
-class Options(WholeOptions, Settings):
-    """The options of the command: of single calls, and of whole folds."""
-
-    def check_together(self) -> None:
-        """Raises UserError for an option that the chosen benchmark does not have."""
-        default = read(Options)
-        only_whole = {one.name for one in fields(WholeOptions)} - {"whole"}
-        only_calls = {one.name for one in fields(Settings)} - _SHARED
-        for name in only_calls if self.whole else only_whole:
-            if getattr(self, name) != getattr(default, name):
-                named = {"rivals": "rival", "as_readme": "readme"}.get(name, name)
-                option = named.replace("_", "-")
-                raise UserError(f"--{option} is {'not ' if self.whole else ''}for --whole")
-        if self.whole and self.dtypes is not None and len(self.dtypes) > 1:
-            raise UserError(f"--dtypes must be one with --whole; got {', '.join(self.dtypes)}")
-
-    def plan(self) -> "Plan":
-        """What is to be measured on this machine.
-
-        Raises:
-            UserError: no such device; --longest without a GPU.
-        """
-        root = find_root(self.kernel_root)  # before torch is imported
-        from ...folding.model import resolve_device, resolve_dtype
-        from ...folding.options import Settings as FoldSettings
-
-        device = resolve_device(self.device)
-        if device.type not in _LENGTHS:
-            raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
-        if self.longest is not None:
-            _check_longest(self.longest, device)
-        if device.type != "cpu":
-            check_cache()
-        named = self.ways or (_LONGEST_WAYS if self.longest is not None else None)
-        return Plan(
-            device=device,
-            dtype=resolve_dtype(self.dtypes and self.dtypes[0], device),
-            lengths=self.lengths or _LENGTHS[device.type],
-            ways=tuple(way for way in WAYS if named is None or way.name in named),
-            fold=FoldSettings(self.loops, self.samples, self.steps, self.seed),
-            small=self.small,
-            longest=self.longest,
-            fold_seconds=self.fold_seconds,
-            root=root,
-            published=self.published,
-            esm=self.esm,
-        )
-
-
-@dataclass(frozen=True)
 class Plan:
     """The options, checked and resolved: the `RunSettings` of the results' environment."""
 
@@ -177,3 +123,36 @@ class Plan:
     @property
     def seed(self) -> int:
         return self.fold.seed
+
+
+def plan_of(options: "Options") -> Plan:
+    """What is to be measured on this machine.
+
+    Raises:
+        UserError: no such device; --longest without a GPU.
+    """
+    root = find_root(options.kernel_root)  # before torch is imported
+    from ...folding.model import resolve_device, resolve_dtype
+    from ...folding.options import Settings as FoldSettings
+
+    device = resolve_device(options.device)
+    if device.type not in _LENGTHS:
+        raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
+    if options.longest is not None:
+        _check_longest(options.longest, device)
+    if device.type != "cpu":
+        check_cache()
+    named = options.ways or (_LONGEST_WAYS if options.longest is not None else None)
+    return Plan(
+        device=device,
+        dtype=resolve_dtype(options.dtypes and options.dtypes[0], device),
+        lengths=options.lengths or _LENGTHS[device.type],
+        ways=tuple(way for way in WAYS if named is None or way.name in named),
+        fold=FoldSettings(options.loops, options.samples, options.steps, options.seed),
+        small=options.small,
+        longest=options.longest,
+        fold_seconds=options.fold_seconds,
+        root=root,
+        published=options.published,
+        esm=options.esm,
+    )
