@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_ad47f5e1d9"
+_NAMESPACE = "_esmfold2_trimul_kernel_b82cb37a0c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

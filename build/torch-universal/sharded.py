@@ -10,19 +10,21 @@ channels multiplies them alone, so rows are exchanged for channels around stage 
     stage 3    the output of my rows
 
 Each sum is made in one place, in one process's order and of the same rounded values. A rank sends
-3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction. Planes have the axes
-of x, so a message is the rows of one channel for one rank: contiguous at both ends, without a
-packed copy. Columns are rows of the transposed x, for which t is the other direction's product of
-b and a.
+3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction, by one of the
+`carriers`. Planes have the axes of x, so what travels are the rows of one channel for one rank:
+contiguous at both ends, without a packed copy. Columns are rows of the transposed x, for which t is
+the other direction's product of b and a.
 
 Memory beyond the arguments, in a rank's share of one pair tensor where C = D, if a rank has eight
 channels or more (with fewer there are fewer groups):
 
-    default   a and b, 2; the planes [G, L, pitch] of a group, 3/8; the output
+    default   a and b, 2; the planes [G, L, pitch] of two groups, 3/4; the output
     lean      t, 1; a and b of a group, 1/4; the planes [G, L, pitch], 3/8; the output
 
-Sequences share all but the output. The planes of a group lie in the output's memory where they fit,
-unless that is the residual. In lean mode stage 1 runs once for each group and reads x each time.
+In the default mode one group travels while another is multiplied. Sequences share all but the
+output. Messages fill planes that lie in the output's memory where they fit, unless that is the
+residual, for which one group at a time has 3/8. Copies fill planes in memory that all ranks map.
+In lean mode stage 1 runs once for each group and reads x each time.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
@@ -104,7 +106,8 @@ def sharded_triangle_multiplicative_update_with_residual(
         residual_local: like pair_local, or None.
         drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
         group: a process group, or a DeviceMesh of one dimension: the ranks, in their order; None is
-            all ranks. Messages go by its own backend.
+            all ranks. GPUs of one host copy into each other's memory, which is kept until
+            `free_exchange_memory`; otherwise messages go by the group's own backend.
         length: L.
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
@@ -352,7 +355,7 @@ class _Sharded:
                         break
                     failure = buffers = None
                     if way.mapped:
-                        shared.drop()  # the next way needs less, and all of it elsewhere
+                        shared.refuse(way.mapped)  # the next way needs the memory elsewhere
             finally:
                 failure = None  # its traceback holds this frame, and so the buffers
             if way.lean and not ways[0].lean:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_ad47f5e1d9"
+_BUILD_ID = "_esmfold2_trimul_kernel_b82cb37a0c"
 
 
 def _load_package() -> ModuleType:
