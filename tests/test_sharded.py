@@ -714,6 +714,15 @@ def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backe
     assert seen == [device]
 
 
+def test_gloo_sends_tensors_of_a_cpu_alone(submodule, monkeypatch):
+    schedule, problem = submodule("sharded"), make_problem(6, 8)
+    alone_in_a_group_of("cpu:gloo,meta:gloo", schedule, monkeypatch)
+    with pytest.raises(ValueError, match="group must .* tensors of meta, .*; got cpu:gloo,meta:"):
+        schedule.sharded_triangle_multiplicative_update(
+            problem.x.to("meta"), "outgoing", group=None, length=6, **problem.weights
+        )
+
+
 def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):
     """Its traceback holds the frames: if one held it too, planes would wait for the collector."""
     schedule = submodule("sharded")

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b82cb37a0c"
+_NAMESPACE = "_esmfold2_trimul_kernel_8e5c336095"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -280,6 +280,16 @@ def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
     return group.get_group()
 
 
+def _check_backend(group: dist.ProcessGroup | None, device: str) -> None:
+    """gloo would end the process at the first message of a GPU's memory."""
+    backends = dist.get_backend_config(group)
+    if device != "cpu" and f"{device}:gloo" in backends.split(","):
+        raise ValueError(
+            f"group must have a backend that sends tensors of {device}, such as that of "
+            f'init_process_group("cpu:gloo,cuda:nccl"); got {backends}'
+        )
+
+
 def check_order(name: str, mesh: Any, dim: int) -> None:
     """The ranks of a mesh's dimension must be in the order of its group, which is ascending."""
     at, rank = mesh.get_local_rank(dim), dist.get_rank(mesh.get_group(dim))
@@ -435,6 +445,7 @@ class _Sharded:
         check_division(self._dim, self._length)
         rows = Layout(self._ranks, self._length, 1).rows(self._rank)
         check_pair_local(name, pair, self._leading, self._dim, self._length, rows)
+        _check_backend(self._group, pair.device.type)
         check_weights(name, pair, weights)
         check_residual(residual, name, pair)
         check_eps("eps", eps)
