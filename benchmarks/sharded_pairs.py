@@ -6,8 +6,9 @@ One process a GPU, with NCCL; on CPUs with gloo, of which the figures tell nothi
 several hosts, start it on each as torchrun's documentation says.
 
 Milliseconds are those of the slowest rank, the median of calls that all begin together. "alone" is
-the same call of the whole pair tensor on one rank, while the others wait. "peak" is the most memory
-of a rank beyond its arguments, in its share of the pair tensor.
+the same call of the whole pair tensor on one rank, while the others wait. "messages" is the call
+without copies, where it would exchange by them. "peak" is the most memory of a rank beyond its
+arguments, with what all ranks map, in its share of the pair tensor.
 """
 
 from __future__ import annotations
@@ -102,17 +103,25 @@ def measure(
             **problem.weights,
         )  # fmt: skip
 
+    carriers = kernel.carriers.memory
     spent = seconds(sharded, device, budget)
     with measure_peak_memory(device) as memory:
         made = sharded()
-    peak = torch.tensor(memory.added_bytes)
+    kept = carriers.known_memory_of(None)
+    mapped = 0 if kept is None else kept.bytes(device)
+    peak = torch.tensor(memory.added_bytes + mapped)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     share = case.pair_bytes / ranks
     row = {
         "C": case.channels, "L": case.length, "dtype": case.dtype, "direction": case.direction,
-        "ranks": ranks, "ms": 1e3 * spent, "peak_shares": peak.item() / share,
+        "ranks": ranks, "carrier": "copies" if mapped else "messages", "ms": 1e3 * spent,
+        "messages_ms": None, "peak_shares": peak.item() / share,
         "alone_ms": None, "same_bits": None, "difference": None,
     }  # fmt: skip
+    if mapped:
+        with carriers.without_copies():
+            row["messages_ms"] = 1e3 * seconds(sharded, device, budget)
+        kernel.free_exchange_memory()  # the next row's peak is its own
     if not whole:
         return row
     masks = [None] * ranks
@@ -183,7 +192,10 @@ def main() -> None:
     rates = {size: message_rate(size, device, options.budget) for size in options.messages}
     for size, rate in rates.items():
         say(f"{size} MiB from each rank to each other: {rate / 1e9:.3g} GB/s received")
-    columns = "C", "L", "direction", "ms", "alone", "alone / ms", "peak", "same bits", "difference"
+    columns = (
+        "C", "L", "direction", "carrier", "ms", "messages", "alone", "alone / ms", "peak",
+        "same bits", "difference",
+    )  # fmt: skip
     say(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     rows = []
     for channels, length, direction in product(options.widths, lengths, options.directions):
@@ -195,9 +207,10 @@ def main() -> None:
         if alone is not None:
             bits = "yes" if row["same_bits"] else "no"
             beside = [f"{alone:.3g}", f"{alone / many:.2f}", bits, f"{row['difference']:.1e}"]
+        messages = "-" if row["messages_ms"] is None else f"{row['messages_ms']:.3g}"
         say(
-            f"| {channels} | {length} | {direction} | {many:.3g} | {beside[0]} | {beside[1]} "
-            f"| {row['peak_shares']:.2f} | {beside[2]} | {beside[3]} |"
+            f"| {channels} | {length} | {direction} | {row['carrier']} | {many:.3g} | {messages} "
+            f"| {beside[0]} | {beside[1]} | {row['peak_shares']:.2f} | {beside[2]} | {beside[3]} |"
         )
         if first and options.out is not None:
             found = {"environment": environment, "ranks": ranks, "rates": rates, "rows": rows}

@@ -29,6 +29,7 @@ def test_it_measures_what_two_ranks_do_and_one_alone(tmp_path):
     assert found["ranks"] == 2 and found["rates"]["1"] > 0
     beside, rows_alone = found["rows"]
     assert beside["ms"] > 0 and beside["alone_ms"] > 0
+    assert beside["carrier"] == "messages" and beside["messages_ms"] is None
     assert beside["difference"] < 1e-6
     # Of a longer one each rank draws its own rows.
     assert rows_alone["ms"] > 0 and rows_alone["alone_ms"] is rows_alone["same_bits"] is None

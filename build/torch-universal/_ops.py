@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_61f6705158"
+_NAMESPACE = "_esmfold2_trimul_kernel_f90c36a96a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_61f6705158"
+_BUILD_ID = "_esmfold2_trimul_kernel_f90c36a96a"
 
 
 def _load_package() -> ModuleType:
