@@ -62,7 +62,7 @@ class Host:
         self._ranks, self._rank = len(memories), rank
         self._memory = self._parts[0].PeerMemory(memories, rank)
         self._memory.calls = self._memory.steps = first_count
-        pauses = (3e-3, 2e-2) if slow else (0, 0, 0, 1e-4, 2e-3)
+        pauses = (1e-3, 8e-3) if slow else (0, 0, 0, 1e-4, 2e-3)
         self.queues = [Thread(rank, pauses)]
         self._kept, self.outs = [], []
 
@@ -136,3 +136,85 @@ def test_copies_and_signals(submodule, ranks):
 
 def test_counts_wrap_around(submodule):
     run_calls(submodule, 2, [(6, 32, 2, False, False), (6, 32, 1, True, False)], 2**32 - 9)
+
+
+class Library:
+    """In place of libcuda: copies and words of a CPU's memory, in order."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.waited = code, []
+
+        def copy(to, of, count, _):
+            ctypes.memmove(to, of, count)
+            return self.code
+
+        def copy_planes(reference, _):
+            shape = reference._obj
+            assert shape.srcMemoryType == shape.dstMemoryType == 2
+            for row in range(shape.Height):
+                to = shape.dstDevice + row * shape.dstPitch
+                ctypes.memmove(to, shape.srcDevice + row * shape.srcPitch, shape.WidthInBytes)
+            return self.code
+
+        def write(_, word, value, flags):
+            assert flags == 0
+            ctypes.c_uint32.from_address(word).value = value
+            return self.code
+
+        def wait(_, word, value, flags):
+            self.waited.append((ctypes.c_uint32.from_address(word).value, value, flags))
+            return self.code
+
+        def words(code, place):
+            place._obj.value = b"the driver's words"
+            return 0
+
+        self.cuMemcpyDtoDAsync_v2, self.cuMemcpy2DAsync_v2 = copy, copy_planes
+        self.cuStreamWriteValue32_v2, self.cuStreamWaitValue32_v2 = write, wait
+        self.cuGetErrorString = words
+
+
+@pytest.fixture
+def queue_of(submodule, monkeypatch):
+    """A `driver.Queue` on a library."""
+    driver = submodule("carriers.driver")
+
+    def make(library):
+        monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
+        driver.driver.cache_clear()
+        return driver.Queue(SimpleNamespace(cuda_stream=7))
+
+    yield make
+    driver.driver.cache_clear()
+
+
+@pytest.mark.parametrize("most_pitch", [2**31 - 1, 100], ids=["one copy", "plane by plane"])
+def test_the_driver_copies_rows_of_planes(queue_of, submodule, monkeypatch, most_pitch):
+    """By the structure of cuda.h, or by a copy for each plane where planes are huge."""
+    driver = submodule("carriers.driver")
+    monkeypatch.setattr(driver, "_MOST_PITCH", most_pitch)
+    of_structure = driver._Copy2D
+    assert ctypes.sizeof(of_structure) == 128
+    assert [getattr(of_structure, name).offset for name in ("srcDevice", "srcPitch")] == [32, 48]
+    assert [getattr(of_structure, name).offset for name in ("dstDevice", "dstPitch")] == [88, 104]
+    queue = queue_of(Library())
+    whole, part = torch.zeros(3, 7, 16), torch.randn(3, 2, 16)
+    queue.copy(whole[:, 4:6], part)
+    assert torch.equal(whole[:, 4:6], part) and whole.count_nonzero() == part.numel()
+    back = torch.empty_like(part)
+    queue.copy(back, whole[:, 4:6])
+    queue.copy(whole[:0], part[:0])
+    queue.copy(whole[:, :0], part[:, :0])
+    assert torch.equal(back, part)
+
+
+def test_the_driver_signals(queue_of):
+    library = Library()
+    queue, words = queue_of(library), torch.zeros(3, dtype=torch.int32)
+    queue.signal([words[1:2], words[2:3]], 2**32 - 1, words[:1])
+    assert words.tolist() == [-1, -1, -1]
+    queue.await_words([words[1:2]], 5)
+    assert library.waited == [(2**32 - 1, 5, 0)]  # 0 is CU_STREAM_WAIT_VALUE_GEQ
+    library.code = 1
+    with pytest.raises(RuntimeError, match="WaitValue32_v2 failed: error 1, the driver's words"):
+        queue.await_words([words[1:2]], 5)

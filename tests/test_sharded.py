@@ -277,6 +277,25 @@ def memory_that_some_lack(on: Rank):
             run(larger)
         found.append(str(raised.value))
         on.kernel.free_exchange_memory()
+        with memory.without_copies():
+            run(larger)
+        with memory.without_copies() if on.rank == 1 else contextlib.nullcontext():
+            with pytest.raises(ValueError, match="the same mapped; got .*, 0 on rank 1, "):
+                run(larger)
+        schedule = on.kernel.sharded_schedule
+        allocate = schedule._allocate
+
+        def exhausted(call, stages, exchange, way, saves):
+            if way.mapped:
+                raise torch.OutOfMemoryError("no memory for planes")
+            return allocate(call, stages, exchange, way, saves)
+
+        if on.rank == 1:
+            schedule._allocate = exhausted
+        run(larger)  # by messages: there is too little memory beside what is mapped
+        schedule._allocate = allocate
+        run(larger)  # nor is it tried again
+        on.kernel.free_exchange_memory()
         seen.lost = (2,)
         run(larger)  # by messages: it can't be mapped
         run()  # nor is it tried again
@@ -547,11 +566,11 @@ def test_without_memory_that_all_can_map_there_are_messages(reports):
     found = report_of(reports, memory_that_some_lack)
     unequal = "all ranks must have the same exchange_memory; got "
     for rank in range(3):
-        lost = 2 if rank == 2 else 3
-        *before, refused, last, again = found[rank]
+        *before, refused, without, full, still, last, again = found[rank]
         assert before == [[1, 1], [1, 2], [1, 2], [1, 3], [2, 4]]
         assert refused.startswith(unequal) and ", 0 on rank 1, " in refused
-        assert last == again == [lost, 5]
+        assert without == [2, 4] and full == still == [3, 5]
+        assert last == again == [3 if rank == 2 else 4, 6]
 
 
 def test_ranks_that_disagree_raise_the_same_error(reports):
@@ -692,6 +711,15 @@ def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backe
     monkeypatch.setattr(agreement.torch, "tensor", tensor)
     assert agreement.compare(None, {}, None, last=True)
     assert seen == [device]
+
+
+def test_gloo_sends_tensors_of_a_cpu_alone(submodule, monkeypatch):
+    schedule, problem = submodule("sharded"), make_problem(6, 8)
+    alone_in_a_group_of("cpu:gloo,meta:gloo", schedule, monkeypatch)
+    with pytest.raises(ValueError, match="group must .* tensors of meta, .*; got cpu:gloo,meta:"):
+        schedule.sharded_triangle_multiplicative_update(
+            problem.x.to("meta"), "outgoing", group=None, length=6, **problem.weights
+        )
 
 
 def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):

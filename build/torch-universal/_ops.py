@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4071aeeb65"
+_NAMESPACE = "_esmfold2_trimul_kernel_a1b52b704b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

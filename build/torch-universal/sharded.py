@@ -10,19 +10,22 @@ channels multiplies them alone, so rows are exchanged for channels around stage 
     stage 3    the output of my rows
 
 Each sum is made in one place, in one process's order and of the same rounded values. A rank sends
-3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction. Planes have the axes
-of x, so a message is the rows of one channel for one rank: contiguous at both ends, without a
-packed copy. Columns are rows of the transposed x, for which t is the other direction's product of
-b and a.
+3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction, by one of the
+`carriers`. Planes have the axes of x, so what travels are the rows of one channel for one rank:
+contiguous at both ends, without a packed copy. Columns are rows of the transposed x, for which t is
+the other direction's product of b and a.
 
 Memory beyond the arguments, in a rank's share of one pair tensor where C = D, if a rank has eight
 channels or more (with fewer there are fewer groups):
 
-    default   a and b, 2; the planes [G, L, pitch] of a group, 3/8; the output
+    default   a and b, 2; the planes [G, L, pitch] of two groups, 3/4; the output
     lean      t, 1; a and b of a group, 1/4; the planes [G, L, pitch], 3/8; the output
 
-Sequences share all but the output. The planes of a group lie in the output's memory where they fit,
-unless that is the residual. In lean mode stage 1 runs once for each group and reads x each time.
+In the default mode one group travels while another is multiplied. Sequences share all but the
+output. Messages fill planes that lie in the output's memory where they fit, unless that is the
+residual, for which one group at a time has 3/8. Copies fill planes in memory that all ranks map.
+In lean mode stage 1 runs once for each group and reads x each time. `sharded_schedule` tells what
+a backward does.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
@@ -102,7 +105,8 @@ def sharded_triangle_multiplicative_update_with_residual(
         residual_local: like pair_local, or None.
         drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
         group: a process group, or a DeviceMesh of one dimension: the ranks, in their order; None is
-            all ranks. Messages go by its own backend.
+            all ranks. GPUs of one host copy into each other's memory, which is kept until
+            `free_exchange_memory`; otherwise messages go by the group's own backend.
         length: L.
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
@@ -279,6 +283,18 @@ def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
     return group.get_group()
 
 
+def _check_backend(group: dist.ProcessGroup | None, device: str) -> None:
+    """gloo would end the process at the first message of a GPU's memory."""
+    if device == "cpu" or torch.compiler.is_compiling():  # tracers can't ask for it
+        return
+    backends = dist.get_backend_config(group)
+    if f"{device}:gloo" in backends.split(","):
+        raise ValueError(
+            f"group must have a backend that sends tensors of {device}, such as that of "
+            f'init_process_group("cpu:gloo,cuda:nccl"); got {backends}'
+        )
+
+
 def check_order(name: str, mesh: Any, dim: int) -> None:
     """The ranks of a mesh's dimension must be in the order of its group, which is ascending."""
     at, rank = mesh.get_local_rank(dim), dist.get_rank(mesh.get_group(dim))
@@ -329,6 +345,7 @@ def _checked(
     check_division(division.dim, division.length)
     rows = division.rows()
     check_pair_local(name, pair, leading, division.dim, division.length, rows)
+    _check_backend(division.group, pair.device.type)
     check_weights(name, pair, weights)
     check_residual(residual, name, pair)
     check_eps("eps", eps)

@@ -141,7 +141,7 @@ def run_forward(division: Division, call: Call, saves: bool = False) -> tuple[Te
                     break
                 failure = buffers = None
                 if way.mapped:
-                    shared.drop()  # the next way needs less, and all of it elsewhere
+                    shared.refuse(way.mapped)  # the next way needs the memory elsewhere
         finally:
             failure = None  # its traceback holds this frame, and so the buffers
         if way.lean and not ways[0].lean:

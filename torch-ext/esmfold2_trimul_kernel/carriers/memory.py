@@ -23,6 +23,7 @@ from .copies import PeerCopies, PeerMemory
 from .driver import Queue, driver
 
 _DEVICES = ("cuda",)
+_messages_alone = False
 _kept: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupMemory] = weakref.WeakKeyDictionary()
 
 
@@ -60,13 +61,24 @@ def free_exchange_memory() -> None:
         kept.refused = None
 
 
+@contextlib.contextmanager
+def without_copies() -> Iterator[None]:
+    """A context in which messages carry all planes, to compare; on all ranks, for the process."""
+    global _messages_alone
+    previous, _messages_alone = _messages_alone, True
+    try:
+        yield
+    finally:
+        _messages_alone = previous
+
+
 class GroupMemory:
     """The memory of one rank of a group; all its ranks have as much."""
 
     def __init__(self, group: dist.ProcessGroup, possible: bool) -> None:
         self._group = weakref.ref(group)
         self.possible = possible
-        self.refused: int | None = None  # so many bytes, or more, there were not
+        self.refused: int | None = None  # for so many bytes, or more, there was too little memory
         self._memory: PeerMemory | None = None
         self._device: torch.device | None = None
         self._token: torch.Tensor | None = None
@@ -78,7 +90,12 @@ class GroupMemory:
     def takes(self, size: int, device: torch.device) -> bool:
         """Whether it is worth trying to have so many bytes on a device."""
         there_were = self.refused is None or size < self.refused
-        return self.possible and there_were and device.type in _DEVICES
+        return self.possible and there_were and device.type in _DEVICES and not _messages_alone
+
+    def refuse(self, size: int) -> None:
+        """There is too little memory for a call with so many bytes: none tries it again."""
+        self.drop()
+        self.refused = size if self.refused is None else min(size, self.refused)
 
     def drop(self) -> None:
         """Other ranks that have it mapped keep it alive until they drop theirs."""
@@ -91,7 +108,7 @@ class GroupMemory:
         memory = _allocate(size, device)
         if 0 in [there for (there,) in gather(group, [memory is not None])]:
             say_once("exchanges planes by NCCL: a rank lacks memory that others can map")
-            self.refused = size
+            self.refuse(size)
             return False
         mapped = None
         try:
