@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8e5c336095"
+_NAMESPACE = "_esmfold2_trimul_kernel_571aa1cff3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_8e5c336095"
+_BUILD_ID = "_esmfold2_trimul_kernel_571aa1cff3"
 
 
 def _load_package() -> ModuleType:
