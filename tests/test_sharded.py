@@ -228,7 +228,7 @@ def by_copies(on: Rank):
     )
     found = {}
     with on.on_triton(), mapped(on) as seen:
-        for ranks, group in on.groups.items():
+        for ranks in on.groups.keys() & {2, RANKS}:
             for dim, direction, batch, hidden, real, memory in calls:
                 problem = make_problem(
                     9, 16, hidden, batch=batch, dtype=torch.bfloat16, direction=direction,
@@ -238,28 +238,25 @@ def by_copies(on: Rank):
                     on, problem, ranks, dim, exact=True, lengths=real, memory=memory,
                     inplace=hidden == 7,
                 )  # fmt: skip
-            if ranks > 1:
-                problem = make_problem(9, 16, 48, dtype=torch.bfloat16)
-                page = on.kernel.explain(
-                    on.kernel.sharded_triangle_multiplicative_update,
-                    part_of(on, problem, ranks, 1)(problem.x), group=group, length=9,
-                    memory="default", **problem.weights,
-                )  # fmt: skip
-                kept = on.kernel.carriers.memory.known_memory_of(group)
-                found[ranks] = [str(page), page.peak_bytes, kept.bytes(problem.x.device)]
+            problem, group = make_problem(9, 16, 48, dtype=torch.bfloat16), on.groups[ranks]
+            page = on.kernel.explain(
+                on.kernel.sharded_triangle_multiplicative_update,
+                part_of(on, problem, ranks, 1)(problem.x), group=group, length=9,
+                memory="default", **problem.weights,
+            )  # fmt: skip
+            kept = on.kernel.carriers.memory.known_memory_of(group)
+            found[ranks] = [str(page), page.peak_bytes, kept.bytes(problem.x.device)]
     assert seen.mapped == len(found) and seen.watched == len(found) * (1 + len(calls))
     return found
 
 
 def memory_that_some_lack(on: Rank):
     """Ranks that lack memory, or can't map it, or have freed it alone, and what each one hears."""
-    if 3 not in on.groups:
-        return ABSENT
     problem, found = make_problem(9, 16, 24, dtype=torch.bfloat16), []
     larger, memory = make_problem(9, 16, 48, dtype=torch.bfloat16), on.kernel.carriers.memory
 
     def run(of=problem, **options):
-        assert_equals_one_process(on, of, 3, exact=True, **options)
+        assert_equals_one_process(on, of, RANKS, exact=True, **options)
         found.append([seen.mapped, len(seen.taken)])
 
     with on.on_triton(), mapped(on) as seen:
@@ -299,7 +296,7 @@ def memory_that_some_lack(on: Rank):
         seen.lost = (2,)
         run(larger)  # by messages: it can't be mapped
         run()  # nor is it tried again
-        assert not memory.known_memory_of(on.groups[3]).possible
+        assert not memory.known_memory_of(on.groups[RANKS]).possible
     return found
 
 
@@ -565,7 +562,7 @@ def test_without_memory_that_all_can_map_there_are_messages(reports):
     """What was mapped, and asked for, after each call."""
     found = report_of(reports, memory_that_some_lack)
     unequal = "all ranks must have the same exchange_memory; got "
-    for rank in range(3):
+    for rank in range(RANKS):
         *before, refused, without, full, still, last, again = found[rank]
         assert before == [[1, 1], [1, 2], [1, 2], [1, 3], [2, 4]]
         assert refused.startswith(unequal) and ", 0 on rank 1, " in refused

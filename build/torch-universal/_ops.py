@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_a1b52b704b"
+_NAMESPACE = "_esmfold2_trimul_kernel_f67def962d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

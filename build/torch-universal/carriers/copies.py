@@ -4,7 +4,7 @@ The planes that stage 2 works on lie in memory that every rank of the group has 
 memory"). A rank writes its rows of a and b there, and reads its rows of t. Signals are words that
 only grow, of each kind one from each rank:
 
-    ready   its memory is free for a new call
+    ready   it has done all copies of earlier calls
     sent    its rows of a and b of a step are here
     made    its t of a step can be read, and a and b of that step are no longer needed
     taken   t of a step has been read, and may be overwritten
@@ -40,7 +40,6 @@ class PeerMemory:
         """
         self._peers, self._mapping = peers, mapping
         self.calls = self.steps = 0  # that have been queued so far
-        self.end: Any = None  # the mark of the last call
         # Each rank's own neighbour first, so that not all write to one.
         self.others = [(rank + distance) % len(peers) for distance in range(1, len(peers))]
         # The words that the other ranks set here, and those that this one sets on them.
@@ -96,10 +95,6 @@ class PeerCopies:
 
     def __enter__(self) -> PeerCopies:
         memory = self._memory
-        if memory.end is not None:  # of a call that may have had another stream
-            self._main.follow(memory.end)
-        self._side.follow(self._main.mark())
-        self._side.await_words(memory.heard["taken"], _word(memory.steps))
         memory.calls += 1
         self._signal("ready", memory.calls)
         self._side.await_words(memory.heard["ready"], _word(memory.calls))
@@ -107,10 +102,9 @@ class PeerCopies:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Nothing that copies use is freed, or written, before they are done."""
+        """Nothing that the call uses is freed, or written by the next one, before it is done."""
         self._side.follow(self._main.mark())
-        self._memory.end = self._side.mark()
-        self._main.follow(self._memory.end)
+        self._main.follow(self._side.mark())
 
     def send(self, step: int, group: int, a: Tensor, b: Tensor) -> None:
         # Slots of step - depth are free: its `made` was awaited before its t was read.
@@ -128,7 +122,7 @@ class PeerCopies:
 
     def receive(self, step: int) -> None:
         mark, parts = self._sent.pop(step)
-        if step == 0:  # t of an earlier call, of other sizes, has been read where a and b will lie
+        if step == 0:  # in another call's sizes, t may still have been read where a and b will lie
             self._main.follow(self._free)
         for to, of in parts:
             self._main.copy_own(to, of)
