@@ -54,6 +54,7 @@ def mapped(on: Rank):
         (memory, "_map", map_all),
         (memory, "_place", lambda: 1),
         (memory, "_DEVICES", ("cpu",)),
+        (memory, "_exchange", "copies"),
         (memory, "_side_stream", lambda device: side),
         (memory, "Queue", lambda stream: stream),
         (memory.GroupMemory, "watch", watch),

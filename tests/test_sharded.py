@@ -274,9 +274,9 @@ def memory_that_some_lack(on: Rank):
             run(larger)
         found.append(str(raised.value))
         on.kernel.free_exchange_memory()
-        with memory.without_copies():
+        with memory.exchange_by("messages"):
             run(larger)
-        with memory.without_copies() if on.rank == 1 else contextlib.nullcontext():
+        with memory.exchange_by("messages") if on.rank == 1 else contextlib.nullcontext():
             with pytest.raises(ValueError, match="the same mapped; got .*, 0 on rank 1, "):
                 run(larger)
         schedule = on.kernel.sharded_schedule

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f67def962d"
+_NAMESPACE = "_esmfold2_trimul_kernel_09719f04e3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

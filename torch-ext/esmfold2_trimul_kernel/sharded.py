@@ -105,8 +105,9 @@ def sharded_triangle_multiplicative_update_with_residual(
         residual_local: like pair_local, or None.
         drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
         group: a process group, or a DeviceMesh of one dimension: the ranks, in their order; None is
-            all ranks. GPUs of one host copy into each other's memory, which is kept until
-            `free_exchange_memory`; otherwise messages go by the group's own backend.
+            all ranks. Messages go by its own backend. With ESMFOLD2_TRIMUL_EXCHANGE=copies in the
+            environment of all ranks, GPUs of one host copy into each other's memory instead, which
+            is kept until `free_exchange_memory`.
         length: L.
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be

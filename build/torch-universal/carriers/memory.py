@@ -9,6 +9,7 @@ from __future__ import annotations  # builds of torch without ProcessGroup impor
 import contextlib
 import functools
 import hashlib
+import os
 import socket
 import weakref
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ from .copies import PeerCopies, PeerMemory
 from .driver import Queue, driver
 
 _DEVICES = ("cuda",)
-_messages_alone = False
+EXCHANGE_VARIABLE = "ESMFOLD2_TRIMUL_EXCHANGE"
+_EXCHANGES = ("messages", "copies")
+_exchange: str | None = None  # inside `exchange_by`
 _kept: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupMemory] = weakref.WeakKeyDictionary()
 
 
@@ -39,7 +42,7 @@ def memory_of(group: dist.ProcessGroup | None) -> GroupMemory | None:
     if group not in _kept:
         places = [place for (place,) in gather(group, [_place()])]
         possible = 0 not in places and len(set(places)) == 1
-        if not possible:
+        if not possible and _wants_copies():
             say_once("exchanges planes by NCCL: the ranks can't map each other's memory")
         _kept[group] = GroupMemory(group, possible)
     return _kept[group]
@@ -62,14 +65,26 @@ def free_exchange_memory() -> None:
 
 
 @contextlib.contextmanager
-def without_copies() -> Iterator[None]:
-    """A context in which messages carry all planes, to compare; on all ranks, for the process."""
-    global _messages_alone
-    previous, _messages_alone = _messages_alone, True
+def exchange_by(word: str) -> Iterator[None]:
+    """A context in which "messages" or "copies" carry planes; on all ranks, for the process."""
+    global _exchange
+    previous, _exchange = _exchange, word
     try:
         yield
     finally:
-        _messages_alone = previous
+        _exchange = previous
+
+
+def _wants_copies() -> bool:
+    """Whether to copy where that is possible.
+
+    Raises:
+        ValueError: a word in the environment variable that is none of the two.
+    """
+    word = _exchange or os.environ.get(EXCHANGE_VARIABLE, _EXCHANGES[0])
+    if word not in _EXCHANGES:
+        raise ValueError(f"{EXCHANGE_VARIABLE} must be one of {_EXCHANGES}; got {word!r}")
+    return word == "copies"
 
 
 class GroupMemory:
@@ -90,7 +105,7 @@ class GroupMemory:
     def takes(self, size: int, device: torch.device) -> bool:
         """Whether it is worth trying to have so many bytes on a device."""
         there_were = self.refused is None or size < self.refused
-        return self.possible and there_were and device.type in _DEVICES and not _messages_alone
+        return self.possible and there_were and device.type in _DEVICES and _wants_copies()
 
     def refuse(self, size: int) -> None:
         """There is too little memory for a call with so many bytes: none tries it again."""
