@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c43ca21f73"
+_NAMESPACE = "_esmfold2_trimul_kernel_936ac41f3a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -24,7 +24,8 @@ from transitions import BIASES, make_transition
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 pytestmark = pytest.mark.kernels_ci
-BF16 = torch.bfloat16
+BF16, HALF = torch.bfloat16, torch.float16
+BITS = {BF16: 8, HALF: 11}
 STAGES = ("fused_dual_gemm", "fused_ln_residual", "swiglu_hidden")
 
 
@@ -77,9 +78,10 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("name", CALLS)
-def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name):
-    problem = make_problem(dtype=BF16, **CALLS[name])
+def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name, dtype):
+    problem = make_problem(dtype=dtype, **CALLS[name])
     got = run(kernel, problem, "cuda")
     assert torch.equal(got, run(kernel, problem, "cuda"))
     with hopper.without_variants():
@@ -102,9 +104,9 @@ def test_strides(kernel, hopper, everywhere, layout):
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_in_place(kernel, everywhere, own):
-    problem = make_problem(90, 256, dtype=BF16, mask="bool", residual=True).to("cuda")
+@pytest.mark.parametrize("own, dtype", [(False, BF16), (True, BF16), (False, HALF)])
+def test_in_place(kernel, everywhere, own, dtype):
+    problem = make_problem(90, 256, dtype=dtype, mask="bool", residual=True).to("cuda")
     if not own:
         problem.residual = problem.x
     wanted = run(kernel, problem, "cuda")
@@ -116,31 +118,33 @@ def test_in_place(kernel, everywhere, own):
 
 
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
-@pytest.mark.parametrize("channels, length", [(128, 75), (256, 64)])
+@pytest.mark.parametrize("channels, length, dtype", [
+    (128, 75, BF16), (256, 64, BF16), (128, 64, HALF), (256, 75, HALF)
+])  # fmt: skip
 def test_stage_1_writes_all_of_its_planes(
-    submodule, hopper, everywhere, channels, length, direction
+    submodule, hopper, everywhere, channels, length, dtype, direction
 ):
     """And the moments; padding columns are zeros."""
-    problem = make_problem(length, channels, batch=2, dtype=BF16, mask="soft", direction=direction)
+    problem = make_problem(length, channels, batch=2, dtype=dtype, mask="soft", direction=direction)
     call = as_call(submodule("_call"), problem.to("cuda"))
     stage, tiles = submodule("fused_dual_gemm"), submodule("triton_parts.tiles")
     make = submodule("triton_parts.launch").Launches
     shape = (2, 2, channels, length, tiles.padded_pitch(length))
     found = []
     for _ in range(2):
-        planes = torch.full(shape, torch.nan, dtype=BF16, device="cuda")
+        planes = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
         launches = make()
         moments = stage.fused_dual_gemm_fwd(call, launches, planes.unbind(1))
         found.append((planes, moments, {launch.variant for launch in launches.values()}))
         if len(found) == 1:
             with hopper.without_variants():
-                plain = torch.full(shape, torch.nan, dtype=BF16, device="cuda")
+                plain = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
                 plain_moments = stage.fused_dual_gemm_fwd(call, make(), plain.unbind(1))
     (planes, moments, variants), (again, *_) = found
     assert "hopper" in variants and torch.equal(planes, again)
     assert not planes[..., length:].any()
-    # Each has two roundings of 8 bits on the way, of an operand and of the result.
-    assert relative_error(planes, plain.cpu().double()) <= 4 * 2**-9
+    # Each has two roundings on the way, of an operand and of the result.
+    assert relative_error(planes, plain.cpu().double()) <= 4 * 2 ** (-1 - BITS[dtype])
     inside = moments[..., :length], plain_moments[..., :length]
     torch.testing.assert_close(*inside, rtol=1e-5, atol=1e-5)
 
@@ -179,29 +183,38 @@ def test_groups_of_a_batch(kernel, everywhere):
         assert torch.equal(got[entry], run(kernel, one, "cuda")[0])
 
 
+CONSTANTS = {
+    BF16: [1.0, 1000.0, -3e4, 1e30, 3e38, -1.0, 0.1, 0.0515, -3e38],
+    HALF: [1.0, 1000.0, -3e4, 65504.0, 0.3334, -1.0, 12.34, 0.103, -65504.0],
+}
+
+
+@pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("channels", [128, 256])
-def test_constant_rows_are_zeros(kernel, everywhere, channels):
-    """Bit for bit, from 16 sqrt(eps) on, which is 0.0506."""
-    problem = make_problem(3, channels, dtype=BF16, mask="soft")
+def test_constant_rows_are_zeros(kernel, everywhere, channels, dtype):
+    """Bit for bit, from 16 sqrt(eps) on, which is 0.0506, in float16 from twice that."""
+    problem = make_problem(3, channels, dtype=dtype, mask="soft")
     problem.x = torch.zeros_like(problem.x)
     wanted = run(kernel, problem, "cuda")
-    constants = torch.tensor([1.0, 1000.0, -3e4, 1e30, 3e38, -1.0, 0.1, 0.0515, -3e38])
-    problem.x = constants.to(BF16).view(1, 3, 3, 1).expand_as(problem.x).contiguous()
+    constants = torch.tensor(CONSTANTS[dtype])
+    problem.x = constants.to(dtype).view(1, 3, 3, 1).expand_as(problem.x).contiguous()
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
 
 
-@pytest.mark.parametrize("channels, length", [(128, 70), (256, 64)])
-def test_constant_rows_of_the_product_are_zeros(submodule, everywhere, channels, length):
-    problem = make_problem(length, channels, dtype=BF16).to("cuda")
+@pytest.mark.parametrize("channels, length, dtype", [
+    (128, 70, BF16), (256, 64, BF16), (128, 64, HALF), (256, 70, HALF)
+])  # fmt: skip
+def test_constant_rows_of_the_product_are_zeros(submodule, everywhere, channels, length, dtype):
+    problem = make_problem(length, channels, dtype=dtype).to("cuda")
     call = as_call(submodule("_call"), problem)
     stage, make = submodule("fused_ln_residual"), submodule("triton_parts.launch").Launches
     pitch = submodule("triton_parts.tiles").padded_pitch(length)
-    planes = torch.zeros(1, 2, channels, length, pitch, dtype=BF16, device="cuda")
+    planes = torch.zeros(1, 2, channels, length, pitch, dtype=dtype, device="cuda")
     moments = submodule("fused_dual_gemm").fused_dual_gemm_fwd(call, make(), planes.unbind(1))
     launches, found = make(), []
-    for constants in (torch.zeros(4), torch.tensor([1.0, -1000.0, 1e30, 3e38])):
-        product = torch.zeros(1, channels, length, pitch, dtype=BF16, device="cuda")
-        product[..., :length:3] = constants.repeat(length)[: -(-length // 3)].to("cuda", BF16)
+    for constants in (torch.zeros(4), torch.tensor(CONSTANTS[dtype][:4])):
+        product = torch.zeros(1, channels, length, pitch, dtype=dtype, device="cuda")
+        product[..., :length:3] = constants.repeat(length)[: -(-length // 3)].to("cuda", dtype)
         found.append(torch.full_like(call.x, torch.nan))
         stage.fused_ln_residual_fwd(call, launches, product, moments, found[-1])
     assert launches["fused_ln_residual", 0].variant == "hopper" and torch.equal(*found)
@@ -219,16 +232,58 @@ def test_a_masked_pair_contributes_nothing(kernel, everywhere):
         assert torch.equal(got[problem.mask], wanted[problem.mask])
 
 
-@pytest.mark.parametrize("far", [0.0, 1.0, 1e3, 1e20])
-def test_constant_rows_and_rows_far_from_zero(kernel, hopper, everywhere, far):
-    problem = make_problem(64, 256, dtype=BF16)
-    problem.x = (problem.x.float() + far).bfloat16()
+@pytest.mark.parametrize("far, dtype", [
+    (0.0, BF16), (1.0, BF16), (1e3, BF16), (1e20, BF16),
+    (1.0, HALF), (30.0, HALF), (70.0, HALF), (1e3, HALF), (6e4, HALF),
+])  # fmt: skip
+def test_constant_rows_and_rows_far_from_zero(kernel, hopper, everywhere, far, dtype):
+    problem = make_problem(64, 256, dtype=dtype)
+    problem.x = (problem.x.float() + far).to(dtype)
     problem.x[:, :, ::2] = far
     got = run(kernel, problem, "cuda")
     with hopper.without_variants():
         plain = run(kernel, problem, "cuda")
     # Where values of a row differ in their last bits alone, sums of products lose some.
     assert_no_worse([(got, plain, reference(problem))], 1.1)
+
+
+def test_outliers_in_float16(kernel, hopper, everywhere):
+    """Of rows far from zero, in a channel the other end of the range."""
+    problem = make_problem(64, 256, dtype=HALF, residual=True)
+    problem.x = (problem.x.float() * 100 + 4e4).to(HALF)
+    problem.x[..., 17] = -65504.0
+    problem.x[..., ::2, 99] = 65504.0
+    got = run(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert_no_worse([(got, plain, reference(problem))], 1.1)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e3])
+def test_norm_weights_of_any_size_in_float16(kernel, hopper, everywhere, size):
+    """What they are folded into keeps its bits."""
+    problem = make_problem(64, 256, dtype=HALF, mask="soft")
+    for name, weight in problem.weights.items():
+        scaled = weight.double() * (size if name.startswith("norm") else 1 / size)
+        problem.weights[name] = scaled.to(weight.dtype)
+    got = run(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert_no_worse([(got, plain, reference(problem))], 1.0)
+
+
+def test_what_overflows_in_float16(kernel, hopper, everywhere):
+    """Infinity, as from the plain kernels: nothing is clamped."""
+    problem = make_problem(64, 256, dtype=HALF, residual=True)
+    problem.residual *= 2e4
+    problem.weights["p_out_weight"] *= 2e4
+    got = run(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    differ = got.isinf() != plain.isinf()
+    assert got.isinf().any() and not got.isnan().any()
+    # Where they differ one of the two lies beside the greatest number.
+    assert got[differ].abs().ge(65000).all() and plain[differ].abs().ge(65000).all()
 
 
 TRANSITIONS = {
@@ -239,9 +294,10 @@ TRANSITIONS = {
 }
 
 
+@pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("name", TRANSITIONS)
-def test_transitions(kernel, hopper, everywhere, name):
-    problem = make_transition(dtype=BF16, **TRANSITIONS[name])
+def test_transitions(kernel, hopper, everywhere, name, dtype):
+    problem = make_transition(dtype=dtype, **TRANSITIONS[name])
     got = run(kernel, problem, "cuda")
     assert torch.equal(got, run(kernel, problem, "cuda"))
     with hopper.without_variants():
@@ -256,10 +312,11 @@ def test_a_transition_of_rows_apart(kernel, everywhere):
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
 
 
-def test_gradients_after_a_variant(kernel, hopper, everywhere):
+@pytest.mark.parametrize("dtype", BITS)
+def test_gradients_after_a_variant(kernel, hopper, everywhere, dtype):
     """The backward reads the moments and the product that the variants left."""
-    problem = make_problem(66, 128, dtype=BF16, mask="soft").to("cuda")
-    grad = torch.randn(problem.x.shape, generator=seeded(5)).to("cuda", BF16)
+    problem = make_problem(66, 128, dtype=dtype, mask="soft").to("cuda")
+    grad = torch.randn(problem.x.shape, generator=seeded(5)).to("cuda", dtype)
 
     def gradients():
         x = problem.x.clone().requires_grad_()
@@ -272,7 +329,7 @@ def test_gradients_after_a_variant(kernel, hopper, everywhere):
         plain = gradients()
     for mine, its in zip(got, plain, strict=True):
         # The product alone differs, by its roundings.
-        assert relative_error(mine, its.cpu().double()) <= 4 * 2**-8
+        assert relative_error(mine, its.cpu().double()) <= 4 * 2 ** -BITS[dtype]
 
 
 def test_in_a_cuda_graph(kernel, everywhere):

@@ -47,13 +47,14 @@ def variants(call, target="sm_90"):
 
 found = {
     "bfloat16": variants(call()),
+    "float16": variants(call(dtype=half)),
+    "float16 transition": variants(transition(dtype=half)),
     "incoming": variants(call(direction="incoming")),
     "ragged": variants(call(length=383)),
     "narrow": variants(call(width=128)),
     "transition": variants(transition()),
     "no residual": variants(call(residual=None, mask=None)),
     "lean": variants(call(memory="lean")),
-    "float16": variants(call(dtype=half)),
     "float32": variants(call(dtype=single)),
     "other width": variants(call(width=192)),
     "wide": variants(call(width=512)),
@@ -61,7 +62,6 @@ found = {
     "small": variants(call(length=96)),
     "unaligned": variants(unaligned(call())),
     "another GPU": variants(call(), "sm_100"),
-    "float16 transition": variants(transition(dtype=half)),
 }
 with hopper.without_variants():
     found["left out"] = variants(call())
@@ -85,15 +85,15 @@ found["specialised"] = {
 
 config = submodule(package, "triton_parts.settings").LaunchConfig
 config = config(128, 64, 256, num_warps=4, num_stages=2, kernel="hopper")
-planes = torch.empty(1, 2, 256, 512, 512, dtype=half, device="meta").unbind(1)
+planes = torch.empty(1, 2, 256, 512, 512, device="meta").unbind(1)
 moments, rows = torch.empty(1, 2, 512, 512, device="meta"), planes[0].view(-1, 1024)
 stages = {
-    "fused_dual_gemm": ("prepare_dual_gemm", call(dtype=half), planes, None, False, config, 0),
+    "fused_dual_gemm": ("prepare_dual_gemm", call(dtype=single), planes, None, False, config, 0),
     "fused_ln_residual": (
-        "prepare_ln_residual", call(dtype=half), planes[0], moments, config, 0
+        "prepare_ln_residual", call(dtype=single), planes[0], moments, config, 0
     ),
     "triton_path.swiglu_hidden": (
-        "prepare_swiglu_hidden", transition(dtype=half), rows, 0, False, config
+        "prepare_swiglu_hidden", transition(dtype=single), rows, 0, False, config
     ),
 }
 found["refused"] = {}
@@ -114,6 +114,8 @@ print(json.dumps(found))
 BOTH = ["fused_dual_gemm", "fused_ln_residual"]
 WANTED = {
     "bfloat16": BOTH,
+    "float16": BOTH,
+    "float16 transition": ["swiglu_hidden"],
     "incoming": BOTH,
     "ragged": BOTH,
     "narrow": BOTH,
@@ -138,7 +140,7 @@ def test_what_they_take(plans, case):
 def test_what_they_leave_to_the_plain_kernels(plans):
     apart = [*WANTED, "messages", "specialised", "refused"]
     others = {name: found for name, found in plans.items() if name not in apart}
-    assert len(others) == 11 and not any(others.values()), others
+    assert len(others) == 9 and not any(others.values()), others
 
 
 def test_pointers_into_slices_have_any_alignment(plans):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_c43ca21f73"
+_BUILD_ID = "_esmfold2_trimul_kernel_936ac41f3a"
 
 
 def _load_package() -> ModuleType:

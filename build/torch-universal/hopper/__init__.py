@@ -28,6 +28,7 @@ from ..triton_parts.settings import LaunchConfig, release
 
 _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose Gluon these kernels are written for
 _WIDTHS = (128, 256)
+_DTYPES = torch.bfloat16, torch.float16
 _plain_only = False
 
 
@@ -53,7 +54,7 @@ def variants(name: str, takes: str, x: Tensor, *arguments: Any) -> frozenset[str
     """
     if (
         _plain_only
-        or x.dtype != torch.bfloat16
+        or x.dtype not in _DTYPES
         or x.shape[-1] not in _WIDTHS
         or device_target(x.device).target != "sm_90"
         or not has_descriptor(x)

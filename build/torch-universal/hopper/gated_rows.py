@@ -1,6 +1,6 @@
 """Stage 1, and the first stage of the transition: see `fused_dual_gemm` and `swiglu_hidden`.
 
-    v, u = LayerNorm(x) Wv^T + bv, LayerNorm(x) Wg^T + bg           x [B, R, J, C], bfloat16
+    v, u = LayerNorm(x) Wv^T + bv, LayerNorm(x) Wg^T + bg           x [B, R, J, C], 16 bits
     planes:  out[b, n, q, p] = v sigmoid(u) mask at the pair (q, p) of the entry b
     rows:    out[(b, i, j), n] = v u sigmoid(u)
 
@@ -34,7 +34,7 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, fold_norms
+from .folded_norm import EXTRA, Folded, fold_norms
 from .parts import (
     REGISTERS,
     ROWS,
@@ -62,7 +62,8 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _consume(
-    memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs, mask_strides,
+    memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr, eps, pairs,
+    mask_strides,
     N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PLANES: gl.constexpr, MASKED: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
@@ -72,6 +73,7 @@ def _consume(
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
     OUT_LAYOUT: gl.constexpr = out.layout
+    DTYPE: gl.constexpr = out_slots.dtype
     x_slots, ring, extras = memory
     x_full, ring_full = loaded
     x_empty, ring_empty = freed
@@ -108,6 +110,10 @@ def _consume(
             gl.store(moments_ptr + offs, mean, mask=inside)
             gl.store(moments_ptr + offs + R.to(gl.int64) * pitch, rstd, mask=inside)
         for step in range(N // BLOCK_N):
+            value_scale, power_scale = scale, gate_scale
+            if factors_ptr is not None:
+                value_scale = scale * gl.load(factors_ptr + step)
+                power_scale = gate_scale * gl.load(factors_ptr + N // BLOCK_N + step)
             mbarrier.wait(ring_full.index(stage), phase)
             mbarrier.wait(turns.index(ME), turn_phase)
             turn_phase ^= 1
@@ -120,19 +126,19 @@ def _consume(
             stage, phase = advance(stage, phase, STAGES)
             value, gate = halves(acc, HALF)
             # exp2 of this is exp of the negative argument of the sigmoid.
-            power = gate * gate_scale.expand_dims(1)
-            gated = value * scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
+            power = gate * power_scale.expand_dims(1)
+            gated = value * value_scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
             if not PLANES:
                 gated = gated * (power * -_LN_2)
             slot = out_slots.index(ME)
             tma.store_wait(0)  # the block before has left the slot
             if PLANES:
-                slot.permute((1, 0)).store(gated.to(gl.bfloat16))
+                slot.permute((1, 0)).store(gated.to(DTYPE))
                 fence_async_shared()
                 made = viewed(slot, [BLOCK_N, 1, 64], OUT_LAYOUT)
                 store_tile(out, [entry * N + step * BLOCK_N, i, start], made)
             else:
-                slot.store(gated.to(gl.bfloat16))
+                slot.store(gated.to(DTYPE))
                 fence_async_shared()
                 made = viewed(slot, [1, 64, BLOCK_N], OUT_LAYOUT)
                 store_tile(out, [entry * R + i, start, step * BLOCK_N], made)
@@ -158,23 +164,25 @@ def _load_rows(
 
 @gluon.jit(
     do_not_specialize=[
-        "mask_ptr", "eps", "B", "R", "J", "per_row", "tiles",
+        "mask_ptr", "factors_ptr", "eps", "B", "R", "J", "per_row", "tiles",
         "stride_mask_b", "stride_mask_i", "stride_mask_j",
     ]
 )  # fmt: skip
 def _gated_rows_hopper_kernel(
-    x, weights, further, out, mask_ptr, moments_ptr, eps, B, R, J, pitch, per_row, tiles,
+    x, weights, further, out, mask_ptr, moments_ptr, factors_ptr, eps,
+    B, R, J, pitch, per_row, tiles,
     stride_mask_b, stride_mask_i, stride_mask_j,
     C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr, REGISTERS: gl.constexpr,
     X_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """All N channels of B * R * per_row tiles of 64 pairs, CONSUMERS of them at a time."""
-    x_slots = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, C], X_LAYOUT)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    DTYPE: gl.constexpr = x.dtype
+    x_slots = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, C], X_LAYOUT)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, C], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
     out_shape: gl.constexpr = [CONSUMERS, BLOCK_N, 64] if PLANES else [CONSUMERS, 64, BLOCK_N]
-    out_slots = gl.allocate_shared_memory(gl.bfloat16, out_shape, OUT_LAYOUT)
+    out_slots = gl.allocate_shared_memory(DTYPE, out_shape, OUT_LAYOUT)
     loaded = barriers(CONSUMERS, 1), barriers(STAGES, 1)
     freed = barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS)
     turns = barriers(CONSUMERS, 1)
@@ -186,12 +194,12 @@ def _gated_rows_hopper_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
             )),
             (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
             )),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
@@ -201,16 +209,16 @@ def _gated_rows_hopper_kernel(
     else:
         gl.warp_specialize([
             (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
             )),
             (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
             )),
             (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, eps, pairs,
-                strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 2,
+                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 2,
             )),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
@@ -279,17 +287,18 @@ def launch_planes(
     """Fills a, b and the moments; `prepared` is from `prepare_planes`."""
     weights = call.weights
     norm = weights.norm_in_weight, weights.norm_in_bias
-    folded, further = fold_norms(
+    folded = fold_norms(
         launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
-        (weights.p_in_bias, weights.g_in_bias),
+        (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"],
     )  # fmt: skip
     prepared.launch(
         x=call.x,
-        weights=folded,
-        further=further,
+        weights=folded.weights,
+        further=folded.further,
         out=planes[0],
         mask_ptr=call.mask,
         moments_ptr=moments,
+        factors_ptr=folded.factors,
     )
 
 
@@ -323,23 +332,24 @@ def launch_hidden(
     launches: Launches,
     prepared: PreparedLaunch,
     hidden: Tensor,
-    folded: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+    folded: Folded | None,
+) -> Folded:
     """Fills hidden; `prepared` is from `prepare_hidden`, `folded` what an earlier chunk got."""
     weights = call.weights
     if folded is None:
         norm = weights.norm_weight, weights.norm_bias
         folded = fold_norms(
             launches, "hidden", (weights.up_weight, weights.gate_weight), (norm, norm),
-            (weights.up_bias, weights.gate_bias),
+            (weights.up_bias, weights.gate_bias), prepared.constants["BLOCK_N"],
         )  # fmt: skip
     prepared.launch(
         x=call.x,
-        weights=folded[0],
-        further=folded[1],
+        weights=folded.weights,
+        further=folded.further,
         out=hidden,
         mask_ptr=None,
         moments_ptr=None,
+        factors_ptr=folded.factors,
     )
     return folded
 
@@ -355,8 +365,8 @@ def _prepare(
         _gated_rows_hopper_kernel,
         min(rows["tiles"], device_target(x.device).multiprocessors),
         tensors={
-            **pointers("mask_ptr", "moments_ptr"), **weight_tiles(x, count, block_n),
-            "x": x_tile, "out": out,
+            **pointers("mask_ptr", "moments_ptr", "factors_ptr"),
+            **weight_tiles(x, count, block_n), "x": x_tile, "out": out,
         },
         values=values | rows,
         constants=dict(

@@ -1,7 +1,7 @@
 """Stage 3 on Hopper GPUs: see `fused_ln_residual`, whose arithmetic it has.
 
     out = residual + drop_mask * (t We^T + be) * sigmoid(z Wo^T + bo)             [B, R, J, C]
-    t   = LayerNorm(product[b, :, i, j]), z = LayerNorm(x[b, i, j])               bfloat16, C = D
+    t   = LayerNorm(product[b, :, i, j]), z = LayerNorm(x[b, i, j])               16 bits, C = D
 
 Both norms are folded into the weights (see `folded_norm`): the product is multiplied as the planes
 that it is, and x as it came. The moments of x are stage 1's, those of the product are computed
@@ -65,7 +65,7 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _consume(
     memory, out_slots, out_full, out_empty, loaded, freed, turns, out, moments_ptr, drop_ptr,
-    eps_in, eps_out, pairs, moments_strides, drop_strides,
+    factors_ptr, eps_in, eps_out, pairs, moments_strides, drop_strides,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
     RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
@@ -74,6 +74,7 @@ def _consume(
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     OUT_LAYOUT: gl.constexpr = out.layout
+    DTYPE: gl.constexpr = out_slots.dtype
     x_slots, t_slots, ring, extras = memory
     x_full, t_full, ring_full = loaded
     x_empty, t_empty, ring_empty = freed
@@ -110,6 +111,10 @@ def _consume(
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
         for step in range(C // BLOCK_N):
+            update_scale, power_scale = scale_t, scale_x
+            if factors_ptr is not None:
+                update_scale = scale_t * gl.load(factors_ptr + step)
+                power_scale = scale_x * gl.load(factors_ptr + C // BLOCK_N + step)
             mbarrier.wait(ring_full.index(stage), phase)
             mbarrier.wait(turns.index(ME), turn_phase)
             turn_phase ^= 1
@@ -126,8 +131,8 @@ def _consume(
             mbarrier.arrive(ring_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
             # exp2 of this is exp of the negative argument of the sigmoid.
-            power = gate * scale_x.expand_dims(1)
-            update = delta * scale_t.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
+            power = gate * power_scale.expand_dims(1)
+            update = delta * update_scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
             if DROPS:
                 columns = start + gl.arange(0, 64, layout=AT_ROWS)
                 channels = step * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ACC))
@@ -144,7 +149,7 @@ def _consume(
                 update = update + made.load(ACC).to(gl.float32)
             else:
                 tma.store_wait(OUT_SLOTS - 1)
-            made.store(update.to(gl.bfloat16))
+            made.store(update.to(DTYPE))
             fence_async_shared()
             store_tile(
                 out, [entry, i, start, step * BLOCK_N],
@@ -210,14 +215,15 @@ def _load_residual(
 
 @gluon.jit(
     do_not_specialize=[
-        "moments_ptr", "drop_ptr", "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
+        "moments_ptr", "drop_ptr", "factors_ptr", "eps_in", "eps_out",
+        "B", "R", "J", "per_row", "tiles",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_drop_b", "stride_drop_j", "stride_drop_c",
     ]
 )  # fmt: skip
 def _ln_residual_hopper_kernel(
-    x, product, weights, further, residual, out, moments_ptr, drop_ptr, eps_in, eps_out,
-    B, R, J, per_row, tiles,
+    x, product, weights, further, residual, out, moments_ptr, drop_ptr, factors_ptr,
+    eps_in, eps_out, B, R, J, per_row, tiles,
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_drop_b, stride_drop_j, stride_drop_c,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
@@ -225,12 +231,13 @@ def _ln_residual_hopper_kernel(
     ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """All C channels of B * R * per_row tiles of 64 pairs, two at a time."""
-    x_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C], ROWS_LAYOUT)
-    t_slots = gl.allocate_shared_memory(gl.bfloat16, [2, C, 64], PLANES_LAYOUT)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    DTYPE: gl.constexpr = x.dtype
+    x_slots = gl.allocate_shared_memory(DTYPE, [2, 64, C], ROWS_LAYOUT)
+    t_slots = gl.allocate_shared_memory(DTYPE, [2, C, 64], PLANES_LAYOUT)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, C], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
-    out0 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
-    out1 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    out0 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    out1 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
     loaded = barriers(2, 1), barriers(2, 1), barriers(STAGES, 1)
     freed = barriers(2, 1), barriers(2, 1), barriers(STAGES, 2)
     turns = barriers(2, 1)
@@ -247,12 +254,12 @@ def _ln_residual_hopper_kernel(
     gl.warp_specialize([
         (_consume, (
             memory, out0, full0, empty0, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            eps_in, eps_out, pairs, moments_strides, drop_strides,
+            factors_ptr, eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
         )),
         (_consume, (
             memory, out1, full1, empty1, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            eps_in, eps_out, pairs, moments_strides, drop_strides,
+            factors_ptr, eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
         )),
         (load_weights, (
@@ -314,7 +321,8 @@ def prepare(
         _ln_residual_hopper_kernel,
         min(values["tiles"], device_target(x.device).multiprocessors),
         tensors={
-            **pointers("moments_ptr", "drop_ptr"), **weight_tiles(x, channels, block_n),
+            **pointers("moments_ptr", "drop_ptr", "factors_ptr"),
+            **weight_tiles(x, channels, block_n),
             "x": x_tile, "product": planes, "residual": residual_tile,
             "out": tiles.descriptor(x, made, channels, block_n),
         },
@@ -347,20 +355,21 @@ def launch(
 ) -> None:
     """Fills out; `prepared` is from `prepare`."""
     weights = call.weights
-    folded, further = fold_norms(
+    folded = fold_norms(
         launches, "residual", (weights.p_out_weight, weights.g_out_weight),
         (
             (weights.norm_out_weight, weights.norm_out_bias),
             (weights.norm_in_weight, weights.norm_in_bias),
-        ), (weights.p_out_bias, weights.g_out_bias),
+        ), (weights.p_out_bias, weights.g_out_bias), prepared.constants["BLOCK_N"],
     )  # fmt: skip
     prepared.launch(
         x=call.x,
         product=product,
-        weights=folded,
-        further=further,
+        weights=folded.weights,
+        further=folded.further,
         residual=call.residual,
         out=out,
         moments_ptr=moments,
         drop_ptr=call.drop_mask,
+        factors_ptr=folded.factors,
     )

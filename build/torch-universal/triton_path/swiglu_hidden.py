@@ -171,8 +171,8 @@ def swiglu_hidden(
     config: LaunchConfig | None = None,
     moments: Tensor | None = None,
     hat_x: Tensor | None = None,
-    folded: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor] | None:
+    folded: tuple[Tensor | None, ...] | None = None,
+) -> tuple[Tensor | None, ...] | None:
     """Fills hidden [M, H] for the rows x [B, R, J, C] of a call.
 
     With `moments` [2, M] it fills those, hidden [M, 2H] with p and u, and x^ [M, C] where given.

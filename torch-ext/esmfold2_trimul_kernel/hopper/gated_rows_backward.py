@@ -17,6 +17,7 @@ consumer keeps its rows in registers. Their memory takes x^ on its way out, and 
 
 import math
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,7 +39,7 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, fold_norms
+from .folded_norm import EXTRA, Folded, fold_norms
 from .parts import (
     REGISTERS,
     ROWS,
@@ -384,6 +385,7 @@ def takes(planes: Tensor, lengths: Tensor | None, group: int, wanted: frozenset[
     hidden = planes.shape[0] // 2
     return (
         lengths is None
+        and planes.dtype == torch.bfloat16
         and hidden % ROWS == group % _LEAST_BLOCK == 0
         and wanted in ({"grads"}, {"grads", "hat_x", "sums"})
     )
@@ -463,8 +465,8 @@ def launch(
     prepared: PreparedLaunch,
     tensors: tuple[Tensor, Tensor | None, Tensor, Tensor],
     out: tuple[Tensor, Tensor | None, Tensor | None],
-    folded: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+    folded: Folded | None,
+) -> Folded:
     """Fills `out`, which is (grads, x^, sums), from (x, mask, moments, planes).
 
     `prepared` is from `prepare`, `folded` what an earlier chunk got.
@@ -474,14 +476,14 @@ def launch(
         norm = weights.norm_in_weight, weights.norm_in_bias
         folded = fold_norms(
             launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
-            (weights.p_in_bias, weights.g_in_bias),
+            (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"],
         )  # fmt: skip
     x, mask, moments, planes = tensors
     grads, hat, sums = out
     prepared.launch(
         x=x,
-        weights=folded[0],
-        further=folded[1],
+        weights=folded.weights,
+        further=folded.further,
         planes=planes,
         grads=grads,
         hat=hat,

@@ -13,12 +13,14 @@ rows over k, and c = W b + bias,
 
 and the last two terms are summed by the matrix unit too, as 16 further channels: on the side of x
 they are mean and 1 / rstd, on that of W' they are -s and c, each in three pieces of bfloat16, which
-hold 24 bits. What is left of the norm after the product is one factor a row.
+hold 24 bits. What is left of the norm after the product is one factor a row, and in float16 one a
+block of channels.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -150,7 +152,7 @@ def statistics(slot, eps, A: gl.constexpr):
 def ready(slot, mean, rstd, eps, A: gl.constexpr):
     """(rows, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
 
-    Rows whose norm is the bias alone are replaced by zeros, in the slot:
+    bfloat16 rows whose norm is the bias alone are replaced by zeros, in the slot:
 
     - constant rows, which then give the bits that zeros give. x W'^T and mean s, whose difference
       rstd magnifies, would not cancel to the last bit. A row is one if |mean| >= 16 sqrt(eps) and
@@ -158,19 +160,34 @@ def ready(slot, mean, rstd, eps, A: gl.constexpr):
       differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
     - rows whose variance overflows, of which rstd is 0. x W'^T may overflow too, and so would the
       reciprocal of rstd, the least of which is otherwise 2^-64.
+
+    In float16, which has more digits and no such variance, rows with |mean| rstd >= 32 are replaced
+    by their differences from the rounded mean. These are exact from half to twice the mean, where
+    all of up to 256 channels lie, and elsewhere rounded as a normalised value would be. None
+    overflows. A constant row becomes zeros.
     """
-    replaced = without_norm(mean, rstd, eps)
-    if gl.max(replaced.to(gl.int32), 0) > 0:
-        rows = slot.load(A)
-        slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
-    mean = gl.where(replaced, 0.0, mean)
-    scale = gl.maximum(rstd, 2.0**-64)
+    if slot.dtype == gl.float16:
+        far = gl.maximum(mean, -mean) * rstd >= 32.0
+        shift = gl.where(far, mean, 0.0).to(gl.float16)
+        if gl.max(far.to(gl.int32), 0) > 0:
+            for k in gl.static_range(slot.shape[1] // 64):
+                part = _part(slot, k)
+                part.store(part.load(A) - shift.expand_dims(1))
+        mean = mean - shift.to(gl.float32)
+        scale = rstd
+    else:
+        replaced = without_norm(mean, rstd, eps)
+        if gl.max(replaced.to(gl.int32), 0) > 0:
+            rows = slot.load(A)
+            slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
+        mean = gl.where(replaced, 0.0, mean)
+        scale = gl.maximum(rstd, 2.0**-64)
     return slot.load(A), _pieces(mean, 1.0 / scale, A), scale
 
 
 @gluon.jit
 def without_norm(mean, rstd, eps):
-    """Whether rows are among those that `ready` replaces, [64]."""
+    """Whether bfloat16 rows are among those that `ready` replaces, [64]."""
     of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
     constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
     return constant | (rstd == 0.0)
@@ -228,12 +245,13 @@ def weight_tiles(like: Tensor, count: int, block_n: int) -> dict[str, TensorDesc
 
     `like` is [..., C] in their dtype.
     """
-    widths = {"weights": like.shape[-1], "further": EXTRA}
-    aligned = like.new_empty(0)  # it has the dtype, and an address for any descriptor
-    return {
-        name: tma_descriptor(aligned, [2 * count, width], [width, 1], [block_n, width])
-        for name, width in widths.items()
-    }
+    made = {}
+    for name, width, dtype in (
+        ("weights", like.shape[-1], like.dtype), ("further", EXTRA, torch.bfloat16)
+    ):  # fmt: skip
+        aligned = like.new_empty(0, dtype=dtype)  # the dtype, and an address for any descriptor
+        made[name] = tma_descriptor(aligned, [2 * count, width], [width, 1], [block_n, width])
+    return made
 
 
 class Tiles(NamedTuple):
