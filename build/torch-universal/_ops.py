@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_936ac41f3a"
+_NAMESPACE = "_esmfold2_trimul_kernel_381ca80e07"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

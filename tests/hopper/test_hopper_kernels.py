@@ -5,6 +5,7 @@ is looked at in tests/tools/test_resources.py.
 """
 
 import copy
+import dataclasses
 import faulthandler
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import (
     as_call,
     assert_no_worse,
     make_problem,
+    memory_of_no_numbers,
     reference,
     relative_error,
     run,
@@ -310,6 +312,120 @@ def test_a_transition_of_rows_apart(kernel, everywhere):
     wanted = run(kernel, problem, "cuda")
     problem.x = problem.x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
+
+
+LENGTHS = {
+    "whole, a part, one and none": (
+        dict(length=200, channels=256, batch=4, residual=True), [200, 129, 1, 0],
+    ),
+    "ragged": (dict(length=150, channels=128, batch=3, mask="soft"), [64, 149, 65]),
+    "incoming": (
+        dict(length=140, channels=256, batch=2, direction="incoming", mask="bool", residual=True,
+             drop_mask=True), [77, 128],
+    ),
+    "incoming, narrow": (dict(length=260, channels=128, direction="incoming", biases=True), [131]),
+    "many": (dict(length=70, channels=128, batch=40, residual=True), [*range(1, 81, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths(kernel, submodule, hopper, everywhere, name, dtype):
+    """Padding, which is NaN here, has the residual or zeros; memory that isn't written is NaN."""
+    options, lengths = LENGTHS[name]
+    problem, lengths = make_problem(dtype=dtype, **options), torch.tensor(lengths)
+    within = submodule("validation").pairs_within(lengths, options["length"])
+    mask = within if problem.mask is None else problem.mask * within
+    wanted = reference(dataclasses.replace(problem, mask=mask))
+    problem.x = torch.where(within[..., None], problem.x, torch.nan)
+    lengths = lengths.cuda()
+    with memory_of_no_numbers():
+        got, again = (run(kernel, problem, "cuda", lengths=lengths).cpu() for _ in range(2))
+        with hopper.without_variants():
+            plain = run(kernel, problem, "cuda", lengths=lengths).cpu()
+    assert torch.equal(got, again) and not torch.equal(got[within], plain[within])
+    assert torch.equal(got[~within], plain[~within])
+    assert_no_worse([(got[within], plain[within], wanted[within])], 1.0)
+    if problem.residual is not None:
+        over = problem.to("cuda")
+        out = run(kernel, over, "cuda", lengths=lengths, inplace=True)
+        assert out.data_ptr() == over.residual.data_ptr() and torch.equal(out.cpu(), got)
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_zeros_behind_a_length(submodule, everywhere, direction):
+    """Stage 1 writes what stage 2 reads: as far as the next multiple of 128, in both axes."""
+    problem = make_problem(300, 128, batch=2, dtype=HALF, direction=direction).to("cuda")
+    lengths = torch.tensor([130, 65], dtype=torch.int32, device="cuda")
+    call = as_call(submodule("_call"), problem, lengths=lengths)
+    planes = torch.full((2, 2, 128, 300, 304), torch.nan, dtype=HALF, device="cuda")
+    launches = submodule("triton_parts.launch").Launches()
+    submodule("fused_dual_gemm").fused_dual_gemm_fwd(call, launches, planes.unbind(1))
+    assert "hopper" in {launch.variant for launch in launches.values()}
+    for of_entry, length, end in zip(planes, (130, 65), (256, 128), strict=True):
+        written = of_entry[..., :end, :end]
+        assert written.isfinite().all() and written[..., :length, :length].all(0).any()
+        assert not written[..., length:, :].any() and not written[..., length:].any()
+        assert of_entry[..., end:, :].isnan().all()  # skipped
+
+
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_lengths_in_lean_mode(kernel, submodule, everywhere, direction):
+    """Stage 3 in steps of rows."""
+    problem = make_problem(190, 256, batch=2, dtype=BF16, residual=True, direction=direction)
+    problem, lengths = problem.to("cuda"), torch.tensor([190, 70], device="cuda")
+    within = submodule("validation").pairs_within(lengths, 190)
+    got = run(kernel, problem, "cuda", lengths=lengths, memory="lean")
+    assert torch.equal(got[~within], problem.residual[~within])
+    wanted = run(kernel, problem, "cuda", lengths=lengths)
+    # Stage 1 is the plain one, of groups of channels.
+    assert relative_error(got, wanted.cpu().double()) <= 4 * 2**-9
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_lengths_of_a_transition(kernel, submodule, hopper, everywhere, dtype):
+    """In two chunks of rows, of which the second begins within the lengths."""
+    problem = make_transition(
+        (2, 200, 200, 256), 1024, dtype=dtype, residual="own", lengths=[200, 131]
+    )  # fmt: skip
+    within = submodule("validation").pairs_within(problem.lengths, 200)
+    wanted = reference(problem)
+    problem.x = torch.where(within[..., None], problem.x, torch.nan)
+    with memory_of_no_numbers():
+        got, again = (run(kernel, problem, "cuda").cpu() for _ in range(2))
+        with hopper.without_variants():
+            plain = run(kernel, problem, "cuda").cpu()
+    assert torch.equal(got, again) and not torch.equal(got[within], plain[within])
+    assert torch.equal(got[~within], problem.residual[~within])
+    assert_no_worse([(got[within], plain[within], wanted[within])], 1.0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_of_a_rank(submodule, everywhere, padded):
+    """Stages 1 and 3 on rows of a sequence have the bits of those on all rows."""
+    problem = make_problem(150, 256, dtype=BF16, mask="soft", residual=True).to("cuda")
+    lengths = torch.tensor([140], dtype=torch.int32, device="cuda") if padded else None
+    call = as_call(submodule("_call"), problem, lengths=lengths)
+    rows = submodule("triton_path.rows")
+    launches = submodule("triton_path.launches")._launches
+    made, product = [], torch.randn(256, 150, 160, device="cuda").to(BF16)
+    for parts in ([slice(0, 150)], [slice(0, 60), slice(60, 150)]):
+        planes = torch.zeros(2, 256, 150, 160, dtype=BF16, device="cuda")
+        out = torch.full_like(problem.x, torch.nan)[0]
+        for part in parts:
+            size = part.stop - part.start
+            some = call._replace(
+                x=call.x[:, part], mask=call.mask[:, part], residual=call.residual[:, part]
+            )
+            own = torch.zeros(2, 256, size, 160, dtype=BF16, device="cuda")
+            with rows.stages(some, part.start) as stages:
+                stages.project(0, own)
+                stages.emit(0, product[:, part].contiguous(), out[part])
+            planes[:, :, part] = own
+        made.append((planes, out))
+    assert all(map(torch.equal, *made))
+    variants = [launch.variant for of in launches.values() for launch in of.values()]
+    assert variants.count("hopper") == 6
 
 
 @pytest.mark.parametrize("dtype", BITS)

@@ -28,8 +28,8 @@ def call(width=256, length=512, dtype=bf16, **others):
     return resources._call_of(package, case)._replace(**others)
 
 
-def transition(width=256, length=512, dtype=bf16):
-    return resources._transition_of(package, resources.Case(dtype, width, length))
+def transition(width=256, length=512, dtype=bf16, padded=False):
+    return resources._transition_of(package, resources.Case(dtype, width, length, padded))
 
 
 def unaligned(call):
@@ -53,12 +53,13 @@ found = {
     "ragged": variants(call(length=383)),
     "narrow": variants(call(width=128)),
     "transition": variants(transition()),
+    "padded": variants(call(padded=True)),
+    "padded transition": variants(transition(padded=True)),
     "no residual": variants(call(residual=None, mask=None)),
     "lean": variants(call(memory="lean")),
     "float32": variants(call(dtype=single)),
     "other width": variants(call(width=192)),
     "wide": variants(call(width=512)),
-    "padded": variants(call(padded=True)),
     "small": variants(call(length=96)),
     "unaligned": variants(unaligned(call())),
     "another GPU": variants(call(), "sm_100"),
@@ -80,7 +81,7 @@ found["specialised"] = {
         for parameter in launch.kernel.params
         if parameter.name.endswith("_ptr") and not parameter.do_not_specialize
     ]
-    for launch in planned(call()) + planned(transition())
+    for launch in planned(call(padded=True)) + planned(transition(padded=True))
 }
 
 config = submodule(package, "triton_parts.settings").LaunchConfig
@@ -120,6 +121,8 @@ WANTED = {
     "ragged": BOTH,
     "narrow": BOTH,
     "transition": ["swiglu_hidden"],
+    "padded": BOTH,
+    "padded transition": ["swiglu_hidden"],
     "no residual": BOTH,
     # Groups of channels, and moments that are read, are the plain stage's.
     "lean": ["fused_ln_residual"],
@@ -140,7 +143,7 @@ def test_what_they_take(plans, case):
 def test_what_they_leave_to_the_plain_kernels(plans):
     apart = [*WANTED, "messages", "specialised", "refused"]
     others = {name: found for name, found in plans.items() if name not in apart}
-    assert len(others) == 9 and not any(others.values()), others
+    assert len(others) == 8 and not any(others.values()), others
 
 
 def test_pointers_into_slices_have_any_alignment(plans):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_936ac41f3a"
+_BUILD_ID = "_esmfold2_trimul_kernel_381ca80e07"
 
 
 def _load_package() -> ModuleType:

@@ -4,6 +4,8 @@
     planes:  out[b, n, q, p] = v sigmoid(u) mask at the pair (q, p) of the entry b
     rows:    out[(b, i, j), n] = v u sigmoid(u)
 
+With lengths, tiles of padding alone are left out, as there.
+
 The same arithmetic as in the plain kernels, but for the norm, which is folded into the weights (see
 `folded_norm`), so that the rows are multiplied as they came.
 
@@ -34,6 +36,7 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.tiles import PADDING_MULTIPLE
 from .folded_norm import EXTRA, Folded, fold_norms
 from .parts import (
     REGISTERS,
@@ -41,9 +44,11 @@ from .parts import (
     Tiles,
     advance,
     barriers,
+    count_tiles,
     halves,
     load_tile,
     load_weights,
+    next_tile,
     ready,
     reciprocal,
     shared_layout,
@@ -56,14 +61,15 @@ from .parts import (
 )
 
 _EXTRA = gl.constexpr(EXTRA)
+_PADDING = gl.constexpr(PADDING_MULTIPLE)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
 def _consume(
-    memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr, eps, pairs,
-    mask_strides,
+    memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr, lengths, eps,
+    pairs, mask_strides,
     N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     PLANES: gl.constexpr, MASKED: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
@@ -78,17 +84,30 @@ def _consume(
     x_full, ring_full = loaded
     x_empty, ring_empty = freed
     B, R, J, pitch, per_row, tiles = pairs
+    lengths_ptr, first = lengths
     zero = gl.zeros([64, 2 * BLOCK_N], gl.float32, ACC)
     stage = 0
     phase = 0
     tile_phase = 0
     turn_phase = 0
+    at = 0
+    base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        entry, i, start = tile_at(tile * CONSUMERS + ME, R, per_row)
+        if lengths_ptr is None:
+            entry, i, start = tile_at(tile * CONSUMERS + ME, R, per_row)
+        else:
+            entry, i, start, base, length = next_tile(
+                tile * CONSUMERS + ME, at, base, lengths_ptr, first, B, R,
+                pitch if PLANES else J, _PADDING if PLANES else 1,
+            )  # fmt: skip
+            at = entry
         # The mask arrives while the statistics are computed.
         j = start + gl.arange(0, 64, layout=AT_ROWS)
         if PLANES:
             mask = (j < J) & (entry < B)
+            if lengths_ptr is not None:
+                mask = mask & (first[0] + i < length) & (first[1] + j < length)
+            within = mask
             if MASKED:
                 offs_mask = entry.to(gl.int64) * mask_strides[0] + i.to(gl.int64) * mask_strides[1]
                 offs_mask = offs_mask + j.to(gl.int64) * mask_strides[2]
@@ -107,6 +126,10 @@ def _consume(
             inside = (j < pitch) & (entry < B)
             mean = gl.convert_layout(mean, AT_ROWS)
             rstd = gl.convert_layout(rstd, AT_ROWS)
+            if lengths_ptr is not None:
+                # Padding may be NaN.
+                mean = gl.where(within, mean, 0.0)
+                rstd = gl.where(within, rstd, gl.rsqrt(eps))
             gl.store(moments_ptr + offs, mean, mask=inside)
             gl.store(moments_ptr + offs + R.to(gl.int64) * pitch, rstd, mask=inside)
         for step in range(N // BLOCK_N):
@@ -130,6 +153,8 @@ def _consume(
             gated = value * value_scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
             if not PLANES:
                 gated = gated * (power * -_LN_2)
+            elif lengths_ptr is not None:
+                gated = gl.where(within.expand_dims(1), gated, 0.0)
             slot = out_slots.index(ME)
             tma.store_wait(0)  # the block before has left the slot
             if PLANES:
@@ -147,14 +172,25 @@ def _consume(
 
 @gluon.jit
 def _load_rows(
-    x, x_slots, x_full, x_empty, pairs, C: gl.constexpr, CONSUMERS: gl.constexpr
+    x, x_slots, x_full, x_empty, lengths, pairs, C: gl.constexpr, CONSUMERS: gl.constexpr,
+    PLANES: gl.constexpr,
 ):  # fmt: skip
     B, R, J, pitch, per_row, tiles = pairs
+    lengths_ptr, first = lengths
     X_LAYOUT: gl.constexpr = x.layout
     phase = 1
+    at = 0
+    base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for me in range(CONSUMERS):
-            entry, i, start = tile_at(tile * CONSUMERS + me, R, per_row)
+            if lengths_ptr is None:
+                entry, i, start = tile_at(tile * CONSUMERS + me, R, per_row)
+            else:
+                entry, i, start, base, _ = next_tile(
+                    tile * CONSUMERS + me, at, base, lengths_ptr, first, B, R,
+                    pitch if PLANES else J, _PADDING if PLANES else 1,
+                )  # fmt: skip
+                at = entry
             mbarrier.wait(x_empty.index(me), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)
             slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
@@ -164,19 +200,23 @@ def _load_rows(
 
 @gluon.jit(
     do_not_specialize=[
-        "mask_ptr", "factors_ptr", "eps", "B", "R", "J", "per_row", "tiles",
+        "mask_ptr", "factors_ptr", "lengths_ptr", "first_i", "first_j", "eps",
+        "B", "R", "J", "per_row", "tiles",
         "stride_mask_b", "stride_mask_i", "stride_mask_j",
     ]
 )  # fmt: skip
 def _gated_rows_hopper_kernel(
-    x, weights, further, out, mask_ptr, moments_ptr, factors_ptr, eps,
-    B, R, J, pitch, per_row, tiles,
+    x, weights, further, out, mask_ptr, moments_ptr, factors_ptr, lengths_ptr,
+    first_i, first_j, eps, B, R, J, pitch, per_row, tiles,
     stride_mask_b, stride_mask_i, stride_mask_j,
     C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr, REGISTERS: gl.constexpr,
     X_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """All N channels of B * R * per_row tiles of 64 pairs, CONSUMERS of them at a time."""
+    """All N channels of B * R * per_row tiles of 64 pairs, CONSUMERS of them at a time.
+
+    With lengths, of those that are not padding alone; (i, j) are pairs (first_i + i, first_j + j).
+    """
     DTYPE: gl.constexpr = x.dtype
     x_slots = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, C], X_LAYOUT)
     ring = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, C], weights.layout)
@@ -189,52 +229,56 @@ def _gated_rows_hopper_kernel(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     memory = x_slots, ring, extras
+    lengths = lengths_ptr, (first_i, first_j)
+    if lengths_ptr is not None:
+        columns = pitch if PLANES else J
+        tiles = count_tiles(lengths_ptr, lengths[1], B, R, columns, _PADDING if PLANES else 1)
+        tiles = (tiles + CONSUMERS - 1) // CONSUMERS
     pairs = B, R, J, pitch, per_row, tiles
     strides = stride_mask_b, stride_mask_i, stride_mask_j
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
             )),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
-            (_load_rows, (x, x_slots, loaded[0], freed[0], pairs, C, CONSUMERS)),
+            (_load_rows, (x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, PLANES)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 2,
+                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 2,
             )),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
-            (_load_rows, (x, x_slots, loaded[0], freed[0], pairs, C, CONSUMERS)),
+            (_load_rows, (x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, PLANES)),
         ], [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24])  # fmt: skip
 
 
 def takes_planes(call: Call, planes: tuple[Tensor, Tensor]) -> bool:
-    """Whether stage 1 of a call without padding, of all channels, can run here."""
+    """Whether stage 1 of a call, of all channels, can run here."""
     a, b = planes
     batch, hidden, rows, pitch = a.shape
     size = hidden * rows * pitch
     return (
-        call.lengths is None
-        and hidden % ROWS == 0
+        hidden % ROWS == 0
         and a.stride() == b.stride() == (2 * size, rows * pitch, pitch, 1)
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and b.storage_offset() - a.storage_offset() == size
@@ -242,20 +286,21 @@ def takes_planes(call: Call, planes: tuple[Tensor, Tensor]) -> bool:
 
 
 def prepare_planes(
-    call: Call, planes: tuple[Tensor, Tensor], config: LaunchConfig
+    call: Call, planes: tuple[Tensor, Tensor], first_row: int, config: LaunchConfig
 ) -> PreparedLaunch:
     """The launch of stage 1 for calls like this one; see `fused_dual_gemm.prepare_dual_gemm`."""
     a = planes[0]
     batch, hidden, rows, pitch = a.shape
-    x_strides, mask_strides = list(strides(call.x)), (0, 0, 0)
+    x_strides, mask_strides, first = list(strides(call.x)), (0, 0, 0), (first_row, 0)
     columns, stride_b, stride_q, stride_p = call.x.shape[2], *x_strides[:3]
     if call.mask is not None:
         mask_strides = strides(call.mask)
     if call.direction == "incoming":
         columns, stride_q, stride_p = call.x.shape[1], stride_p, stride_q
-        mask_strides = (mask_strides[0], mask_strides[2], mask_strides[1])
+        mask_strides, first = (mask_strides[0], mask_strides[2], mask_strides[1]), (0, first_row)
     one_row = (
-        pitch == columns
+        call.lengths is None
+        and pitch == columns
         and stride_q == columns * stride_p
         and mask_strides[1] == columns * mask_strides[2]
     )
@@ -272,7 +317,7 @@ def prepare_planes(
     )  # fmt: skip
     return _prepare(
         "fused_dual_gemm", call.x, 2 * hidden, config, tiles, x_tile, out,
-        planes=True, masked=call.mask is not None,
+        planes=True, masked=call.mask is not None, first=None if call.lengths is None else first,
         values=dict(eps=call.eps_in, pitch=pitch, **named_strides("mask", "bij", mask_strides)),
     )  # fmt: skip
 
@@ -298,20 +343,24 @@ def launch_planes(
         out=planes[0],
         mask_ptr=call.mask,
         moments_ptr=moments,
+        lengths_ptr=call.lengths,
         factors_ptr=folded.factors,
     )
 
 
 def takes_hidden(call: Transition, hidden: Tensor) -> bool:
-    """Whether the first stage of a transition without padding can run here."""
-    return call.lengths is None and call.hidden % ROWS == 0 and has_descriptor(hidden)
+    """Whether the first stage of a transition can run here."""
+    return call.hidden % ROWS == 0 and has_descriptor(hidden)
 
 
-def prepare_hidden(call: Transition, hidden: Tensor, config: LaunchConfig) -> PreparedLaunch:
+def prepare_hidden(
+    call: Transition, hidden: Tensor, first_row: int, config: LaunchConfig
+) -> PreparedLaunch:
     """The launch of `swiglu_hidden` for calls like this one."""
     batch, rows, columns, channels = call.x.shape
     stride_b, stride_i, stride_j, _ = strides(call.x)
     one_row = rows == 1 or columns == 1 or stride_i == columns * stride_j
+    one_row = one_row and call.lengths is None
     if columns == 1:
         stride_j = stride_i
     tiles = Tiles.of(batch, rows, columns, one_row)
@@ -323,6 +372,7 @@ def prepare_hidden(call: Transition, hidden: Tensor, config: LaunchConfig) -> Pr
     )  # fmt: skip
     return _prepare(
         "swiglu_hidden", call.x, width, config, tiles, x_tile, out, planes=False, masked=False,
+        first=None if call.lengths is None else (first_row, 0),
         values=dict(eps=call.eps, pitch=0, **named_strides("mask", "bij", (0, 0, 0))),
     )  # fmt: skip
 
@@ -349,6 +399,7 @@ def launch_hidden(
         out=hidden,
         mask_ptr=None,
         moments_ptr=None,
+        lengths_ptr=call.lengths,
         factors_ptr=folded.factors,
     )
     return folded
@@ -356,19 +407,20 @@ def launch_hidden(
 
 def _prepare(
     stage: str, x: Tensor, count: int, config: LaunchConfig, tiles: Tiles, x_tile, out, *,
-    planes: bool, masked: bool, values: dict,
+    planes: bool, masked: bool, first: tuple[int, int] | None, values: dict,
 ) -> PreparedLaunch:  # fmt: skip
     channels, block_n = x.shape[3], config.block_n
     consumers = config.block_m // ROWS
+    first_i, first_j = (None, None) if first is None else first
     rows = tiles.values(consumers)
     return PreparedLaunch(
         _gated_rows_hopper_kernel,
         min(rows["tiles"], device_target(x.device).multiprocessors),
         tensors={
-            **pointers("mask_ptr", "moments_ptr", "factors_ptr"),
+            **pointers("mask_ptr", "moments_ptr", "factors_ptr", "lengths_ptr"),
             **weight_tiles(x, count, block_n), "x": x_tile, "out": out,
         },
-        values=values | rows,
+        values=values | rows | dict(first_i=first_i, first_j=first_j),
         constants=dict(
             C=channels, N=count, BLOCK_N=block_n, STAGES=config.num_stages,
             CONSUMERS=consumers, PLANES=planes, MASKED=masked, REGISTERS=REGISTERS[consumers][1],

@@ -12,6 +12,8 @@ weights, which stream past once for both; x and the product's planes; and tiles 
 into the memory from which the output is stored. A consumer keeps x and the product in registers.
 All of a tile's x has been read before any of its output is written, so that the output may be the
 memory of x.
+
+With lengths, tiles of padding alone are left out, and filled by a launch of their own.
 """
 
 from torch import Tensor
@@ -37,15 +39,18 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.settings import LaunchConfig
 from .folded_norm import EXTRA, fold_norms
+from .padding import fill_padding
 from .parts import (
     REGISTERS,
     ROWS,
     Tiles,
     advance,
     barriers,
+    count_tiles,
     load_tile,
     load_weights,
     lower,
+    next_tile,
     ready,
     reciprocal,
     shared_layout,
@@ -65,7 +70,7 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _consume(
     memory, out_slots, out_full, out_empty, loaded, freed, turns, out, moments_ptr, drop_ptr,
-    factors_ptr, eps_in, eps_out, pairs, moments_strides, drop_strides,
+    factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
     RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
@@ -79,23 +84,41 @@ def _consume(
     x_full, t_full, ring_full = loaded
     x_empty, t_empty, ring_empty = freed
     B, R, J, per_row, tiles = pairs
+    lengths_ptr, first = lengths
     zero = gl.zeros([64, BLOCK_N], gl.float32, ACC)
     stage = 0
     tile_phase = 0
     phase = 0
     turn_phase = 0
     count = 0
+    at = 0
+    base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        entry, i, start = tile_at(tile * 2 + ME, R, per_row)
+        if lengths_ptr is None:
+            entry, i, start = tile_at(tile * 2 + ME, R, per_row)
+        else:
+            entry, i, start, base, length = next_tile(
+                tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, 1
+            )
+            at = entry
         j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
         inside = (j < J) & (entry < B)
-        offs = (
-            entry.to(gl.int64) * moments_strides[0]
-            + i.to(gl.int64) * moments_strides[2]
-            + j.to(gl.int64) * moments_strides[3]
-        )
-        mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
+        if lengths_ptr is None:
+            offs = (
+                entry.to(gl.int64) * moments_strides[0]
+                + i.to(gl.int64) * moments_strides[2]
+                + j.to(gl.int64) * moments_strides[3]
+            )
+            mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
+            rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
+        else:
+            # Without signs they need fewer registers, of which padding leaves none.
+            offs = _wide(entry) * _wide(moments_strides[0])
+            offs = offs + _wide(i) * _wide(moments_strides[2])
+            offs = offs + _wide(j) * _wide(moments_strides[3])
+            mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
+            offs = offs + _wide(moments_strides[1])
+            rstd_x = gl.load(moments_ptr + offs, mask=inside, other=1.0)
         # The moments of x arrive while those of the product are computed.
         mbarrier.wait(t_full.index(ME), tile_phase)
         slot = t_slots.index(ME).permute((1, 0))
@@ -142,6 +165,10 @@ def _consume(
                 within = ((columns < J) & (entry < B)).expand_dims(1)
                 drop = gl.load(drop_ptr + offs_drop, mask=within, other=0.0)
                 update = update * drop.to(gl.float32)
+            if lengths_ptr is not None:
+                # Beyond the length the operands may be NaN.
+                columns = start + gl.arange(0, 64, layout=AT_ROWS)
+                update = gl.where((first[1] + columns < length).expand_dims(1), update, 0.0)
             place = count % OUT_SLOTS
             made = out_slots.index(place)
             if RESIDUAL:
@@ -166,16 +193,32 @@ def _consume(
 
 
 @gluon.jit
+def _wide(x):
+    """A number that is not negative, in 64 bits."""
+    return x.to(gl.uint32).to(gl.int64)
+
+
+@gluon.jit
 def _load_rows(
-    x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, pairs, C: gl.constexpr
+    x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, lengths, pairs,
+    C: gl.constexpr,
 ):  # fmt: skip
     B, R, J, per_row, tiles = pairs
+    lengths_ptr, first = lengths
     X_LAYOUT: gl.constexpr = x.layout
     T_LAYOUT: gl.constexpr = product.layout
     phase = 1
+    at = 0
+    base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for me in range(2):
-            entry, i, start = tile_at(tile * 2 + me, R, per_row)
+            if lengths_ptr is None:
+                entry, i, start = tile_at(tile * 2 + me, R, per_row)
+            else:
+                entry, i, start, base, _ = next_tile(
+                    tile * 2 + me, at, base, lengths_ptr, first, B, R, J, 1
+                )
+                at = entry
             mbarrier.wait(x_empty.index(me), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)
             slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
@@ -189,16 +232,28 @@ def _load_rows(
 
 @gluon.jit
 def _load_residual(
-    residual, out_slots0, out_slots1, full0, full1, empty0, empty1, pairs,
+    residual, out_slots0, out_slots1, full0, full1, empty0, empty1, lengths, pairs,
     C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     if RESIDUAL:
         LAYOUT: gl.constexpr = residual.layout
         B, R, J, per_row, tiles = pairs
+        lengths_ptr, first = lengths
         count = 0
+        at = 0
+        base = 0
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            entry0, i0, start0 = tile_at(tile * 2, R, per_row)
-            entry1, i1, start1 = tile_at(tile * 2 + 1, R, per_row)
+            if lengths_ptr is None:
+                entry0, i0, start0 = tile_at(tile * 2, R, per_row)
+                entry1, i1, start1 = tile_at(tile * 2 + 1, R, per_row)
+            else:
+                entry0, i0, start0, base, _ = next_tile(
+                    tile * 2, at, base, lengths_ptr, first, B, R, J, 1
+                )
+                entry1, i1, start1, base, _ = next_tile(
+                    tile * 2 + 1, entry0, base, lengths_ptr, first, B, R, J, 1
+                )
+                at = entry1
             for step in range(C // BLOCK_N):
                 place = count % OUT_SLOTS
                 phase = ((count // OUT_SLOTS) & 1) ^ 1
@@ -215,22 +270,25 @@ def _load_residual(
 
 @gluon.jit(
     do_not_specialize=[
-        "moments_ptr", "drop_ptr", "factors_ptr", "eps_in", "eps_out",
+        "moments_ptr", "drop_ptr", "factors_ptr", "lengths_ptr", "first_i", "eps_in", "eps_out",
         "B", "R", "J", "per_row", "tiles",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_drop_b", "stride_drop_j", "stride_drop_c",
     ]
 )  # fmt: skip
 def _ln_residual_hopper_kernel(
-    x, product, weights, further, residual, out, moments_ptr, drop_ptr, factors_ptr,
-    eps_in, eps_out, B, R, J, per_row, tiles,
+    x, product, weights, further, residual, out, moments_ptr, drop_ptr, factors_ptr, lengths_ptr,
+    first_i, eps_in, eps_out, B, R, J, per_row, tiles,
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_drop_b, stride_drop_j, stride_drop_c,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
     RESIDUAL: gl.constexpr, DROPS: gl.constexpr, REGISTERS: gl.constexpr,
     ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """All C channels of B * R * per_row tiles of 64 pairs, two at a time."""
+    """All C channels of B * R * per_row tiles of 64 pairs, two at a time.
+
+    With lengths, of those that are not padding alone; row i is row first_i + i of its sequence.
+    """
     DTYPE: gl.constexpr = x.dtype
     x_slots = gl.allocate_shared_memory(DTYPE, [2, 64, C], ROWS_LAYOUT)
     t_slots = gl.allocate_shared_memory(DTYPE, [2, C, 64], PLANES_LAYOUT)
@@ -248,38 +306,41 @@ def _ln_residual_hopper_kernel(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     memory = x_slots, t_slots, ring, extras
+    lengths = lengths_ptr, (first_i, 0)
+    if lengths_ptr is not None:
+        tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + 1) // 2
     pairs = B, R, J, per_row, tiles
     moments_strides = stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j
     drop_strides = stride_drop_b, stride_drop_j, stride_drop_c
     gl.warp_specialize([
         (_consume, (
             memory, out0, full0, empty0, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            factors_ptr, eps_in, eps_out, pairs, moments_strides, drop_strides,
+            factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
         )),
         (_consume, (
             memory, out1, full1, empty1, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            factors_ptr, eps_in, eps_out, pairs, moments_strides, drop_strides,
+            factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
         )),
         (load_weights, (
             weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
         (_load_rows, (
-            x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
+            x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], lengths,
+            pairs, C,
         )),
         (_load_residual, (
-            residual, out0, out1, full0, full1, empty0, empty1, pairs,
+            residual, out0, out1, full0, full1, empty0, empty1, lengths, pairs,
             C, BLOCK_N, OUT_SLOTS, RESIDUAL,
         )),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 
 
 def takes(call: Call, product: Tensor) -> bool:
-    """Whether stage 3 of a call without padding can run here, whose x [B, R, L, C] may be rows."""
+    """Whether stage 3 of a call can run here, whose x [B, R, L, C] may be rows."""
     return (
-        call.lengths is None
-        and call.x.shape[3] == product.shape[1]
+        call.x.shape[3] == product.shape[1]
         and has_descriptor(product)
         and (call.residual is None or has_descriptor(call.residual))
         and (call.drop_mask is None or call.drop_mask.ndim == 3)
@@ -287,7 +348,7 @@ def takes(call: Call, product: Tensor) -> bool:
 
 
 def prepare(
-    call: Call, product: Tensor, moments: Tensor, config: LaunchConfig
+    call: Call, product: Tensor, moments: Tensor, first_row: int, config: LaunchConfig
 ) -> PreparedLaunch:
     """The launch of stage 3 for calls like this one; see `fused_ln_residual`."""
     x, residual, drop_mask = call.x, call.residual, call.drop_mask
@@ -299,6 +360,7 @@ def prepare(
     residual_strides = made if residual is None else strides(residual)
     one_row = (
         drop_mask is None
+        and call.lengths is None
         and product.shape[3] == stride_i == length
         and x_strides[1] == length * x_strides[2]
         and residual_strides[1] == length * residual_strides[2]
@@ -321,13 +383,14 @@ def prepare(
         _ln_residual_hopper_kernel,
         min(values["tiles"], device_target(x.device).multiprocessors),
         tensors={
-            **pointers("moments_ptr", "drop_ptr", "factors_ptr"),
+            **pointers("moments_ptr", "drop_ptr", "factors_ptr", "lengths_ptr"),
             **weight_tiles(x, channels, block_n),
             "x": x_tile, "product": planes, "residual": residual_tile,
             "out": tiles.descriptor(x, made, channels, block_n),
         },
         values=dict(
             eps_in=call.eps_in, eps_out=call.eps_out,
+            first_i=None if call.lengths is None else first_row,
             **values,
             **named_strides("moments", "bnij", moment_strides),
             **named_strides("drop", "bjc", drop_strides),
@@ -352,6 +415,7 @@ def launch(
     product: Tensor,
     moments: Tensor,
     out: Tensor,
+    first_row: int,
 ) -> None:
     """Fills out; `prepared` is from `prepare`."""
     weights = call.weights
@@ -372,4 +436,7 @@ def launch(
         moments_ptr=moments,
         drop_ptr=call.drop_mask,
         factors_ptr=folded.factors,
+        lengths_ptr=call.lengths,
     )
+    if call.lengths is not None:
+        fill_padding(call, launches, prepared, out, first_row)

@@ -121,6 +121,51 @@ def tile_at(index, rows, per_row):
 
 
 @gluon.jit
+def length_of(lengths_ptr, entry, B, R, J):
+    """The length of a sequence without its padding; 0 beyond the last of B."""
+    length = gl.load(lengths_ptr + entry, mask=entry < B, other=0)
+    return gl.minimum(gl.maximum(length, 0), gl.maximum(R, J))
+
+
+@gluon.jit
+def _tiles_within(length, first, R, J, MULTIPLE: gl.constexpr):
+    """(rows, tiles of a row) of those that hold pairs before `length`, rounded up to MULTIPLE."""
+    end = (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    rows = gl.minimum(gl.maximum(end - first[0], 0), R)
+    columns = gl.minimum(gl.maximum(end - first[1], 0), J)
+    return rows, (columns + _ROWS - 1) // _ROWS
+
+
+@gluon.jit
+def count_tiles(lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr):
+    """How many tiles `next_tile` finds; J is the end of a row's tiles."""
+    total = 0
+    for entry in range(B):
+        length = length_of(lengths_ptr, entry, B, R, J)
+        rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
+        total += rows * per_row
+    return total
+
+
+@gluon.jit
+def next_tile(index, entry, base, lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr):
+    """(entry, row, first column, base, length) of a tile, of those that are not padding alone.
+
+    They are numbered without gaps, so that programs share them evenly. `entry` and `base`, the
+    number of its first tile, are those of an earlier tile.
+    """
+    length = length_of(lengths_ptr, entry, B, R, J)
+    rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
+    while (entry < B) & (index - base >= rows * per_row):
+        base += rows * per_row
+        entry += 1
+        length = length_of(lengths_ptr, entry, B, R, J)
+        rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
+    row = (index - base) // gl.maximum(per_row, 1)
+    return entry, row, (index - base - row * per_row) * _ROWS, base, length
+
+
+@gluon.jit
 def _part(slot, k: gl.constexpr):
     """64 channels of rows."""
     return slot.slice(k * 64, 64, dim=1)

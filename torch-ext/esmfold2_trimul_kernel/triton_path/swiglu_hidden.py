@@ -223,7 +223,7 @@ def prepare_swiglu_hidden(
         stage = "swiglu_projections" if projections else "swiglu_hidden"
         config = setting_of(stage, x, channels, math.isqrt(rows), 1, variants)
     if hopper.is_variant(config, variants):
-        return hopper.kernels("gated_rows").prepare_hidden(call, hidden, config)
+        return hopper.kernels("gated_rows").prepare_hidden(call, hidden, first_row, config)
     block_n = block_of(config.block_n, call.hidden)
     block_k = block_of(config.block_k, channels)
     pair = projection_pair(
