@@ -92,6 +92,52 @@ def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name, dtype
     assert_no_worse([(got, plain, reference(problem))], 1.0)
 
 
+WIDE = {
+    "three parts": dict(length=70, channels=192, mask="soft", residual=True),
+    "two large parts": dict(length=65, channels=512, batch=2, mask="bool", direction="incoming"),
+    "parts of 128": dict(length=33, channels=384, biases=True),
+    "five parts": dict(length=64, channels=320, residual=True),
+    "seven parts, few hidden": dict(length=50, channels=448, hidden=128),
+    "many hidden": dict(length=40, channels=128, hidden=512, residual=True),
+}
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("name", WIDE)
+def test_other_widths(kernel, hopper, everywhere, name, dtype):
+    problem = make_problem(dtype=dtype, **WIDE[name])
+    got = run(kernel, problem, "cuda")
+    assert torch.equal(got, run(kernel, problem, "cuda"))
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert not torch.equal(got, plain)
+    assert_no_worse([(got, plain, reference(problem))], 1.0)
+
+
+@pytest.mark.parametrize("channels", [192, 384, 512])
+@pytest.mark.parametrize("dtype", BITS)
+def test_constant_rows_of_other_widths_are_zeros(kernel, everywhere, channels, dtype):
+    """Whose mean is not a sum times a power of two."""
+    problem = make_problem(3, channels, dtype=dtype, mask="soft")
+    problem.x = torch.zeros_like(problem.x)
+    wanted = run(kernel, problem, "cuda")
+    constants = torch.tensor(CONSTANTS[dtype]).to(dtype)
+    problem.x = constants.view(1, 3, 3, 1).expand_as(problem.x).contiguous()
+    assert torch.equal(run(kernel, problem, "cuda"), wanted)
+
+
+def test_lengths_of_wide_rows(kernel, submodule, hopper, everywhere):
+    problem = make_problem(140, 512, batch=2, dtype=BF16, residual=True)
+    lengths = torch.tensor([140, 67])
+    within = submodule("validation").pairs_within(lengths, 140)
+    wanted = reference(dataclasses.replace(problem, mask=within))
+    got = run(kernel, problem, "cuda", lengths=lengths.cuda()).cpu()
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda", lengths=lengths.cuda()).cpu()
+    assert torch.equal(got[~within], plain[~within])
+    assert_no_worse([(got[within], plain[within], wanted[within])], 1.0)
+
+
 @pytest.mark.parametrize("layout", ["channels apart", "axes exchanged", "rows apart"])
 def test_strides(kernel, hopper, everywhere, layout):
     problem = make_problem(70, 128, batch=2, dtype=BF16, mask="soft", residual=True).to("cuda")
@@ -293,6 +339,8 @@ TRANSITIONS = {
     "one row": dict(shape=(1, 128), hidden=512, residual="own"),
     "biases": dict(shape=(3, 11, 13, 256), hidden=512, biases=BIASES),
     "narrow": dict(shape=(130, 128), hidden=448),
+    "wide": dict(shape=(200, 512), hidden=2048, residual="own"),
+    "between": dict(shape=(129, 384), hidden=1536),
 }
 
 

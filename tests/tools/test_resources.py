@@ -52,7 +52,7 @@ HOPPER = [
     case
     for case in CASES
     if case.dtype == torch.bfloat16
-    and case.width in (128, 256) and case.length > 160
+    and case.length > 160
 ]  # fmt: skip
 # On sm_90, with the model's width.
 BY_DESCRIPTORS = FORWARD | {

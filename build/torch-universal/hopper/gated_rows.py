@@ -11,7 +11,8 @@ The same arithmetic as in the plain kernels, but for the norm, which is folded i
 
 A program has two or three consumers, each for a tile of 64 pairs of one row, and two warps that
 load: one the rows of x, one the weights, which stream past once for all consumers' tiles. A
-consumer keeps its rows in registers and frees their memory at once for its next tile's.
+consumer keeps its rows in registers and frees their memory at once for its next tile's, or, where
+there is not room for all consumers' rows, for the next consumer's.
 """
 
 from torch import Tensor
@@ -35,7 +36,7 @@ from ..triton_parts.launch import (
     pointers,
     strides,
 )
-from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.settings import LaunchConfig, settings_of
 from ..triton_parts.tiles import PADDING_MULTIPLE
 from .folded_norm import EXTRA, Folded, fold_norms
 from .parts import (
@@ -49,10 +50,12 @@ from .parts import (
     load_tile,
     load_weights,
     next_tile,
+    part_of,
     ready,
     reciprocal,
     shared_layout,
     statistics,
+    statistics_of_wide,
     store_tile,
     tile_at,
     tma_descriptor,
@@ -61,6 +64,7 @@ from .parts import (
 )
 
 _EXTRA = gl.constexpr(EXTRA)
+_BARRIERS = 1024  # bytes, and more than they need
 _PADDING = gl.constexpr(PADDING_MULTIPLE)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -70,8 +74,9 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 def _consume(
     memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr, lengths, eps,
     pairs, mask_strides,
-    N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    PLANES: gl.constexpr, MASKED: gl.constexpr, ME: gl.constexpr,
+    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
+    ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: N channels of every CONSUMERS-th tile of 64 pairs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
@@ -80,6 +85,7 @@ def _consume(
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
     OUT_LAYOUT: gl.constexpr = out.layout
     DTYPE: gl.constexpr = out_slots.dtype
+    PLACE: gl.constexpr = ME % SLOTS
     x_slots, ring, extras = memory
     x_full, ring_full = loaded
     x_empty, ring_empty = freed
@@ -114,10 +120,13 @@ def _consume(
                 mask = gl.load(mask_ptr + offs_mask, mask=mask, other=0)
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
-        mean, rstd = statistics(x_slots.index(ME), eps, A)
-        rows, further, scale = ready(x_slots.index(ME), mean, rstd, eps, A)
+        if C > 256:
+            mean, rstd = statistics_of_wide(x_slots, PLACE, eps, C, A)
+        else:
+            mean, rstd = statistics(x_slots, PLACE, eps, C, False, A)
+        rows, further, scale = ready(x_slots, PLACE, mean, rstd, eps, C, False, A)
         fence_async_shared()
-        mbarrier.arrive(x_empty.index(ME), count=1)
+        mbarrier.arrive(x_empty.index(PLACE), count=1)
         scale = gl.convert_layout(scale, AT_ROWS)
         gate_scale = scale * -_LOG2_E
         if PLANES:
@@ -142,7 +151,10 @@ def _consume(
             turn_phase ^= 1
             extra = extras.index(stage).permute((1, 0))
             acc = warpgroup_mma(further, extra, zero, use_acc=False, is_async=True)
-            acc = warpgroup_mma(rows, ring.index(stage).permute((1, 0)), acc, is_async=True)
+            PARTS: gl.constexpr = ring.shape[0] // STAGES
+            for k in gl.static_range(PARTS):
+                weight = ring.index(stage * PARTS + k).permute((1, 0))
+                acc = warpgroup_mma(rows[k], weight, acc, is_async=True)
             mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring_empty.index(stage), count=1)
@@ -172,8 +184,8 @@ def _consume(
 
 @gluon.jit
 def _load_rows(
-    x, x_slots, x_full, x_empty, lengths, pairs, C: gl.constexpr, CONSUMERS: gl.constexpr,
-    PLANES: gl.constexpr,
+    x, x_slots, x_full, x_empty, lengths, pairs,
+    C: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PLANES: gl.constexpr,
 ):  # fmt: skip
     B, R, J, pitch, per_row, tiles = pairs
     lengths_ptr, first = lengths
@@ -191,11 +203,17 @@ def _load_rows(
                     pitch if PLANES else J, _PADDING if PLANES else 1,
                 )  # fmt: skip
                 at = entry
-            mbarrier.wait(x_empty.index(me), phase)
+            place = me if SLOTS == CONSUMERS else 0
+            mbarrier.wait(x_empty.index(place), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)
-            slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
-            load_tile(x, [entry, i, start, 0], x_full.index(me), slot)
-        phase ^= 1
+            PART: gl.constexpr = x_slots.shape[2]
+            for k in gl.static_range(C // PART):
+                slot = viewed(x_slots.index(place * (C // PART) + k), [1, 1, 64, PART], X_LAYOUT)
+                load_tile(x, [entry, i, start, k * PART], x_full.index(me), slot)
+            if SLOTS != CONSUMERS:
+                phase ^= 1
+        if SLOTS == CONSUMERS:
+            phase ^= 1
 
 
 @gluon.jit(
@@ -210,7 +228,8 @@ def _gated_rows_hopper_kernel(
     first_i, first_j, eps, B, R, J, pitch, per_row, tiles,
     stride_mask_b, stride_mask_i, stride_mask_j,
     C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr, REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
+    REGISTERS: gl.constexpr,
     X_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """All N channels of B * R * per_row tiles of 64 pairs, CONSUMERS of them at a time.
@@ -218,13 +237,15 @@ def _gated_rows_hopper_kernel(
     With lengths, of those that are not padding alone; (i, j) are pairs (first_i + i, first_j + j).
     """
     DTYPE: gl.constexpr = x.dtype
-    x_slots = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, C], X_LAYOUT)
-    ring = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    PART: gl.constexpr = x.block_shape[3]
+    PARTS: gl.constexpr = C // PART
+    x_slots = gl.allocate_shared_memory(DTYPE, [SLOTS * PARTS, 64, PART], X_LAYOUT)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES * PARTS, 2 * BLOCK_N, PART], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
     out_shape: gl.constexpr = [CONSUMERS, BLOCK_N, 64] if PLANES else [CONSUMERS, 64, BLOCK_N]
     out_slots = gl.allocate_shared_memory(DTYPE, out_shape, OUT_LAYOUT)
     loaded = barriers(CONSUMERS, 1), barriers(STAGES, 1)
-    freed = barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS)
+    freed = barriers(SLOTS, 1), barriers(STAGES, CONSUMERS)
     turns = barriers(CONSUMERS, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
@@ -240,35 +261,44 @@ def _gated_rows_hopper_kernel(
         gl.warp_specialize([
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
+                MASKED, 0,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
+                MASKED, 1,
             )),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
-            (_load_rows, (x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, PLANES)),
+            (_load_rows, (
+                x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, SLOTS, PLANES,
+            )),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 0,
+                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
+                MASKED, 0,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 1,
+                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
+                MASKED, 1,
             )),
             (_consume, (
                 memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, N, BLOCK_N, STAGES, CONSUMERS, PLANES, MASKED, 2,
+                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
+                MASKED, 2,
             )),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
-            (_load_rows, (x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, PLANES)),
+            (_load_rows, (
+                x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, SLOTS, PLANES,
+            )),
         ], [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24])  # fmt: skip
 
 
@@ -309,7 +339,7 @@ def prepare_planes(
         pitch *= rows
     tiles = tiles._replace(per_row=-(-pitch // ROWS))
     x_tile = tiles.descriptor(
-        call.x, [stride_b, stride_q, stride_p, 1], call.x.shape[3], call.x.shape[3]
+        call.x, [stride_b, stride_q, stride_p, 1], call.x.shape[3], part_of(call.x.shape[3])
     )
     out = tma_descriptor(
         a, [batch * 2 * hidden, tiles.rows, pitch], [tiles.rows * pitch, pitch, 1],
@@ -364,7 +394,8 @@ def prepare_hidden(
     if columns == 1:
         stride_j = stride_i
     tiles = Tiles.of(batch, rows, columns, one_row)
-    x_tile = tiles.descriptor(call.x, [stride_b, stride_i, stride_j, 1], channels, channels)
+    x_strides = [stride_b, stride_i, stride_j, 1]
+    x_tile = tiles.descriptor(call.x, x_strides, channels, part_of(channels))
     width, columns = call.hidden, tiles.columns
     out = tma_descriptor(
         hidden, [batch * tiles.rows, columns, width], [columns * width, width, 1],
@@ -413,6 +444,10 @@ def _prepare(
     consumers = config.block_m // ROWS
     first_i, first_j = (None, None) if first is None else first
     rows = tiles.values(consumers)
+    # One for all consumers if there is no room for one each.
+    others = config.num_stages * 2 * block_n * (channels + EXTRA) + consumers * ROWS * block_n
+    room = settings_of(device_target(x.device).target)["shared_bytes"] - _BARRIERS
+    slots = consumers if 2 * (consumers * ROWS * channels + others) <= room else 1
     return PreparedLaunch(
         _gated_rows_hopper_kernel,
         min(rows["tiles"], device_target(x.device).multiprocessors),
@@ -423,8 +458,9 @@ def _prepare(
         values=values | rows | dict(first_i=first_i, first_j=first_j),
         constants=dict(
             C=channels, N=count, BLOCK_N=block_n, STAGES=config.num_stages,
-            CONSUMERS=consumers, PLANES=planes, MASKED=masked, REGISTERS=REGISTERS[consumers][1],
-            X_LAYOUT=shared_layout([ROWS, channels]),
+            CONSUMERS=consumers, SLOTS=slots, PLANES=planes, MASKED=masked,
+            REGISTERS=REGISTERS[consumers][1],
+            X_LAYOUT=shared_layout([ROWS, part_of(channels)]),
             OUT_LAYOUT=shared_layout([block_n, ROWS] if planes else [ROWS, block_n]),
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[consumers][0]),

@@ -17,7 +17,6 @@ consumer keeps its rows in registers. Their memory takes x^ on its way out, and 
 
 import math
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -171,7 +170,7 @@ def _consume(
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         slot = x_slots.index(ME)
-        rows, further, scale = ready(slot, mean, rstd, eps, A)
+        (rows,), further, scale = ready(x_slots, ME, mean, rstd, eps, C, False, A)
         if PARAMETERS:
             if lo == 0:
                 mean = gl.where(without_norm(mean, rstd, eps), 0.0, mean)
@@ -385,7 +384,6 @@ def takes(planes: Tensor, lengths: Tensor | None, group: int, wanted: frozenset[
     hidden = planes.shape[0] // 2
     return (
         lengths is None
-        and planes.dtype == torch.bfloat16
         and hidden % ROWS == group % _LEAST_BLOCK == 0
         and wanted in ({"grads"}, {"grads", "hat_x", "sums"})
     )

@@ -15,7 +15,6 @@ behind the first, so that one multiplies while the other computes dx.
 A tile's dq has been read before its dx is written: dx may be the memory of dq.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -265,7 +264,6 @@ def takes(
     tensors = (pair, *weights) if gate is None else (pair, gate, *weights)
     return (
         not padded
-        and x.dtype == torch.bfloat16
         and pair.shape[1] % (2 * STEP) == 0
         and pair.shape[1] >= _FEWEST_STEPS * STEP
         and _row_stride(x) > 0

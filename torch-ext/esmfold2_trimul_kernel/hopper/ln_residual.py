@@ -51,6 +51,7 @@ from .parts import (
     load_weights,
     lower,
     next_tile,
+    part_of,
     ready,
     reciprocal,
     shared_layout,
@@ -121,13 +122,12 @@ def _consume(
             rstd_x = gl.load(moments_ptr + offs, mask=inside, other=1.0)
         # The moments of x arrive while those of the product are computed.
         mbarrier.wait(t_full.index(ME), tile_phase)
-        slot = t_slots.index(ME).permute((1, 0))
-        mean_t, rstd_t = statistics(slot, eps_out, A)
-        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, A)
+        mean_t, rstd_t = statistics(t_slots, ME, eps_out, C, True, A)
+        ts, further_t, scale_t = ready(t_slots, ME, mean_t, rstd_t, eps_out, C, True, A)
         fence_async_shared()
         mbarrier.arrive(t_empty.index(ME), count=1)
         mbarrier.wait(x_full.index(ME), tile_phase)
-        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
+        xs, further_x, scale_x = ready(x_slots, ME, mean_x, rstd_x, eps_in, C, False, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         tile_phase ^= 1
@@ -145,10 +145,12 @@ def _consume(
             high = upper(extras.index(stage)).permute((1, 0))
             delta = warpgroup_mma(further_t, low, zero, use_acc=False, is_async=True)
             gate = warpgroup_mma(further_x, high, zero, use_acc=False, is_async=True)
-            low = lower(ring.index(stage)).permute((1, 0))
-            high = upper(ring.index(stage)).permute((1, 0))
-            delta = warpgroup_mma(ts, low, delta, is_async=True)
-            gate = warpgroup_mma(xs, high, gate, is_async=True)
+            PARTS: gl.constexpr = ring.shape[0] // STAGES
+            for k in gl.static_range(PARTS):
+                low = lower(ring.index(stage * PARTS + k)).permute((1, 0))
+                high = upper(ring.index(stage * PARTS + k)).permute((1, 0))
+                delta = warpgroup_mma(ts[k], low, delta, is_async=True)
+                gate = warpgroup_mma(xs[k], high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
             delta, gate = warpgroup_mma_wait(0, deps=(delta, gate))
             mbarrier.arrive(ring_empty.index(stage), count=1)
@@ -219,14 +221,17 @@ def _load_rows(
                     tile * 2 + me, at, base, lengths_ptr, first, B, R, J, 1
                 )
                 at = entry
+            PART: gl.constexpr = x_slots.shape[2]
             mbarrier.wait(x_empty.index(me), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)
-            slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
-            load_tile(x, [entry, i, start, 0], x_full.index(me), slot)
+            for k in gl.static_range(C // PART):
+                slot = viewed(x_slots.index(me * (C // PART) + k), [1, 1, 64, PART], X_LAYOUT)
+                load_tile(x, [entry, i, start, k * PART], x_full.index(me), slot)
             mbarrier.wait(t_empty.index(me), phase)
             mbarrier.expect(t_full.index(me), 64 * C * 2)
-            slot = viewed(t_slots.index(me), [1, 1, C, 64], T_LAYOUT)
-            load_tile(product, [entry, i, 0, start], t_full.index(me), slot)
+            for k in gl.static_range(C // PART):
+                slot = viewed(t_slots.index(me * (C // PART) + k), [1, 1, PART, 64], T_LAYOUT)
+                load_tile(product, [entry, i, k * PART, start], t_full.index(me), slot)
         phase ^= 1
 
 
@@ -290,9 +295,11 @@ def _ln_residual_hopper_kernel(
     With lengths, of those that are not padding alone; row i is row first_i + i of its sequence.
     """
     DTYPE: gl.constexpr = x.dtype
-    x_slots = gl.allocate_shared_memory(DTYPE, [2, 64, C], ROWS_LAYOUT)
-    t_slots = gl.allocate_shared_memory(DTYPE, [2, C, 64], PLANES_LAYOUT)
-    ring = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    PART: gl.constexpr = x.block_shape[3]
+    PARTS: gl.constexpr = C // PART
+    x_slots = gl.allocate_shared_memory(DTYPE, [2 * PARTS, 64, PART], ROWS_LAYOUT)
+    t_slots = gl.allocate_shared_memory(DTYPE, [2 * PARTS, PART, 64], PLANES_LAYOUT)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES * PARTS, 2 * BLOCK_N, PART], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
     out0 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
     out1 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
@@ -369,10 +376,11 @@ def prepare(
     tiles = Tiles.of(batch, rows, length, one_row)
     block_n = config.block_n
     pitch = tiles.columns if one_row else product.shape[3]
-    x_tile = tiles.descriptor(x, x_strides, channels, channels)
+    part = part_of(channels)
+    x_tile = tiles.descriptor(x, x_strides, channels, part)
     planes = tma_descriptor(
         product, [batch, tiles.rows, channels, pitch], [stride_b, stride_i, stride_d, 1],
-        [1, 1, channels, ROWS],
+        [1, 1, part, ROWS],
     )  # fmt: skip
     residual_tile = None
     if residual is not None:
@@ -398,8 +406,8 @@ def prepare(
         constants=dict(
             C=channels, BLOCK_N=block_n, STAGES=config.num_stages, OUT_SLOTS=config.split,
             RESIDUAL=residual is not None, DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
-            ROWS_LAYOUT=shared_layout([ROWS, channels]),
-            PLANES_LAYOUT=shared_layout([channels, ROWS]),
+            ROWS_LAYOUT=shared_layout([ROWS, part]),
+            PLANES_LAYOUT=shared_layout([part, ROWS]),
             OUT_LAYOUT=shared_layout([ROWS, block_n]),
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),

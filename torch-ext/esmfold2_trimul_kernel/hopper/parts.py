@@ -91,13 +91,17 @@ def load_block(
     """The step-th BLOCK_N channels of `load_weights`."""
     mbarrier.wait(empty.index(stage), phase)
     bar = full.index(stage)
-    mbarrier.expect(bar, 2 * BLOCK_N * (ring.shape[2] + extras.shape[2]) * 2)
+    PARTS: gl.constexpr = ring.shape[0] // extras.shape[0]
+    PART: gl.constexpr = ring.shape[2]
+    mbarrier.expect(bar, 2 * BLOCK_N * (PARTS * PART + extras.shape[2]) * 2)
     low, high = lower(extras.index(stage)), upper(extras.index(stage))
     load_tile(further, [step * BLOCK_N, 0], bar, low)
     load_tile(further, [N + step * BLOCK_N, 0], bar, high)
-    low, high = lower(ring.index(stage)), upper(ring.index(stage))
-    load_tile(weights, [step * BLOCK_N, 0], bar, low)
-    load_tile(weights, [N + step * BLOCK_N, 0], bar, high)
+    for k in gl.static_range(PARTS):
+        both = ring.index(stage * PARTS + k)
+        low, high = lower(both), upper(both)
+        load_tile(weights, [step * BLOCK_N, k * PART], bar, low)
+        load_tile(weights, [N + step * BLOCK_N, k * PART], bar, high)
 
 
 @gluon.jit
@@ -166,36 +170,81 @@ def next_tile(index, entry, base, lengths_ptr, first, B, R, J, MULTIPLE: gl.cons
 
 
 @gluon.jit
-def _part(slot, k: gl.constexpr):
-    """64 channels of rows."""
-    return slot.slice(k * 64, 64, dim=1)
+def slot_of(slots, place: gl.constexpr, k, C: gl.constexpr, PLANES: gl.constexpr):
+    """The k-th part of the channels of rows in slot `place` of memory for rows, or for planes."""
+    PART: gl.constexpr = slots.shape[1 if PLANES else 2]
+    slot = slots.index(place * (C // PART) + k)
+    return slot.permute((1, 0)) if PLANES else slot
 
 
 @gluon.jit
-def statistics(slot, eps, A: gl.constexpr):
+def _channels(
+    slots, place: gl.constexpr, k: gl.constexpr, C: gl.constexpr, PLANES: gl.constexpr
+):  # fmt: skip
+    """The k-th 64 channels of them."""
+    IN_PART: gl.constexpr = slots.shape[1 if PLANES else 2] // 64
+    slot = slot_of(slots, place, k // IN_PART, C, PLANES)
+    return slot.slice(k % IN_PART * 64, 64, dim=1)
+
+
+@gluon.jit
+def statistics(
+    slots, place: gl.constexpr, eps, C: gl.constexpr, PLANES: gl.constexpr, A: gl.constexpr
+):  # fmt: skip
     """The mean and 1 / sqrt(var + eps), [64] each, of 16-bit rows [64, C], in two passes.
 
     The rows are read a part at a time: held in registers, each value would take one of its own. A
     thread sums its own values of all parts first.
     """
-    PARTS: gl.constexpr = slot.shape[1] // 64
-    WIDTH: gl.constexpr = slot.shape[1]
-    sums = _part(slot, 0).load(A).to(gl.float32) * _SUM_SCALE
-    for k in gl.static_range(1, PARTS):
-        sums = sums + _part(slot, k).load(A).to(gl.float32) * _SUM_SCALE
-    mean = gl.sum(sums, 1) * (1.0 / WIDTH / _SUM_SCALE)
-    d = _part(slot, 0).load(A).to(gl.float32) - mean.expand_dims(1)
+    sums = _channels(slots, place, 0, C, PLANES).load(A).to(gl.float32) * _SUM_SCALE
+    for k in gl.static_range(1, C // 64):
+        sums = sums + _channels(slots, place, k, C, PLANES).load(A).to(gl.float32) * _SUM_SCALE
+    mean = _mean_of(gl.sum(sums, 1), C)
+    d = _channels(slots, place, 0, C, PLANES).load(A).to(gl.float32) - mean.expand_dims(1)
     sums = d * d
-    for k in gl.static_range(1, PARTS):
-        d = _part(slot, k).load(A).to(gl.float32) - mean.expand_dims(1)
+    for k in gl.static_range(1, C // 64):
+        d = _channels(slots, place, k, C, PLANES).load(A).to(gl.float32) - mean.expand_dims(1)
         sums = sums + d * d
     squares = gl.sum(sums, 1)
-    return mean, gl.rsqrt(squares * (1.0 / WIDTH) + eps)
+    return mean, gl.rsqrt(squares * (1.0 / C) + eps)
 
 
 @gluon.jit
-def ready(slot, mean, rstd, eps, A: gl.constexpr):
+def statistics_of_wide(slots, place: gl.constexpr, eps, C: gl.constexpr, A: gl.constexpr):
+    """`statistics` of rows of more than 256 channels, part by part, for which registers suffice."""
+    PART: gl.constexpr = slots.shape[2]
+    sums = gl.zeros([64, 64], gl.float32, A)
+    for part in range(C // PART):
+        slot = slots.index(place * (C // PART) + part)
+        for k in gl.static_range(PART // 64):
+            sums = sums + slot.slice(k * 64, 64, dim=1).load(A).to(gl.float32) * _SUM_SCALE
+    mean = _mean_of(gl.sum(sums, 1), C)
+    squares = gl.zeros([64, 64], gl.float32, A)
+    for part in range(C // PART):
+        slot = slots.index(place * (C // PART) + part)
+        for k in gl.static_range(PART // 64):
+            d = slot.slice(k * 64, 64, dim=1).load(A).to(gl.float32) - mean.expand_dims(1)
+            squares = squares + d * d
+    return mean, gl.rsqrt(gl.sum(squares, 1) * (1.0 / C) + eps)
+
+
+@gluon.jit
+def _mean_of(total, C: gl.constexpr):
+    """The mean of C values from their sum, which is scaled."""
+    if C & (C - 1) == 0:
+        return total * (1.0 / C / _SUM_SCALE)
+    else:  # rounded correctly, so that the mean of a constant row is the constant
+        return gl.div_rn(total, gl.zeros_like(total) + C) * (1.0 / _SUM_SCALE)
+
+
+@gluon.jit
+def ready(
+    slots, place: gl.constexpr, mean, rstd, eps,
+    C: gl.constexpr, PLANES: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
     """(rows, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
+
+    The rows are a tuple of parts of their channels.
 
     bfloat16 rows whose norm is the bias alone are replaced by zeros, in the slot:
 
@@ -211,23 +260,29 @@ def ready(slot, mean, rstd, eps, A: gl.constexpr):
     all of up to 256 channels lie, and elsewhere rounded as a normalised value would be. None
     overflows. A constant row becomes zeros.
     """
-    if slot.dtype == gl.float16:
+    PARTS: gl.constexpr = C // slots.shape[1 if PLANES else 2]
+    if slots.dtype == gl.float16:
         far = gl.maximum(mean, -mean) * rstd >= 32.0
         shift = gl.where(far, mean, 0.0).to(gl.float16)
         if gl.max(far.to(gl.int32), 0) > 0:
-            for k in gl.static_range(slot.shape[1] // 64):
-                part = _part(slot, k)
-                part.store(part.load(A) - shift.expand_dims(1))
+            for k in gl.static_range(C // 64):
+                some = _channels(slots, place, k, C, PLANES)
+                some.store(some.load(A) - shift.expand_dims(1))
         mean = mean - shift.to(gl.float32)
         scale = rstd
     else:
         replaced = without_norm(mean, rstd, eps)
         if gl.max(replaced.to(gl.int32), 0) > 0:
-            rows = slot.load(A)
-            slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
+            for k in range(PARTS):
+                slot = slot_of(slots, place, k, C, PLANES)
+                rows = slot.load(A)
+                slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
         mean = gl.where(replaced, 0.0, mean)
         scale = gl.maximum(rstd, 2.0**-64)
-    return slot.load(A), _pieces(mean, 1.0 / scale, A), scale
+    parts = ()
+    for k in gl.static_range(PARTS):
+        parts = parts + (slot_of(slots, place, k, C, PLANES).load(A),)
+    return parts, _pieces(mean, 1.0 / scale, A), scale
 
 
 @gluon.jit
@@ -269,6 +324,11 @@ def halves(x, HALF: gl.constexpr):
     return left, gl.convert_layout(right, HALF, assert_trivial=True)
 
 
+def part_of(channels: int) -> int:
+    """The channels of a block of shared memory, whose axes must be powers of two: a divisor."""
+    return min(channels & -channels, 256)
+
+
 def shared_layout(block: Sequence[int]) -> gl.NVMMASharedLayout:
     """The layout of a 16-bit block in shared memory that TMA and wgmma agree on."""
     return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
@@ -295,7 +355,8 @@ def weight_tiles(like: Tensor, count: int, block_n: int) -> dict[str, TensorDesc
         ("weights", like.shape[-1], like.dtype), ("further", EXTRA, torch.bfloat16)
     ):  # fmt: skip
         aligned = like.new_empty(0, dtype=dtype)  # the dtype, and an address for any descriptor
-        made[name] = tma_descriptor(aligned, [2 * count, width], [width, 1], [block_n, width])
+        block = [block_n, part_of(width)]
+        made[name] = tma_descriptor(aligned, [2 * count, width], [width, 1], block)
     return made
 
 
