@@ -92,7 +92,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row."""
     ranks = dist.get_world_size()
-    rows = kernel.sharded.Layout(ranks, case.length, case.hidden).rows(dist.get_rank())
+    rows = kernel.exchange.Layout(ranks, case.length, case.hidden).rows(dist.get_rank())
     problem, mask = problem_of(case, rows, whole, device)
     x = problem.x[:, rows].contiguous() if whole else problem.x
 

@@ -25,6 +25,7 @@ ERROR_BUDGET = {torch.bfloat16: 4.8e-3, torch.float16: 7e-4, torch.float32: 5e-6
 PUBLIC_NAMES = [
     "ESMFold2TriangleMultiplication",
     "explain",
+    "free_exchange_memory",
     "from_boltz",
     "from_chai",
     "from_esm",

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import make_problem
+from gradients_of_calls import grad_of_output, gradients
+from helpers import leaves_of, make_problem, with_leaves
 from ranks import RANKS, Rank, report_of, reports_of, same_values
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -114,14 +115,41 @@ def refusals(on: Rank):
                 on.kernel.triangle_multiplicative_update, explained, **problem.weights
             )
         found[name] = str(caught.value)
-    with torch.enable_grad():
-        refused("gradient", rows.detach().requires_grad_())
-        whole = distribute(x, line, [Shard(0)])
-        refused("gradient of a weight", whole, norm_in_weight=torch.ones(8, requires_grad=True))
     return found
 
 
-CASES = [as_a_whole, of_any_rank, refusals]
+@torch.enable_grad()
+def gradients_as_a_whole(on: Rank):
+    """Each layout: of DTensors with their placements, of tensors that all ranks have whole."""
+    for at, (shape, placements) in enumerate(LAYOUTS):
+        mesh = init_device_mesh("cpu", shape)
+        for batch, length in ((3, 9), (1, 3)):
+            problem = make_problem(
+                length, 8, 5, batch=batch, mask="soft", residual=at % 2 == 0, drop_mask=True,
+                direction=("outgoing", "incoming")[at % 2],
+            )  # fmt: skip
+            if at % 2 and batch > 1:
+                problem.mask = problem.mask[:1]  # shared by the sequences
+            wanted = gradients(on.kernel, problem, "cpu")
+            leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+            given = {}
+            for name, leaf in leaves.items():
+                if name in ("x", "residual") or (at + len(name)) % 2:
+                    like = placements if name in ("x", "residual") else [Replicate()] * mesh.ndim
+                    leaf = distribute(leaf.detach(), mesh, like).requires_grad_()
+                given[name] = leaf
+            out = with_leaves(problem, given).run(on.kernel)
+            out.backward(distribute(grad_of_output(problem), mesh, placements))
+            for name, leaf in given.items():
+                grad = leaf.grad
+                if isinstance(leaf, DTensor):
+                    assert grad.placements == leaf.placements
+                    grad = grad.full_tensor()
+                error = (grad - wanted[name]).norm()
+                assert error <= 5e-6 * wanted[name].norm(), f"{name} {placements}: {error}"
+
+
+CASES = [as_a_whole, of_any_rank, gradients_as_a_whole, refusals]
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +176,6 @@ def test_refusals(reports):
         "the channels, at most one of them of a residue axis; got "
     )
     of_mesh = "must be a tensor, or a DTensor on the mesh of pair with placements"
-    gradient = (
-        "NotImplementedError a call whose pair is a DTensor has no backward: call it under "
-        "torch.no_grad() or torch.inference_mode(); got an argument that requires a gradient"
-    )
     wanted = {
         "both": placements + "(Shard(dim=1), Shard(dim=2))",
         "twice": placements + "(Shard(dim=1), Shard(dim=1))",
@@ -172,8 +196,6 @@ def test_refusals(reports):
         "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
         "rank's part; got a call inside sharded_pairs",
         "projection": "ValueError p_out_weight must be a tensor where pair is a DTensor; got None",
-        "gradient": gradient,
-        "gradient of a weight": gradient,
     }
     assert found[0].keys() == wanted.keys()
     for name, message in wanted.items():

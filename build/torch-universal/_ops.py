@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_0280c08cc4"
+_NAMESPACE = "_esmfold2_trimul_kernel_ff4705ed76"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -28,7 +28,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 pytestmark = pytest.mark.kernels_ci
 BF16, HALF = torch.bfloat16, torch.float16
 BITS = {BF16: 8, HALF: 11}
-STAGES = ("fused_dual_gemm", "fused_ln_residual", "swiglu_hidden")
+STAGES = ("fused_dual_gemm", "fused_ln_residual", "swiglu_hidden", "fused_dual_gemm_bwd")
 
 
 @pytest.fixture(autouse=True)
@@ -494,6 +494,79 @@ def test_gradients_after_a_variant(kernel, hopper, everywhere, dtype):
     for mine, its in zip(got, plain, strict=True):
         # The product alone differs, by its roundings.
         assert relative_error(mine, its.cpu().double()) <= 4 * 2 ** -BITS[dtype]
+
+
+BACKWARDS = {
+    "whole tiles": dict(length=64, channels=256, mask="bool"),
+    "a tile and a pair": dict(length=65, channels=128, mask="soft"),
+    "fewer than a tile": dict(length=17, channels=256, direction="incoming"),
+    "rows of padding": dict(length=100, channels=256, mask="float", direction="incoming"),
+    "biases": dict(length=128, channels=128, biases=True, mask="expanded"),
+    "more hidden channels": dict(length=72, channels=128, hidden=256, mask="bool"),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("parameters", [False, True])
+def test_stage_1_backward(submodule, hopper, everywhere, name, groups, parameters):
+    """Of some rows of a sequence, in memory of NaN, as are the padding columns of the planes."""
+    problem = make_problem(dtype=BF16, **BACKWARDS[name])
+    call = as_call(submodule("_call"), problem.to("cuda"))
+    stage, forward = submodule("triton_path.fused_dual_gemm_backward"), submodule("fused_dual_gemm")
+    make = submodule("triton_parts.launch").Launches
+    length, channels, hidden = call.x.shape[1], call.x.shape[3], call.hidden
+    pitch = submodule("triton_parts.tiles").padded_pitch(length)
+
+    def nan(*shape, dtype=BF16):
+        return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+    scratch = nan(1, 2, hidden, length, pitch)
+    moments = forward.fused_dual_gemm_fwd(call, make(), scratch.unbind(1))
+    moments = forward.with_axes_of_x(moments, call.direction)[0, :, :length, :length]
+    rows = slice(length // 3, length - length // 4)
+    grad = torch.randn(2, hidden, length, length, generator=seeded(3)).to(BF16)
+    planes = nan(2 * hidden, length, pitch)
+    # Those of a before those of b in each group.
+    planes[..., :length] = grad.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2).cuda()
+    x, mask = call.x[0, rows], None if call.mask is None else call.mask[0, rows]
+    given = x, mask, moments[:, rows], planes[:, rows]
+    wanted = frozenset({"grads", "hat_x", "sums"} if parameters else {"grads"})
+    pairs = x.shape[0] * length
+
+    def gradients():
+        prepared = stage.prepare_dual_gemm_bwd(call, *given, hidden // groups, wanted)
+        out = stage.Stage1Gradients(
+            nan(pairs, 4 * hidden),
+            nan(pairs, channels) if parameters else None,
+            None,
+            nan(stage.rows_of_sums(prepared), 4 * hidden, dtype=torch.float32)
+            if parameters else None,
+        )  # fmt: skip
+        stage.fused_dual_gemm_bwd(call, make(), *given, prepared, out)
+        found = [out.grads] + ([out.hat_x, out.sums.sum(0)] if parameters else [])
+        return [tensor.cpu() for tensor in found], prepared.variant
+
+    got, variant = gradients()
+    again, _ = gradients()
+    assert variant == "hopper" and all(map(torch.equal, got, again))
+    with hopper.without_variants():
+        plain, variant = gradients()
+    assert variant == ""
+
+    w = {key: v.double().cpu() for key, v in (problem.weights | problem.biases).items()}
+    x, grad = problem.x[0, rows].double().cpu(), grad[:, :, rows].double()
+    hat = torch.nn.functional.layer_norm(x, (channels,), eps=1e-5)
+    z = hat * w["norm_in_weight"] + w["norm_in_bias"]
+    p = torch.nn.functional.linear(z, w["p_in_weight"], w.get("p_in_bias"))
+    s = torch.nn.functional.linear(z, w["g_in_weight"], w.get("g_in_bias")).sigmoid()
+    dp = grad.permute(2, 3, 0, 1).flatten(2) * s
+    if problem.mask is not None:
+        dp = dp * problem.mask[0, rows].double().cpu()[..., None]
+    made = torch.cat([dp, dp * p * (1 - s)], -1).flatten(0, 1)
+    oracle = [made] + ([hat.flatten(0, 1), made.sum(0)] if parameters else [])
+    for mine, its, exact in zip(got, plain, oracle, strict=True):
+        assert_no_worse([(mine, its, exact)], 1.0)
 
 
 def test_in_a_cuda_graph(kernel, everywhere):

@@ -68,6 +68,23 @@ found = {
     "unaligned": variants(unaligned(call())),
     "another GPU": variants(call(), "sm_100"),
 }
+
+
+def training(call):
+    # Of both directions, with a and b kept or made again.
+    with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
+        launches = [launch for launch, _ in path.plan_training(call)]
+    of_stage = [one.variant for one in launches if one.stage == "fused_dual_gemm_bwd"]
+    return [of_stage.count("hopper"), len(of_stage)]
+
+
+found["backward"] = {
+    "bfloat16": training(call()),
+    "narrow": training(call(width=128)),
+    "ragged": training(call(length=383)),
+    "float16": training(call(dtype=half)),
+    "padded": training(call(padded=True)),
+}
 with hopper.without_variants():
     found["left out"] = variants(call())
 
@@ -99,6 +116,10 @@ stages = {
     ),
     "triton_path.swiglu_hidden": (
         "prepare_swiglu_hidden", transition(dtype=single), rows, 0, False, config
+    ),
+    "triton_path.fused_dual_gemm_backward": (
+        "prepare_dual_gemm_bwd", call(dtype=half), call(dtype=half).x[0], None, moments[0],
+        torch.empty(512, 512, 512, dtype=half, device="meta"), 256, frozenset({"grads"}), config
     ),
 }
 found["refused"] = {}
@@ -150,9 +171,16 @@ def test_what_they_take(plans, case):
 
 
 def test_what_they_leave_to_the_plain_kernels(plans):
-    apart = [*WANTED, "messages", "specialised", "refused"]
+    apart = [*WANTED, "messages", "specialised", "refused", "backward"]
     others = {name: found for name, found in plans.items() if name not in apart}
     assert len(others) == 8 and not any(others.values()), others
+
+
+def test_stage_1_backward(plans):
+    """All of a training step's, with planes of all channels and in groups; or none."""
+    for case, (theirs, all_of_them) in plans["backward"].items():
+        taken = case in ("bfloat16", "narrow", "ragged")
+        assert all_of_them > 0 and theirs == (all_of_them if taken else 0), case
 
 
 def test_pointers_into_slices_have_any_alignment(plans):
@@ -165,7 +193,7 @@ def test_pointers_into_slices_have_any_alignment(plans):
 
 
 def test_a_setting_of_a_variant_for_a_call_that_it_does_not_take(plans):
-    assert len(plans["refused"]) == 3
+    assert len(plans["refused"]) == 4
     for message in plans["refused"].values():
         assert "setting must be of one of ['']" in message and "kernel='hopper'" in message
 

@@ -46,9 +46,11 @@ def deviations(submodule, on_triton):
         # As of the means of the norm's backward, to which nothing here is compared.
         means = torch.zeros(WIDTH, device=on_triton), None
         statistics = torch.empty(5, LENGTH * LENGTH, device=on_triton)
-        prepared = backward.prepare_ln_residual_bwd(rows, call.weights, problem.eps, "fp32")
+        prepared = backward.prepare_ln_residual_bwd(
+            rows, call.weights, (problem.eps, problem.eps), "fp32", frozenset({"rows"})
+        )
         backward.fused_ln_residual_bwd(
-            rows, call.weights, means, prepared,
+            rows, call.weights, means, launches, prepared,
             backward.Stage3Gradients(None, None, statistics, None, None),
         )  # fmt: skip
 

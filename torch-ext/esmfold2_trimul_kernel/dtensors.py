@@ -1,16 +1,20 @@
 """Calls on DTensors: every rank's local tensors in, a DTensor of the same mesh and placements out.
 
 A dimension of the mesh may replicate, or divide leading axes, whose sequences are independent. One
-of them may divide the rows or the columns of pairs: its ranks run `sharded`.
+of them may divide the rows or the columns of pairs: its ranks run `sharded`. Gradients have the
+placements of their tensors: those of parameters, and of what else is whole where x is divided, are
+summed over the ranks.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .sharded import check_order, refuse, run_divided
+from .agreement import refuse
+from .sharded import check_order, run_divided
+from .sharded_schedule import Division
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
@@ -32,7 +36,6 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
 
     Raises:
         ValueError: placements that don't fit, or inplace.
-        NotImplementedError: a gradient that is needed.
     """
     x = arguments[name]
     check_pair(name, x, leading="B" if name == "pair" else "...")
@@ -55,7 +58,7 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
             local = _local_arguments(name, x, arguments)
         except Exception as error:
             refuse(group, error)
-        made = run_divided(name, local, group, dim, x.shape[-2])
+        made = run_divided(name, local, Division(group, dim, x.shape[-2]))
     stride = torch.empty(x.shape, device="meta").stride()
     return DTensor.from_local(
         made, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
@@ -73,12 +76,6 @@ def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[s
         )
     if arguments.get("inplace", False):
         raise ValueError(f"inplace must be False where {name} is a DTensor; got True")
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
-        raise NotImplementedError(
-            f"a call whose {name} is a DTensor has no backward: call it under torch.no_grad() or "
-            "torch.inference_mode(); got an argument that requires a gradient"
-        )
     for projection in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
         if arguments[projection] is None:  # each rank would draw its own
             raise ValueError(f"{projection} must be a tensor where {name} is a DTensor; got None")
@@ -106,14 +103,17 @@ def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
             f"drop_mask must be [B, 1, L, C] where {name} is a DTensor; got {tuple(value.shape)}"
         )
     mesh = x.device_mesh
-    wanted = [Replicate()] * mesh.ndim
+    wanted, of_gradient = [Replicate()] * mesh.ndim, [Replicate()] * mesh.ndim
     for at, placement in enumerate(x.placements):
+        # Ranks with other sequences have other shares of it; over rows or columns `sharded` sums.
+        if placement.is_shard() and placement.dim < x.ndim - 3:
+            of_gradient[at] = Partial()
         if key in _LACKED and placement.is_shard():
             axis = placement.dim - (x.ndim - _LACKED[key] - value.ndim)
             common = 0 <= axis < value.ndim and value.shape[axis] == x.shape[placement.dim]
             # A drop mask is shared over rows, even if there is one.
             if common and not (key == "drop_mask" and axis == 1):
-                wanted[at] = Shard(axis)
+                wanted[at] = of_gradient[at] = Shard(axis)
     if not isinstance(value, DTensor):
         value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
     fits = [of in (want, Replicate()) for of, want in zip(value.placements, wanted, strict=False)]
@@ -123,4 +123,4 @@ def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
             f"{wanted}, each of which may be Replicate(); got {value.placements} on "
             f"{value.device_mesh}"
         )
-    return value.redistribute(placements=wanted).to_local()
+    return value.redistribute(placements=wanted).to_local(grad_placements=of_gradient)

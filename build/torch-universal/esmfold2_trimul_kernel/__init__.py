@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_0280c08cc4"
+_BUILD_ID = "_esmfold2_trimul_kernel_ff4705ed76"
 
 
 def _load_package() -> ModuleType:

@@ -1,9 +1,10 @@
 """Variants of stages for Hopper GPUs, written in Triton's Gluon dialect.
 
-    gated_rows             stage 1, and the first stage of the transition
-    gated_rows_backward    stage 1's backward, from the planes' gradients to dp, dg
-    input_backward         and from there to dx; the transition's too
-    ln_residual            stage 3
+    gated_rows              stage 1, and the first stage of the transition
+    gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
+    input_backward          and from there to dx; the transition's too
+    ln_residual             stage 3
+    ln_residual_backward    its backward, to de and dq
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
 the faster one ("kernel": "hopper"). What it doesn't take, and any other GPU, has the stage's own
@@ -34,6 +35,7 @@ _TAKEN = {
     "gated_rows": (_16_BITS, range(128, 513, 64)),
     "gated_rows_backward": (_BFLOAT16, (128, 256)),
     "input_backward": (_BFLOAT16, (128, 256)),
+    "ln_residual_backward": (_BFLOAT16, (128, 256)),
     "ln_residual": (_16_BITS, (128, 192, 256)),
 }
 _plain_only = False

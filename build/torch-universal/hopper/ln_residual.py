@@ -201,10 +201,11 @@ def _wide(x):
 
 
 @gluon.jit
-def _load_rows(
+def load_rows(
     x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, lengths, pairs,
     C: gl.constexpr,
 ):  # fmt: skip
+    """Both consumers' tiles of x, and of the product's planes."""
     B, R, J, per_row, tiles = pairs
     lengths_ptr, first = lengths
     X_LAYOUT: gl.constexpr = x.layout
@@ -236,10 +237,11 @@ def _load_rows(
 
 
 @gluon.jit
-def _load_residual(
+def load_residual(
     residual, out_slots0, out_slots1, full0, full1, empty0, empty1, lengths, pairs,
     C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
+    """Both consumers' blocks of the residual, into the memory of the output."""
     if RESIDUAL:
         LAYOUT: gl.constexpr = residual.layout
         B, R, J, per_row, tiles = pairs
@@ -333,11 +335,11 @@ def _ln_residual_hopper_kernel(
         (load_weights, (
             weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
-        (_load_rows, (
+        (load_rows, (
             x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], lengths,
             pairs, C,
         )),
-        (_load_residual, (
+        (load_residual, (
             residual, out0, out1, full0, full1, empty0, empty1, lengths, pairs,
             C, BLOCK_N, OUT_SLOTS, RESIDUAL,
         )),

@@ -66,6 +66,7 @@ class PreparedLaunch:
         self._arguments = {name: values.get(name) for name in names if name not in constants}
         places = {name: place for place, name in enumerate(self._arguments)}
         self._tensors = tuple(tensors)
+        self._pointers = [places[name] for name, kind in tensors.items() if kind is None]
         self._descriptors = [
             (places[name], descriptor)
             for name, descriptor in tensors.items()
@@ -85,6 +86,10 @@ class PreparedLaunch:
             # The interpreter returns None, so that every launch takes this branch.
             self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         else:
+            # As addresses: of a tensor Triton asks the driver, which takes longer.
+            for place in self._pointers:
+                if arguments[place] is not None:
+                    arguments[place] = arguments[place].data_ptr()
             self._compiled[grid](*arguments, *self.constants.values())
 
     def compile(self, **tensors: Tensor | None) -> Any:

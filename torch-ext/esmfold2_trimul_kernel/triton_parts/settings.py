@@ -38,7 +38,9 @@ class LaunchConfig:
     held: bool = False  # 16-bit rows are normalised in the layout of an accumulator (`hold`)
     maxnreg: int | None = None  # NVIDIA only
     persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
-    split: int = 1  # stages 1 and 3, forward: programs that share the output channels of a tile
+    # Stages 1 and 3, forward: programs that share the output channels of a tile. Hopper's kernels:
+    # stages of the ring of outputs (stage 3), and of the planes' gradients (stage 1's backward).
+    split: int = 1
     fp32_dot: str = ""  # the fp32-accurate word for dots, if not the target's first
     kernel: str = ""  # the variant of the stage; "" is the stage's own
 

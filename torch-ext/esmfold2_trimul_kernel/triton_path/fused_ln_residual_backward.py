@@ -30,9 +30,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import hopper
 from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
+    Launches,
     PreparedLaunch,
     block_of,
     descriptor_of,
@@ -68,7 +70,7 @@ from ..triton_parts.tiles import (
         "R", "L", "first_row", "eps_out", "moments_ptr", "drop_ptr", "lengths_ptr",
         "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
-        "stride_grad_i", "stride_grad_j", "stride_drop_j",
+        "stride_grad_i", "stride_grad_j", "stride_drop_ij",
     ]
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
@@ -81,12 +83,12 @@ def _fused_ln_residual_bwd_kernel(
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j,
     stride_grad_i, stride_grad_j, stride_grad_c,
-    stride_drop_j, stride_drop_c,
+    stride_drop_ij, stride_drop_c,
     stride_emit, stride_gate,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, DROP_ROWS: tl.constexpr,
 ):  # fmt: skip
     """de, dq and the outputs below, of all C channels at BLOCK_M positions m = i * pitch + j.
 
@@ -95,7 +97,8 @@ def _fused_ln_residual_bwd_kernel(
     the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the gradient of
     drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. With DESCRIPTORS the
     projections are descriptors, and `t_planes` describes t as [D, R * pitch]. Row i is row
-    first_row + i of its sequence, which matters only with lengths.
+    first_row + i of its sequence, which matters only with lengths. With DROP_ROWS the drop mask has
+    a value for each row i, shared over j; then that sum is over j.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -194,7 +197,8 @@ def _fused_ln_residual_bwd_kernel(
                 grad_drop = (grad * biased * gate).to(dtype)
                 store_tile(grad_drop_ptr, row * C, offs_n, grad_drop, valid_m, C, EVEN_N)
             if drop_ptr is not None:
-                offs_drop = j.to(tl.int64) * stride_drop_j
+                ij = i if DROP_ROWS else j
+                offs_drop = ij.to(tl.int64) * stride_drop_ij
                 drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 grad *= drop.to(tl.float32)
             grad_emit = grad * gate
@@ -289,7 +293,7 @@ class Rows(NamedTuple):
     x: torch.Tensor  # [R, L, C]
     moments: torch.Tensor  # [2, R, L], stage 1's, with the axes of x
     grad_out: torch.Tensor  # [R, L, C]
-    drop_mask: torch.Tensor | None  # [L, C]
+    drop_mask: torch.Tensor | None  # [L, C], or [R, 1, C]
     lengths: torch.Tensor | None = None  # [1] int32, of a padded sequence
 
 
@@ -300,21 +304,26 @@ class Stage3Gradients(NamedTuple):
     gate: torch.Tensor | None  # dq [R*L, C] in the dtype of x
     rows: torch.Tensor | None  # [5, R*L] in fp32, for `norm_out_bwd`
     drop_mask: torch.Tensor | None  # [R*L, C] in the dtype of x
-    sums: torch.Tensor | None  # [programs, 2, C] in fp32, partial sums of de and dq
+    sums: torch.Tensor | None  # [partial_sums, 2, C] in fp32, of de and dq
 
 
 def fused_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
     emit_means: tuple[torch.Tensor, torch.Tensor | None],
+    launches: Launches,
     prepared: PreparedLaunch,
     out: Stage3Gradients,
 ) -> None:
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
-    is from `prepare_ln_residual_bwd` for tensors like these.
+    is from `prepare_ln_residual_bwd` for tensors like these; `launches` gives other memory.
     """
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("ln_residual_backward")
+        variant.launch(rows, weights, emit_means, launches, prepared, out)
+        return
     emit_scale, emit_shift = emit_means
     prepared.launch(
         t_ptr=rows.t,
@@ -341,29 +350,46 @@ def fused_ln_residual_bwd(
     )
 
 
+def partial_sums(prepared: PreparedLaunch) -> int:
+    """The first extent of the sums that `fused_ln_residual_bwd` writes."""
+    if prepared.variant == "hopper":
+        return prepared.programs * hopper.kernels("ln_residual_backward").SUMS
+    return prepared.programs
+
+
 def prepare_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
-    eps_out: float,
+    eps: tuple[float, float],
     precision: str,
+    outputs: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
 ) -> PreparedLaunch:
-    """The launch of `fused_ln_residual_bwd`; its `programs` is the first extent of the sums.
+    """The launch of `fused_ln_residual_bwd`.
 
-    The first row is row `first_row` of its sequence.
+    Args:
+        eps: of the norms of x and of t.
+        outputs: the names of `Stage3Gradients` that will be wanted.
+        first_row: the row of its sequence that the rows begin with.
     """
     t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape
     length, channels = x.shape[1:]
     device = device_target(x.device)
+    variants = hopper.variants("ln_residual_backward", "takes", x, rows, outputs)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_ln_residual_bwd", x, width, length)
+        config = setting_of("fused_ln_residual_bwd", x, width, length, 1, variants)
+    if hopper.is_variant(config, variants):
+        variant = hopper.kernels("ln_residual_backward")
+        return variant.prepare(rows, weights, eps, outputs, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, hidden))
-    drop_strides = (0, 1) if drop_mask is None else strides(drop_mask)
+    drop_strides, drop_rows = (0, 1), drop_mask is not None and drop_mask.ndim == 3
+    if drop_mask is not None:
+        drop_strides = strides(drop_mask.squeeze(1) if drop_rows else drop_mask)
     elements = 16 // x.element_size()
     emit, gate = weights.p_out_weight, weights.g_out_weight
     descriptors = config.descriptors and has_descriptor(emit) and has_descriptor(gate)
@@ -384,20 +410,20 @@ def prepare_ln_residual_bwd(
             "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr",
         ) | {"t_planes": t_planes, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
-            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps_out,
+            R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps[1],
             stride_emit=emit.stride(0), stride_gate=gate.stride(0),
             **named_strides("t", "di", t.stride()[:2]),
             **named_strides("x", "ijc", strides(x)),
             **named_strides("moments", "nij", moments.stride()),
             **named_strides("grad", "ijc", strides(grad_out)),
-            **named_strides("drop", "jc", drop_strides),
+            **named_strides("drop", ("ij", "c"), drop_strides),
         ),
         constants=dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1, DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots),
-            FAST_RECIPROCAL=device.fast_reciprocal,
+            FAST_RECIPROCAL=device.fast_reciprocal, DROP_ROWS=drop_rows,
         ),
         options=config.options(),
     )  # fmt: skip
