@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_09719f04e3"
+_NAMESPACE = "_esmfold2_trimul_kernel_6d2310025e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

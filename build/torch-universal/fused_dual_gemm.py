@@ -366,7 +366,7 @@ def prepare_dual_gemm(
         width = max(channels, hidden)
         config = setting_of("fused_dual_gemm", x, width, length, batch, variants)
     if hopper.is_variant(config, variants):
-        return hopper.kernels("gated_rows").prepare_planes(call, planes, config)
+        return hopper.kernels("gated_rows").prepare_planes(call, planes, first_row, config)
     block_n = block_of(config.block_n, size)
     if size % 16 == 0:  # whole blocks, even if smaller
         block_n = math.gcd(size, block_n)

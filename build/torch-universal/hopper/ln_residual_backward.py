@@ -207,7 +207,7 @@ def _consume(
         tile_phase = count // BLOCKS & 1
         mbarrier.wait(t_full.index(ME), tile_phase)
         slot = t_slots.index(ME).permute((1, 0))
-        mean_t, rstd_t = statistics(slot, eps_out, A)
+        mean_t, rstd_t = statistics(t_slots, ME, eps_out, C, True, A)
         pairs_of_plane = R.to(gl.int64) * J
         first = i.to(gl.int64) * J + start
         gl.store(rows_ptr + (first + pairs_of_plane) + row, mean_t, mask=inside)
@@ -368,10 +368,12 @@ def _ln_residual_bwd_hopper_kernel(
             weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
         (load_rows, (
-            x, t, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
+            x, t, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], (None, None), pairs,
+            C,
         )),
         (load_residual, (
-            grad_out, slots0, slots1, full0, full1, empty0, empty1, pairs, C, BLOCK_N, SLOTS, True,
+            grad_out, slots0, slots1, full0, full1, empty0, empty1, (None, None), pairs,
+            C, BLOCK_N, SLOTS, True,
         )),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 
@@ -453,16 +455,16 @@ def launch(
     out,
 ) -> None:
     """Fills `out`, of `Stage3Gradients`; `prepared` is from `prepare`."""
-    folded, further = fold_norms(
+    folded = fold_norms(
         launches, "residual_bwd", (weights.p_out_weight, weights.g_out_weight),
         ((weights.norm_out_weight, None), (weights.norm_in_weight, weights.norm_in_bias)),
-        (None, weights.g_out_bias),
+        (None, weights.g_out_bias), prepared.constants["BLOCK_N"],
     )  # fmt: skip
     prepared.launch(
         x=rows.x,
         t=rows.t,
-        weights=folded,
-        further=further,
+        weights=folded.weights,
+        further=folded.further,
         grad_out=rows.grad_out,
         grad_emit=out.emit,
         grad_gate=out.gate,
