@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_381ca80e07"
+_NAMESPACE = "_esmfold2_trimul_kernel_0ae5df7679"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

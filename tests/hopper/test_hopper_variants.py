@@ -124,7 +124,7 @@ WANTED = {
     "padded": BOTH,
     "padded transition": ["swiglu_hidden"],
     "no residual": BOTH,
-    # Groups of channels, and moments that are read, are the plain stage's.
+    # There a group's a and b lie apart.
     "lean": ["fused_ln_residual"],
 }
 

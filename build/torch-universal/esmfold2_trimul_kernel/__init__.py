@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_381ca80e07"
+_BUILD_ID = "_esmfold2_trimul_kernel_0ae5df7679"
 
 
 def _load_package() -> ModuleType:
