@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6d2310025e"
+_NAMESPACE = "_esmfold2_trimul_kernel_edca61360c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

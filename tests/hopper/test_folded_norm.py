@@ -25,15 +25,15 @@ def make(count, width, which, dtype=BF16):
 def folded(submodule, on_triton):
     """folded(first, second): W', its further channels, and factors, on the CPU, of two `make`s."""
 
-    def fold(*both):
+    def fold(*both, group=None):
         launches = submodule("triton_parts.launch").Launches()
         weights, norms, norm_biases, biases = (
-            [None if t is None else t.to(on_triton) for t in group]
-            for group in zip(*both, strict=True)
+            [None if t is None else t.to(on_triton) for t in two] for two in zip(*both, strict=True)
         )
         found = submodule("hopper.folded_norm").fold_norms(
-            launches, "test", weights, list(zip(norms, norm_biases, strict=True)), biases, BLOCK
-        )
+            launches, "test", weights, list(zip(norms, norm_biases, strict=True)), biases, BLOCK,
+            group,
+        )  # fmt: skip
         return [None if tensor is None else tensor.cpu() for tensor in found]
 
     return fold
@@ -66,6 +66,20 @@ def test_folded_weights(folded, count, width):
             # Sums in fp32 in another order; the pieces themselves lose nothing beyond 24 bits.
             torch.testing.assert_close(s1 + s2 + s3, values.double(), rtol=0, atol=1e-6)
         assert not f[:, 12:].any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_groups_of_both_halves(folded, dtype):
+    """A group's channels have the bits that they have among all; its halves come together."""
+    both = [make(128, 64, which, dtype) for which in range(2)]
+    whole = folded(*both)
+    for first, size in ((0, 16), (16, 32), (48, 16), (0, 64)):
+        part = folded(*both, group=(first, size))
+        for mine, of_all, step in zip(part, whole, (1, 1, BLOCK), strict=True):
+            if of_all is not None:
+                halves = of_all.unflatten(1, (2, 64 // step))
+                wanted = halves[:, :, first // step : (first + size) // step].flatten(1, 2)
+                assert torch.equal(mine, wanted)
 
 
 def test_without_norms_and_biases(folded):

@@ -231,6 +231,26 @@ def test_groups_of_a_batch(kernel, everywhere):
         assert torch.equal(got[entry], run(kernel, one, "cuda")[0])
 
 
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+def test_groups_of_channels(submodule, everywhere, direction):
+    """Their planes have the bits that they have among all channels; the moments are made anew."""
+    problem = make_problem(70, 256, dtype=BF16, mask="soft", direction=direction, biases=True)
+    call = as_call(submodule("_call"), problem.to("cuda"))
+    stage, make = submodule("fused_dual_gemm"), submodule("triton_parts.launch").Launches
+    pitch = submodule("triton_parts.tiles").padded_pitch(70)
+    poison = torch.full((1, 2, 256, 70, pitch), torch.nan, dtype=BF16, device="cuda")
+    whole, part = poison.clone(), poison[:, :, :64].clone()
+    moments = stage.fused_dual_gemm_fwd(call, make(), whole.unbind(1))
+    for first in range(0, 256, 64):
+        launches, group = make(), (first, 64)
+        again = stage.fused_dual_gemm_fwd(
+            call, launches, part.fill_(torch.nan).unbind(1), group, moments.clone()
+        )
+        assert "hopper" in {launch.variant for launch in launches.values()}
+        assert torch.equal(part[..., :70], whole[:, :, first : first + 64, :, :70])
+        assert torch.equal(again[..., :70], moments[..., :70])
+
+
 CONSTANTS = {
     BF16: [1.0, 1000.0, -3e4, 1e30, 3e38, -1.0, 0.1, 0.0515, -3e38],
     HALF: [1.0, 1000.0, -3e4, 65504.0, 0.3334, -1.0, 12.34, 0.103, -65504.0],

@@ -154,7 +154,7 @@ WANTED = {
     "wide, padded": ["fused_dual_gemm"],
     "wide transition": ["swiglu_hidden"],
     "no residual": BOTH,
-    # Groups of channels, and moments that are read, are the plain stage's.
+    # There a group's a and b lie apart.
     "lean": ["fused_ln_residual"],
 }
 

@@ -44,46 +44,57 @@ class Folded(NamedTuple):
     factors: Tensor | None  # 2^-e [2, N / block_n] in float32, of float16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _fold_norm_kernel(
     first_ptr, second_ptr, first_norm_ptr, first_norm_bias_ptr, second_norm_ptr,
     second_norm_bias_ptr, first_bias_ptr, second_bias_ptr, folded_ptr, extra_ptr, factors_ptr,
-    stride_first, stride_second,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_first, stride_second, first_row,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """W' and the further channels of BLOCK_N channels of one of two projections [N, K]."""
+    """W' and the further channels of BLOCK_N channels of one of two projections [ROWS, K].
+
+    Of N channels: all, or N / 2 of either half of the rows, from `first_row` of the half on.
+    """
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     second = tl.program_id(0) // TILES
     start_n = (tl.program_id(0) - second * TILES) * BLOCK_N
+    start_row = start_n
+    if N < ROWS:
+        start_row += first_row + tl.where(start_n < N // 2, 0, (ROWS - N) // 2)
     if second == 0:
         _fold(
             first_ptr, stride_first, first_norm_ptr, first_norm_bias_ptr, first_bias_ptr,
-            folded_ptr, extra_ptr, factors_ptr, 0, start_n, N, K, BLOCK_N, BLOCK_K,
+            folded_ptr, extra_ptr, factors_ptr, 0, start_n, start_row,
+            ROWS, N, K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _fold(
             second_ptr, stride_second, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
-            folded_ptr, extra_ptr, factors_ptr, 1, start_n, N, K, BLOCK_N, BLOCK_K,
+            folded_ptr, extra_ptr, factors_ptr, 1, start_n, start_row,
+            ROWS, N, K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def _fold(
     weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr, folded_ptr, extra_ptr,
-    factors_ptr, which, start_n,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    factors_ptr, which, start_n, start_row,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     weight = load_weight(
-        weight_ptr, start_n, 0, stride_weight, N, K, BLOCK_N, BLOCK_K, False
+        weight_ptr, start_row, 0, stride_weight, ROWS, K, BLOCK_N, BLOCK_K, False
     ).to(tl.float32)  # fmt: skip
     scale = load_channels(norm_ptr, offs_k, 1.0, K, K == BLOCK_K)
     shift = load_channels(norm_bias_ptr, offs_k, 0.0, K, K == BLOCK_K)
     valid = offs_n < N
     constant = tl.sum(weight * shift, 1)
     if bias_ptr is not None:
-        constant += tl.load(bias_ptr + offs_n, mask=valid, other=0.0).to(tl.float32)
+        offs_row = start_row + tl.arange(0, BLOCK_N)
+        constant += tl.load(bias_ptr + offs_row, mask=valid, other=0.0).to(tl.float32)
     folded = weight * scale
     if factors_ptr is not None:
         factor, inverse = _powers_of_two(folded)
@@ -126,17 +137,25 @@ def fold_norms(
     norms: tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]],
     biases: tuple[Tensor | None, Tensor | None],
     block_n: int,
+    group: tuple[int, int] | None = None,
 ) -> Folded:
-    """Two projections [N, K] with the norms before them; `block_n` divides N."""
+    """Two projections [N, K] with the norms before them; `block_n` divides N.
+
+    Of a `group`, (first row, size), of either half of their rows, the two halves one behind the
+    other; `block_n` divides the size.
+    """
     first, second = projections
-    count, width = first.shape
+    rows, width = first.shape
+    count = rows if group is None else 2 * group[1]
     folded = launches.empty("folded weights", (2, count, width), first.dtype, first.device)
     extra = launches.empty("folded norms", (2, count, EXTRA), torch.bfloat16, first.device)
     factors = None
     if first.dtype == torch.float16:
         shape = (2, count // block_n)
         factors = launches.empty("folded factors", shape, torch.float32, first.device)
-    prepared = launches.of(("fold_norm", stage), prepare_fold_norms, first, second, block_n)
+    prepared = launches.of(
+        ("fold_norm", stage, group), prepare_fold_norms, first, second, block_n, group
+    )
     prepared.launch(
         first_ptr=first,
         second_ptr=second,
@@ -153,9 +172,12 @@ def fold_norms(
     return Folded(folded, extra, factors)
 
 
-def prepare_fold_norms(first: Tensor, second: Tensor, block_n: int) -> PreparedLaunch:
+def prepare_fold_norms(
+    first: Tensor, second: Tensor, block_n: int, group: tuple[int, int] | None = None
+) -> PreparedLaunch:
     """The launch of `fold_norms` for projections like these, both [N, K] with unit last stride."""
-    count, width = first.shape
+    rows, width = first.shape
+    first_row, count = (0, rows) if group is None else (group[0], 2 * group[1])
     block = block_n if first.dtype == torch.float16 else _BLOCK
     block_k = max(16, triton.next_power_of_2(width))
     return PreparedLaunch(
@@ -166,7 +188,9 @@ def prepare_fold_norms(first: Tensor, second: Tensor, block_n: int) -> PreparedL
             "second_norm_bias_ptr", "first_bias_ptr", "second_bias_ptr", "folded_ptr", "extra_ptr",
             "factors_ptr",
         ),
-        values=dict(stride_first=first.stride(0), stride_second=second.stride(0)),
-        constants=dict(N=count, K=width, BLOCK_N=block, BLOCK_K=block_k),
+        values=dict(
+            stride_first=first.stride(0), stride_second=second.stride(0), first_row=first_row
+        ),
+        constants=dict(ROWS=rows, N=count, K=width, BLOCK_N=block, BLOCK_K=block_k),
         options=dict(num_warps=4 if block * block_k <= _ELEMENTS else 8, num_stages=2),
     )  # fmt: skip

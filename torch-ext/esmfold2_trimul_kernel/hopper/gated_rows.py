@@ -303,7 +303,7 @@ def _gated_rows_hopper_kernel(
 
 
 def takes_planes(call: Call, planes: tuple[Tensor, Tensor]) -> bool:
-    """Whether stage 1 of a call, of all channels, can run here."""
+    """Whether stage 1 of a call, or of a group of its channels, can run here."""
     a, b = planes
     batch, hidden, rows, pitch = a.shape
     size = hidden * rows * pitch
@@ -358,13 +358,14 @@ def launch_planes(
     prepared: PreparedLaunch,
     planes: tuple[Tensor, Tensor],
     moments: Tensor,
+    group: tuple[int, int] | None,
 ) -> None:
-    """Fills a, b and the moments; `prepared` is from `prepare_planes`."""
+    """Fills a, b and the moments, which a group makes anew; `prepared` is from `prepare_planes`."""
     weights = call.weights
     norm = weights.norm_in_weight, weights.norm_in_bias
     folded = fold_norms(
         launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
-        (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"],
+        (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"], group,
     )  # fmt: skip
     prepared.launch(
         x=call.x,
