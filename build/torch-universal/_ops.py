@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_9bab9524e0"
+_NAMESPACE = "_esmfold2_trimul_kernel_7d1f1a80b4"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

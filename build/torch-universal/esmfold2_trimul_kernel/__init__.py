@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_9bab9524e0"
+_BUILD_ID = "_esmfold2_trimul_kernel_7d1f1a80b4"
 
 
 def _load_package() -> ModuleType:
