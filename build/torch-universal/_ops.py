@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_edca61360c"
+_NAMESPACE = "_esmfold2_trimul_kernel_72af963c87"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_edca61360c"
+_BUILD_ID = "_esmfold2_trimul_kernel_72af963c87"
 
 
 def _load_package() -> ModuleType:
