@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_a4b0e0d50d"
+_NAMESPACE = "_esmfold2_trimul_kernel_0883e0a265"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

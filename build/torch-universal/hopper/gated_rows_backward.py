@@ -170,7 +170,8 @@ def _consume(
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         slot = x_slots.index(ME)
-        (rows,), further, scale = ready(x_slots, ME, mean, rstd, eps, C, False, A)
+        parts, further, scale = ready(x_slots, ME, mean, rstd, eps, C, False, A)
+        rows = parts[0]
         if PARAMETERS:
             if lo == 0:
                 mean = gl.where(without_norm(mean, rstd, eps), 0.0, mean)

@@ -223,6 +223,7 @@ def _consume(
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
+        scale_hat = scale_t * (1.0 / C)
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
         mean_grad = _row_sums(_parts(zero)[0])
         mean_grad_hat = mean_grad
@@ -258,7 +259,6 @@ def _consume(
             for part in gl.static_range(BLOCK_N // 16):
                 # exp2 of the product is exp of the negative argument of the sigmoid.
                 gate = reciprocal(1.0 + gl.exp2(gates[part] * scale_x.expand_dims(1)))
-                emit = emits[part] * scale_t.expand_dims(1)
                 grad = grads[part].to(gl.float32)
                 if DROPS:
                     channels = step * BLOCK_N + part * 16 + gl.arange(0, 16, layout=AT_CHANNELS)
@@ -270,19 +270,19 @@ def _consume(
                     grad = grad * drop.to(gl.float32)
                 grad = grad * gate
                 rounded = grad.to(gl.bfloat16)
-                biased = emit
+                emit = emits[part] * scale_t.expand_dims(1)
                 if BIASED:
                     constant = table.index((BLOCKS + step) * (BLOCK_N // 16) + part)
-                    biased = biased + constant.load(AT_CHANNELS).expand_dims(0)
-                grad_gate = grad * biased
+                    emit = emit + constant.load(AT_CHANNELS).expand_dims(0)
+                grad_gate = grad * emit
                 grad_gate = grad_gate - grad_gate * gate
                 out_emits = out_emits + (rounded,)
                 out_gates = out_gates + (grad_gate.to(gl.bfloat16),)
-                # The means are of the values that are multiplied next.
+                # The means are of the values that are multiplied next; e' is scaled at the end.
                 rounded = rounded.to(gl.float32)
                 scale = table.index(step * (BLOCK_N // 16) + part).load(AT_CHANNELS).expand_dims(0)
                 mean_grad = mean_grad + _row_sums(rounded * scale)
-                mean_grad_hat = mean_grad_hat + _row_sums(rounded * emit)
+                mean_grad_hat = mean_grad_hat + _row_sums(rounded * emits[part])
                 if SUMMED:
                     emit_sums = emit_sums + (_column_sums(grad),)
                     gate_sums = gate_sums + (_column_sums(grad_gate),)
@@ -302,13 +302,11 @@ def _consume(
                 _add_column_sums(sums, emit_sums, count >= BLOCKS, C)
                 _add_column_sums(sums + C, gate_sums, count >= BLOCKS, C)
             count += 1
-        row = gl.arange(0, 64, layout=AT_ROWS)
-        inside = (start + row < J) & (i < R)
         first = i.to(gl.int64) * J + start
-        mean_grad = gl.convert_layout(gl.sum(mean_grad, 1), AT_ROWS)
-        mean_grad_hat = gl.convert_layout(gl.sum(mean_grad_hat, 1), AT_ROWS)
+        mean_grad = gl.convert_layout(gl.sum(mean_grad, 1), gl.SliceLayout(1, A))
+        mean_grad_hat = gl.convert_layout(gl.sum(mean_grad_hat, 1), gl.SliceLayout(1, A))
         gl.store(rows_ptr + (first + 3 * pairs_of_plane) + row, mean_grad, mask=inside)
-        mean_grad_hat = mean_grad_hat * (1.0 / C)
+        mean_grad_hat = mean_grad_hat * scale_hat
         gl.store(rows_ptr + (first + 4 * pairs_of_plane) + row, mean_grad_hat, mask=inside)
     tma.store_wait(0)
 
