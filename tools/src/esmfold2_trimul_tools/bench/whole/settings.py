@@ -10,7 +10,7 @@ from ...errors import UserError
 from ...options import at_least, read
 from ...repository import find_root
 from ...triton_cache import check_cache
-from ..settings import Settings, words
+from ..settings import Settings, default_check_up_to, words
 from .ways import OURS, STOCK, WAYS, Way
 
 if TYPE_CHECKING:
@@ -18,14 +18,20 @@ if TYPE_CHECKING:
 
     from ...folding.options import Settings as FoldSettings
 
-_LENGTHS = {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)}
+_LENGTHS = {
+    "forward": {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)},
+    "training": {"cuda": (256, 512, 1024), "cpu": (16, 32)},
+}
 TWICE_BELOW = 5.0  # seconds of a fold that is timed twice
 _LONGEST_WAYS = (STOCK, OURS)
 # The options of the benchmark of single calls that a benchmark of folds has too.
 _SHARED = {
-    "device", "lengths", "dtypes", "published", "esm", "seed", "kernel_root", "commit", "out",
-    "resume", "results", "as_markdown", "as_json",
+    "device", "lengths", "dtypes", "passes", "published", "esm", "seed", "kernel_root", "commit",
+    "out", "resume", "results", "as_markdown", "as_json",
 }  # fmt: skip
+# Those that training steps of a layer have too, and those of folds that they don't have.
+_OF_STEPS = {"budget", "check_up_to", "compile_lengths"}
+_OF_FOLDS = {"longest", "loops", "samples", "steps", "fold_seconds", "as_readme"}
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -53,14 +59,15 @@ class WholeOptions:
         typer.Option(
             "--whole",
             help="Measure whole folds of the full-size architecture with random weights instead of "
-            "single calls. --lengths: 256 to 2048 by default.",
+            "single calls. --lengths: 256 to 2048 by default. With --passes training: training "
+            "steps of one pair-update layer of the folding trunk; --lengths: 256, 512 and 1024.",
         ),
     ] = False
     ways: Annotated[
         str | None,
         typer.Option(
-            help=f"With --whole: of {', '.join(way.name for way in WAYS)}. Default: all; with "
-            f"--longest {' and '.join(_LONGEST_WAYS)}."
+            help=f"With --whole: of {', '.join(way.name for way in WAYS)}. Default: all that have "
+            f"the passes; with --longest {' and '.join(_LONGEST_WAYS)}."
         ),
         words(tuple(way.name for way in WAYS)),
     ] = None
@@ -113,13 +120,27 @@ class Options(WholeOptions, Settings):
         default = read(Options)
         only_whole = {one.name for one in fields(WholeOptions)} - {"whole"}
         only_calls = {one.name for one in fields(Settings)} - _SHARED
-        for name in only_calls if self.whole else only_whole:
+        if not self.whole:
+            refused, why = only_whole, "for --whole"
+        elif self._training:
+            refused = (only_calls - _OF_STEPS) | _OF_FOLDS
+            why = "not for --whole --passes training"
+        else:
+            refused, why = only_calls, "not for --whole"
+        for name in refused:
             if getattr(self, name) != getattr(default, name):
                 named = {"rivals": "rival", "as_readme": "readme"}.get(name, name)
-                option = named.replace("_", "-")
-                raise UserError(f"--{option} is {'not ' if self.whole else ''}for --whole")
-        if self.whole and self.dtypes is not None and len(self.dtypes) > 1:
-            raise UserError(f"--dtypes must be one with --whole; got {', '.join(self.dtypes)}")
+                raise UserError(f"--{named.replace('_', '-')} is {why}")
+        for name in ("dtypes", "passes") if self.whole else ():
+            if len(values := getattr(self, name) or ()) > 1:
+                raise UserError(f"--{name} must be one with --whole; got {', '.join(values)}")
+        for way in WAYS:
+            if way.name in (self.ways or ()) and self.passes[0] not in way.passes:
+                raise UserError(f"--ways: {way.name} is not for --passes {self.passes[0]}")
+
+    @property
+    def _training(self) -> bool:
+        return self.passes == ("training",)
 
     def plan(self) -> "Plan":
         """What is to be measured on this machine.
@@ -132,7 +153,8 @@ class Options(WholeOptions, Settings):
         from ...folding.options import Settings as FoldSettings
 
         device = resolve_device(self.device)
-        if device.type not in _LENGTHS:
+        lengths = _LENGTHS[self.passes[0]]
+        if device.type not in lengths:
             raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
         if self.longest is not None:
             _check_longest(self.longest, device)
@@ -142,8 +164,12 @@ class Options(WholeOptions, Settings):
         return Plan(
             device=device,
             dtype=resolve_dtype(self.dtypes and self.dtypes[0], device),
-            lengths=self.lengths or _LENGTHS[device.type],
-            ways=tuple(way for way in WAYS if named is None or way.name in named),
+            lengths=self.lengths or lengths[device.type],
+            ways=tuple(
+                way
+                for way in WAYS
+                if self.passes[0] in way.passes and (named is None or way.name in named)
+            ),
             fold=FoldSettings(self.loops, self.samples, self.steps, self.seed),
             small=self.small,
             longest=self.longest,
@@ -151,6 +177,10 @@ class Options(WholeOptions, Settings):
             root=root,
             published=self.published,
             esm=self.esm,
+            training=self._training,
+            budget=self.budget,
+            check_up_to=default_check_up_to(self.check_up_to, device),
+            compile_lengths=self.compile_lengths,
         )
 
 
@@ -169,6 +199,11 @@ class Plan:
     root: Path
     published: Path | None
     esm: Path | None
+    training: bool = False
+    # Of training steps alone.
+    budget: float = 0.5
+    check_up_to: int = 0
+    compile_lengths: tuple[int, ...] | None = None
 
     @property
     def dtypes(self) -> tuple[str, ...]:
