@@ -170,7 +170,7 @@ def test_a_block_in_place_of_the_layer_is_trained_in_its_own_parameters(bench, s
 
     row = measure(Way("block", install), step, bench)
     assert row["status"] == "measured" and 0 < row["error"] < 1e-5
-    assert row["note"].startswith("a block; gradients of the parameters that these read")
+    assert row["note"].startswith("a block; gradients of the parameters that its own")
     assert all(parameter.requires_grad for parameter in block.parameters())
 
 

@@ -88,6 +88,7 @@ def _seconds(option: str, seconds: float) -> float:
 
 
 def default_check_up_to(asked: int | None, device: "torch.device") -> int:
+    """The longest L that is held to float64: as asked, or the device's default."""
     return _CHECK_UP_TO[device.type] if asked is None else asked
 
 

@@ -1,6 +1,6 @@
 """Measures whole folds: every way at every length, in one model that is made once.
 
-`training` has the steps of one layer, in whose place they are.
+With --passes training, `training` measures steps of one layer instead.
 
 A row costs a fold of no loops in which each stack runs one layer, which compiles the kernels and
 tells whether the memory is enough; a fold of no loops with hooks, for the time of each part; and

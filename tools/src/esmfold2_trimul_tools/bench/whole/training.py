@@ -136,7 +136,7 @@ def measure(way: Way, step: Step, bench: Bench, clock: CpuClock | GpuClock, budg
         row["note"] = installed.note
         parameters = installed.blocks.get(layer) or dict(layer.named_parameters())
         if layer in installed.blocks:
-            row["note"] += "; gradients of the parameters that these read, some of them copies"
+            row["note"] += "; gradients of the parameters that its own layers read, some are copies"
 
         def forward(pair: Tensor, mask: Tensor, **_: Tensor) -> Tensor:
             return layer(pair, mask)
