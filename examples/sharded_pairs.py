@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 examples/sharded_pairs.py --length 96
 
 With a GPU for each process they exchange by NCCL, otherwise by gloo on the CPU. No process holds
-the whole pair tensor, but for the first one in the end, which computes it alone to compare.
+the whole pair tensor, but for the first one in the end, which computes it alone to compare. With
+--train they compute the parameters' gradients too.
 """
 
 import argparse
@@ -60,11 +61,24 @@ def layer(pair: Tensor, parameters: dict[str, dict[str, Tensor]]) -> Tensor:
     )
 
 
-@torch.inference_mode()
+def train(rows: Tensor, parameters: dict[str, dict[str, Tensor]], summed: bool) -> Tensor:
+    """The parameters' gradients of a loss that is a sum over pairs, of which a rank has its own."""
+    rows.square().sum().backward()
+    for value in parameters["transition"].values():
+        if summed:  # those of triangles on DTensors are sums over the ranks already
+            dist.all_reduce(value.grad)
+    values = [value for part in parameters.values() for value in part.values()]
+    found = torch.cat([value.grad.flatten() for value in values])
+    for value in values:
+        value.grad = None
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--train", action="store_true", help="gradients too")
     arguments = parser.parse_args()
     length, channels = arguments.length, arguments.channels
 
@@ -77,6 +91,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     mesh = init_device_mesh(device.type, (ranks,))  # NCCL or gloo, by the type of device
     parameters = draw(channels, device)
+    for value in [value for part in parameters.values() for value in part.values()]:
+        value.requires_grad_(arguments.train)
 
     # Each rank makes its own rows: here an outer sum of single representations, as a fold would.
     singles = torch.randn(2, length, channels, generator=torch.Generator().manual_seed(1))
@@ -87,13 +103,19 @@ def main() -> None:
     like = torch.empty(1, length, length, channels, device="meta")
     pair = DTensor.from_local(local, mesh, [Shard(1)], shape=like.shape, stride=like.stride())
     made = layer(pair, parameters)
-    whole, parts = made.full_tensor(), [None] * ranks
+    whole, parts = made.detach().full_tensor(), [None] * ranks
+    if arguments.train:
+        grads = train(made.to_local(), parameters, summed=True)
     dist.all_gather_object(parts, f"rank {rank} of {ranks} on {device}: {list(local.shape)}")
     if rank == 0:
         alone = layer(left[None, :, None] + right[None, None], parameters)
         difference = (whole - alone).norm() / alone.norm()
         print(*parts, sep="\n")
         print(f"relative difference from one process: {difference:.1e}")
+        if arguments.train:
+            wanted = train(alone, parameters, summed=False)
+            difference = (grads - wanted).norm() / wanted.norm()
+            print(f"relative difference of the parameters' gradients: {difference:.1e}")
     dist.destroy_process_group()
 
 

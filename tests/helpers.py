@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ ERROR_BUDGET = {torch.bfloat16: 4.8e-3, torch.float16: 7e-4, torch.float32: 5e-6
 PUBLIC_NAMES = [
     "ESMFold2TriangleMultiplication",
     "explain",
+    "free_exchange_memory",
     "from_boltz",
     "from_chai",
     "from_esm",
@@ -205,6 +207,16 @@ def with_leaves(problem: Problem, leaves: dict[str, Tensor]) -> Problem:
 def formula(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     """The oracle's result on the CPU: every operation's in `dtype`, norms in float32 at least."""
     return problem.to("cpu").formula(dtype)
+
+
+@contextlib.contextmanager
+def memory_of_no_numbers() -> Iterator[None]:
+    """A context in which torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:

@@ -24,7 +24,7 @@ import torch.multiprocessing as multiprocessing
 from fresh_process import HUNG_SECONDS, ROOT, import_package
 
 RANKS = 4
-TIMEOUT = timedelta(seconds=60)  # of a message between live processes on busy cores
+TIMEOUT = timedelta(minutes=5)  # of a message between live processes on busy cores
 
 
 class Rank(NamedTuple):

@@ -4,12 +4,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import make_problem
+import torch.distributed as dist
+from gradients_of_calls import grad_of_output, gradients
+from helpers import leaves_of, make_problem, with_leaves
 from ranks import RANKS, Rank, report_of, reports_of, same_values
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 LINE, SQUARE = (RANKS,), (2, 2)
+GRID, PAIRS = (1, 2, 2), (2, 2, 1)  # the second's blocks are of two ranks each
 LAYOUTS = [
     (LINE, [Shard(0)]),
     (LINE, [Shard(1)]),
@@ -19,6 +22,12 @@ LAYOUTS = [
     (SQUARE, [Shard(2), Replicate()]),
     (SQUARE, [Shard(2), Shard(0)]),
     (SQUARE, [Shard(0), Shard(0)]),
+    (SQUARE, [Shard(1), Shard(2)]),
+    (SQUARE, [Shard(2), Shard(1)]),
+    (SQUARE, [Shard(1), Shard(1)]),
+    (GRID, [Shard(0), Shard(1), Shard(2)]),
+    (PAIRS, [Shard(0), Shard(2), Shard(1)]),
+    (PAIRS, [Replicate(), Shard(2), Shard(2)]),
 ]
 
 
@@ -32,7 +41,7 @@ def as_a_whole(on: Rank):
     """Each layout, with masks, residual, drop mask and weights that are DTensors or not."""
     for at, (shape, placements) in enumerate(LAYOUTS):
         mesh = init_device_mesh("cpu", shape)
-        for batch, length in ((3, 9), (1, 3)):
+        for batch, length in ((3, 9), (1, 3)) if at < 10 else ((2, 7),):
             problem = make_problem(
                 length, 8, 5, batch=batch, mask=("bool", "soft", None)[at % 3],
                 residual=at % 2 == 0, drop_mask=True, direction=("outgoing", "incoming")[at % 2],
@@ -63,7 +72,10 @@ def of_any_rank(on: Rank):
     mesh = init_device_mesh("cpu", SQUARE)
     problem = make_problem(7, 6, 8, batch=6, mask="soft", biases=True)
     lengths = torch.tensor([7, 4, 0])
-    for placements in ([Shard(2), Shard(1)], [Shard(0), Shard(3)], [Shard(1), Shard(0)]):
+    for placements in (
+        [Shard(2), Shard(1)], [Shard(0), Shard(3)], [Shard(1), Shard(0)], [Shard(2), Shard(3)],
+        [Shard(3), Shard(2)],
+    ):  # fmt: skip
         for mask in (problem.mask.view(2, 3, 7, 7), problem.mask[:3], problem.mask[0]):
             x, weights = problem.x.view(2, 3, 7, 7, 6), problem.weights | problem.biases
             run = on.kernel.triangle_multiplicative_update
@@ -86,17 +98,13 @@ def refusals(on: Rank):
     def refused(name, pair, **others):
         try:
             on.kernel.triangle_multiplicative_update_with_residual(
-                pair, "outgoing", None, others.pop("drop_mask", None), **problem.weights | others
-            )
+                pair, "outgoing", others.pop("residual", None), others.pop("drop_mask", None),
+                **problem.weights | others,
+            )  # fmt: skip
         except (ValueError, NotImplementedError) as error:
             found[name] = f"{type(error).__name__} {error}"
 
-    for name, placements in (
-        ("both", [Shard(1), Shard(2)]),
-        ("twice", [Shard(1), Shard(1)]),
-        ("channels", [Replicate(), Shard(3)]),
-    ):
-        refused(name, distribute(x, mesh, placements))
+    refused("channels", distribute(x, mesh, [Replicate(), Shard(3)]))
     refused("partial", DTensor.from_local(x, line, [Partial()]))
     rows = distribute(x, line, [Shard(1)])
     refused("mask", rows, mask=distribute(x[..., 0], line, [Shard(2)]))
@@ -107,6 +115,11 @@ def refusals(on: Rank):
     refused("memory", rows, memory="little")
     refused("one rank", rows, mask=torch.ones(2, 6, 6) if on.rank == 1 else None)
     refused("projection", rows, p_out_weight=None)
+    blocks = distribute(x, mesh, [Shard(1), Shard(2)])
+    refused("mask of blocks", blocks, mask=torch.ones(6, 5))
+    refused("residual of blocks", blocks, residual=torch.ones(1, 6, 6, 7))
+    refused("one rank's block", blocks, mask=torch.ones(2, 6, 6) if on.rank == 1 else None)
+    refused("a mask on one rank", blocks, mask=torch.ones(6, 6) if on.rank == 2 else None)
     for name, explained in (("explain", rows), ("explain inside", x)):
         inside = on.kernel.sharded_pairs(None, length=6) if explained is x else nullcontext()
         with inside, pytest.raises(NotImplementedError) as caught:
@@ -115,13 +128,91 @@ def refusals(on: Rank):
             )
         found[name] = str(caught.value)
     with torch.enable_grad():
-        refused("gradient", rows.detach().requires_grad_())
-        whole = distribute(x, line, [Shard(0)])
-        refused("gradient of a weight", whole, norm_in_weight=torch.ones(8, requires_grad=True))
+        refused("gradient of blocks", blocks.detach().requires_grad_())
     return found
 
 
-CASES = [as_a_whole, of_any_rank, refusals]
+@torch.enable_grad()
+def gradients_as_a_whole(on: Rank):
+    """Each layout: of DTensors with their placements, of tensors that all ranks have whole."""
+    for at, (shape, placements) in enumerate(LAYOUTS):
+        if sum(isinstance(of, Shard) and of.dim in (1, 2) for of in placements) > 1:
+            continue  # blocks refuse a gradient
+        mesh = init_device_mesh("cpu", shape)
+        for batch, length in ((3, 9), (1, 3)):
+            problem = make_problem(
+                length, 8, 5, batch=batch, mask="soft", residual=at % 2 == 0, drop_mask=True,
+                direction=("outgoing", "incoming")[at % 2],
+            )  # fmt: skip
+            if at % 2 and batch > 1:
+                problem.mask = problem.mask[:1]  # shared by the sequences
+            wanted = gradients(on.kernel, problem, "cpu")
+            leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+            given = {}
+            for name, leaf in leaves.items():
+                if name in ("x", "residual") or (at + len(name)) % 2:
+                    like = placements if name in ("x", "residual") else [Replicate()] * mesh.ndim
+                    leaf = distribute(leaf.detach(), mesh, like).requires_grad_()
+                given[name] = leaf
+            out = with_leaves(problem, given).run(on.kernel)
+            out.backward(distribute(grad_of_output(problem), mesh, placements))
+            for name, leaf in given.items():
+                grad = leaf.grad
+                if isinstance(leaf, DTensor):
+                    assert grad.placements == leaf.placements
+                    grad = grad.full_tensor()
+                error = (grad - wanted[name]).norm()
+                assert error <= 5e-6 * wanted[name].norm(), f"{name} {placements}: {error}"
+
+
+def bits_of_blocks(on: Rank):
+    """Those of the rows, or columns, for which they are exchanged."""
+    square, line = (init_device_mesh("cpu", shape) for shape in (SQUARE, LINE))
+    for length, dtype in ((8, torch.bfloat16), (9, torch.float32)):
+        for axis, direction in ((1, "outgoing"), (2, "incoming")):
+            problem = make_problem(
+                length, 8, batch=2, dtype=dtype, direction=direction, mask="soft", residual=True,
+                drop_mask=True,
+            )  # fmt: skip
+            whole, made = problem.x, []
+            for mesh, placements in (
+                (line, [Shard(axis)]), (square, [Shard(axis), Shard(3 - axis)])
+            ):  # fmt: skip
+                problem.x = distribute(whole, mesh, placements)
+                made.append(problem.run(on.kernel).full_tensor())
+            assert torch.equal(*made)
+
+
+def bytes_of_blocks(on: Rank):
+    """What this rank sends in two calls on blocks, in pair tensors; by the mesh's layout."""
+    found, sent = [], 0
+    batch_isend_irecv, all_to_all_single = dist.batch_isend_irecv, dist.all_to_all_single
+
+    def counted_batch(operations):
+        nonlocal sent
+        sent += sum(of.tensor.nbytes for of in operations if of.op is dist.isend)
+        return batch_isend_irecv(operations)
+
+    def counted_single(received, given, out_sizes, in_sizes, group):
+        nonlocal sent
+        sent += sum(size for rank, size in enumerate(in_sizes) if rank != dist.get_rank(group))
+        return all_to_all_single(received, given, out_sizes, in_sizes, group=group)
+
+    dist.batch_isend_irecv, dist.all_to_all_single = counted_batch, counted_single
+    for placements in ([Shard(1), Shard(2)], [Shard(2), Shard(1)]):
+        problem, sent = make_problem(24, 8, 8, residual=True), 0
+        problem.x = distribute(problem.x, init_device_mesh("cpu", SQUARE), placements)
+        problem.residual = problem.x
+        for problem.direction in ("outgoing", "incoming"):
+            problem.run(on.kernel)
+        found.append(sent / (24 * 24 * 8 * 4))
+    dist.batch_isend_irecv, dist.all_to_all_single = batch_isend_irecv, all_to_all_single
+    return found
+
+
+CASES = [
+    as_a_whole, of_any_rank, gradients_as_a_whole, bits_of_blocks, bytes_of_blocks, refusals,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +220,17 @@ def reports(tmp_path_factory):
     return reports_of(CASES, tmp_path_factory)
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.__name__)
 def test_a_call_is_that_on_the_whole(reports, case):
     assert len(report_of(reports, case)) == RANKS
+
+
+def test_blocks_send_what_is_said(reports):
+    """Three quarters of two operands and the product of a rank's share, and half of two shares."""
+    share = 1 / RANKS
+    wanted = 2 * (3 * (RANKS - 1) / RANKS + 2 * 1 / 2) * share
+    for found in report_of(reports, bytes_of_blocks).values():
+        assert found == [pytest.approx(wanted)] * 2
 
 
 def test_refusals(reports):
@@ -139,22 +238,17 @@ def test_refusals(reports):
     others = (
         "ValueError every rank's arguments must fit; rank 1 of 4 refused its own, and raises why"
     )
-    of_one = [found[rank].pop("one rank") for rank in range(RANKS)]
-    assert of_one.pop(1).startswith("ValueError mask must broadcast to the leading axes of pair")
-    assert of_one == [others] * 3
+    for name in ("one rank", "one rank's block"):
+        of_one = [found[rank].pop(name) for rank in range(RANKS)]
+        assert of_one.pop(1).startswith("ValueError mask must broadcast to the leading axes of pa")
+        assert of_one == [others] * 3
     assert found[0] == found[1] == found[2] == found[3]
     placements = (
         "ValueError pair must be a DTensor of placements Replicate() or Shard() of an axis before "
-        "the channels, at most one of them of a residue axis; got "
+        "the channels; got "
     )
     of_mesh = "must be a tensor, or a DTensor on the mesh of pair with placements"
-    gradient = (
-        "NotImplementedError a call whose pair is a DTensor has no backward: call it under "
-        "torch.no_grad() or torch.inference_mode(); got an argument that requires a gradient"
-    )
     wanted = {
-        "both": placements + "(Shard(dim=1), Shard(dim=2))",
-        "twice": placements + "(Shard(dim=1), Shard(dim=1))",
         "channels": placements + "(Replicate(), Shard(dim=3))",
         "partial": placements + "(Partial(sum),)",
         "mask": f"ValueError mask {of_mesh} [Shard(dim=1)], each of which may be Replicate(); got "
@@ -172,8 +266,13 @@ def test_refusals(reports):
         "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
         "rank's part; got a call inside sharded_pairs",
         "projection": "ValueError p_out_weight must be a tensor where pair is a DTensor; got None",
-        "gradient": gradient,
-        "gradient of a weight": gradient,
+        "gradient of blocks": "NotImplementedError a call whose pair several dimensions of a mesh "
+        "divide has no backward: call it under torch.no_grad()",
+        "mask of blocks": "ValueError mask must be [..., L, L] with L = 6, a number for each pair",
+        "residual of blocks": "ValueError residual must have the shape of pair, [1, 6, 6, 8]; got "
+        "(1, 6, 6, 7)",
+        "a mask on one rank": "ValueError all ranks must have the same mask; got False on rank 0, "
+        "False on rank 1, True on rank 2, False on rank 3",
     }
     assert found[0].keys() == wanted.keys()
     for name, message in wanted.items():

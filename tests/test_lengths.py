@@ -6,7 +6,14 @@ import dataclasses
 import pytest
 import torch
 from gradients_of_calls import fresh_leaves, grad_of_output
-from helpers import Problem, make_problem, relative_error, run, with_leaves
+from helpers import (
+    Problem,
+    make_problem,
+    memory_of_no_numbers,
+    relative_error,
+    run,
+    with_leaves,
+)
 
 PATHS = ("aten", "triton")
 
@@ -32,16 +39,6 @@ def poisoned(problem: Problem, within: torch.Tensor) -> Problem:
     """The problem with NaN in its padding."""
     x = torch.where(within[..., None], problem.x, torch.nan)
     return dataclasses.replace(problem, x=x)
-
-
-@contextlib.contextmanager
-def memory_of_no_numbers():
-    """A context in which torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def assert_as_masked(kernel, problem, lengths, within, device, **options) -> torch.Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import DTYPES, as_call, make_problem
+from mapped import mapped
 from ranks import RANKS, Rank, report_of, reports_of, same_values
 
 DIRECTIONS = ("outgoing", "incoming")
@@ -22,7 +23,7 @@ ABSENT = None  # the report of a rank without a part in a case
 
 def part_of(on: Rank, problem, ranks: int, dim: int):
     """A function that cuts a rank's part from a tensor [B, L, L, ...]."""
-    rows = on.kernel.sharded.Layout(ranks, problem.x.shape[1], 1).rows(on.rank)
+    rows = on.kernel.exchange.Layout(ranks, problem.x.shape[1], 1).rows(on.rank)
     return lambda tensor: tensor if tensor is None else tensor.narrow(
         dim, rows.start, rows.stop - rows.start
     )
@@ -132,7 +133,7 @@ def any_leading_axes(on: Rank):
     for mask in (whole.view(2, 3, 7, 7), whole[:3], whole[0]):
         for pair in (x, x[:1], x[0, 0]):
             wanted = on.kernel.triangle_multiplicative_update(pair, "outgoing", mask, **weights)
-            dim, rows = mask.ndim % 2 + 1, on.kernel.sharded.Layout(RANKS, 7, 1).rows(on.rank)
+            dim, rows = mask.ndim % 2 + 1, on.kernel.exchange.Layout(RANKS, 7, 1).rows(on.rank)
             own = (..., rows, *[slice(None)] * (3 - dim))
             got = on.kernel.sharded_triangle_multiplicative_update(
                 pair[own], "outgoing", mask[own[:-1]], group=on.groups[RANKS], dim=dim, length=7,
@@ -142,19 +143,19 @@ def any_leading_axes(on: Rank):
 
 
 def in_a_compiled_function(on: Rank):
-    """The graph breaks at the call, so fullgraph=True refuses it."""
+    """In one graph."""
     if 2 not in on.groups:
         return ABSENT
-    problem = make_problem(6, 8, residual=True)
+    for dim, inplace in ((1, False), (2, True)):
+        problem = make_problem(5, 8, residual=True)
 
-    def run(problem):
-        return sharded(on, problem, 2) * 2
+        def run(problem, dim=dim, inplace=inplace):
+            problem = dataclasses.replace(problem, residual=problem.residual * 2)
+            return sharded(on, problem, 2, dim, inplace=inplace) * 2
 
-    wanted = run(problem)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(run, backend="eager", fullgraph=True)(problem)
-    torch._dynamo.reset()
-    same_values(torch.compile(run, backend="eager")(problem), wanted)
+        wanted = run(problem)
+        torch._dynamo.reset()
+        same_values(torch.compile(run, backend="aot_eager", fullgraph=True)(problem), wanted)
 
 
 def a_pair_stack(on: Rank):
@@ -215,6 +216,88 @@ def in_the_interpreter(on: Rank):
                 assert_equals_one_process(
                     on, problem, ranks, dim, not turned, lengths=real, memory=memory
                 )
+
+
+def by_copies(on: Rank):
+    """As in the interpreter above, but processes write to each other's memory."""
+    calls = (
+        (1, "outgoing", 1, 48, None, "default"),
+        (2, "incoming", 2, 16, None, "auto"),
+        (1, "outgoing", 1, 16, [8], "lean"),
+        (1, "outgoing", 1, 7, None, "default"),
+    )
+    found = {}
+    with on.on_triton(), mapped(on) as seen:
+        for ranks in on.groups.keys() & {2, RANKS}:
+            for dim, direction, batch, hidden, real, memory in calls:
+                problem = make_problem(
+                    9, 16, hidden, batch=batch, dtype=torch.bfloat16, direction=direction,
+                    mask="soft", residual=True, drop_mask=True,
+                )  # fmt: skip
+                assert_equals_one_process(
+                    on, problem, ranks, dim, exact=True, lengths=real, memory=memory,
+                    inplace=hidden == 7,
+                )  # fmt: skip
+            problem, group = make_problem(9, 16, 48, dtype=torch.bfloat16), on.groups[ranks]
+            page = on.kernel.explain(
+                on.kernel.sharded_triangle_multiplicative_update,
+                part_of(on, problem, ranks, 1)(problem.x), group=group, length=9,
+                memory="default", **problem.weights,
+            )  # fmt: skip
+            kept = on.kernel.carriers.memory.known_memory_of(group)
+            found[ranks] = [str(page), page.peak_bytes, kept.bytes(problem.x.device)]
+    assert seen.mapped == len(found) and seen.watched == len(found) * (1 + len(calls))
+    return found
+
+
+def memory_that_some_lack(on: Rank):
+    """Ranks that lack memory, or can't map it, or have freed it alone, and what each one hears."""
+    problem, found = make_problem(9, 16, 24, dtype=torch.bfloat16), []
+    larger, memory = make_problem(9, 16, 48, dtype=torch.bfloat16), on.kernel.carriers.memory
+
+    def run(of=problem, **options):
+        assert_equals_one_process(on, of, RANKS, exact=True, **options)
+        found.append([seen.mapped, len(seen.taken)])
+
+    with on.on_triton(), mapped(on) as seen:
+        run()
+        seen.short = (1,)
+        run(larger)  # by messages: there is no more memory
+        run(larger)  # which isn't tried again
+        run(memory="lean")  # there is none of less either, as the larger took its place
+        seen.short = ()
+        on.kernel.free_exchange_memory()
+        run(larger)
+        if on.rank == 1:
+            on.kernel.free_exchange_memory()
+        with pytest.raises(ValueError) as raised:
+            run(larger)
+        found.append(str(raised.value))
+        on.kernel.free_exchange_memory()
+        with memory.exchange_by("messages"):
+            run(larger)
+        with memory.exchange_by("messages") if on.rank == 1 else contextlib.nullcontext():
+            with pytest.raises(ValueError, match="the same mapped; got .*, 0 on rank 1, "):
+                run(larger)
+        schedule = on.kernel.sharded_schedule
+        allocate = schedule._allocate
+
+        def exhausted(call, stages, exchange, way, saves):
+            if way.mapped:
+                raise torch.OutOfMemoryError("no memory for planes")
+            return allocate(call, stages, exchange, way, saves)
+
+        if on.rank == 1:
+            schedule._allocate = exhausted
+        run(larger)  # by messages: there is too little memory beside what is mapped
+        schedule._allocate = allocate
+        run(larger)  # nor is it tried again
+        on.kernel.free_exchange_memory()
+        seen.lost = (2,)
+        run(larger)  # by messages: it can't be mapped
+        run()  # nor is it tried again
+        assert not memory.known_memory_of(on.groups[RANKS]).possible
+    return found
 
 
 def bytes_sent(on: Rank):
@@ -285,14 +368,15 @@ def failures(on: Rank):
     """What each rank hears if one refuses its arguments, or is out of memory."""
     if 3 not in on.groups:
         return ABSENT
-    found, problem, schedule = {}, make_problem(6, 8, residual=True), on.kernel.sharded
+    found, problem = {}, make_problem(6, 8, residual=True)
+    schedule = on.kernel.sharded_schedule
     allocate = schedule._allocate
 
-    def exhausted(call, stages, layout, lean):
-        if name == "out of memory" or not lean:
+    def exhausted(call, stages, exchange, way, saves):
+        if name == "out of memory" or not way.lean:
             raise torch.OutOfMemoryError("no memory for planes")
         modes.append("lean")
-        return allocate(call, stages, layout, lean)
+        return allocate(call, stages, exchange, way, saves)
 
     modes = []
     for name in ("refused", "out of memory", "short of memory"):
@@ -324,14 +408,12 @@ def refusals(on: Rank):
         "long": {"length": 46_337},
         "mask": {"mask": torch.ones(6, 6)},
         "group": {"group": dist.GroupMember.NON_GROUP_MEMBER},
-        "gradient": {"p_out_weight": problem.weights["p_out_weight"].clone().requires_grad_()},
     }
-    with torch.enable_grad():
-        for name, options in asked.items():
-            try:
-                sharded(on, problem, 2, **{"dim": 1} | options)
-            except (ValueError, NotImplementedError) as error:
-                found[name] = f"{type(error).__name__} {error}"
+    for name, options in asked.items():
+        try:
+            sharded(on, problem, 2, **{"dim": 1} | options)
+        except (ValueError, NotImplementedError) as error:
+            found[name] = f"{type(error).__name__} {error}"
     return found
 
 
@@ -374,11 +456,13 @@ EQUAL = [
     over_the_residual,
     no_residues,
     in_the_interpreter,
+    by_copies,
     in_a_compiled_function,
     a_pair_stack,
 ]
 CASES = [
     *EQUAL,
+    memory_that_some_lack,
     bytes_sent,
     disagreements,
     failures,
@@ -432,16 +516,22 @@ def test_memory(submodule, batch, ranks, rank, lean, inplace):
     The planes that are multiplied, 3 / 8, lie in the output where they fit.
     """
     length, hidden = 64 if ranks != 3 else 4, 64
-    layout = submodule("sharded").Layout(ranks, length, hidden)
+    layout = submodule("exchange").Layout(ranks, length, hidden)
     rows = layout.rows(rank)
     problem = make_problem(length, hidden, batch=batch)
     x = problem.x[:, rows].to("meta")
     call = as_call(submodule("_call"), problem, inplace=inplace)._replace(x=x, residual=x)
-    stages = SimpleNamespace(slots=3, pitch=length)
-    planes, product, slots, out = submodule("sharded")._allocate(call, stages, layout, lean)
+    call = call._replace(memory="lean" if lean else "default")
+    stages, schedule = SimpleNamespace(slots=3, pitch=length), submodule("sharded_schedule")
+    (way,) = schedule._ways(call, stages, layout, None)
+    exchange = submodule("exchange").Exchange(None, rank, layout)
+    planes, product, slots, _, out = schedule._allocate(call, stages, exchange, way)
     of_rows = length * (rows.stop - rows.start) * hidden
-    assert slots.shape == (3, layout.size, length, length) and out.shape == x.shape
-    assert product.numel() == of_rows
+    planes_of_group = 3, layout.size, length, length
+    room = length * layout.rows(0).stop * hidden
+    twice = not lean and not inplace and 6 * layout.size * length**2 <= room
+    assert slots.shape == (1 + twice, *planes_of_group) and out.shape == x.shape
+    assert product[0].numel() == of_rows and product.shape[0] == batch
     if lean:
         assert planes.numel() <= of_rows * 2 * ranks * layout.size / hidden
     else:
@@ -451,6 +541,33 @@ def test_memory(submodule, batch, ranks, rank, lean, inplace):
     assert len(memories) == 4 - fits - (not lean) and (not inplace or out is x)
     if fits:  # in the sequence that is written last
         assert slots.storage_offset() == (batch - 1) * of_rows
+
+
+def test_memory_that_all_ranks_map(reports):
+    """In the default mode twice a, b and t of a group, and words; explain counts all of it."""
+    for rank, report in report_of(reports, by_copies).items():
+        for ranks, (page, peak, kept) in report.items():
+            size = -(-48 // int(ranks) // 8)  # channels of a rank in a group
+            assert kept == 256 + 2 * 3 * size * 9 * 16 * 2
+            if rank != 3:  # which has no rows: nothing is told
+                rows = -(-9 // int(ranks))
+                rows = min(rows, 9 - rank * rows)
+                own = rows * (2 * 48 * 16 * 2 + 9 * 16 * 2 + 8 * 16)  # a and b, output, moments
+                assert peak == own + kept
+                assert f"planes that all ranks map, which are kept: {kept / 288 / rows:.2f}" in page
+                assert "a group's planes travel during stage 2 of another" in page
+
+
+def test_without_memory_that_all_can_map_there_are_messages(reports):
+    """What was mapped, and asked for, after each call."""
+    found = report_of(reports, memory_that_some_lack)
+    unequal = "all ranks must have the same exchange_memory; got "
+    for rank in range(RANKS):
+        *before, refused, without, full, still, last, again = found[rank]
+        assert before == [[1, 1], [1, 2], [1, 2], [1, 3], [2, 4]]
+        assert refused.startswith(unequal) and ", 0 on rank 1, " in refused
+        assert without == [2, 4] and full == still == [3, 5]
+        assert last == again == [3 if rank == 2 else 4, 6]
 
 
 def test_ranks_that_disagree_raise_the_same_error(reports):
@@ -491,8 +608,6 @@ def test_refusals(reports):
         "mask": "ValueError mask must be [..., 3, 6], a number for each pair of pair_local; "
         "got (6, 6)",
         "group": "ValueError group must have the rank that calls; got a group without it",
-        "gradient": "NotImplementedError a sharded call has no backward: call it under "
-        "torch.no_grad() or torch.inference_mode(); got an argument that requires a gradient",
     }
     assert found[1] == wanted and found[0].keys() == wanted.keys()
 
@@ -517,7 +632,7 @@ class Plan:
                 lambda operations, mine=self.batches[rank]: mine.append(operations) or [],
             )  # fmt: skip
             planes = whole[:, :, layout.rows(rank)]
-            exchange = schedule._Exchange(None, rank, layout)
+            exchange = schedule.Exchange(None, rank, layout)
             for group in range(layout.groups):
                 channels, of_group = layout.channels(rank, group), planes[:, layout.group(group)]
                 slots = torch.empty(2, channels.stop - channels.start, *shape[1:], device="meta")
@@ -531,7 +646,7 @@ class Plan:
 )
 def test_plans_of_many_ranks(submodule, monkeypatch, ranks, length, hidden):
     """Bytes are the formula's, and each message is posted in the same batch on both its ends."""
-    schedule = submodule("sharded")
+    schedule = submodule("exchange")
     layout = schedule.Layout(ranks, length, hidden)
     sent = {rank: layout.sent(rank)[1] for rank in range(ranks)}
     batches = {}
@@ -582,22 +697,31 @@ def alone_in_a_group_of(backends: str, schedule, monkeypatch) -> None:
 )
 def test_ranks_compare_on_a_cpu_if_their_group_can(submodule, monkeypatch, backends, device):
     """NCCL takes no tensors of a CPU, and the host would wait for a GPU's."""
-    schedule, seen = submodule("sharded"), []
-    alone_in_a_group_of(backends, schedule, monkeypatch)
+    agreement, seen = submodule("agreement"), []
+    alone_in_a_group_of(backends, agreement, monkeypatch)
     original = torch.tensor
 
     def tensor(values, device):
         seen.append(device.type)
         return original(values)
 
-    monkeypatch.setattr(schedule.torch, "tensor", tensor)
-    assert schedule._compare(None, {}, None, last=True)
+    monkeypatch.setattr(agreement.torch, "tensor", tensor)
+    assert agreement.compare(None, {}, None, last=True)
     assert seen == [device]
+
+
+def test_gloo_sends_tensors_of_a_cpu_alone(submodule, monkeypatch):
+    schedule, problem = submodule("sharded"), make_problem(6, 8)
+    alone_in_a_group_of("cpu:gloo,meta:gloo", schedule, monkeypatch)
+    with pytest.raises(ValueError, match="group must .* tensors of meta, .*; got cpu:gloo,meta:"):
+        schedule.sharded_triangle_multiplicative_update(
+            problem.x.to("meta"), "outgoing", group=None, length=6, **problem.weights
+        )
 
 
 def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):
     """Its traceback holds the frames: if one held it too, planes would wait for the collector."""
-    schedule = submodule("sharded")
+    schedule = submodule("sharded_schedule")
     alone_in_a_group_of("cpu:gloo", schedule, monkeypatch)
     kept = []
     allocate = schedule._allocate
@@ -617,7 +741,7 @@ def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):
     gc.disable()
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            schedule.sharded_triangle_multiplicative_update(
+            submodule("sharded").sharded_triangle_multiplicative_update(
                 problem.x, "outgoing", group=None, length=6, memory="default", **problem.weights
             )
         assert [of() for of in kept] == [None]

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_9e26aabd71"
+_NAMESPACE = "_esmfold2_trimul_kernel_a4b0e0d50d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

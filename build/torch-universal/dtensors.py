@@ -1,21 +1,34 @@
 """Calls on DTensors: every rank's local tensors in, a DTensor of the same mesh and placements out.
 
-A dimension of the mesh may replicate, or divide leading axes, whose sequences are independent. One
-of them may divide the rows or the columns of pairs: its ranks run `sharded`.
+A dimension of the mesh may replicate, or divide leading axes, whose sequences are independent. The
+ranks of one that divides the rows or the columns of pairs run `sharded`. If several do, `blocks`
+are exchanged for what the outer one divides, whole rows or whole columns, and back, without
+gradients. Those of other calls have the placements of their tensors: those of parameters, and of
+what else is whole where x is divided, are summed over the ranks.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .sharded import check_order, refuse, run_divided
+from .agreement import compare, refuse
+from .blocks import blocks_of
+from .sharded import check_order, run_divided
+from .sharded_schedule import Division
 from .trimul_with_residual import (
     triangle_multiplicative_update,
     triangle_multiplicative_update_with_residual,
 )
-from .validation import broadcasts_to, check_direction, check_pair
+from .validation import (
+    broadcast_mask,
+    broadcasts_to,
+    check_direction,
+    check_pair,
+    check_residual,
+)
 
 _FUNCTIONS = {
     "pair": triangle_multiplicative_update_with_residual,
@@ -32,38 +45,97 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
 
     Raises:
         ValueError: placements that don't fit, or inplace.
-        NotImplementedError: a gradient that is needed.
     """
     x = arguments[name]
     check_pair(name, x, leading="B" if name == "pair" else "...")
     rows = x.ndim - 3  # the axis; columns are the next
     axes = [placement.dim if type(placement) is Shard else None for placement in x.placements]
-    dividing = [at for at, axis in enumerate(axes) if axis in (rows, rows + 1)]
+    # By the dimension of the mesh that divides them, 0, rows, or 1, columns.
+    dividing = {at: axis - rows for at, axis in enumerate(axes) if axis in (rows, rows + 1)}
     others = [of for of, axis in zip(x.placements, axes, strict=True) if axis is None]
-    if len(dividing) > 1 or x.ndim - 1 in axes or any([of != Replicate() for of in others]):
+    if x.ndim - 1 in axes or any([of != Replicate() for of in others]):
         raise ValueError(
             f"{name} must be a DTensor of placements Replicate() or Shard() of an axis before the "
-            f"channels, at most one of them of a residue axis; got {x.placements}"
+            f"channels; got {x.placements}"
         )
     if not dividing:
         made = _FUNCTIONS[name](**_local_arguments(name, x, arguments))
+    elif len(dividing) > 1:
+        made = _run_on_blocks(name, x, arguments, dividing)
     else:
-        (at,) = dividing
+        ((at, axis),) = dividing.items()
         check_order(f"the mesh of {name}", x.device_mesh, at)
-        group, dim = x.device_mesh.get_group(at), axes[at] - rows + 1
+        group, dim = x.device_mesh.get_group(at), axis + 1
         try:
             local = _local_arguments(name, x, arguments)
         except Exception as error:
             refuse(group, error)
-        made = run_divided(name, local, group, dim, x.shape[-2])
+        made = run_divided(name, local, Division(group, dim, x.shape[-2]))
     stride = torch.empty(x.shape, device="meta").stride()
     return DTensor.from_local(
         made, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
     )
 
 
-def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of each argument but `inplace`, by name."""
+def _run_on_blocks(
+    name: str, x: DTensor, arguments: dict[str, Any], dividing: dict[int, int]
+) -> Tensor:
+    """This rank's block of the value, where several dimensions of the mesh divide x.
+
+    The memory for the messages is there before the ranks compare, so that a refusal reaches all.
+    """
+    length, turned = x.shape[-2], dividing[min(dividing)] == 1
+    # What the outer dimension divides counts as rows.
+    axes = {at: axis ^ turned for at, axis in dividing.items()}
+    blocks = blocks_of(x.device_mesh, axes, length)
+
+    def turn(pairs: Tensor) -> Tensor:
+        return pairs.transpose(-3, -2) if turned else pairs
+
+    failure, moves = None, {}
+    try:
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
+            raise NotImplementedError(
+                f"a call whose {name} several dimensions of a mesh divide has no backward: call it "
+                "under torch.no_grad() or torch.inference_mode(); got an argument that requires a "
+                "gradient"
+            )
+        local = _local_arguments(name, x, arguments, dividing)
+        check_residual(arguments.get("residual"), name, x)
+        if isinstance(arguments["mask"], Tensor):
+            broadcast_mask(arguments["mask"].to("meta"), name, x.to("meta"))
+        mask, residual = broadcast_mask(local["mask"], name, local[name]), local.get("residual")
+        moves[name] = blocks.prepare(turn(local[name]))
+        if mask is not None:
+            moves["mask"] = blocks.prepare(turn(mask[..., None]))
+        if residual is not None and arguments["residual"] is not x:
+            moves["residual"] = blocks.prepare(turn(residual))
+        if turned and local.get("drop_mask") is not None:
+            local["drop_mask"] = local["drop_mask"][:, :, blocks.rows]
+    except Exception as error:
+        failure = error
+    facts = {key: key in moves for key in ("mask", "residual")}
+    try:
+        compare(blocks.group, facts, failure, last=True)
+    finally:
+        failure = None  # its traceback holds this frame
+    for key in [*moves]:
+        rows = turn(blocks.to_rows(moves.pop(key)))
+        local[key] = rows[..., 0] if key == "mask" else rows
+    if residual is not None and arguments["residual"] is x:
+        local["residual"] = local[name]
+    made = run_divided(name, local, Division(blocks.group, 1 + turned, length))
+    return turn(blocks.to_block(turn(made))).contiguous()
+
+
+def _local_arguments(
+    name: str, x: DTensor, arguments: dict[str, Any], dividing: Iterable[int] = ()
+) -> dict[str, Any]:
+    """This rank's part of each argument but `inplace`, by name.
+
+    A drop mask is not divided by the dimensions of the mesh that are `dividing` residues.
+    """
     mask = arguments["mask"]
     check_direction(arguments["direction"])
     if isinstance(mask, Tensor) and not broadcasts_to(mask.shape[:-2], x.shape[:-3]):
@@ -73,17 +145,13 @@ def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[s
         )
     if arguments.get("inplace", False):
         raise ValueError(f"inplace must be False where {name} is a DTensor; got True")
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
-        raise NotImplementedError(
-            f"a call whose {name} is a DTensor has no backward: call it under torch.no_grad() or "
-            "torch.inference_mode(); got an argument that requires a gradient"
-        )
     for projection in ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight"):
         if arguments[projection] is None:  # each rank would draw its own
             raise ValueError(f"{projection} must be a tensor where {name} is a DTensor; got None")
     return {
-        key: _local(key, value, name, x) for key, value in arguments.items() if key != "inplace"
+        key: _local(key, value, name, x, dividing if key == "drop_mask" else ())
+        for key, value in arguments.items()
+        if key != "inplace"
     }
 
 
@@ -91,10 +159,11 @@ def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[s
 _LACKED = {"mask": 1, "residual": 0, "drop_mask": 0, "lengths": 3}
 
 
-def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
+def _local(key: str, value: Any, name: str, x: DTensor, whole: Iterable[int] = ()) -> Any:
     """This rank's part of an argument: the axes that it has in common with x are divided alike.
 
-    A tensor that is no DTensor is the whole one, the same on all ranks.
+    A tensor that is no DTensor is the whole one, the same on all ranks. What the dimensions `whole`
+    of the mesh divide is gathered.
 
     Raises:
         ValueError: another mesh, or placements that are neither those of x nor Replicate.
@@ -106,14 +175,17 @@ def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
             f"drop_mask must be [B, 1, L, C] where {name} is a DTensor; got {tuple(value.shape)}"
         )
     mesh = x.device_mesh
-    wanted = [Replicate()] * mesh.ndim
+    wanted, of_gradient = [Replicate()] * mesh.ndim, [Replicate()] * mesh.ndim
     for at, placement in enumerate(x.placements):
+        # Ranks with other sequences have other shares of it; over rows or columns `sharded` sums.
+        if placement.is_shard() and placement.dim < x.ndim - 3:
+            of_gradient[at] = Partial()
         if key in _LACKED and placement.is_shard():
             axis = placement.dim - (x.ndim - _LACKED[key] - value.ndim)
             common = 0 <= axis < value.ndim and value.shape[axis] == x.shape[placement.dim]
             # A drop mask is shared over rows, even if there is one.
             if common and not (key == "drop_mask" and axis == 1):
-                wanted[at] = Shard(axis)
+                wanted[at] = of_gradient[at] = Shard(axis)
     if not isinstance(value, DTensor):
         value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
     fits = [of in (want, Replicate()) for of, want in zip(value.placements, wanted, strict=False)]
@@ -123,4 +195,5 @@ def _local(key: str, value: Any, name: str, x: DTensor) -> Any:
             f"{wanted}, each of which may be Replicate(); got {value.placements} on "
             f"{value.device_mesh}"
         )
-    return value.redistribute(placements=wanted).to_local()
+    wanted = [Replicate() if at in whole else of for at, of in enumerate(wanted)]
+    return value.redistribute(placements=wanted).to_local(grad_placements=of_gradient)

@@ -252,7 +252,7 @@ def fused_dual_gemm_fwd(
         planes: a and b [B, G, Q, pitch], to be written; unit stride along p, other strides
             multiples of 16.
         group: (first channel, G), by default all D channels.
-        moments: those of an earlier launch on the same x, which are then read, not computed.
+        moments: those of an earlier launch on the same x, which are then read, or made anew.
         config: a setting in place of the shipped one.
         first_row: the row of the sequences that x begins with.
     """
@@ -266,7 +266,7 @@ def fused_dual_gemm_fwd(
         moments = launches.empty("moments", (batch, 2, rows, pitch), torch.float32, call.x.device)
     if prepared.variant == "hopper":
         variant = hopper.kernels("gated_rows")
-        variant.launch_planes(call, launches, prepared, planes, moments)
+        variant.launch_planes(call, launches, prepared, planes, moments, group)
         return moments
     weights = call.weights
     prepared.launch(
@@ -359,14 +359,12 @@ def prepare_dual_gemm(
     hidden = call.hidden
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
-    variants = frozenset()
-    if group is None and not read_moments:
-        variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
+    variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
     if config is None:
         width = max(channels, hidden)
         config = setting_of("fused_dual_gemm", x, width, length, batch, variants)
     if hopper.is_variant(config, variants):
-        return hopper.kernels("gated_rows").prepare_planes(call, planes, config)
+        return hopper.kernels("gated_rows").prepare_planes(call, planes, first_row, config)
     block_n = block_of(config.block_n, size)
     if size % 16 == 0:  # whole blocks, even if smaller
         block_n = math.gcd(size, block_n)

@@ -350,7 +350,7 @@ def fused_ln_residual_fwd(
     weights = call.weights
     if prepared.variant == "hopper":
         variant = hopper.kernels("ln_residual")
-        variant.launch(call, launches, prepared, product, moments, made)
+        variant.launch(call, launches, prepared, product, moments, made, first_row)
     else:
         prepared.launch(
             product_ptr=product,
@@ -428,7 +428,8 @@ def prepare_ln_residual(
         width = max(channels, hidden)
         config = setting_of("fused_ln_residual", x, width, length, batch, variants)
     if hopper.is_variant(config, variants):
-        return hopper.kernels("ln_residual").prepare(call, product, moments, config)
+        module = hopper.kernels("ln_residual")
+        return module.prepare(call, product, moments, first_row, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, hidden))

@@ -220,7 +220,11 @@ def pass_back(
     return tuple([grads.get(name) if asked[name] else None for name in flat_names])
 
 
-def differentiable_once(op_name: str, what: str) -> type[Function]:
+def differentiable_once(
+    op_name: str,
+    what: str,
+    otherwise: str = "the transforms of torch.func can take higher derivatives, in plain PyTorch",
+) -> type[Function]:
     """A backward's op, whose own backward refuses."""
 
     class Gradients(Function):
@@ -232,8 +236,7 @@ def differentiable_once(op_name: str, what: str) -> type[Function]:
         @staticmethod
         def backward(ctx, *_) -> NoReturn:
             raise NotImplementedError(
-                f"the gradients of the {what} can't be differentiated again; the transforms of "
-                "torch.func can take higher derivatives, in plain PyTorch"
+                f"the gradients of the {what} can't be differentiated again; {otherwise}"
             )
 
     return Gradients
@@ -264,8 +267,8 @@ _CALL = (
     "Tensor? lengths"
 )
 _KEPT = "Tensor grad_out, Tensor? product, Tensor? moments, Tensor? planes, bool[] needs"
-_READ, _WRITTEN = (_CALL.format(residual=type_) for type_ in ("Tensor?", "Tensor(a!)"))
-_GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+READ, WRITTEN = (_CALL.format(residual=type_) for type_ in ("Tensor?", "Tensor(a!)"))
+GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 # Library.define rather than custom_op, whose calls take ten times the Python time. Calls without a
 # gradient have ops of their own, without an Autograd kernel.
 _library = torch.library.Library(add_op_namespace_prefix("trimul_fwd").split("::")[0], "FRAGMENT")
@@ -288,14 +291,14 @@ def register(
         _library.impl(name, _autograd_kernel(autograd, name), "Autograd")
 
 
-register(f"trimul_fwd({_READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake)
-register(f"trimul_fwd_({_WRITTEN}) -> ()", _trimul_fwd_, _trimul_fwd__fake)
+register(f"trimul_fwd({READ}) -> Tensor", _trimul_fwd, _trimul_fwd_fake)
+register(f"trimul_fwd_({WRITTEN}) -> ()", _trimul_fwd_, _trimul_fwd__fake)
 register(
-    f"trimul_fwd_saving({_READ}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"trimul_fwd_saving({READ}) -> (Tensor, Tensor, Tensor, Tensor)",
     _trimul_fwd_saving, _trimul_fwd_saving_fake, TriangleMultiplication,
 )  # fmt: skip
 register(
-    f"trimul_bwd({_KEPT}, {_READ}) -> {_GRADIENTS}",
+    f"trimul_bwd({_KEPT}, {READ}) -> {GRADIENTS}",
     _trimul_bwd, _trimul_bwd_fake,
     differentiable_once("trimul_bwd", "triangle multiplication"),
 )  # fmt: skip

@@ -55,8 +55,8 @@ def triangle_multiplicative_update_with_residual(
 
     Args:
         pair: [B, L, L, C], bfloat16, float16 or float32; any strides. It may be a DTensor whose
-            sequences, and rows or columns, are divided among ranks; then the result is one too, of
-            the same placements, and other arguments may be (see docs/distributed.md).
+            sequences, rows and columns are divided among ranks; then the result is one too, of the
+            same placements, and other arguments may be (see docs/distributed.md).
         direction: "outgoing" (sum over k of a[i, k] b[j, k]) or "incoming" (a[k, i] b[k, j]).
         residual: [B, L, L, C] in the dtype of pair; may be pair itself. None gives the update
             alone, without allocating or reading anything for it.
@@ -109,7 +109,7 @@ def triangle_multiplicative_update_with_residual(
     if is_dtensor(pair):
         return _run_on_dtensors("pair", locals())
     if sharded.division() is not None:
-        return sharded.run_divided("pair", locals(), *sharded.division())
+        return sharded.run_divided("pair", locals(), sharded.division())
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, None, g_in_weight, None,
         norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
@@ -180,7 +180,7 @@ def triangle_multiplicative_update(
     if is_dtensor(x):
         return _run_on_dtensors("x", locals())
     if sharded.division() is not None:
-        return sharded.run_divided("x", locals(), *sharded.division())
+        return sharded.run_divided("x", locals(), sharded.division())
     weights = Weights(
         norm_in_weight, norm_in_bias, p_in_weight, p_in_bias, g_in_weight, g_in_bias,
         norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,

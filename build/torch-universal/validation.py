@@ -20,6 +20,7 @@ MAX_LENGTH = 46_336  # the largest L whose padded plane has fewer than 2^31 elem
 DIRECTIONS = ("outgoing", "incoming")
 MEMORY_MODES = ("auto", "default", "lean")
 RECOMPUTE_MODES = ("none", "product", "all")
+PARAMETER_GRADS = ("sum", "local")
 LENGTHS_DTYPES = (torch.int32, torch.int64)
 # The kernels take eps in float32, where a subnormal number may be flushed to 0.
 _EPS_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
@@ -386,6 +387,11 @@ def check_memory(memory: str, name: str = "memory") -> None:
 def check_recompute(recompute: str, name: str = "recompute") -> None:
     if not _is_word(recompute, RECOMPUTE_MODES):
         raise ValueError(f"{name} must be 'none', 'product' or 'all'; got {recompute!r}")
+
+
+def check_parameter_grads(parameter_grads: str) -> None:
+    if not _is_word(parameter_grads, PARAMETER_GRADS):
+        raise ValueError(f"parameter_grads must be 'sum' or 'local'; got {parameter_grads!r}")
 
 
 def check_inplace(

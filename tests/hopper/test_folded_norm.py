@@ -1,36 +1,40 @@
 """Norms folded into the weights behind them: the numbers, and the sum that kernels make of them."""
 
+import math
+
 import pytest
 import torch
-from helpers import seeded
+from helpers import relative_error, seeded
 
 SHAPES = [(40, 24), (64, 128), (16, 256)]
+BLOCK = 8  # of channels that share a factor in float16
+BF16, HALF = torch.bfloat16, torch.float16
 
 
-def make(count, width, which):
+def make(count, width, which, dtype=BF16):
     generator = seeded(which)
 
     def randn(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator) * scale
 
-    weight = randn(count, width, scale=width**-0.5).bfloat16()
+    weight = randn(count, width, scale=width**-0.5).to(dtype)
     return weight, 1 + randn(width, scale=0.2), randn(width, scale=0.2), randn(count, scale=0.3)
 
 
 @pytest.fixture
 def folded(submodule, on_triton):
-    """folded(first, second): W' and the further channels, on the CPU, of two `make`s."""
+    """folded(first, second): W', its further channels, and factors, on the CPU, of two `make`s."""
 
-    def fold(*both):
+    def fold(*both, group=None):
         launches = submodule("triton_parts.launch").Launches()
         weights, norms, norm_biases, biases = (
-            [None if t is None else t.to(on_triton) for t in group]
-            for group in zip(*both, strict=True)
+            [None if t is None else t.to(on_triton) for t in two] for two in zip(*both, strict=True)
         )
         found = submodule("hopper.folded_norm").fold_norms(
-            launches, "test", weights, list(zip(norms, norm_biases, strict=True)), biases
-        )
-        return [tensor.cpu() for tensor in found]
+            launches, "test", weights, list(zip(norms, norm_biases, strict=True)), biases, BLOCK,
+            group,
+        )  # fmt: skip
+        return [None if tensor is None else tensor.cpu() for tensor in found]
 
     return fold
 
@@ -46,7 +50,8 @@ def pieces(value):
 @pytest.mark.parametrize("count, width", SHAPES)
 def test_folded_weights(folded, count, width):
     first, second = make(count, width, 0), make(count, width, 1)
-    weights, further = folded(first, second)
+    weights, further, factors = folded(first, second)
+    assert factors is None
     for given, w, f in zip((first, second), weights, further, strict=True):
         weight, norm, norm_bias, bias = given
         wanted = (weight.float() * norm).bfloat16()
@@ -63,27 +68,78 @@ def test_folded_weights(folded, count, width):
         assert not f[:, 12:].any()
 
 
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_groups_of_both_halves(folded, dtype):
+    """A group's channels have the bits that they have among all; its halves come together."""
+    both = [make(128, 64, which, dtype) for which in range(2)]
+    whole = folded(*both)
+    for first, size in ((0, 16), (16, 32), (48, 16), (0, 64)):
+        part = folded(*both, group=(first, size))
+        for mine, of_all, step in zip(part, whole, (1, 1, BLOCK), strict=True):
+            if of_all is not None:
+                halves = of_all.unflatten(1, (2, 64 // step))
+                wanted = halves[:, :, first // step : (first + size) // step].flatten(1, 2)
+                assert torch.equal(mine, wanted)
+
+
 def test_without_norms_and_biases(folded):
     weight = make(48, 32, 0)[0]
-    weights, further = folded((weight, None, None, None), (weight, None, None, None))
+    weights, further, _ = folded((weight, None, None, None), (weight, None, None, None))
     assert torch.equal(weights[0], weight) and torch.equal(weights[1], weight)
     assert not further[:, :, 6:].any()
 
 
-@pytest.mark.parametrize("far", [0.0, 30.0, -1000.0])
-def test_the_sum_is_the_norm_and_the_projection(folded, far):
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_factors_of_float16(folded, size):
+    """Whatever the norm's weights are, W' has its 11 bits."""
+    given = [make(32, 64, which, HALF) for which in range(2)]
+    given = [(weight, norm * size, shift, bias) for weight, norm, shift, bias in given]
+    for (weight, norm, shift, bias), w, f, factor in zip(given, *folded(*given), strict=True):
+        exact = weight.double() * norm.double()
+        largest = exact.view(-1, BLOCK, 64).abs().amax((1, 2)) / factor.double()
+        assert ((largest > 2**14 - 1) & (largest < 2**15)).all()
+        assert torch.equal(torch.frexp(factor)[0], torch.full_like(factor, 0.5))  # powers of two
+        factor = factor.repeat_interleave(BLOCK).double()
+        assert relative_error(w * factor[:, None], exact) <= 2**-12
+        wanted = weight.double() @ shift.double() + bias
+        constant = f[:, [6, 9, 11]].double().sum(1) * factor
+        torch.testing.assert_close(constant, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # infinity less itself
+def test_zeros_and_infinity_in_float16(folded):
+    """Zeros have a factor, and infinity, which stays, takes nothing from the other channels."""
+    weight, norm, *others = make(2 * BLOCK, 64, 0, HALF)
+    weight[:BLOCK], weight[-1, 0] = 0.0, 0.0
+    infinite = weight.clone()
+    infinite[-1, 0] = math.inf
+    weights, _, factors = folded((weight, norm, *others), (infinite, norm, *others))
+    assert not weights[0, :BLOCK].any() and torch.equal(factors[0], factors[1])
+    assert weights[1, -1, 0] == math.inf
+    weights[:, -1, 0] = 0.0
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("dtype, far", [
+    (BF16, 0.0), (BF16, 30.0), (BF16, -1000.0), (HALF, 0.0), (HALF, 30.0), (HALF, -1000.0)
+])  # fmt: skip
+def test_the_sum_is_the_norm_and_the_projection(folded, dtype, far):
     """rstd (x W'^T + further channels), in the order that the kernels' `_pieces` has."""
-    weight, norm, norm_bias, bias = make(40, 128, 2)
-    weights, further = folded((weight, norm, norm_bias, bias), (weight, norm, norm_bias, bias))
-    x = (torch.randn(50, 128, generator=seeded(3)) * 1.5 + far).bfloat16().double()
+    weight, norm, norm_bias, bias = make(40, 128, 2, dtype)
+    weights, further, factors = folded(*[(weight, norm, norm_bias, bias)] * 2)
+    x = (torch.randn(50, 128, generator=seeded(3)) * 1.5 + far).to(dtype).double()
     mean = x.mean(1)
     rstd = (x.var(1, unbiased=False) + 1e-5).rsqrt()
     m, d = pieces(mean.float()), pieces((1 / rstd).float())
     rows = torch.stack([m[0], m[1], m[2], m[0], m[1], m[0], d[0], d[1], d[2], d[0], d[1], d[0]], 1)
     bracket = x @ weights[0].double().T + rows.double() @ further[0, :, :12].double().T
     got = bracket * rstd[:, None]
-    # The norm's own weight, which W' rounds to 8 bits.
+    scaled = weights[0].double()
+    if factors is not None:
+        factor = factors[0].repeat_interleave(BLOCK).double()
+        got, scaled = got * factor, scaled * factor[:, None]
+    # The norm's own weight, which W' rounds to 8 or 11 bits.
     centred = (x - mean[:, None]) * rstd[:, None]
-    wanted = centred @ weights[0].double().T + weight.double() @ norm_bias.double() + bias
+    wanted = centred @ scaled.T + weight.double() @ norm_bias.double() + bias
     limit = 2**-20 * (1 + (mean.abs() * rstd).max())
     assert (got - wanted).norm() / wanted.norm() <= limit

@@ -60,11 +60,11 @@ print(json.dumps({
     "narrow": taken(channels=128, hidden=128),
     "more hidden channels": taken(channels=128, hidden=256),
     "fewer hidden channels": taken(hidden=128),
+    "a step of each projection": taken(channels=128, hidden=32),
     "transition": taken(hidden=512, gated=False),
     "rows along one axis": taken(empty(40 * 48, 1, 256)),
     "one row": taken(empty(1, 48, 512)[..., :256]),
     "channels apart": taken(empty(40, 48, 512)[..., :256]),
-    "few hidden channels": taken(channels=128, hidden=48),
     "ragged hidden channels": taken(hidden=144),
     "axes exchanged": taken(empty(40, 48, 256).transpose(0, 1)),
     "rows apart": taken(empty(40, 60, 256)[:, :48]),
@@ -80,6 +80,7 @@ print(json.dumps({
 """
 WANTED = {
     "triangle": 30, "narrow": 30, "more hidden channels": 30, "fewer hidden channels": 30,
+    "a step of each projection": 30,
     "transition": 30, "rows along one axis": 30, "one row": 1, "channels apart": 30,
 }  # fmt: skip
 
@@ -168,6 +169,7 @@ PROBLEMS = {
     "many tiles": (150, 257, 256, 256, True),
     "many tiles, narrow": (300, 257, 128, 128, True),
     "fewer hidden channels": (30, 50, 256, 128, True),
+    "a step of each projection": (9, 40, 128, 32, True),
     "bfloat16 norm": (9, 40, 128, 256, True, BF16),
     "no norm weight": (9, 40, 256, 256, True, None),
     "transition": (20_000, 1, 256, 512, False),

@@ -18,7 +18,9 @@ from kernels._rust import Backend, Digest, DigestAlgorithm, Metadata
 
 PACKAGE = "esmfold2_trimul_kernel"
 SOURCES = Path("torch-ext", PACKAGE)
-FOLDERS = {"aten_path", "configs", "hopper", "models", "triton_parts", "triton_path", PACKAGE}
+FOLDERS = {
+    "aten_path", "carriers", "configs", "hopper", "models", "triton_parts", "triton_path", PACKAGE,
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from esmfold2_trimul_tools import doctor
+from esmfold2_trimul_tools.links import Links
 from fresh_process import ROOT
 from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2TriangleMultiplicativeUpdate
 
@@ -39,6 +40,11 @@ def machine(monkeypatch):
             "triton_distribution": "triton",
             "gpu": None,
             "gpu_description": "a GPU",
+            "device_count": 1 if changes.get("gpu") else 0,
+            "gloo_available": True,
+            "nccl_version": "2.28.9",
+            "peer_access": [[True] * 3] * 3,
+            "links": (64 << 20, Links(2.5e11, "", "")),
             "nvidia_driver_present": False,
             "swap_problem": "",
             "esmfold2_problem": "",
@@ -189,6 +195,59 @@ def test_each_fault_is_found_with_its_mend(machine, changes, name, status, value
     assert doctor.can_fold(findings.values()) == (status != "problem")
 
 
+def test_one_device_is_said_to_be_one(machine):
+    assert machine()["Many GPUs"].value == "the CPU; gloo is there for ranks on CPUs"
+    finding = machine(gpu="cuda", gloo_available=False)["Many GPUs"]
+    assert finding.value == "1 cuda device; gloo is not there for ranks on CPUs"
+    assert machine(gpu="xpu", device_count=2)["Many GPUs"].value.startswith("2 xpu devices; ")
+
+
+MANY = {"gpu": "cuda", "device_count": 3}
+WHAT = "64 MiB from each of 3 GPUs to each other"
+
+
+def test_many_gpus_have_links(machine):
+    findings = machine(**MANY)
+    assert "Many GPUs" not in findings
+    assert {
+        name: (finding.status, finding.value, finding.mend)
+        for name, finding in findings.items()
+        if name in ("Peer access", "NCCL", "All-to-all", "Symmetric memory")
+    } == {
+        "Peer access": ("ok", "of 3 GPUs, row by column:\n- y y\ny - y\ny y -", ""),
+        "NCCL": ("ok", "2.28.9", ""),
+        "All-to-all": ("ok", f"250 GB/s in each direction of a GPU, {WHAT}", ""),
+        "Symmetric memory": ("ok", "every GPU writes into the next one's", ""),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status", "value", "mend"),
+    [
+        (
+            {"peer_access": [[True, True, False], [True] * 3, [False, True, True]]},
+            "Peer access", "warning", ":\n- y n\ny - y\nn y -", "nvidia-smi topo",
+        ),
+        ({"nccl_version": None}, "NCCL", "warning", "not in this torch", "a torch that has"),
+        (
+            {"links": (64 << 20, Links(None, "not done after 120 s", ""))},
+            "All-to-all", "warning", f"{WHAT}: not done after 120 s", "NCCL_DEBUG=INFO",
+        ),
+        (
+            {"links": (64 << 20, Links(1e9, "", "no such allocator"))},
+            "Symmetric memory", "note", "not to be had: no such allocator", "",
+        ),
+    ],
+)  # fmt: skip
+def test_faults_of_links(machine, changes, name, status, value, mend):
+    findings = machine(**MANY, **changes)
+    finding = findings[name]
+    assert finding.status == status and value in finding.value
+    assert mend in finding.mend and bool(mend) == bool(finding.mend)
+    others = [other.status for other in without_recipes(findings) if other is not finding]
+    assert {*others} == {"ok"} and doctor.can_fold(findings.values())
+
+
 def test_libraries_that_write_the_files_are_looked_for(machine, monkeypatch):
     assert "Files of a fold" not in machine()
     for absent, status in ((["gemmi", "dash_molstar"], "problem"), (["matplotlib"], "warning")):
@@ -301,6 +360,7 @@ def test_the_probes_answer_for_this_machine(monkeypatch, tmp_path):
     assert (found.path, found.peak) == ("aten", 2.0)
     assert isinstance(doctor._build_problems(root), list)
     assert doctor._cuda_header() in (None, "cuda.h, from Triton's wheel")
+    assert doctor._device_count(None) == 0 and doctor._gloo_available()
     monkeypatch.delattr(EsmFold2TriangleMultiplicativeUpdate, "kernel_layer_name")
     assert "no layer can be swapped" in doctor._swap_problem()
 

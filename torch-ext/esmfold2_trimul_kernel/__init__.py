@@ -7,7 +7,7 @@ Face Hub layer for ESMFold2 in transformers. `warmup` compiles the kernels befor
 `lengths_from_mask` turns the mask of a padded batch into its lengths. `explain` tells a call's
 path, settings and memory without running it. `sharded_triangle_multiplicative_update` and
 `sharded_triangle_multiplicative_update_with_residual` are for a pair tensor over many GPUs, and
-`sharded_pairs` for a whole model on them.
+`sharded_pairs` for a whole model on them; `free_exchange_memory` frees what these keep on a GPU.
 
 `patch` puts the kernels into a model of OpenFold, OpenFold 3, Protenix, Boltz, ESMFold or ESMFold2,
 transformers' or biohub's, and `unpatch` takes them out of one or of any copy of it. The functions
@@ -18,6 +18,7 @@ transformers' or biohub's, and `unpatch` takes them out of one or of any copy of
 from . import layers
 from ._explain import explain
 from ._warmup import warmup
+from .carriers.memory import free_exchange_memory
 from .layers import ESMFold2TriangleMultiplication
 from .models.adapters import (
     from_boltz,
@@ -50,6 +51,7 @@ __version__ = "1.0.0"
 __all__ = [
     "ESMFold2TriangleMultiplication",
     "explain",
+    "free_exchange_memory",
     "from_boltz",
     "from_chai",
     "from_esm",

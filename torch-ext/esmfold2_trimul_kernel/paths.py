@@ -12,9 +12,11 @@ A path is a module with five functions, which take a `Call` whose x is not empty
     saved_shapes(call)                                      the shapes of the last three
     plan(call)                                              the launches and buffers
 
-and a sixth for `sharded`, whose call has some rows of x:
+and two for `sharded`, whose call has some rows of x, contexts with the three stages, and with their
+backward too:
 
-    stages(call, first_row)                                 a context with the three stages
+    stages(call, first_row)
+    gradient_stages(call, first_row, needs, grads)
 
 `planes` are a and b, which recompute="none" keeps on the Triton path. Of what a path doesn't keep,
 `forward_saving` and `backward` have None, and `saved_shapes` has (0,).

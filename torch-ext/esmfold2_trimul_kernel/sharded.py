@@ -10,30 +10,30 @@ channels multiplies them alone, so rows are exchanged for channels around stage 
     stage 3    the output of my rows
 
 Each sum is made in one place, in one process's order and of the same rounded values. A rank sends
-3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction. Planes have the axes
-of x, so a message is the rows of one channel for one rank: contiguous at both ends, without a
-packed copy. Columns are rows of the transposed x, for which t is the other direction's product of
-b and a.
+3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction, by one of the
+`carriers`. Planes have the axes of x, so what travels are the rows of one channel for one rank:
+contiguous at both ends, without a packed copy. Columns are rows of the transposed x, for which t is
+the other direction's product of b and a.
 
 Memory beyond the arguments, in a rank's share of one pair tensor where C = D, if a rank has eight
 channels or more (with fewer there are fewer groups):
 
-    default   a and b, 2; the planes [G, L, pitch] of a group, 3/8; the output
+    default   a and b, 2; the planes [G, L, pitch] of two groups, 3/4; the output
     lean      t, 1; a and b of a group, 1/4; the planes [G, L, pitch], 3/8; the output
 
-Sequences share all but the output. The planes of a group lie in the output's memory where they fit,
-unless that is the residual. In lean mode stage 1 runs once for each group and reads x each time.
+In the default mode one group travels while another is multiplied. Sequences share all but the
+output. Messages fill planes that lie in the output's memory where they fit, unless that is the
+residual, for which one group at a time has 3/8. Copies fill planes in memory that all ranks map.
+In lean mode stage 1 runs once for each group and reads x each time. `sharded_schedule` tells what
+a backward does.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
 import contextlib
 import enum
-import itertools
-import math
-import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,11 +41,11 @@ from torch import Tensor
 
 from ._call import Call, Weights
 from ._plan import Plan
-from .paths import execution_path, is_transformed, path_of, say_once
+from .agreement import refuse
+from .paths import is_transformed
+from .sharded_operators import run
+from .sharded_schedule import Division, plan
 from .validation import (
-    COMPUTE_DTYPES,
-    DIRECTIONS,
-    MEMORY_MODES,
     broadcast_leading,
     broadcast_lengths,
     broadcast_mask,
@@ -55,31 +55,13 @@ from .validation import (
     check_inplace,
     check_memory,
     check_pair_local,
+    check_parameter_grads,
     check_recompute,
     check_residual,
     check_weights,
     resolve_precision,
     view_drop_mask,
 )
-
-_GROUPS = 8  # of a rank's channels: the fewest, if it has as many channels
-# NCCL has hung with more than 256 messages at once (pytorch/pytorch#174288).
-_MOST_MESSAGES = 256
-# What the ranks must agree on, lest they wait for each other or compute nonsense; and the words of
-# what is no number.
-_FACTS = (
-    "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory", "inplace", "path",
-    "lengths", "eps", "eps_out",
-)  # fmt: skip
-_WORDS = {
-    "dtype": COMPUTE_DTYPES,
-    "direction": DIRECTIONS,
-    "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16"),
-    "memory": MEMORY_MODES,
-    "inplace": (False, True),
-    "path": ("aten", "triton"),
-    "lengths": (False, True),
-}
 
 
 def sharded_triangle_multiplicative_update_with_residual(
@@ -104,6 +86,8 @@ def sharded_triangle_multiplicative_update_with_residual(
     eps_out: float | None = None,
     precision: str | int | enum.Enum | None = None,
     memory: str = "auto",
+    recompute: str = "none",
+    parameter_grads: str = "sum",
     inplace: bool = False,
     lengths: Tensor | None = None,
 ) -> Tensor:
@@ -111,7 +95,8 @@ def sharded_triangle_multiplicative_update_with_residual(
 
     AlphaFold 2, Supplementary Methods 1.6.5, Algorithm 11 (outgoing) and Algorithm 12 (incoming).
     Every rank of the group calls it with its part of one pair tensor [B, L, L, C], and with the
-    same parameters, drop mask and lengths, whose values are not compared. Inference only.
+    same parameters, drop mask and lengths, whose values are not compared. Where a gradient is
+    needed, every rank's backward must run, in the order in which autograd runs it elsewhere.
 
     Args:
         pair_local: [B, R, L, C], or [B, L, R, C] with dim=2: this rank's residues along `dim`,
@@ -120,13 +105,20 @@ def sharded_triangle_multiplicative_update_with_residual(
         residual_local: like pair_local, or None.
         drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
         group: a process group, or a DeviceMesh of one dimension: the ranks, in their order; None is
-            all ranks. Messages go by its own backend.
+            all ranks. Messages go by its own backend. With ESMFOLD2_TRIMUL_EXCHANGE=copies in the
+            environment of all ranks, GPUs of one host copy into each other's memory instead, which
+            is kept until `free_exchange_memory`.
         length: L.
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
             absent or 1.
         memory: as there: "default", or "lean", which takes less and longer. "auto" is "default", or
             "lean" on all ranks if an allocation of the default mode fails on any.
+        recompute: what a backward makes again, as there: "none" keeps a and b of this rank's
+            channels and the product of its rows, three tensors of the size of pair_local, and
+            "product" the product. Both run the mode that `memory` says.
+        parameter_grads: "sum" gives the parameters' gradients of the whole pair tensor, on every
+            rank. "local" gives this rank's share, for DDP or FSDP to reduce.
         inplace: write the result over residual_local, as there.
 
     The other arguments are those of `triangle_multiplicative_update_with_residual`.
@@ -138,7 +130,7 @@ def sharded_triangle_multiplicative_update_with_residual(
         ValueError: an argument that doesn't fit. If the ranks disagree on a shape, dtype or option,
             all of them raise the same error; if one refuses its arguments, the others name it.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
-        NotImplementedError: L above 46,336, or a gradient that is needed.
+        NotImplementedError: L above 46,336; torch.func and forward-mode AD; a second derivative.
         torch.OutOfMemoryError: too little memory on one rank, which all others name.
     """
     weights = Weights(
@@ -146,8 +138,9 @@ def sharded_triangle_multiplicative_update_with_residual(
         norm_out_weight, norm_out_bias, p_out_weight, None, g_out_weight, None,
     )  # fmt: skip
     return _run(
-        group, dim, length, "B", pair_local, direction, residual_local, drop_mask, weights, mask,
-        eps, eps if eps_out is None else eps_out, precision, memory, inplace, lengths,
+        Division(group, dim, length, parameter_grads), "B", pair_local, direction, residual_local,
+        drop_mask, weights, mask, eps, eps if eps_out is None else eps_out, precision, memory,
+        recompute, inplace, lengths,
     )  # fmt: skip
 
 
@@ -174,6 +167,8 @@ def sharded_triangle_multiplicative_update(
     eps: float = 1e-5,
     precision: str | int | enum.Enum | None = None,
     memory: str = "auto",
+    recompute: str = "none",
+    parameter_grads: str = "sum",
     lengths: Tensor | None = None,
 ) -> Tensor:
     """`triangle_multiplicative_update` of a pair tensor over the ranks of a group.
@@ -184,7 +179,7 @@ def sharded_triangle_multiplicative_update(
     Args:
         pair_local: [..., R, L, C], or [..., L, R, C] with dim=2, with any number of leading axes,
             which broadcast with those of mask.
-        direction, group, length, dim, memory: as for
+        direction, group, length, dim, memory, recompute, parameter_grads: as for
             `sharded_triangle_multiplicative_update_with_residual`. No projection may be None.
         mask: [..., R, L], or [..., L, R] with dim=2.
 
@@ -198,47 +193,48 @@ def sharded_triangle_multiplicative_update(
         norm_out_weight, norm_out_bias, p_out_weight, p_out_bias, g_out_weight, g_out_bias,
     )  # fmt: skip
     return _run(
-        group, dim, length, "...", pair_local, direction, None, None, weights, mask, eps, eps,
-        precision, memory, False, lengths,
+        Division(group, dim, length, parameter_grads), "...", pair_local, direction, None, None,
+        weights, mask, eps, eps, precision, memory, recompute, False, lengths,
     )  # fmt: skip
 
 
-class _Division(NamedTuple):
-    """How the pair tensors of a model are divided."""
-
-    group: dist.ProcessGroup | None
-    dim: int
-    length: int
+_division: Division | None = None  # inside `sharded_pairs`
 
 
-_division: _Division | None = None  # inside `sharded_pairs`
-
-
-def division() -> _Division | None:
+def division() -> Division | None:
     """How the pair tensors are divided that the public functions get; None if they are whole."""
     return _division
 
 
 @contextlib.contextmanager
 def sharded_pairs(
-    group: dist.ProcessGroup | None, *, length: int, dim: int = 1
+    group: dist.ProcessGroup | None,
+    *,
+    length: int,
+    dim: int = 1,
+    parameter_grads: str = "local",
 ) -> Iterator[None]:
     """A context in which pair tensors are this rank's part of larger ones, for a whole model.
 
     Calls of the two public functions, and so those of the layer and of modules that `patch` has
     swapped, take and return the part of [..., L, L, C] that a rank of `group` has: [..., R, L, C],
     or with dim=2 [..., L, R, C]. Everything else is the model's business: what is not local to rows
-    must exchange on its own. Inference only, for the whole process.
+    must exchange on its own. It holds for the whole process, and must also surround a backward that
+    runs the forward again (checkpointing).
 
         with kernel.sharded_pairs(group, length=L):
             rows = stack(rows, pair_attention_mask=mask_rows)
 
     Args:
         group, length, dim: as for `sharded_triangle_multiplicative_update_with_residual`.
+        parameter_grads: as there, but "local" by default, like the gradients of the model's other
+            modules on a rank's rows.
     """
     global _division
     check_division(dim, length)
-    previous, _division = _division, _Division(checked_group("group", group), dim, length)
+    check_parameter_grads(parameter_grads)
+    made = Division(checked_group("group", group), dim, length, parameter_grads)
+    previous, _division = _division, made
     try:
         yield
     finally:
@@ -255,9 +251,7 @@ _TWINS = {
 SHARDED = tuple(_TWINS.values())
 
 
-def run_divided(
-    name: str, arguments: dict[str, Any], group: dist.ProcessGroup | None, dim: int, length: int
-) -> Tensor:
+def run_divided(name: str, arguments: dict[str, Any], division: Division) -> Tensor:
     """The value of the public function whose pair tensor is called `name`, for a rank's part.
 
     Args:
@@ -265,11 +259,7 @@ def run_divided(
     """
     names = {name: "pair_local", "residual": "residual_local"}
     given = {names.get(key, key): value for key, value in arguments.items()}
-    try:
-        check_recompute(given.pop("recompute"))
-    except ValueError as error:
-        refuse(group, error)
-    return _TWINS[name](group=group, dim=dim, length=length, **given)
+    return _TWINS[name](**division._asdict(), **given)
 
 
 def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
@@ -279,9 +269,10 @@ def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
         TypeError: neither, nor None.
         ValueError: a mesh of more dimensions, or one in whose order the ranks of its group are not.
     """
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
     if not hasattr(group, "get_group"):
-        others = group is None or group == dist.GroupMember.NON_GROUP_MEMBER
-        if not others and not isinstance(group, dist.ProcessGroup):
+        if group != dist.GroupMember.NON_GROUP_MEMBER:
             raise TypeError(
                 f"{name} must be a process group, a DeviceMesh of one dimension, or None; "
                 f"got {group!r}"
@@ -291,6 +282,18 @@ def checked_group(name: str, group: Any) -> dist.ProcessGroup | None:
         raise ValueError(f"{name} must be a DeviceMesh of one dimension; got {group.ndim}")
     check_order(name, group, 0)
     return group.get_group()
+
+
+def _check_backend(group: dist.ProcessGroup | None, device: str) -> None:
+    """gloo would end the process at the first message of a GPU's memory."""
+    if device == "cpu" or torch.compiler.is_compiling():  # tracers can't ask for it
+        return
+    backends = dist.get_backend_config(group)
+    if f"{device}:gloo" in backends.split(","):
+        raise ValueError(
+            f"group must have a backend that sends tensors of {device}, such as that of "
+            f'init_process_group("cpu:gloo,cuda:nccl"); got {backends}'
+        )
 
 
 def check_order(name: str, mesh: Any, dim: int) -> None:
@@ -303,240 +306,84 @@ def check_order(name: str, mesh: Any, dim: int) -> None:
         )
 
 
-class Layout(NamedTuple):
-    """Which rows and which channels the ranks have."""
+def _run(division: Division, leading: str, *arguments: Any) -> Tensor:
+    """The output of a rank's part [B, R, L, C], or with `leading` "..." [..., R, L, C].
 
-    ranks: int
-    length: int  # L
-    hidden: int  # D
-
-    def rows(self, rank: int) -> slice:
-        """The rows of a rank, as torch.chunk divides them."""
-        size = -(-self.length // self.ranks)
-        return slice(min(rank * size, self.length), min((rank + 1) * size, self.length))
-
-    def group(self, index: int) -> slice:
-        """The channels that are exchanged at once, all ranks' together."""
-        width = self.ranks * self.size
-        return slice(index * width, min((index + 1) * width, self.hidden))
-
-    def channels(self, rank: int, group: int) -> slice:
-        """Those of a group that a rank multiplies, counted from the group's first; maybe none."""
-        channels = self.group(group)
-        count = channels.stop - channels.start
-        return slice(rank * count // self.ranks, (rank + 1) * count // self.ranks)
-
-    @property
-    def size(self) -> int:
-        """The most channels of a rank in a group."""
-        most = -(-self.hidden // self.ranks)
-        # a and b of them are sent to, and received from, at least one rank at once.
-        return min(-(-most // _GROUPS), _MOST_MESSAGES // 4)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.hidden // (self.ranks * self.size))
-
-    def channel_count(self, rank: int) -> int:
-        """All channels that a rank multiplies."""
-        of_groups = [self.channels(rank, group) for group in range(self.groups)]
-        return sum([channels.stop - channels.start for channels in of_groups])
-
-    def sent(self, rank: int) -> tuple[int, int]:
-        """What a rank sends for a sequence: messages, and the rows of planes in them."""
-        own_rows, own_channels = self.rows(rank), self.channel_count(rank)
-        messages = rows = 0
-        for peer in range(self.ranks):
-            if peer != rank:
-                of_peer = self.rows(peer)
-                for planes, part in (
-                    (2 * self.channel_count(peer), own_rows), (own_channels, of_peer)
-                ):  # fmt: skip
-                    messages += planes * (part.stop > part.start)
-                    rows += planes * (part.stop - part.start)
-        return messages, rows
+    `arguments` are those of `_checked`.
+    """
+    group = checked_group("group", division.group)
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must have the rank that calls; got a group without it")
+    division = division._replace(group=group)
+    try:
+        call, shape = _checked(division, leading, *arguments)
+    except Exception as error:
+        refuse(group, error)
+    out = run(division, call)
+    return out if out.shape == shape else out.view(shape)
 
 
-@torch._disable_dynamo  # messages are not traced: a compiled caller's graph breaks here
-def _run(
-    group: dist.ProcessGroup | None, dim: int, length: int, leading: str, *arguments: Any
-) -> Tensor:
-    """The output of a rank's part [B, R, L, C], or with `leading` "..." [..., R, L, C]."""
-    return _Sharded(group, dim, length, leading).run(*arguments)
-
-
-class _Sharded:
-    """A call on this rank's part of a pair tensor, which lies over the ranks of `group`."""
-
-    def __init__(
-        self, group: dist.ProcessGroup | None, dim: int, length: int, leading: str
-    ) -> None:
-        group = checked_group("group", group)
-        self._group, self._dim, self._length, self._leading = group, dim, length, leading
-        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-        if self._rank < 0:
-            raise ValueError("group must have the rank that calls; got a group without it")
-
-    def run(self, pair: Tensor, *arguments) -> Tensor:
-        """The output like `pair`; `arguments` are those of `_checked`.
-
-        Planes and output are allocated, and stage 1 of the first sequence is done, before the ranks
-        compare what they are about to do: whatever fails on a rank until then is known to all, and
-        none waits for its messages.
-        """
-        failure, facts, modes = None, {}, ("default",)
-        with contextlib.ExitStack() as stack:
-            try:
-                call, shape = self._checked(pair, *arguments)
-                facts, over = self._facts(call), call.residual if call.inplace else None
-                call = self._by_rows(call)
-                layout = Layout(self._ranks, self._length, call.hidden)
-                first_row = layout.rows(self._rank).start
-                stages = stack.enter_context(path_of(call).stages(call, first_row))
-                modes = ("default", "lean") if call.memory == "auto" else (call.memory,)
-            except Exception as error:
-                failure = error
-            try:
-                for mode in modes:
-                    try:
-                        if failure is None:
-                            buffers = _allocate(call, stages, layout, mode == "lean")
-                            if buffers.out.numel():
-                                _project(stages, layout, buffers, 0, 0)
-                    except Exception as error:
-                        failure = error
-                    if _compare(self._group, facts, failure, last=mode == modes[-1]):
-                        break
-                    failure = buffers = None
-                    say_once("runs in lean mode: an allocation of the default mode failed")
-            finally:
-                failure = None  # its traceback holds this frame, and so the buffers
-            exchange = _Exchange(self._group, self._rank, layout)
-            if self._length:
-                _run_stages(stages, exchange, buffers, self._dim == 2)
-        out = buffers.out
-        del buffers  # before the copy
-        if self._dim == 2:
-            out = out.transpose(1, 2)
-            out = out.contiguous() if over is None else over.copy_(out)
-        return out if out.shape == shape else out.view(shape)
-
-    def plan(self, call: Call) -> Plan:
-        """The buffers of a call on rows, and what the rank sends."""
-        layout, rank = Layout(self._ranks, self._length, call.hidden), self._rank
-        rows = layout.rows(rank)
-        with path_of(call).stages(call, rows.start) as stages:
-            pitch, lean = stages.pitch, call.memory == "lean"
-            x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
-            made = _allocate(call._replace(x=x, residual=x), stages, layout, lean)
-        named = {"a and b": made.planes, "product": made.product, "output": made.out}
-        named["planes of a group, of all rows"] = made.slots
-        known, buffers = {x.untyped_storage()._cdata}, {}
-        for name, tensor in named.items():
-            memory = tensor.untyped_storage()
-            if memory._cdata not in known:
-                known.add(memory._cdata)
-                buffers[name] = memory.nbytes()
-        if stages.moments:
-            buffers["moments"] = 8 * (rows.stop - rows.start) * pitch
-        messages, sent = layout.sent(rank)
-        notes = [
-            f"rank {rank} of {self._ranks} has residues {rows.start} to {rows.stop} of "
-            f"{self._length} along axis {self._dim}, and multiplies {layout.channel_count(rank)} "
-            f"of {call.hidden} channels, in {layout.groups} groups",
-            f"for each sequence it sends {messages:,} messages, "
-            f"{sent * pitch * x.element_size() / 2**20:,.1f} MiB",
-        ]
-        if call.memory == "auto":
-            notes.append("all ranks go lean where an allocation of this mode fails on one")
-        mode = "lean" if lean else "default"
-        return Plan(mode, None, [], buffers, sum(buffers.values()), 0, notes)
-
-    def _checked(
-        self,
-        pair: Tensor,
-        direction: str,
-        residual: Tensor | None,
-        drop_mask: Tensor | None,
-        weights: Weights,
-        mask: Tensor | None,
-        eps: float,
-        eps_out: float,
-        precision: str | int | enum.Enum | None,
-        memory: str,
-        inplace: bool,
-        lengths: Tensor | None,
-    ) -> tuple[Call, torch.Size]:
-        """The arguments as a call, whose x is the rank's part, and the shape of its result."""
-        name = "pair_local"
-        check_direction(direction)
-        check_division(self._dim, self._length)
-        rows = Layout(self._ranks, self._length, 1).rows(self._rank)
-        check_pair_local(name, pair, self._leading, self._dim, self._length, rows)
-        check_weights(name, pair, weights)
-        check_residual(residual, name, pair)
-        check_eps("eps", eps)
-        check_eps("eps_out", eps_out)
-        check_memory(memory)
-        if self._leading == "B":
-            mask = broadcast_mask(mask, name, pair)
-        else:
-            pair, mask = broadcast_leading(mask, name, pair)
-        batch = pair.shape[:-3].numel()
-        call = Call(
-            x=pair.reshape(batch, *pair.shape[-3:]),
-            direction=direction,
-            mask=None if mask is None else mask.reshape(batch, *mask.shape[-2:]),
-            residual=residual,
-            drop_mask=view_drop_mask(drop_mask, pair),
-            weights=weights,
-            eps_in=eps,
-            eps_out=eps_out,
-            precision=resolve_precision(precision, name, pair),
-            memory=memory,
-            recompute="all",
-            inplace=inplace,
-            lengths=broadcast_lengths(lengths, name, pair),
+def _checked(
+    division: Division,
+    leading: str,
+    pair: Tensor,
+    direction: str,
+    residual: Tensor | None,
+    drop_mask: Tensor | None,
+    weights: Weights,
+    mask: Tensor | None,
+    eps: float,
+    eps_out: float,
+    precision: str | int | enum.Enum | None,
+    memory: str,
+    recompute: str,
+    inplace: bool,
+    lengths: Tensor | None,
+) -> tuple[Call, torch.Size]:
+    """The arguments as a call, whose x is the rank's part, and the shape of its result."""
+    name = "pair_local"
+    check_direction(direction)
+    check_division(division.dim, division.length)
+    rows = division.rows()
+    check_pair_local(name, pair, leading, division.dim, division.length, rows)
+    _check_backend(division.group, pair.device.type)
+    check_weights(name, pair, weights)
+    check_residual(residual, name, pair)
+    check_eps("eps", eps)
+    check_eps("eps_out", eps_out)
+    check_memory(memory)
+    check_recompute(recompute)
+    check_parameter_grads(division.parameter_grads)
+    if leading == "B":
+        mask = broadcast_mask(mask, name, pair)
+    else:
+        pair, mask = broadcast_leading(mask, name, pair)
+    batch = pair.shape[:-3].numel()
+    call = Call(
+        x=pair.reshape(batch, *pair.shape[-3:]),
+        direction=direction,
+        mask=None if mask is None else mask.reshape(batch, *mask.shape[-2:]),
+        residual=residual,
+        drop_mask=view_drop_mask(drop_mask, pair),
+        weights=weights,
+        eps_in=eps,
+        eps_out=eps_out,
+        precision=resolve_precision(precision, name, pair),
+        memory=memory,
+        recompute=recompute,
+        inplace=inplace,
+        lengths=broadcast_lengths(lengths, name, pair),
+    )
+    if inplace is not False:
+        others = {"mask": mask, "drop_mask": drop_mask, "lengths": lengths}
+        check_inplace(inplace, name, pair, residual, {**others, **weights._asdict()})
+    if call.needs_grad and inplace:
+        raise ValueError("inplace must be False where a gradient is needed; got True")
+    if is_transformed():
+        raise NotImplementedError(
+            "a sharded call has no forward-mode AD and no transforms of torch.func; got one"
         )
-        if inplace is not False:
-            others = {"mask": mask, "drop_mask": drop_mask, "lengths": lengths}
-            check_inplace(inplace, name, pair, residual, {**others, **weights._asdict()})
-        if call.needs_grad:
-            raise NotImplementedError(
-                "a sharded call has no backward: call it under torch.no_grad() or "
-                "torch.inference_mode(); got an argument that requires a gradient"
-            )
-        if is_transformed():
-            raise NotImplementedError(
-                "a sharded call has no forward-mode AD and no transforms of torch.func; got one"
-            )
-        return call, pair.shape
-
-    def _facts(self, call: Call) -> dict[str, int]:
-        """What the ranks must agree on, as numbers."""
-        path = execution_path(call.x.device, call.x.dtype).name
-        facts = {
-            "B": call.x.shape[0], "L": self._length, "C": call.x.shape[3], "D": call.hidden,
-            "dim": self._dim, "dtype": call.x.dtype, "direction": call.direction,
-            "precision": call.precision, "memory": call.memory, "inplace": call.inplace,
-            "path": path, "lengths": call.lengths is not None,
-            "eps": call.eps_in, "eps_out": call.eps_out,
-        }  # fmt: skip
-        return {name: _as_integer(name, value) for name, value in facts.items()}
-
-    def _by_rows(self, call: Call) -> Call:
-        """The call with rows of x: if the pair tensor is divided by columns, its transpose's."""
-        if self._dim == 1:
-            return call
-        return call._replace(
-            x=call.x.transpose(1, 2),
-            direction=DIRECTIONS[1 - DIRECTIONS.index(call.direction)],
-            mask=None if call.mask is None else call.mask.transpose(1, 2),
-            residual=None if call.residual is None else call.residual.transpose(1, 2),
-            drop_mask=None if call.drop_mask is None else call.drop_mask[:, :, None],
-            inplace=False,  # the result is transposed first
-        )
-
+    return call, pair.shape
 
 def plan_of(arguments: dict[str, Any]) -> tuple[Call, Plan]:
     """A rank's part of a sharded function's call, and its buffers and messages; nothing runs.
@@ -547,194 +394,13 @@ def plan_of(arguments: dict[str, Any]) -> tuple[Call, Plan]:
     given = {**arguments}
     weights = Weights(**{name: given.pop(name, None) for name in Weights._fields})
     leading = "B" if "residual_local" in given else "..."
-    of_rank = _Sharded(given["group"], given["dim"], given["length"], leading)
+    division = Division(*[given[name] for name in Division._fields])
+    division = division._replace(group=checked_group("group", division.group))
     eps_out = given.get("eps_out")
-    call, _ = of_rank._checked(
-        given["pair_local"], given["direction"], given.get("residual_local"),
+    call, _ = _checked(
+        division, leading, given["pair_local"], given["direction"], given.get("residual_local"),
         given.get("drop_mask"), weights, given["mask"], given["eps"],
         given["eps"] if eps_out is None else eps_out, given["precision"], given["memory"],
-        given.get("inplace", False), given["lengths"],
+        given["recompute"], given.get("inplace", False), given["lengths"],
     )  # fmt: skip
-    return call, of_rank.plan(of_rank._by_rows(call))
-
-
-class _Buffers(NamedTuple):
-    """All large memory of a call."""
-
-    planes: Tensor  # of a and b of my rows: [2, D, R, pitch], or in lean mode of one group
-    product: Tensor  # [D, R, pitch] of my rows
-    slots: Tensor  # [2 or 3, G, L, pitch], the planes that stage 2 works on
-    out: Tensor  # [B, R, L, C]
-
-    @property
-    def lean(self) -> bool:
-        return self.planes.shape[1] < len(self.product)
-
-
-def _allocate(call: Call, stages: Any, layout: Layout, lean: bool) -> _Buffers:
-    """The buffers of a call. By default t is received over a, whose planes have been sent.
-
-    Where they fit, the slots lie in the last sequence of the output, which is written last.
-    """
-    x = call.x
-    group = layout.group(0)
-    channels = group.stop - group.start if lean else call.hidden
-    planes = x.new_empty(2, channels, x.shape[1], stages.pitch)
-    product = planes[0]
-    if channels < call.hidden:
-        product = x.new_empty(call.hidden, x.shape[1], stages.pitch)
-    out = call.residual if call.inplace else x.new_empty(x.shape)
-    shape = (stages.slots, layout.size, layout.length, stages.pitch)
-    memory, count = out[-1:].view(-1), math.prod(shape)
-    if call.inplace or memory.numel() < count or memory.data_ptr() % 16:
-        memory = x.new_empty(count)
-    return _Buffers(planes, product, memory[:count].view(shape), out)
-
-
-def _project(stages: Any, layout: Layout, buffers: _Buffers, index: int, group: int) -> None:
-    """Stage 1 of all channels before the first group of a sequence, or in lean mode of each."""
-    if buffers.lean:
-        channels = layout.group(group)
-        planes = buffers.planes[:, : channels.stop - channels.start]
-        stages.project(index, planes, channels)
-    elif group == 0:
-        stages.project(index, buffers.planes)
-
-
-def _run_stages(
-    stages: Any, exchange: _Exchange, buffers: _Buffers, by_columns: bool
-) -> None:
-    """All stages but the first `_project`."""
-    layout, (planes, product, slots, out) = exchange.layout, buffers
-    for index, group in itertools.product(range(len(out)), range(layout.groups)):
-        if (index or group) and out.numel():
-            _project(stages, layout, buffers, index, group)
-        channels, mine = layout.group(group), layout.channels(exchange.rank, group)
-        a, b = planes[:, : channels.stop - channels.start] if buffers.lean else planes[:, channels]
-        own = slots[:, : mine.stop - mine.start]
-        # By columns, t is that of the transposed x: the other direction's product of b and a.
-        left, right = (b, a) if by_columns else (a, b)
-        exchange.to_channels(group, [(left, own[0]), (right, own[1])])
-        made = stages.multiply(index, *own) if own.numel() else own[0]
-        exchange.to_rows(group, [(product[channels], made)])
-        if group == layout.groups - 1 and out.numel():
-            stages.emit(index, product, out[index])
-
-
-class _Exchange(NamedTuple):
-    """Messages among the ranks of `group`, of which this one is `rank`.
-
-    Each pair of planes is of one group: all its channels for my rows [.., R, pitch], and my own for
-    all rows [.., L, pitch].
-    """
-
-    group: dist.ProcessGroup | None
-    rank: int
-    layout: Layout
-
-    def to_channels(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the planes of my channels."""
-        self._exchange(group, pairs, to_channels=True)
-
-    def to_rows(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the planes of my rows."""
-        self._exchange(group, pairs, to_channels=False)
-
-    def _exchange(
-        self, group: int, pairs: list[tuple[Tensor, Tensor]], to_channels: bool
-    ) -> None:
-        layout = self.layout
-
-        def messages(peer: int, by_rows: bool) -> list[Tensor]:
-            """What my rows have of the peer's channels, or my channels of its rows."""
-            return [
-                message
-                for of_rows, of_channels in pairs
-                for message in (
-                    of_rows[layout.channels(peer, group)]
-                    if by_rows
-                    else of_channels[:, layout.rows(peer)]
-                )
-                if message.numel()
-            ]
-
-        own = messages(self.rank, to_channels), messages(self.rank, not to_channels)
-        for sent, received in zip(*own, strict=True):
-            received.copy_(sent)
-        # Each distance between ranks is in one batch on all of them, so that no two batches wait
-        # for each other.
-        at_once = max(1, _MOST_MESSAGES // (2 * len(pairs) * layout.size))
-        for first in range(1, layout.ranks, at_once):
-            operations = []
-            for distance in range(first, min(first + at_once, layout.ranks)):
-                for operation, step, by_rows in (
-                    (dist.isend, distance, to_channels), (dist.irecv, -distance, not to_channels)
-                ):  # fmt: skip
-                    peer = (self.rank + step) % layout.ranks
-                    to = peer if self.group is None else dist.get_global_rank(self.group, peer)
-                    operations += [
-                        dist.P2POp(operation, message, to, self.group)
-                        for message in messages(peer, by_rows)
-                    ]
-            for work in dist.batch_isend_irecv(operations) if operations else []:
-                work.wait()
-
-
-def _compare(
-    group: dist.ProcessGroup | None,
-    facts: dict[str, int],
-    failure: Exception | None,
-    last: bool,
-) -> bool:
-    """Whether all ranks are ready; not `last`, they may be out of memory, which another mode helps.
-
-    Raises:
-        Exception: this rank's own `failure`.
-        torch.OutOfMemoryError, ValueError: another rank's, or different facts.
-    """
-    state = 0 if failure is None else 2 if isinstance(failure, torch.OutOfMemoryError) else 1
-    # NCCL takes no tensors of a CPU; where a group has it alone, the host waits for the GPU here.
-    kinds = [of.split(":")[0] for of in dist.get_backend_config(group).split(",")]
-    device = torch.device("cpu" if "cpu" in kinds else kinds[0])
-    mine = torch.tensor([state, *[facts.get(name, 0) for name in _FACTS]], device=device)
-    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_all, mine, group)
-    states, *columns = zip(*[of_rank.tolist() for of_rank in of_all], strict=True)
-    if failure is not None and (state == 1 or last):
-        try:
-            raise failure
-        finally:
-            failure = None  # its traceback holds this frame
-    if 1 in states:
-        raise ValueError(
-            f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
-            "own, and raises why"
-        )
-    for name, values in zip(_FACTS, columns, strict=True):
-        if len(set(values)) > 1:
-            got = [_from_integer(name, value) for value in values]
-            raise ValueError(
-                f"all ranks must have the same {name}; got "
-                + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(got))
-            )
-    if 2 in states and last:
-        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
-    return 2 not in states
-
-
-def refuse(group: dist.ProcessGroup | None, failure: Exception) -> None:
-    """Raises `failure`, and on the other ranks, which compare, an error that names this one."""
-    _compare(group, {}, failure, last=True)
-
-
-def _as_integer(name: str, value: Any) -> int:
-    """One of the `_FACTS` as the ranks compare it; a float by its bits."""
-    if isinstance(value, float):
-        return struct.unpack("q", struct.pack("d", value))[0]
-    return _WORDS[name].index(value) if name in _WORDS else value
-
-
-def _from_integer(name: str, value: int) -> Any:
-    if name in ("eps", "eps_out"):
-        return struct.unpack("d", struct.pack("q", value))[0]
-    return _WORDS[name][value] if name in _WORDS else value
+    return call, plan(division, call)

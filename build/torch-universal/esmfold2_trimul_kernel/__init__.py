@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_9e26aabd71"
+_BUILD_ID = "_esmfold2_trimul_kernel_a4b0e0d50d"
 
 
 def _load_package() -> ModuleType:

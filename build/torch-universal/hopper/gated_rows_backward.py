@@ -38,7 +38,7 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, fold_norms
+from .folded_norm import EXTRA, Folded, fold_norms
 from .parts import (
     REGISTERS,
     ROWS,
@@ -170,7 +170,7 @@ def _consume(
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         slot = x_slots.index(ME)
-        rows, further, scale = ready(slot, mean, rstd, eps, A)
+        (rows,), further, scale = ready(x_slots, ME, mean, rstd, eps, C, False, A)
         if PARAMETERS:
             if lo == 0:
                 mean = gl.where(without_norm(mean, rstd, eps), 0.0, mean)
@@ -463,8 +463,8 @@ def launch(
     prepared: PreparedLaunch,
     tensors: tuple[Tensor, Tensor | None, Tensor, Tensor],
     out: tuple[Tensor, Tensor | None, Tensor | None],
-    folded: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+    folded: Folded | None,
+) -> Folded:
     """Fills `out`, which is (grads, x^, sums), from (x, mask, moments, planes).
 
     `prepared` is from `prepare`, `folded` what an earlier chunk got.
@@ -474,14 +474,14 @@ def launch(
         norm = weights.norm_in_weight, weights.norm_in_bias
         folded = fold_norms(
             launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
-            (weights.p_in_bias, weights.g_in_bias),
+            (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"],
         )  # fmt: skip
     x, mask, moments, planes = tensors
     grads, hat, sums = out
     prepared.launch(
         x=x,
-        weights=folded[0],
-        further=folded[1],
+        weights=folded.weights,
+        further=folded.further,
         planes=planes,
         grads=grads,
         hat=hat,

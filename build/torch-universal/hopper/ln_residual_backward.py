@@ -48,7 +48,7 @@ from .parts import (
     halves,
     load_weights,
     lower,
-    ready,
+    ready_at_once,
     reciprocal,
     shared_layout,
     statistics,
@@ -207,19 +207,19 @@ def _consume(
         tile_phase = count // BLOCKS & 1
         mbarrier.wait(t_full.index(ME), tile_phase)
         slot = t_slots.index(ME).permute((1, 0))
-        mean_t, rstd_t = statistics(slot, eps_out, A)
+        mean_t, rstd_t = statistics(t_slots, ME, eps_out, C, True, A)
         pairs_of_plane = R.to(gl.int64) * J
         first = i.to(gl.int64) * J + start
         gl.store(rows_ptr + (first + pairs_of_plane) + row, mean_t, mask=inside)
         gl.store(rows_ptr + (first + 2 * pairs_of_plane) + row, rstd_t, mask=inside)
-        # The padding columns of t are uninitialised and may be NaN: `ready` makes them zeros.
+        # Padding columns of t are uninitialised and may be NaN: these make them zeros.
         mean_t = gl.where(inside, mean_t, 0.0)
         rstd_t = gl.where(inside, rstd_t, 0.0)
-        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, A)
+        ts, further_t, scale_t = ready_at_once(slot, mean_t, rstd_t, eps_out, A)
         fence_async_shared()
         mbarrier.arrive(t_empty.index(ME), count=1)
         mbarrier.wait(x_full.index(ME), tile_phase)
-        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
+        xs, further_x, scale_x = ready_at_once(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
@@ -368,10 +368,12 @@ def _ln_residual_bwd_hopper_kernel(
             weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
         (load_rows, (
-            x, t, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
+            x, t, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], (None, None), pairs,
+            C,
         )),
         (load_residual, (
-            grad_out, slots0, slots1, full0, full1, empty0, empty1, pairs, C, BLOCK_N, SLOTS, True,
+            grad_out, slots0, slots1, full0, full1, empty0, empty1, (None, None), pairs,
+            C, BLOCK_N, SLOTS, True,
         )),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 
@@ -380,6 +382,7 @@ def takes(rows, outputs: frozenset[str]) -> bool:
     """Whether stage 3's backward of `Rows`, which wants `outputs`, can run here."""
     return (
         rows.lengths is None
+        and (rows.drop_mask is None or rows.drop_mask.ndim == 2)
         and rows.x.shape[2] == rows.t.shape[0]
         and has_descriptor(rows.t)
         and has_descriptor(rows.grad_out)
@@ -452,16 +455,16 @@ def launch(
     out,
 ) -> None:
     """Fills `out`, of `Stage3Gradients`; `prepared` is from `prepare`."""
-    folded, further = fold_norms(
+    folded = fold_norms(
         launches, "residual_bwd", (weights.p_out_weight, weights.g_out_weight),
         ((weights.norm_out_weight, None), (weights.norm_in_weight, weights.norm_in_bias)),
-        (None, weights.g_out_bias),
+        (None, weights.g_out_bias), prepared.constants["BLOCK_N"],
     )  # fmt: skip
     prepared.launch(
         x=rows.x,
         t=rows.t,
-        weights=folded,
-        further=further,
+        weights=folded.weights,
+        further=folded.further,
         grad_out=rows.grad_out,
         grad_emit=out.emit,
         grad_gate=out.gate,

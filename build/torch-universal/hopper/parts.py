@@ -13,12 +13,14 @@ rows over k, and c = W b + bias,
 
 and the last two terms are summed by the matrix unit too, as 16 further channels: on the side of x
 they are mean and 1 / rstd, on that of W' they are -s and c, each in three pieces of bfloat16, which
-hold 24 bits. What is left of the norm after the product is one factor a row.
+hold 24 bits. What is left of the norm after the product is one factor a row, and in float16 one a
+block of channels.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -89,13 +91,17 @@ def load_block(
     """The step-th BLOCK_N channels of `load_weights`."""
     mbarrier.wait(empty.index(stage), phase)
     bar = full.index(stage)
-    mbarrier.expect(bar, 2 * BLOCK_N * (ring.shape[2] + extras.shape[2]) * 2)
+    PARTS: gl.constexpr = ring.shape[0] // extras.shape[0]
+    PART: gl.constexpr = ring.shape[2]
+    mbarrier.expect(bar, 2 * BLOCK_N * (PARTS * PART + extras.shape[2]) * 2)
     low, high = lower(extras.index(stage)), upper(extras.index(stage))
     load_tile(further, [step * BLOCK_N, 0], bar, low)
     load_tile(further, [N + step * BLOCK_N, 0], bar, high)
-    low, high = lower(ring.index(stage)), upper(ring.index(stage))
-    load_tile(weights, [step * BLOCK_N, 0], bar, low)
-    load_tile(weights, [N + step * BLOCK_N, 0], bar, high)
+    for k in gl.static_range(PARTS):
+        both = ring.index(stage * PARTS + k)
+        low, high = lower(both), upper(both)
+        load_tile(weights, [step * BLOCK_N, k * PART], bar, low)
+        load_tile(weights, [N + step * BLOCK_N, k * PART], bar, high)
 
 
 @gluon.jit
@@ -119,38 +125,128 @@ def tile_at(index, rows, per_row):
 
 
 @gluon.jit
-def _part(slot, k: gl.constexpr):
-    """64 channels of rows."""
-    return slot.slice(k * 64, 64, dim=1)
+def length_of(lengths_ptr, entry, B, R, J):
+    """The length of a sequence without its padding; 0 beyond the last of B."""
+    length = gl.load(lengths_ptr + entry, mask=entry < B, other=0)
+    return gl.minimum(gl.maximum(length, 0), gl.maximum(R, J))
 
 
 @gluon.jit
-def statistics(slot, eps, A: gl.constexpr):
+def _tiles_within(length, first, R, J, MULTIPLE: gl.constexpr):
+    """(rows, tiles of a row) of those that hold pairs before `length`, rounded up to MULTIPLE."""
+    end = (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    rows = gl.minimum(gl.maximum(end - first[0], 0), R)
+    columns = gl.minimum(gl.maximum(end - first[1], 0), J)
+    return rows, (columns + _ROWS - 1) // _ROWS
+
+
+@gluon.jit
+def count_tiles(lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr):
+    """How many tiles `next_tile` finds; J is the end of a row's tiles."""
+    total = 0
+    for entry in range(B):
+        length = length_of(lengths_ptr, entry, B, R, J)
+        rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
+        total += rows * per_row
+    return total
+
+
+@gluon.jit
+def next_tile(index, entry, base, lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr):
+    """(entry, row, first column, base, length) of a tile, of those that are not padding alone.
+
+    They are numbered without gaps, so that programs share them evenly. `entry` and `base`, the
+    number of its first tile, are those of an earlier tile.
+    """
+    length = length_of(lengths_ptr, entry, B, R, J)
+    rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
+    while (entry < B) & (index - base >= rows * per_row):
+        base += rows * per_row
+        entry += 1
+        length = length_of(lengths_ptr, entry, B, R, J)
+        rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
+    row = (index - base) // gl.maximum(per_row, 1)
+    return entry, row, (index - base - row * per_row) * _ROWS, base, length
+
+
+@gluon.jit
+def slot_of(slots, place: gl.constexpr, k, C: gl.constexpr, PLANES: gl.constexpr):
+    """The k-th part of the channels of rows in slot `place` of memory for rows, or for planes."""
+    PART: gl.constexpr = slots.shape[1 if PLANES else 2]
+    slot = slots.index(place * (C // PART) + k)
+    return slot.permute((1, 0)) if PLANES else slot
+
+
+@gluon.jit
+def _channels(
+    slots, place: gl.constexpr, k: gl.constexpr, C: gl.constexpr, PLANES: gl.constexpr
+):  # fmt: skip
+    """The k-th 64 channels of them."""
+    IN_PART: gl.constexpr = slots.shape[1 if PLANES else 2] // 64
+    slot = slot_of(slots, place, k // IN_PART, C, PLANES)
+    return slot.slice(k % IN_PART * 64, 64, dim=1)
+
+
+@gluon.jit
+def statistics(
+    slots, place: gl.constexpr, eps, C: gl.constexpr, PLANES: gl.constexpr, A: gl.constexpr
+):  # fmt: skip
     """The mean and 1 / sqrt(var + eps), [64] each, of 16-bit rows [64, C], in two passes.
 
     The rows are read a part at a time: held in registers, each value would take one of its own. A
     thread sums its own values of all parts first.
     """
-    PARTS: gl.constexpr = slot.shape[1] // 64
-    WIDTH: gl.constexpr = slot.shape[1]
-    sums = _part(slot, 0).load(A).to(gl.float32) * _SUM_SCALE
-    for k in gl.static_range(1, PARTS):
-        sums = sums + _part(slot, k).load(A).to(gl.float32) * _SUM_SCALE
-    mean = gl.sum(sums, 1) * (1.0 / WIDTH / _SUM_SCALE)
-    d = _part(slot, 0).load(A).to(gl.float32) - mean.expand_dims(1)
+    sums = _channels(slots, place, 0, C, PLANES).load(A).to(gl.float32) * _SUM_SCALE
+    for k in gl.static_range(1, C // 64):
+        sums = sums + _channels(slots, place, k, C, PLANES).load(A).to(gl.float32) * _SUM_SCALE
+    mean = _mean_of(gl.sum(sums, 1), C)
+    d = _channels(slots, place, 0, C, PLANES).load(A).to(gl.float32) - mean.expand_dims(1)
     sums = d * d
-    for k in gl.static_range(1, PARTS):
-        d = _part(slot, k).load(A).to(gl.float32) - mean.expand_dims(1)
+    for k in gl.static_range(1, C // 64):
+        d = _channels(slots, place, k, C, PLANES).load(A).to(gl.float32) - mean.expand_dims(1)
         sums = sums + d * d
     squares = gl.sum(sums, 1)
-    return mean, gl.rsqrt(squares * (1.0 / WIDTH) + eps)
+    return mean, gl.rsqrt(squares * (1.0 / C) + eps)
 
 
 @gluon.jit
-def ready(slot, mean, rstd, eps, A: gl.constexpr):
+def statistics_of_wide(slots, place: gl.constexpr, eps, C: gl.constexpr, A: gl.constexpr):
+    """`statistics` of rows of more than 256 channels, part by part, for which registers suffice."""
+    PART: gl.constexpr = slots.shape[2]
+    sums = gl.zeros([64, 64], gl.float32, A)
+    for part in range(C // PART):
+        slot = slots.index(place * (C // PART) + part)
+        for k in gl.static_range(PART // 64):
+            sums = sums + slot.slice(k * 64, 64, dim=1).load(A).to(gl.float32) * _SUM_SCALE
+    mean = _mean_of(gl.sum(sums, 1), C)
+    squares = gl.zeros([64, 64], gl.float32, A)
+    for part in range(C // PART):
+        slot = slots.index(place * (C // PART) + part)
+        for k in gl.static_range(PART // 64):
+            d = slot.slice(k * 64, 64, dim=1).load(A).to(gl.float32) - mean.expand_dims(1)
+            squares = squares + d * d
+    return mean, gl.rsqrt(gl.sum(squares, 1) * (1.0 / C) + eps)
+
+
+@gluon.jit
+def _mean_of(total, C: gl.constexpr):
+    """The mean of C values from their sum, which is scaled."""
+    if C & (C - 1) == 0:
+        return total * (1.0 / C / _SUM_SCALE)
+    else:  # rounded correctly, so that the mean of a constant row is the constant
+        return gl.div_rn(total, gl.zeros_like(total) + C) * (1.0 / _SUM_SCALE)
+
+
+@gluon.jit
+def ready(
+    slots, place: gl.constexpr, mean, rstd, eps,
+    C: gl.constexpr, PLANES: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
     """(rows, further channels [64, 16], scale [64]) of rows whose norm `fold_norms` folded.
 
-    Rows whose norm is the bias alone are replaced by zeros, in the slot:
+    The rows are a tuple of parts of their channels.
+
+    bfloat16 rows whose norm is the bias alone are replaced by zeros, in the slot:
 
     - constant rows, which then give the bits that zeros give. x W'^T and mean s, whose difference
       rstd magnifies, would not cancel to the last bit. A row is one if |mean| >= 16 sqrt(eps) and
@@ -158,19 +254,64 @@ def ready(slot, mean, rstd, eps, A: gl.constexpr):
       differ at all, var is at least mean^2 2^-25, which is 2^-17 eps.
     - rows whose variance overflows, of which rstd is 0. x W'^T may overflow too, and so would the
       reciprocal of rstd, the least of which is otherwise 2^-64.
+
+    In float16, which has more digits and no such variance, rows with |mean| rstd >= 32 are replaced
+    by their differences from the rounded mean. These are exact from half to twice the mean, where
+    all of up to 256 channels lie, and elsewhere rounded as a normalised value would be. None
+    overflows. A constant row becomes zeros.
+    """
+    PARTS: gl.constexpr = C // slots.shape[1 if PLANES else 2]
+    if slots.dtype == gl.float16:
+        far = gl.maximum(mean, -mean) * rstd >= 32.0
+        shift = gl.where(far, mean, 0.0).to(gl.float16)
+        if gl.max(far.to(gl.int32), 0) > 0:
+            for k in gl.static_range(C // 64):
+                some = _channels(slots, place, k, C, PLANES)
+                some.store(some.load(A) - shift.expand_dims(1))
+        mean = mean - shift.to(gl.float32)
+        scale = rstd
+    else:
+        replaced = without_norm(mean, rstd, eps)
+        if gl.max(replaced.to(gl.int32), 0) > 0:
+            for k in range(PARTS):
+                slot = slot_of(slots, place, k, C, PLANES)
+                rows = slot.load(A)
+                slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
+        mean = gl.where(replaced, 0.0, mean)
+        scale = gl.maximum(rstd, 2.0**-64)
+    parts = ()
+    for k in gl.static_range(PARTS):
+        parts = parts + (slot_of(slots, place, k, C, PLANES).load(A),)
+    return parts, _pieces(mean, 1.0 / scale, A), scale
+
+
+@gluon.jit
+def ready_at_once(slot, mean, rstd, eps, A: gl.constexpr):
+    """`ready`, but the rows are replaced in registers.
+
+    This is one more instruction for each register. The branch of `ready` has addresses of its own,
+    which a consumer with few registers left would have to spill.
     """
     replaced = without_norm(mean, rstd, eps)
-    if gl.max(replaced.to(gl.int32), 0) > 0:
-        rows = slot.load(A)
-        slot.store(gl.where(replaced.expand_dims(1), gl.zeros_like(rows), rows))
-    mean = gl.where(replaced, 0.0, mean)
+    bits = gl.where(replaced, 0, -1).to(gl.int16).expand_dims(1)
+    rows = gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [slot.load(A), bits],
+        dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+    further, scale = _further(replaced, mean, rstd, A)
+    return rows, further, scale
+
+
+@gluon.jit
+def _further(replaced, mean, rstd, A: gl.constexpr):
+    """(further channels [64, 16], scale [64])."""
     scale = gl.maximum(rstd, 2.0**-64)
-    return slot.load(A), _pieces(mean, 1.0 / scale, A), scale
+    return _pieces(gl.where(replaced, 0.0, mean), 1.0 / scale, A), scale
 
 
 @gluon.jit
 def without_norm(mean, rstd, eps):
-    """Whether rows are among those that `ready` replaces, [64]."""
+    """Whether bfloat16 rows are among those that `ready` replaces, [64]."""
     of_zero = gl.rsqrt(eps) * (1.0 - 2.0**-20)
     constant = (gl.maximum(mean, -mean) * of_zero >= 16.0) & (rstd >= of_zero)
     return constant | (rstd == 0.0)
@@ -207,6 +348,11 @@ def halves(x, HALF: gl.constexpr):
     return left, gl.convert_layout(right, HALF, assert_trivial=True)
 
 
+def part_of(channels: int) -> int:
+    """The channels of a block of shared memory, whose axes must be powers of two: a divisor."""
+    return min(channels & -channels, 256)
+
+
 def shared_layout(block: Sequence[int]) -> gl.NVMMASharedLayout:
     """The layout of a 16-bit block in shared memory that TMA and wgmma agree on."""
     return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
@@ -228,12 +374,14 @@ def weight_tiles(like: Tensor, count: int, block_n: int) -> dict[str, TensorDesc
 
     `like` is [..., C] in their dtype.
     """
-    widths = {"weights": like.shape[-1], "further": EXTRA}
-    aligned = like.new_empty(0)  # it has the dtype, and an address for any descriptor
-    return {
-        name: tma_descriptor(aligned, [2 * count, width], [width, 1], [block_n, width])
-        for name, width in widths.items()
-    }
+    made = {}
+    for name, width, dtype in (
+        ("weights", like.shape[-1], like.dtype), ("further", EXTRA, torch.bfloat16)
+    ):  # fmt: skip
+        aligned = like.new_empty(0, dtype=dtype)  # the dtype, and an address for any descriptor
+        block = [block_n, part_of(width)]
+        made[name] = tma_descriptor(aligned, [2 * count, width], [width, 1], block)
+    return made
 
 
 class Tiles(NamedTuple):

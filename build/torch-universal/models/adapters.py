@@ -29,8 +29,12 @@ from .parts import (
     fault_of_call,
     fault_of_linear,
     fault_of_norm,
+    fault_of_replicated_linear,
+    fault_of_replicated_norm,
     linear_of,
     norm_of,
+    replicated_linear_of,
+    replicated_norm_of,
 )
 
 _NAMES_SHOWN = 8  # in an error: a whole model has thousands
@@ -139,6 +143,45 @@ def from_esmfold2(module: nn.Module, dtype: torch.dtype | None = None) -> dict[s
 # The same parameters under the same names, with a width of the product of their own: D is
 # `latent_channels`. The module is a `TriangleMultiplicativeBlock`, not the wrapper around it.
 from_esm = from_esmfold2
+
+
+def from_boltz_distributed(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """As `from_openfold`, of a `TriangleMultiplication` of Fold-CP, over a mesh of ranks.
+
+    The tensors are a rank's own, which are the same on all. Without a gradient.
+    """
+    return _from_replicated(
+        module, ("norm_in", "norm_out"), ("p_in", "g_in", "p_out", "g_out"), dtype
+    )
+
+
+def from_esm_distributed(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """As `from_boltz_distributed`, of esm's `TriangleMultiplicativeBlockDistributed`."""
+    return _from_replicated(
+        module, ("norm_start", "norm_mix"), ("proj_bundle", "proj_emit", "proj_gate"), dtype
+    )
+
+
+def _from_replicated(
+    module: nn.Module, norms: tuple[str, str], linears: tuple[str, ...], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Of parts that every rank has: of three linear layers the first is p_in above g_in."""
+    _check_parts(module, (*norms, *linears))
+    named = getattr(module, "_direction", None)
+    direction = str(getattr(named, "name", None)).lower()
+    if direction not in DIRECTIONS:
+        raise TypeError(f"module._direction must be named Outgoing or Incoming; got {named!r}")
+    parts = module._modules
+    for names, fault_of in (
+        (norms, fault_of_replicated_norm), (linears, fault_of_replicated_linear)
+    ):  # fmt: skip
+        for name in names:
+            if (fault := fault_of(name, parts[name])) is not None:
+                raise TypeError(fault)
+    norm_in, norm_out = [replicated_norm_of(parts[name]) for name in norms]
+    *inner, p_out, g_out = [replicated_linear_of(parts[name]) for name in linears]
+    p_in, g_in = _halves(inner[0]) if len(inner) == 1 else inner
+    return _arguments(direction, norm_in, p_in, g_in, norm_out, p_out, g_out, dtype)
 
 
 def from_chai(

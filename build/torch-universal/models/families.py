@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .adapters import (
     from_boltz,
+    from_boltz_distributed,
     from_esm,
+    from_esm_distributed,
     from_esmfold2,
     from_openfold,
     from_openfold3,
@@ -42,6 +44,7 @@ class Family(NamedTuple):
     casting: str | None = None
     # A part that tells its modules from other families' of the same class name.
     part: str | None = None
+    distributed: bool = False  # its pair tensors are DTensors, in blocks on a mesh of ranks
 
 
 def _openfold_forward(run: Callable) -> Callable:
@@ -105,6 +108,20 @@ def _esmfold2_forward(run: Callable) -> Callable:
     return forward
 
 
+def _boltz_distributed_forward(run: Callable) -> Callable:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return run(self, x, mask, False)
+
+    return forward
+
+
+def _esm_distributed_forward(run: Callable) -> Callable:
+    def forward(self, pair: Tensor, mask: Tensor | None = None) -> Tensor:
+        return run(self, pair, mask, False)
+
+    return forward
+
+
 _OPENFOLD_CLASSES = ("TriangleMultiplicativeUpdate", "FusedTriangleMultiplicativeUpdate")
 TRIANGLES = (
     Family(
@@ -121,6 +138,14 @@ TRIANGLES = (
         "esmfold2", ("EsmFold2TriangleMultiplicativeUpdate",), _esmfold2_forward, from_esmfold2
     ),
     Family("esm", ("TriangleMultiplicativeBlock",), _esmfold2_forward, from_esm),
+    Family(
+        "boltz", ("TriangleMultiplication",), _boltz_distributed_forward, from_boltz_distributed,
+        "p_in", distributed=True,
+    ),
+    Family(
+        "esm", ("TriangleMultiplicativeBlockDistributed",), _esm_distributed_forward,
+        from_esm_distributed, distributed=True,
+    ),
 )  # fmt: skip
 
 

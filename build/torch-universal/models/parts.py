@@ -23,6 +23,9 @@ _NORM_CLASSES = (
     "EsmFold2LayerNorm",
 )
 _LORA = ("peft.tuners.lora.layer", "Linear")
+# Of Fold-CP and of esm's port of it: their parameters are DTensors that every rank has whole.
+_REPLICATED_LINEAR, _REPLICATED_NORM = "LinearParamsReplicated", "LayerNormParamsReplicated"
+_LOCAL_COPIES = ("_w_local", "_b_local")  # of both parameters, which esm's keep once they have run
 _TENSOR_CLASSES = (nn.Parameter, Tensor)
 
 
@@ -60,6 +63,60 @@ def fault_of_norm(name: str, part: nn.Module) -> str | None:
         f"{name} must be a LayerNorm of an eps, maybe a weight and a bias, and nothing besides; "
         f"got {describe(part)}"
     )
+
+
+def fault_of_replicated_linear(name: str, part: nn.Module) -> str | None:
+    """As `fault_of_linear`, of a layer whose parameters every rank has."""
+    return _fault_of_replicated(name, part, _REPLICATED_LINEAR)
+
+
+def fault_of_replicated_norm(name: str, part: nn.Module) -> str | None:
+    """As `fault_of_replicated_linear`, of a LayerNorm over channels."""
+    fault = _fault_of_replicated(name, part, _REPLICATED_NORM)
+    shape, eps = getattr(part, "normalized_shape", ()), getattr(part, "eps", None)
+    if fault is None and (len(shape) != 1 or not isinstance(eps, float)):
+        return f"{name} must be a LayerNorm over the channels, of an eps; got {shape} and {eps}"
+    return fault
+
+
+def replicated_linear_of(part: nn.Module) -> Linear:
+    """The layer, of which `fault_of_replicated_linear` is None, as this rank has it."""
+    return Linear(_local(part.weight), _local(part.bias))
+
+
+def replicated_norm_of(part: nn.Module) -> Norm:
+    return Norm(_local(part.weight), _local(part.bias), part.eps)
+
+
+def _local(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.to_local()
+
+
+def _fault_of_replicated(name: str, part: nn.Module, kind: str) -> str | None:
+    if type(part).__name__ != kind:
+        return f"{name} must be of a class named {kind}; got {describe(part)}"
+    fault = fault_of_call(name, part)
+    if fault is not None:
+        return fault
+    known = {"weight", "bias", *_LOCAL_COPIES}
+    others = [*part._modules, *part._buffers, *part._parameters.keys() - known]
+    if others:
+        return f"{name} must have a weight, maybe a bias, and nothing besides; got {others}"
+    for key in ("weight", "bias"):  # which esm's has as a plain attribute where it is None
+        tensor = getattr(part, key, None)
+        if tensor is None and (key == "bias" or kind == _REPLICATED_NORM):
+            continue
+        placements = getattr(tensor, "placements", None)
+        if not (
+            placements
+            and all([of.is_replicate() for of in placements])
+            and tensor.is_floating_point()
+        ):
+            return (
+                f"{name}.{key} must be a floating-point DTensor that every rank has whole; got "
+                f"{type(tensor).__name__} of placements {placements}"
+            )
+    return None
 
 
 def linear_of(part: nn.Module) -> Linear:

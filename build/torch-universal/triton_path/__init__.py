@@ -33,6 +33,7 @@ from .gradients import run_backward
 from .launches import current_device as current_device
 from .launches import for_kernels, launches_of, twin_of, with_precision
 from .lean import run_lean
+from .row_gradients import gradient_stages as gradient_stages
 from .rows import stages as stages
 
 # The pairs of the sequences that are run at once, if a batch has more.

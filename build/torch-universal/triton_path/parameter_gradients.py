@@ -128,10 +128,11 @@ def gradients_of_projections(
     parts: RowParts,
     last_sums: Tensor | None,
     needs: frozenset[str],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names of projections, their biases, and the norm.
 
-    Each has the parameter's dtype and memory of its own.
+    Each has the parameter's dtype, or `dtype`, and memory of its own.
 
     Args:
         weights: the call's; projections have unit last stride and one dtype.
@@ -143,7 +144,7 @@ def gradients_of_projections(
     if names.norm is not None:
         norm_weight = getattr(weights, f"{names.norm}_weight")
         norm_bias = getattr(weights, f"{names.norm}_bias")
-    grads = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in given]
+    grads = [torch.empty(w.shape, dtype=dtype or w.dtype, device=w.device) for w in given]
     counts = [weight.shape[0] for weight in given]
     total, width = parts.products.shape[1:]
     if last_sums is None:
@@ -180,10 +181,13 @@ def gradients_of_projections(
         bias = name.replace("weight", "bias")
         if bias in needs:
             of_bias = sums[row : row + weight.shape[0]]
-            found[bias] = of_bias.to(getattr(weights, bias).dtype, copy=True)
+            found[bias] = of_bias.to(dtype or getattr(weights, bias).dtype, copy=True)
         row += weight.shape[0]
     if norm_parts is not None:
-        made = [None if n is None else torch.empty_like(n) for n in (norm_weight, norm_bias)]
+        made = [
+            None if norm is None else torch.empty_like(norm, dtype=dtype)
+            for norm in (norm_weight, norm_bias)
+        ]
         found |= {f"{names.norm}_weight": made[0], f"{names.norm}_bias": made[1]}
         prepared = launches.of(("norm_gradients", names), _prepare_norm_gradients, blocks, width)
         prepared.launch(parts_ptr=norm_parts, grad_weight_ptr=made[0], grad_bias_ptr=made[1])

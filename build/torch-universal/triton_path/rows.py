@@ -28,10 +28,11 @@ class Rows:
     """The stages of a call whose x has R of the L rows, each on one sequence `index`."""
 
     slots = 3  # planes that stage 2 works on: a, b and the product
-    moments = True  # two in fp32 for each pair are kept from stage 1 to stage 3
+    moment_bytes = 8  # of a pair, in `moments`
 
     def __init__(self, call: Call, first_row: int) -> None:
         self._call = for_kernels(call)
+        self.moments: Tensor | None = None  # [1, 2, R, pitch] in fp32, of x, from stage 1
         self._first_row = 0 if call.lengths is None else first_row
         self.pitch = padded_pitch(call.x.shape[2])
 
@@ -43,13 +44,13 @@ class Rows:
         group, moments = None, None
         if channels is not None:
             group = channels.start, channels.stop - channels.start
-            moments = self._moments if channels.start else None
-        self._moments = fused_dual_gemm_fwd(
+            moments = self.moments if channels.start else None
+        self.moments = fused_dual_gemm_fwd(
             call, launches_of(call, "rows"), planes[None].unbind(1), group, moments,
             first_row=self._first_row,
         )  # fmt: skip
 
-    def multiply(self, index: int, a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+    def multiply(self, index: int, a: Tensor, b: Tensor, product: Tensor) -> None:
         """Stage 2: the product [G, L, pitch] of whole planes."""
         call = self._call.of_entry(index)
         turned = (call.direction == "incoming",) * 2
@@ -57,12 +58,11 @@ class Rows:
             call, launches_of(call, "rows"), a[None], b[None], product[None],
             key=a.shape[0], turned=turned,
         )  # fmt: skip
-        return product
 
     def emit(self, index: int, product: Tensor, out: Tensor) -> None:
         """Stage 3: `out` [R, L, C] of the product [D, R, pitch]."""
         call = self._call.of_entry(index)
         fused_ln_residual_fwd(
-            call, launches_of(call, "rows", out.data_ptr() % 16), product[None], self._moments,
+            call, launches_of(call, "rows", out.data_ptr() % 16), product[None], self.moments,
             out[None], first_row=self._first_row,
         )  # fmt: skip

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runner import refusal, run
+from esmfold2_trimul_tools.bench.options import Options
 from esmfold2_trimul_tools.bench.whole import run as subject
 from esmfold2_trimul_tools.bench.whole import settings, ways
 from esmfold2_trimul_tools.bench.whole.longest import longest
 from esmfold2_trimul_tools.bench.whole.parts import Marks
 from esmfold2_trimul_tools.bench.whole.results import LONGEST, ROW, ours_is_right, read_results
-from esmfold2_trimul_tools.bench.whole.settings import Options
+from esmfold2_trimul_tools.bench.whole.settings import plan_of
 from esmfold2_trimul_tools.bench.whole.ways import Installed, Way
 from esmfold2_trimul_tools.errors import UserError
 from esmfold2_trimul_tools.folding import model
@@ -139,14 +140,14 @@ def test_defaults_on_a_gpu_and_for_the_longest(monkeypatch):
     monkeypatch.setattr(model, "resolve_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(settings, "check_cache", lambda: None)
     monkeypatch.setattr(settings, "_check_longest", lambda *_: None)
-    plan = read(Options, whole=True).plan()
+    plan = plan_of(read(Options, whole=True))
     assert plan.lengths == (256, 512, 1024, 2048) and plan.dtypes == ("bfloat16",)
     assert plan.ways == tuple(way for way in ways.WAYS if "forward" in way.passes)
-    steps = read(Options, whole=True, passes="training").plan()
+    steps = plan_of(read(Options, whole=True, passes="training"))
     assert (steps.lengths, steps.check_up_to) == ((256, 512, 1024), 1024)
     left_out = {way.name for way in ways.WAYS} - {way.name for way in steps.ways}
     assert left_out == {"ours-unchunked", "ours-graph"}
-    assert [way.name for way in read(Options, longest=80).plan().ways] == ["stock", "ours"]
+    assert [way.name for way in plan_of(read(Options, longest=80)).ways] == ["stock", "ours"]
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def bench(kernel):
 @pytest.fixture
 def plan(bench):
     options = dict(small=True, device="cpu", steps=2, samples=1, loops=2)
-    plan = read(Options, whole=True, **options).plan()
+    plan = plan_of(read(Options, whole=True, **options))
     return replace(plan, fold=plan.fold.resolved(bench.model.config))
 
 

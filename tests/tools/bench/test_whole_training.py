@@ -10,9 +10,10 @@ import pytest
 import torch
 from cli_runner import refusal, run
 from esmfold2_trimul_tools.bench.clock import CpuClock
+from esmfold2_trimul_tools.bench.options import Options
 from esmfold2_trimul_tools.bench.whole import training as subject
 from esmfold2_trimul_tools.bench.whole.results import STEP, read_results
-from esmfold2_trimul_tools.bench.whole.settings import Options
+from esmfold2_trimul_tools.bench.whole.settings import plan_of
 from esmfold2_trimul_tools.bench.whole.ways import TRIANGLES, Installed, Way, _replaced
 from esmfold2_trimul_tools.documents import write_document
 from esmfold2_trimul_tools.folding import model
@@ -98,7 +99,7 @@ def bench(kernel):
 
 @pytest.fixture(scope="module")
 def step(bench):
-    plan = read(Options, whole=True, passes="training", small=True, device="cpu").plan()
+    plan = plan_of(read(Options, whole=True, passes="training", small=True, device="cpu"))
     return subject.make_step(LENGTH, bench, plan)
 
 
@@ -178,7 +179,7 @@ def test_in_bfloat16_the_gradient_is_held_to_the_same_float64(kernel):
     """The stock layer is about as far from float64 as its 8 bits of mantissa make it."""
     bench = tiny_bench(kernel, torch.bfloat16)
     options = {"whole": True, "passes": "training", "device": "cpu", "dtypes": "bf16"}
-    plan = read(Options, small=True, **options).plan()
+    plan = plan_of(read(Options, small=True, **options))
     step = subject.make_step(LENGTH, bench, plan)
     assert (step.problem.x.dtype, step.wanted.dtype) == (torch.bfloat16, torch.float64)
     errors = [measure(BY_NAME[way], step, bench)["error"] for way in ("stock", "ours")]

@@ -50,6 +50,7 @@ def examine(kernel_root: str | Path | None = None) -> list[Finding]:
     return [
         Finding("Python", "ok", platform.python_version()),
         *_torch_and_device(gpu),
+        *_many_devices(gpu),
         *_triton(gpu),
         *_triton_cache(gpu),
         *_numpy(),
@@ -83,6 +84,56 @@ def _torch_and_device(gpu: str | None) -> Iterator[Finding]:
         )
     else:
         yield Finding("Device", "ok", f"the CPU, {os.cpu_count()} cores; no GPU that torch sees")
+
+
+def _many_devices(gpu: str | None) -> Iterator[Finding]:
+    """Whether a pair tensor can lie on several GPUs here, and what carries the messages."""
+    if _version("torch") is None:
+        return
+    count = _device_count(gpu)
+    if gpu != "cuda" or count < 2:
+        gloo = "is" if _gloo_available() else "is not"
+        device = "the CPU" if gpu is None else f"{count} {gpu} device"
+        device += "s" if count > 1 else ""
+        yield Finding("Many GPUs", "ok", f"{device}; gloo {gloo} there for ranks on CPUs")
+        return
+    access = _peer_access(count)
+    lacking = not all(map(all, access))
+    yield Finding(
+        "Peer access",
+        "warning" if lacking else "ok",
+        f"of {count} GPUs, row by column:\n{_matrix(access)}",
+        "messages go through the host where it is missing; nvidia-smi topo -p2p r says why"
+        if lacking
+        else "",
+    )
+    nccl = _nccl_version()
+    if nccl is None:
+        mend = "a torch that has NCCL"
+        yield Finding("NCCL", "warning", "not in this torch: GPUs can't be ranks", mend)
+        return
+    yield Finding("NCCL", "ok", nccl)
+    size, found = _links(count)
+    what = f"{size >> 20} MiB from each of {count} GPUs to each other"
+    if found.rate is None:
+        mend = "NCCL_DEBUG=INFO with `esmfold2-trimul bench --nproc 2` says more"
+        yield Finding("All-to-all", "warning", f"{what}: {found.fault}", mend)
+    else:
+        value = f"{found.rate / 1e9:.3g} GB/s in each direction of a GPU, {what}"
+        yield Finding("All-to-all", "ok", value)
+    if found.symmetric_fault:
+        yield Finding("Symmetric memory", "note", f"not to be had: {found.symmetric_fault}")
+    else:
+        yield Finding("Symmetric memory", "ok", "every GPU writes into the next one's")
+
+
+def _matrix(access: list[list[bool]]) -> str:
+    """For example "0 1" above "- y" and "y -"."""
+    rows = [
+        " ".join("-" if at == of else "y" if can else "n" for of, can in enumerate(row))
+        for at, row in enumerate(access)
+    ]
+    return "\n".join(rows)
 
 
 def _triton(gpu: str | None) -> Iterator[Finding]:
@@ -329,6 +380,42 @@ def _gpu_description(gpu: str) -> str:
     if gpu == "cuda" and torch.version.hip is None:
         text += f", compute capability {properties.major}.{properties.minor}"
     return text
+
+
+def _device_count(gpu: str | None) -> int:
+    import torch
+
+    return 0 if gpu is None else getattr(torch, gpu).device_count()
+
+
+def _gloo_available() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_gloo_available()
+
+
+def _nccl_version() -> str | None:
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _peer_access(count: int) -> list[list[bool]]:
+    """Whether a GPU can read and write another's memory, by the numbers of both."""
+    import torch
+
+    can = torch.cuda.can_device_access_peer
+    return [[one == other or can(one, other) for other in range(count)] for one in range(count)]
+
+
+def _links(count: int) -> tuple[int, Any]:
+    """The size of a message, and what was measured with such ones."""
+    from .links import MESSAGE_BYTES, measure
+
+    return MESSAGE_BYTES["cuda"], measure("cuda", count)
 
 
 def _nvidia_driver_present() -> bool:

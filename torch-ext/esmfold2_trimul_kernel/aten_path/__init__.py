@@ -14,7 +14,7 @@ from .._plan import Plan, note_on_gradients
 from ..validation import pairs_within
 from . import transition as transition
 from .blocks import Stages, saved_shape, trimul_differentiable, trimul_inference, trimul_saving
-from .gradients import trimul_backward
+from .gradients import Steps, multiply_gradients, through_emission, through_inputs, trimul_backward
 
 
 def forward(call: Call) -> Tensor:
@@ -67,11 +67,20 @@ def stages(call: Call, first_row: int) -> Iterator["Rows"]:
         yield Rows(call, first_row)
 
 
+@contextlib.contextmanager
+def gradient_stages(
+    call: Call, first_row: int, needs: frozenset[str], grads: dict[str, Tensor]
+) -> Iterator["RowGradients"]:
+    """The stages and their backward, for `sharded`; `grads` as for `gradients.Steps`."""
+    with _no_autocast(call):
+        yield RowGradients(call, first_row, needs, grads)
+
+
 class Rows(Stages):
     """The stages of some rows. Lengths act as a mask."""
 
-    slots = 2  # planes that stage 2 works on: a, which becomes the product, and b
-    moments = False  # none are kept
+    slots = 2  # planes that stage 2 works on: the left operand, which the product overwrites, and b
+    moments, moment_bytes = None, 0  # of a pair of x; none are kept
 
     def __init__(self, call: Call, first_row: int) -> None:
         masked, self._within = _masked(call, first_row)
@@ -85,6 +94,44 @@ class Rows(Stages):
         super().emit(index, product, made)
         within = self._within[index : index + 1]
         out.copy_(_padding_left(self._call.of_entry(index), made[None], within)[0])
+
+
+class RowGradients(Rows):
+    """The stages of some rows, and their backward, on one sequence after the other."""
+
+    def __init__(
+        self, call: Call, first_row: int, needs: frozenset[str], grads: dict[str, Tensor]
+    ) -> None:
+        super().__init__(call, first_row)
+        self._steps = Steps(self._call, needs, grads)
+        self.behind_product = self._steps.behind_product
+
+    def begin(self, index: int, grad_out: Tensor, product: Tensor, moments: None) -> None:
+        """The sequence of what follows, with its grad_out [R, L, C] and product [D, R, L]."""
+        if self._within is not None:
+            grad_out = grad_out.masked_fill(~self._within[index, ..., None], 0)
+        self._sequence = self._steps.of_entry(index, grad_out, product)
+
+    def through_emission(self, grad_t: Tensor, scratch: Tensor) -> None:
+        """Stage 3's backward: dt [D, R, L], if something behind the product is needed."""
+        through_emission(self._steps, self._sequence, grad_t if self.behind_product else None)
+
+    def multiply_gradients(
+        self, index: int, grad: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor
+    ) -> None:
+        """da and db of dt, a and b, whole planes [G, L, L]; da may be dt, and db a or b."""
+        multiply_gradients(self._steps, grad, a, b, grad_a, grad_b)
+
+    def through_inputs(self, planes: Tensor, scratch: Tensor) -> None:
+        """Stage 1's backward, from planes [2, D, R, L] of da and db."""
+        if self.behind_product:
+            through_inputs(self._steps, self._sequence, *planes)
+        elif self._steps.behind_gate:
+            through_inputs(self._steps, self._sequence, None, None)
+
+    def of_parameters(self) -> dict[str, Tensor]:
+        """The gradients of the parameters of all sequences, in the dtype of sums."""
+        return self._steps.of_parameters()
 
 
 def plan(call: Call) -> Plan:

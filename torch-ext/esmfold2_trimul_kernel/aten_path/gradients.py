@@ -29,8 +29,6 @@ from torch import Tensor
 
 from .._call import Call, Weights
 from .blocks import (
-    Blocks,
-    Parameters,
     blocks_of,
     channel_groups,
     emit,
@@ -64,29 +62,15 @@ _OF_DELTA = frozenset(("p_out_weight", "p_out_bias", "norm_out_bias"))
 _OF_DELTA_MIXED = frozenset(("p_out_weight", "norm_out_weight"))
 
 
-class _Step(NamedTuple):
-    """The values that all sequences and steps of a backward share."""
-
-    direction: str
-    parameters: Parameters
-    eps_in: float
-    eps_out: float
-    blocks: Blocks
-    needs: frozenset[str]
-    # In fp32, over positions: gradients of the input's and the gate's parameters, by name; "delta"
-    # [C], of de; "delta_mixed" [C, D], of de^T mhat.
-    sums: dict[str, Tensor]
-
-
 class _Sequence(NamedTuple):
     """One sequence of the batch."""
 
-    x: Tensor  # [L, L, C]
-    grad_out: Tensor  # [L, L, C]
-    product: Tensor  # [D, L, L]
-    mask: Tensor | None  # [L, L]
-    drop_mask: Tensor | None  # [L, C]
-    grads: dict[str, Tensor]  # of "x" [L, L, C], "mask" [L, L] and "drop_mask" [L, C]
+    x: Tensor  # [R, L, C]
+    grad_out: Tensor  # [R, L, C]
+    product: Tensor  # [D, R, L]
+    mask: Tensor | None  # [R, L]
+    drop_mask: Tensor | None  # [L, C], or [R, 1, C]
+    grads: dict[str, Tensor]  # of "x", "mask" and "drop_mask", each in its shape
 
 
 def trimul_backward(
@@ -98,53 +82,88 @@ def trimul_backward(
     recomputed. The residual's gradient is grad_out itself.
     """
     x, weights = call.x, call.weights
-    dtype = gemm_dtype(x.dtype, x.device.type)
-    blocks = blocks_of(x, _LEAST_BLOCKS)
-    parameters = prepare(weights, dtype)
-    sums = _zero_sums(weights, needs, sum_dtype(dtype))
-    step = _Step(call.direction, parameters, call.eps_in, call.eps_out, blocks, needs, sums)
     leaves = {name: getattr(call, name) for name in ("x", "mask", "drop_mask") if name in needs}
     grads = {
         name: torch.empty(leaf.shape, dtype=leaf.dtype, device=x.device)
         for name, leaf in leaves.items()
     }
-    behind_product = not needs.isdisjoint(_BEHIND_PRODUCT)
-    hidden, channels = weights.p_out_weight.shape[1], x.shape[-1]
+    steps = Steps(call, needs, grads)
+    hidden, channels = call.hidden, x.shape[-1]
     others_in_grad_x = "x" in needs and hidden <= channels
     product = empty_planes(x, weights)[0] if saved is None else None
-    planes = empty_planes(x, weights)[0] if behind_product or saved is None else None
+    planes = empty_planes(x, weights)[0] if steps.behind_product or saved is None else None
     others = None
-    if behind_product and not others_in_grad_x:
+    if steps.behind_product and not others_in_grad_x:
         others = empty_planes(x, weights)[0]
     for index in range(x.shape[0]):
-        seq = _Sequence(
-            x[index],
-            grad_out[index],
-            product if saved is None else saved[index],
-            None if call.mask is None else call.mask[index],
-            None if call.drop_mask is None else call.drop_mask[index],
-            {name: gradient[index] for name, gradient in grads.items()},
-        )
         if saved is None:
-            write_planes(product, planes, seq.x, seq.mask, parameters, blocks, call.eps_in)
-            multiply_planes(product, planes, call.direction, dtype, blocks)
-        if not behind_product:
-            _through_emission(step, seq, None)
-            if not needs.isdisjoint(_BEHIND_GATE):
-                _through_inputs(step, seq, None, None)
+            steps.multiply_again(index, product, planes)
+        seq = steps.of_entry(index, grad_out[index], product if saved is None else saved[index])
+        if not steps.behind_product:
+            through_emission(steps, seq, None)
+            if steps.behind_gate:
+                through_inputs(steps, seq, None, None)
             continue
         if others_in_grad_x:
             others = _planes_within(seq.grads["x"], hidden)
-        _through_emission(step, seq, planes)
-        _through_product(step, seq, planes, others)
-        _through_inputs(step, seq, planes, others)
-    return grads | _parameter_gradients(weights, needs, sums)
+        through_emission(steps, seq, planes)
+        _through_product(steps, seq, planes, others)
+        through_inputs(steps, seq, planes, others)
+    leaves = weights._asdict()
+    return grads | {
+        name: grad.to(leaves[name].dtype) for name, grad in steps.of_parameters().items()
+    }
+
+
+class Steps:
+    """What the steps of a call's backward share, whose sequences x are [R, L, C], planes [D, R, L].
+
+    R may be some of the L rows, except in `multiply_again` and `_through_product`.
+
+    Args:
+        grads: of "x" [B, R, L, C], "mask" [B, R, L] and "drop_mask", those of `needs`, to be
+            written; the last may be of a wider dtype.
+    """
+
+    def __init__(self, call: Call, needs: frozenset[str], grads: dict[str, Tensor]) -> None:
+        dtype = gemm_dtype(call.x.dtype, call.x.device.type)
+        self.call, self.needs, self._grads = call, needs, grads
+        self.parameters = prepare(call.weights, dtype)
+        self.blocks = blocks_of(call.x, _LEAST_BLOCKS)
+        # Over positions: gradients of the input's and the gate's parameters, by name; "delta" [C],
+        # of de; "delta_mixed" [C, D], of de^T mhat.
+        self.sums = _zero_sums(call.weights, needs, sum_dtype(dtype))
+        self.behind_product = not needs.isdisjoint(_BEHIND_PRODUCT)
+        self.behind_gate = not needs.isdisjoint(_BEHIND_GATE)
+
+    def of_entry(self, index: int, grad_out: Tensor, product: Tensor) -> _Sequence:
+        """The sequence `index`, with its grad_out [R, L, C] and product [D, R, L]."""
+        call = self.call
+        return _Sequence(
+            call.x[index],
+            grad_out,
+            product,
+            None if call.mask is None else call.mask[index],
+            None if call.drop_mask is None else call.drop_mask[index],
+            {name: gradient[index] for name, gradient in self._grads.items()},
+        )
+
+    def multiply_again(self, index: int, product: Tensor, planes: Tensor) -> None:
+        """Fills the product [D, L, L] of a sequence, with planes [D, L, L] as scratch."""
+        call, p = self.call, self.parameters
+        mask = None if call.mask is None else call.mask[index]
+        write_planes(product, planes, call.x[index], mask, p, self.blocks, call.eps_in)
+        multiply_planes(product, planes, call.direction, p.in_weight.dtype, self.blocks)
+
+    def of_parameters(self) -> dict[str, Tensor]:
+        """The parameters' gradients after all sequences, in the dtype of the sums."""
+        return _parameter_gradients(self.call.weights, self.needs, self.sums)
 
 
 def _zero_sums(
     weights: Weights, needs: frozenset[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The sums of a `_Step`, before the first block."""
+    """The sums of `Steps`, before the first block."""
     leaves = weights._asdict()
     sums = {
         name: torch.zeros(leaf.shape, dtype=dtype, device=leaf.device)
@@ -169,33 +188,37 @@ def _planes_within(grad_x: Tensor, hidden: int) -> Tensor:
     return rows.view(length, hidden, length).transpose(0, 1)
 
 
-def _add_up(step: _Step, sums: dict[str, Tensor], work: Callable[[slice], dict]) -> None:
+def _add_up(steps: Steps, sums: dict[str, Tensor], work: Callable[[slice], dict]) -> None:
     """sums[name] += work(window)[name] over the windows of a sequence, in their order."""
 
     def add(found: dict[str, Tensor]) -> None:
         for name, value in found.items():
             sums[name] += value
 
-    for_each(step.blocks.windows, work, step.blocks.threads, add)
+    for_each(steps.blocks.windows, work, steps.blocks.threads, add)
 
 
-def _through_emission(step: _Step, seq: _Sequence, planes: Tensor | None) -> None:
-    """Writes dt to `planes` [D, L, L], unless None, and adds to the sums of the emission."""
-    p, sums = step.parameters, dict(step.sums)
-    if "drop_mask" in step.needs:
+def through_emission(steps: Steps, seq: _Sequence, planes: Tensor | None) -> None:
+    """Writes dt to `planes` [D, R, L], unless None, and adds to the sums of the emission."""
+    p, sums = steps.parameters, dict(steps.sums)
+    shared = seq.drop_mask is not None and seq.drop_mask.ndim == 2
+    if "drop_mask" in steps.needs and shared:
         wide = sum_dtype(seq.x.dtype)
         sums["drop_mask"] = torch.zeros_like(seq.drop_mask, dtype=wide)
 
     def emission(window: slice) -> dict[str, Tensor]:
         found = {}
-        z = normalize_rows(seq.x[window], p, step.eps_in)
-        mixed, rstd = normalize_columns(seq.product[:, window], step.eps_out)
+        z = normalize_rows(seq.x[window], p, steps.call.eps_in)
+        mixed, rstd = normalize_columns(seq.product[:, window], steps.call.eps_out)
         delta, gate = emit(mixed, z, p)
         grad = seq.grad_out[window].reshape(delta.shape).to(delta.dtype)
-        if "drop_mask" in sums:
-            of_pairs = (grad * delta).mul_(gate)
-            found["drop_mask"] = of_pairs.view(-1, *seq.drop_mask.shape).sum(0)
-        grad_delta = gate.mul_(_times_drop_mask(grad, seq.drop_mask))
+        if "drop_mask" in steps.needs:
+            of_pairs = (grad * delta).mul_(gate).view(seq.x[window].shape)
+            if shared:
+                found["drop_mask"] = of_pairs.sum(0)
+            else:
+                seq.grads["drop_mask"][window] = of_pairs.sum(1, keepdim=True)
+        grad_delta = gate.mul_(_times_drop_mask(grad, seq, window))
         if "delta" in sums:
             found["delta"] = grad_delta.sum(0)
         if "delta_mixed" in sums:
@@ -207,16 +230,19 @@ def _through_emission(step: _Step, seq: _Sequence, planes: Tensor | None) -> Non
             )
         return found
 
-    _add_up(step, sums, emission)
+    _add_up(steps, sums, emission)
     if "drop_mask" in sums:
         seq.grads["drop_mask"].copy_(sums["drop_mask"])
 
 
-def _times_drop_mask(grad: Tensor, drop_mask: Tensor | None) -> Tensor:
+def _times_drop_mask(grad: Tensor, seq: _Sequence, window: slice) -> Tensor:
     """dy [positions, C] of a block of whole rows; grad itself where there is no drop mask."""
+    drop_mask = seq.drop_mask
     if drop_mask is None:
         return grad
-    return (grad.view(-1, *drop_mask.shape) * drop_mask).view(grad.shape)
+    if drop_mask.ndim == 3:
+        drop_mask = drop_mask[window]
+    return (grad.view(seq.x[window].shape) * drop_mask).view(grad.shape)
 
 
 def _through_columns(grad: Tensor, mixed: Tensor, rstd: Tensor) -> Tensor:
@@ -226,51 +252,53 @@ def _through_columns(grad: Tensor, mixed: Tensor, rstd: Tensor) -> Tensor:
     return grad.addcmul_(mixed, slope, value=-1).mul_(rstd)
 
 
-def _through_product(step: _Step, seq: _Sequence, planes: Tensor, others: Tensor) -> None:
+def _through_product(steps: Steps, seq: _Sequence, planes: Tensor, others: Tensor) -> None:
     """Overwrites dt in `planes` [D, L, L] with da, and fills `others` [D, L, L] with db."""
     hidden, length, _ = planes.shape
-    count = hidden if len(step.blocks.windows) == 1 else -(-hidden // _PARTS)
+    count = hidden if len(steps.blocks.windows) == 1 else -(-hidden // _PARTS)
     right = torch.empty(count, length, length, dtype=planes.dtype, device=planes.device)
     for first in range(0, hidden, count):
         part = slice(first, first + count)
-        parameters = step.parameters.of_channels(part)
+        parameters = steps.parameters.of_channels(part)
         grad, a = planes[part], others[part]
         b = right[: len(grad)]
-        write_planes(a, b, seq.x, seq.mask, parameters, step.blocks, step.eps_in)
-        _multiply_gradients(step, grad, a, b, parameters.in_weight.dtype)
+        write_planes(a, b, seq.x, seq.mask, parameters, steps.blocks, steps.call.eps_in)
+        multiply_gradients(steps, grad, a, b, grad, a)
 
 
-def _multiply_gradients(step: _Step, grad: Tensor, a: Tensor, b: Tensor, dtype) -> None:
-    """Overwrites dt with da, and a with db, of some channels; grad, a and b are [D, L, L]."""
+def multiply_gradients(
+    steps: Steps, grad: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor
+) -> None:
+    """da and db of some channels from dt, a and b, which they may overwrite; all [G, L, L]."""
+    dtype = steps.parameters.in_weight.dtype
 
     def multiply(group: slice) -> None:
         dt, of_a, of_b = grad[group].to(dtype), a[group].to(dtype), b[group].to(dtype)
-        if step.direction == "outgoing":
-            grad_a, grad_b = torch.bmm(dt, of_b), torch.bmm(dt.mT, of_a)
+        if steps.call.direction == "outgoing":
+            grad_a[group], grad_b[group] = torch.bmm(dt, of_b), torch.bmm(dt.mT, of_a)
         else:
-            grad_a, grad_b = torch.bmm(of_b, dt.mT), torch.bmm(of_a, dt)
-        grad[group], a[group] = grad_a, grad_b
+            grad_a[group], grad_b[group] = torch.bmm(of_b, dt.mT), torch.bmm(of_a, dt)
 
-    for_each(channel_groups(*grad.shape[:2], step.blocks), multiply, step.blocks.threads)
+    for_each(channel_groups(*grad.shape[:2], steps.blocks), multiply, steps.blocks.threads)
 
 
-def _through_inputs(
-    step: _Step, seq: _Sequence, grad_a: Tensor | None, grad_b: Tensor | None
+def through_inputs(
+    steps: Steps, seq: _Sequence, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> None:
-    """The inputs' gradients from da and db [D, L, L], which are None if nothing needs them."""
-    p, needs = step.parameters, step.needs
+    """The inputs' gradients from da and db [D, R, L], which are None if nothing needs them."""
+    p, needs = steps.parameters, steps.needs
     wanted = ["x" in needs, "norm_in_weight" in needs, "norm_in_bias" in needs]
 
     def inputs(window: slice) -> dict[str, Tensor]:
         found = {}
         shifted = shift_rows(seq.x[window].flatten(0, 1))
         norm = (shifted.shape[-1:], p.norm_weight, p.norm_bias)
-        z, mean, rstd = torch.native_layer_norm(shifted, *norm, step.eps_in)
+        z, mean, rstd = torch.native_layer_norm(shifted, *norm, steps.call.eps_in)
         z = z.to(p.in_weight.dtype)
-        grad_z = _through_gate(step, seq, window, z, found)
+        grad_z = _through_gate(steps, seq, window, z, found)
         if grad_a is not None:
             grads = torch.cat([grad_a[:, window], grad_b[:, window]])
-            through = _through_projections(step, seq, window, z, grads.flatten(1), found)
+            through = _through_projections(steps, seq, window, z, grads.flatten(1), found)
             grad_z = grad_z if through is None else grad_z.add_(through)
         if any(wanted):
             shape, weight, bias = norm
@@ -284,35 +312,35 @@ def _through_inputs(
                     found[name] = grad
         return found
 
-    _add_up(step, step.sums, inputs)
+    _add_up(steps, steps.sums, inputs)
 
 
 def _through_gate(
-    step: _Step, seq: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
+    steps: Steps, seq: _Sequence, window: slice, z: Tensor, found: dict[str, Tensor]
 ) -> Tensor | None:
     """dq Wo [positions, C] of a block in fp32, or None if nothing before the gate needs it.
 
     `found` gets what the block adds to the sums.
     """
-    if step.needs.isdisjoint(_BEHIND_GATE):
+    if steps.needs.isdisjoint(_BEHIND_GATE):
         return None
-    p, sums = step.parameters, step.sums
-    delta, gate = emit(normalize_columns(seq.product[:, window], step.eps_out)[0], z, p)
+    p, sums = steps.parameters, steps.sums
+    delta, gate = emit(normalize_columns(seq.product[:, window], steps.call.eps_out)[0], z, p)
     grad = seq.grad_out[window].reshape(delta.shape).to(delta.dtype)
-    grad = delta.mul_(_times_drop_mask(grad, seq.drop_mask)).mul_(gate)
+    grad = delta.mul_(_times_drop_mask(grad, seq, window)).mul_(gate)
     grad.addcmul_(grad, gate, value=-1)
     if "g_out_bias" in sums:
         found["g_out_bias"] = grad.sum(0)
     operand = grad.to(z.dtype)
     if "g_out_weight" in sums:
         found["g_out_weight"] = operand.t() @ z
-    if step.needs.isdisjoint(_OF_NORM_IN):
+    if steps.needs.isdisjoint(_OF_NORM_IN):
         return None
     return torch.mm(operand, p.gate_weight).to(grad.dtype)
 
 
 def _through_projections(
-    step: _Step,
+    steps: Steps,
     seq: _Sequence,
     window: slice,
     z: Tensor,
@@ -323,13 +351,13 @@ def _through_projections(
 
     `grads` is da and db of the block, [2D, positions]; `found` gets what it adds to the sums.
     """
-    p, sums = step.parameters, step.sums
+    p, sums = steps.parameters, steps.sums
     double = grads.shape[0]
     projected = empty_columns(2 * double, z)
     project(p.in_weight, p.in_bias, z, out=projected)
     projected = projected.to(sum_dtype(z.dtype))
     values, gates = projected[:double], projected[double:].sigmoid_()
-    if "mask" in step.needs:
+    if "mask" in steps.needs:
         of_mask = (values * gates).mul_(grads).sum(0)
         seq.grads["mask"][window] = of_mask.view(seq.mask[window].shape)
     values.addcmul_(values, gates, value=-1)  # p (1 - s)
@@ -347,7 +375,7 @@ def _through_projections(
         operand = grad.to(z.dtype)
         if f"{name}_weight" in sums:
             found[f"{name}_weight"] = operand @ z
-        if not step.needs.isdisjoint(_OF_NORM_IN):
+        if not steps.needs.isdisjoint(_OF_NORM_IN):
             through = torch.mm(operand.t(), weight).to(grad.dtype)
             grad_z = through if grad_z is None else grad_z.add_(through)
     return grad_z
@@ -356,7 +384,7 @@ def _through_projections(
 def _parameter_gradients(
     w: Weights, needs: frozenset[str], sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The parameters' gradients in their dtypes.
+    """The parameters' gradients in the dtype of the sums.
 
     As m = mhat g2 + b2, those of g2, b2, We and be follow from the sums of de and of de^T mhat.
     """
@@ -374,5 +402,4 @@ def _parameter_gradients(
         if w.norm_out_bias is not None:
             grad = torch.addr(grad, sums["delta"], w.norm_out_bias.to(grad.dtype))
         grads["p_out_weight"] = grad
-    leaves = w._asdict()
-    return {name: grad.to(leaves[name].dtype) for name, grad in grads.items()}
+    return grads

@@ -28,7 +28,16 @@ from ..triton_parts.launch import has_descriptor
 from ..triton_parts.settings import LaunchConfig, release
 
 _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose Gluon these kernels are written for
-_WIDTHS = (128, 256)
+_BFLOAT16 = (torch.bfloat16,)
+_16_BITS = (torch.bfloat16, torch.float16)
+# The dtypes and widths of rows that a module takes: as many as fit a consumer's registers.
+_TAKEN = {
+    "gated_rows": (_16_BITS, range(128, 513, 64)),
+    "gated_rows_backward": (_BFLOAT16, (128, 256)),
+    "input_backward": (_BFLOAT16, (128, 256)),
+    "ln_residual_backward": (_BFLOAT16, (128, 256)),
+    "ln_residual": (_16_BITS, (128, 192, 256)),
+}
 _plain_only = False
 
 
@@ -52,10 +61,11 @@ def variants(name: str, takes: str, x: Tensor, *arguments: Any) -> frozenset[str
         name: the module of this package.
         takes: its function that tells, of `arguments`, whether it can run the stage.
     """
+    dtypes, widths = _TAKEN[name]
     if (
         _plain_only
-        or x.dtype != torch.bfloat16
-        or x.shape[-1] not in _WIDTHS
+        or x.dtype not in dtypes
+        or x.shape[-1] not in widths
         or device_target(x.device).target != "sm_90"
         or not has_descriptor(x)
         or (module := kernels(name)) is None

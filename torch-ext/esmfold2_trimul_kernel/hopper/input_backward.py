@@ -9,8 +9,8 @@ fp32; dz is never stored.
 A program has two consumers, each of which holds a tile of whole rows of dz in registers. They
 share the weights, which stream past in steps of 64 summed channels. A consumer's rows come in a
 ring of its own: the steps of dp, dg and dq, then x. Its parts of x are read twice, for the means
-and for dx, which is written over them and stored from there. The second consumer stays some steps
-behind the first, so that one multiplies while the other computes dx.
+and for dx, which is written over them and stored from there. One consumer may be ahead of the other
+by as many steps as the weights have stages.
 
 A tile's dq has been read before its dx is written: dx may be the memory of dq.
 """
@@ -47,9 +47,6 @@ from .parts import (
 
 STEP = 64  # summed channels of a step, and channels of a part of x
 _STEP = gl.constexpr(STEP)
-_LEAD = 2  # steps by which the first consumer is ahead
-# Of a tile, so that both consumers have begun it before the first one can begin the next.
-_FEWEST_STEPS = 8
 
 
 @gluon.jit
@@ -68,10 +65,10 @@ def _parts(acc):
 
 @gluon.jit
 def _consume(
-    rows_ring, rows_full, rows_empty, ring, full, empty, lead, grad_x, moments_ptr,
-    norm_weight_ptr, M, L, tiles, moments_strides,
+    rows_ring, rows_full, rows_empty, ring, full, empty, grad_x, moments_ptr, norm_weight_ptr,
+    M, L, tiles, moments_strides,
     STEPS: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
-    LEAD: gl.constexpr, ME: gl.constexpr,
+    ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: every other tile of this program, all channels."""
     C: gl.constexpr = ring.shape[2]
@@ -83,7 +80,6 @@ def _consume(
     slot_phase = 0
     stage = 0
     phase = 0
-    tile_phase = 0
     programs = gl.num_programs(0)
     for tile in range(gl.program_id(0) + ME * programs, tiles, 2 * programs):
         row = tile * ROWS + gl.arange(0, ROWS, layout=AT_ROWS)
@@ -94,9 +90,6 @@ def _consume(
         rstd = gl.load(moments_ptr + moments_strides[0] + offs, mask=row < M, other=0.0)
         if ME == 0:
             alone = tile + programs >= tiles
-        elif LEAD > 0:
-            mbarrier.wait(lead.index(0), tile_phase)
-            tile_phase ^= 1
         acc = zero
         for step in range(STEPS):
             mbarrier.wait(rows_full.index(slot), slot_phase)
@@ -113,8 +106,6 @@ def _consume(
             if ME == 0:
                 # In place of a second consumer without a tile.
                 mbarrier.arrive(empty.index(before), count=1, pred=(step > 0) & alone)
-                if LEAD > 0:
-                    mbarrier.arrive(lead.index(0), count=1, pred=step == LEAD - 1)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
             stage, phase = advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -224,7 +215,7 @@ def _input_bwd_hopper_kernel(
     pair, gate, x, first_weight, second_weight, gate_weight, grad_x, moments_ptr, norm_weight_ptr,
     M, L, tiles, stride_moments_n, stride_moments_i, stride_moments_j,
     C: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr,
-    STAGES: gl.constexpr, LEAD: gl.constexpr, GATED: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dx of `tiles` tiles of ROWS rows, all C channels; K = the 2N columns of `pair`, then dq's."""
     STEPS: gl.constexpr = (2 * N + (C if GATED else 0)) // _STEP
@@ -237,17 +228,16 @@ def _input_bwd_hopper_kernel(
     full1 = barriers(SLOTS, 1)
     empty0 = barriers(SLOTS, 1)
     empty1 = barriers(SLOTS, 1)
-    lead = barriers(1, 1)
     fence_async_shared()
     strides = stride_moments_n, stride_moments_i, stride_moments_j
     gl.warp_specialize([
         (_consume, (
-            rows0, full0, empty0, ring, full, empty, lead, grad_x, moments_ptr,
-            norm_weight_ptr, M, L, tiles, strides, STEPS, ROWS, SLOTS, STAGES, LEAD, 0,
+            rows0, full0, empty0, ring, full, empty, grad_x, moments_ptr, norm_weight_ptr,
+            M, L, tiles, strides, STEPS, ROWS, SLOTS, STAGES, 0,
         )),
         (_consume, (
-            rows1, full1, empty1, ring, full, empty, lead, grad_x, moments_ptr,
-            norm_weight_ptr, M, L, tiles, strides, STEPS, ROWS, SLOTS, STAGES, LEAD, 1,
+            rows1, full1, empty1, ring, full, empty, grad_x, moments_ptr, norm_weight_ptr,
+            M, L, tiles, strides, STEPS, ROWS, SLOTS, STAGES, 1,
         )),
         (_load_weights, (
             first_weight, second_weight, gate_weight, ring, full, empty, tiles, C, N, GATED,
@@ -265,7 +255,6 @@ def takes(
     return (
         not padded
         and pair.shape[1] % (2 * STEP) == 0
-        and pair.shape[1] >= _FEWEST_STEPS * STEP
         and _row_stride(x) > 0
         and all([t.dtype == x.dtype and has_descriptor(t) for t in tensors])
     )
@@ -320,8 +309,7 @@ def prepare(
         ),
         constants=dict(
             C=channels, N=width, ROWS=rows, SLOTS=config.split, STAGES=config.num_stages,
-            LEAD=min(_LEAD, config.num_stages - 1), GATED=gate is not None,
-            REGISTERS=REGISTERS[2][1],
+            GATED=gate is not None, REGISTERS=REGISTERS[2][1],
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
         stage="input_bwd",

@@ -1,7 +1,7 @@
 """Stage 3 on Hopper GPUs: see `fused_ln_residual`, whose arithmetic it has.
 
     out = residual + drop_mask * (t We^T + be) * sigmoid(z Wo^T + bo)             [B, R, J, C]
-    t   = LayerNorm(product[b, :, i, j]), z = LayerNorm(x[b, i, j])               bfloat16, C = D
+    t   = LayerNorm(product[b, :, i, j]), z = LayerNorm(x[b, i, j])               16 bits, C = D
 
 Both norms are folded into the weights (see `folded_norm`): the product is multiplied as the planes
 that it is, and x as it came. The moments of x are stage 1's, those of the product are computed
@@ -12,6 +12,8 @@ weights, which stream past once for both; x and the product's planes; and tiles 
 into the memory from which the output is stored. A consumer keeps x and the product in registers.
 All of a tile's x has been read before any of its output is written, so that the output may be the
 memory of x.
+
+With lengths, tiles of padding alone are left out, and filled by a launch of their own.
 """
 
 from torch import Tensor
@@ -37,15 +39,19 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.settings import LaunchConfig
 from .folded_norm import EXTRA, fold_norms
+from .padding import fill_padding
 from .parts import (
     REGISTERS,
     ROWS,
     Tiles,
     advance,
     barriers,
+    count_tiles,
     load_tile,
     load_weights,
     lower,
+    next_tile,
+    part_of,
     ready,
     reciprocal,
     shared_layout,
@@ -65,7 +71,7 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _consume(
     memory, out_slots, out_full, out_empty, loaded, freed, turns, out, moments_ptr, drop_ptr,
-    eps_in, eps_out, pairs, moments_strides, drop_strides,
+    factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
     RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
@@ -74,42 +80,64 @@ def _consume(
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     OUT_LAYOUT: gl.constexpr = out.layout
+    DTYPE: gl.constexpr = out_slots.dtype
     x_slots, t_slots, ring, extras = memory
     x_full, t_full, ring_full = loaded
     x_empty, t_empty, ring_empty = freed
     B, R, J, per_row, tiles = pairs
+    lengths_ptr, first = lengths
     zero = gl.zeros([64, BLOCK_N], gl.float32, ACC)
     stage = 0
     tile_phase = 0
     phase = 0
     turn_phase = 0
     count = 0
+    at = 0
+    base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        entry, i, start = tile_at(tile * 2 + ME, R, per_row)
+        if lengths_ptr is None:
+            entry, i, start = tile_at(tile * 2 + ME, R, per_row)
+        else:
+            entry, i, start, base, length = next_tile(
+                tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, 1
+            )
+            at = entry
         j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
         inside = (j < J) & (entry < B)
-        offs = (
-            entry.to(gl.int64) * moments_strides[0]
-            + i.to(gl.int64) * moments_strides[2]
-            + j.to(gl.int64) * moments_strides[3]
-        )
-        mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-        rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
+        if lengths_ptr is None:
+            offs = (
+                entry.to(gl.int64) * moments_strides[0]
+                + i.to(gl.int64) * moments_strides[2]
+                + j.to(gl.int64) * moments_strides[3]
+            )
+            mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
+            rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
+        else:
+            # Without signs they need fewer registers, of which padding leaves none.
+            offs = _wide(entry) * _wide(moments_strides[0])
+            offs = offs + _wide(i) * _wide(moments_strides[2])
+            offs = offs + _wide(j) * _wide(moments_strides[3])
+            mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
+            offs = offs + _wide(moments_strides[1])
+            rstd_x = gl.load(moments_ptr + offs, mask=inside, other=1.0)
         # The moments of x arrive while those of the product are computed.
         mbarrier.wait(t_full.index(ME), tile_phase)
-        slot = t_slots.index(ME).permute((1, 0))
-        mean_t, rstd_t = statistics(slot, eps_out, A)
-        ts, further_t, scale_t = ready(slot, mean_t, rstd_t, eps_out, A)
+        mean_t, rstd_t = statistics(t_slots, ME, eps_out, C, True, A)
+        ts, further_t, scale_t = ready(t_slots, ME, mean_t, rstd_t, eps_out, C, True, A)
         fence_async_shared()
         mbarrier.arrive(t_empty.index(ME), count=1)
         mbarrier.wait(x_full.index(ME), tile_phase)
-        xs, further_x, scale_x = ready(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
+        xs, further_x, scale_x = ready(x_slots, ME, mean_x, rstd_x, eps_in, C, False, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         tile_phase ^= 1
         scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
         for step in range(C // BLOCK_N):
+            update_scale, power_scale = scale_t, scale_x
+            if factors_ptr is not None:
+                update_scale = scale_t * gl.load(factors_ptr + step)
+                power_scale = scale_x * gl.load(factors_ptr + C // BLOCK_N + step)
             mbarrier.wait(ring_full.index(stage), phase)
             mbarrier.wait(turns.index(ME), turn_phase)
             turn_phase ^= 1
@@ -117,17 +145,19 @@ def _consume(
             high = upper(extras.index(stage)).permute((1, 0))
             delta = warpgroup_mma(further_t, low, zero, use_acc=False, is_async=True)
             gate = warpgroup_mma(further_x, high, zero, use_acc=False, is_async=True)
-            low = lower(ring.index(stage)).permute((1, 0))
-            high = upper(ring.index(stage)).permute((1, 0))
-            delta = warpgroup_mma(ts, low, delta, is_async=True)
-            gate = warpgroup_mma(xs, high, gate, is_async=True)
+            PARTS: gl.constexpr = ring.shape[0] // STAGES
+            for k in gl.static_range(PARTS):
+                low = lower(ring.index(stage * PARTS + k)).permute((1, 0))
+                high = upper(ring.index(stage * PARTS + k)).permute((1, 0))
+                delta = warpgroup_mma(ts[k], low, delta, is_async=True)
+                gate = warpgroup_mma(xs[k], high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
             delta, gate = warpgroup_mma_wait(0, deps=(delta, gate))
             mbarrier.arrive(ring_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
             # exp2 of this is exp of the negative argument of the sigmoid.
-            power = gate * scale_x.expand_dims(1)
-            update = delta * scale_t.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
+            power = gate * power_scale.expand_dims(1)
+            update = delta * update_scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
             if DROPS:
                 columns = start + gl.arange(0, 64, layout=AT_ROWS)
                 channels = step * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ACC))
@@ -137,6 +167,10 @@ def _consume(
                 within = ((columns < J) & (entry < B)).expand_dims(1)
                 drop = gl.load(drop_ptr + offs_drop, mask=within, other=0.0)
                 update = update * drop.to(gl.float32)
+            if lengths_ptr is not None:
+                # Beyond the length the operands may be NaN.
+                columns = start + gl.arange(0, 64, layout=AT_ROWS)
+                update = gl.where((first[1] + columns < length).expand_dims(1), update, 0.0)
             place = count % OUT_SLOTS
             made = out_slots.index(place)
             if RESIDUAL:
@@ -144,7 +178,7 @@ def _consume(
                 update = update + made.load(ACC).to(gl.float32)
             else:
                 tma.store_wait(OUT_SLOTS - 1)
-            made.store(update.to(gl.bfloat16))
+            made.store(update.to(DTYPE))
             fence_async_shared()
             store_tile(
                 out, [entry, i, start, step * BLOCK_N],
@@ -161,41 +195,72 @@ def _consume(
 
 
 @gluon.jit
+def _wide(x):
+    """A number that is not negative, in 64 bits."""
+    return x.to(gl.uint32).to(gl.int64)
+
+
+@gluon.jit
 def load_rows(
-    x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, pairs, C: gl.constexpr
+    x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, lengths, pairs,
+    C: gl.constexpr,
 ):  # fmt: skip
     """Both consumers' tiles of x, and of the product's planes."""
     B, R, J, per_row, tiles = pairs
+    lengths_ptr, first = lengths
     X_LAYOUT: gl.constexpr = x.layout
     T_LAYOUT: gl.constexpr = product.layout
     phase = 1
+    at = 0
+    base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for me in range(2):
-            entry, i, start = tile_at(tile * 2 + me, R, per_row)
+            if lengths_ptr is None:
+                entry, i, start = tile_at(tile * 2 + me, R, per_row)
+            else:
+                entry, i, start, base, _ = next_tile(
+                    tile * 2 + me, at, base, lengths_ptr, first, B, R, J, 1
+                )
+                at = entry
+            PART: gl.constexpr = x_slots.shape[2]
             mbarrier.wait(x_empty.index(me), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)
-            slot = viewed(x_slots.index(me), [1, 1, 64, C], X_LAYOUT)
-            load_tile(x, [entry, i, start, 0], x_full.index(me), slot)
+            for k in gl.static_range(C // PART):
+                slot = viewed(x_slots.index(me * (C // PART) + k), [1, 1, 64, PART], X_LAYOUT)
+                load_tile(x, [entry, i, start, k * PART], x_full.index(me), slot)
             mbarrier.wait(t_empty.index(me), phase)
             mbarrier.expect(t_full.index(me), 64 * C * 2)
-            slot = viewed(t_slots.index(me), [1, 1, C, 64], T_LAYOUT)
-            load_tile(product, [entry, i, 0, start], t_full.index(me), slot)
+            for k in gl.static_range(C // PART):
+                slot = viewed(t_slots.index(me * (C // PART) + k), [1, 1, PART, 64], T_LAYOUT)
+                load_tile(product, [entry, i, k * PART, start], t_full.index(me), slot)
         phase ^= 1
 
 
 @gluon.jit
 def load_residual(
-    residual, out_slots0, out_slots1, full0, full1, empty0, empty1, pairs,
+    residual, out_slots0, out_slots1, full0, full1, empty0, empty1, lengths, pairs,
     C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Both consumers' blocks of the residual, into the memory of the output."""
     if RESIDUAL:
         LAYOUT: gl.constexpr = residual.layout
         B, R, J, per_row, tiles = pairs
+        lengths_ptr, first = lengths
         count = 0
+        at = 0
+        base = 0
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            entry0, i0, start0 = tile_at(tile * 2, R, per_row)
-            entry1, i1, start1 = tile_at(tile * 2 + 1, R, per_row)
+            if lengths_ptr is None:
+                entry0, i0, start0 = tile_at(tile * 2, R, per_row)
+                entry1, i1, start1 = tile_at(tile * 2 + 1, R, per_row)
+            else:
+                entry0, i0, start0, base, _ = next_tile(
+                    tile * 2, at, base, lengths_ptr, first, B, R, J, 1
+                )
+                entry1, i1, start1, base, _ = next_tile(
+                    tile * 2 + 1, entry0, base, lengths_ptr, first, B, R, J, 1
+                )
+                at = entry1
             for step in range(C // BLOCK_N):
                 place = count % OUT_SLOTS
                 phase = ((count // OUT_SLOTS) & 1) ^ 1
@@ -212,27 +277,34 @@ def load_residual(
 
 @gluon.jit(
     do_not_specialize=[
-        "moments_ptr", "drop_ptr", "eps_in", "eps_out", "B", "R", "J", "per_row", "tiles",
+        "moments_ptr", "drop_ptr", "factors_ptr", "lengths_ptr", "first_i", "eps_in", "eps_out",
+        "B", "R", "J", "per_row", "tiles",
         "stride_moments_b", "stride_moments_n", "stride_moments_i", "stride_moments_j",
         "stride_drop_b", "stride_drop_j", "stride_drop_c",
     ]
 )  # fmt: skip
 def _ln_residual_hopper_kernel(
-    x, product, weights, further, residual, out, moments_ptr, drop_ptr, eps_in, eps_out,
-    B, R, J, per_row, tiles,
+    x, product, weights, further, residual, out, moments_ptr, drop_ptr, factors_ptr, lengths_ptr,
+    first_i, eps_in, eps_out, B, R, J, per_row, tiles,
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_drop_b, stride_drop_j, stride_drop_c,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
     RESIDUAL: gl.constexpr, DROPS: gl.constexpr, REGISTERS: gl.constexpr,
     ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """All C channels of B * R * per_row tiles of 64 pairs, two at a time."""
-    x_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C], ROWS_LAYOUT)
-    t_slots = gl.allocate_shared_memory(gl.bfloat16, [2, C, 64], PLANES_LAYOUT)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, C], weights.layout)
+    """All C channels of B * R * per_row tiles of 64 pairs, two at a time.
+
+    With lengths, of those that are not padding alone; row i is row first_i + i of its sequence.
+    """
+    DTYPE: gl.constexpr = x.dtype
+    PART: gl.constexpr = x.block_shape[3]
+    PARTS: gl.constexpr = C // PART
+    x_slots = gl.allocate_shared_memory(DTYPE, [2 * PARTS, 64, PART], ROWS_LAYOUT)
+    t_slots = gl.allocate_shared_memory(DTYPE, [2 * PARTS, PART, 64], PLANES_LAYOUT)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES * PARTS, 2 * BLOCK_N, PART], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
-    out0 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
-    out1 = gl.allocate_shared_memory(gl.bfloat16, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    out0 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    out1 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
     loaded = barriers(2, 1), barriers(2, 1), barriers(STAGES, 1)
     freed = barriers(2, 1), barriers(2, 1), barriers(STAGES, 2)
     turns = barriers(2, 1)
@@ -243,38 +315,41 @@ def _ln_residual_hopper_kernel(
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     memory = x_slots, t_slots, ring, extras
+    lengths = lengths_ptr, (first_i, 0)
+    if lengths_ptr is not None:
+        tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + 1) // 2
     pairs = B, R, J, per_row, tiles
     moments_strides = stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j
     drop_strides = stride_drop_b, stride_drop_j, stride_drop_c
     gl.warp_specialize([
         (_consume, (
             memory, out0, full0, empty0, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            eps_in, eps_out, pairs, moments_strides, drop_strides,
+            factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
         )),
         (_consume, (
             memory, out1, full1, empty1, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            eps_in, eps_out, pairs, moments_strides, drop_strides,
+            factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
         )),
         (load_weights, (
             weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
         )),
         (load_rows, (
-            x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], pairs, C,
+            x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], lengths,
+            pairs, C,
         )),
         (load_residual, (
-            residual, out0, out1, full0, full1, empty0, empty1, pairs,
+            residual, out0, out1, full0, full1, empty0, empty1, lengths, pairs,
             C, BLOCK_N, OUT_SLOTS, RESIDUAL,
         )),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 
 
 def takes(call: Call, product: Tensor) -> bool:
-    """Whether stage 3 of a call without padding can run here, whose x [B, R, L, C] may be rows."""
+    """Whether stage 3 of a call can run here, whose x [B, R, L, C] may be rows."""
     return (
-        call.lengths is None
-        and call.x.shape[3] == product.shape[1]
+        call.x.shape[3] == product.shape[1]
         and has_descriptor(product)
         and (call.residual is None or has_descriptor(call.residual))
         and (call.drop_mask is None or call.drop_mask.ndim == 3)
@@ -282,7 +357,7 @@ def takes(call: Call, product: Tensor) -> bool:
 
 
 def prepare(
-    call: Call, product: Tensor, moments: Tensor, config: LaunchConfig
+    call: Call, product: Tensor, moments: Tensor, first_row: int, config: LaunchConfig
 ) -> PreparedLaunch:
     """The launch of stage 3 for calls like this one; see `fused_ln_residual`."""
     x, residual, drop_mask = call.x, call.residual, call.drop_mask
@@ -294,6 +369,7 @@ def prepare(
     residual_strides = made if residual is None else strides(residual)
     one_row = (
         drop_mask is None
+        and call.lengths is None
         and product.shape[3] == stride_i == length
         and x_strides[1] == length * x_strides[2]
         and residual_strides[1] == length * residual_strides[2]
@@ -302,10 +378,11 @@ def prepare(
     tiles = Tiles.of(batch, rows, length, one_row)
     block_n = config.block_n
     pitch = tiles.columns if one_row else product.shape[3]
-    x_tile = tiles.descriptor(x, x_strides, channels, channels)
+    part = part_of(channels)
+    x_tile = tiles.descriptor(x, x_strides, channels, part)
     planes = tma_descriptor(
         product, [batch, tiles.rows, channels, pitch], [stride_b, stride_i, stride_d, 1],
-        [1, 1, channels, ROWS],
+        [1, 1, part, ROWS],
     )  # fmt: skip
     residual_tile = None
     if residual is not None:
@@ -316,12 +393,14 @@ def prepare(
         _ln_residual_hopper_kernel,
         min(values["tiles"], device_target(x.device).multiprocessors),
         tensors={
-            **pointers("moments_ptr", "drop_ptr"), **weight_tiles(x, channels, block_n),
+            **pointers("moments_ptr", "drop_ptr", "factors_ptr", "lengths_ptr"),
+            **weight_tiles(x, channels, block_n),
             "x": x_tile, "product": planes, "residual": residual_tile,
             "out": tiles.descriptor(x, made, channels, block_n),
         },
         values=dict(
             eps_in=call.eps_in, eps_out=call.eps_out,
+            first_i=None if call.lengths is None else first_row,
             **values,
             **named_strides("moments", "bnij", moment_strides),
             **named_strides("drop", "bjc", drop_strides),
@@ -329,8 +408,8 @@ def prepare(
         constants=dict(
             C=channels, BLOCK_N=block_n, STAGES=config.num_stages, OUT_SLOTS=config.split,
             RESIDUAL=residual is not None, DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
-            ROWS_LAYOUT=shared_layout([ROWS, channels]),
-            PLANES_LAYOUT=shared_layout([channels, ROWS]),
+            ROWS_LAYOUT=shared_layout([ROWS, part]),
+            PLANES_LAYOUT=shared_layout([part, ROWS]),
             OUT_LAYOUT=shared_layout([ROWS, block_n]),
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
@@ -346,23 +425,28 @@ def launch(
     product: Tensor,
     moments: Tensor,
     out: Tensor,
+    first_row: int,
 ) -> None:
     """Fills out; `prepared` is from `prepare`."""
     weights = call.weights
-    folded, further = fold_norms(
+    folded = fold_norms(
         launches, "residual", (weights.p_out_weight, weights.g_out_weight),
         (
             (weights.norm_out_weight, weights.norm_out_bias),
             (weights.norm_in_weight, weights.norm_in_bias),
-        ), (weights.p_out_bias, weights.g_out_bias),
+        ), (weights.p_out_bias, weights.g_out_bias), prepared.constants["BLOCK_N"],
     )  # fmt: skip
     prepared.launch(
         x=call.x,
         product=product,
-        weights=folded,
-        further=further,
+        weights=folded.weights,
+        further=folded.further,
         residual=call.residual,
         out=out,
         moments_ptr=moments,
         drop_ptr=call.drop_mask,
+        factors_ptr=folded.factors,
+        lengths_ptr=call.lengths,
     )
+    if call.lengths is not None:
+        fill_padding(call, launches, prepared, out, first_row)

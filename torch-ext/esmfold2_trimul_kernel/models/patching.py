@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..sharded import checked_group, sharded_pairs
-from ..validation import check_memory, check_recompute
+from ..validation import check_memory, check_parameter_grads, check_recompute
 from .calls import transition, triangle
 from .families import (
     MARK,
@@ -129,6 +129,7 @@ def patch(
     memory: str = "auto",
     recompute: str = "none",
     mesh: Any = None,
+    parameter_grads: str = "local",
 ) -> PatchReport:
     """Lets the triangle multiplications and transitions that are understood run our kernels.
 
@@ -160,6 +161,11 @@ def patch(
     or after it. A `PairUpdateBlock` that is not swapped itself runs esm's kernels in place of its
     swapped triangles with the backend "fused" or "fast"; the report names it if one is chosen.
 
+    The triangle multiplications of Fold-CP's Boltz ("boltz") and of esm's port of it ("esm") hold
+    DTensors in blocks, of placements (Shard(0), Shard(1), Shard(2)). Without a gradient ours runs
+    on them (see docs/distributed.md); any other call runs the module's own forward, which is logged
+    once for each reason.
+
     Each swapped module keeps its parameters, state dict, hooks and the arguments of its forward,
     training included. Of these, those that choose an implementation or a chunk size choose nothing
     any more, nor does the attribute `chunk_size`: results don't depend on it. Hooks of a module's
@@ -185,12 +191,13 @@ def patch(
         mesh: a DeviceMesh of one dimension, or a process group, whose ranks have the rows of the
             pair tensors, as in `sharded_pairs`: every swapped triangle and pair layer runs in that
             context. None for whole pair tensors.
+        parameter_grads: with a mesh, as for `sharded_pairs`.
 
     Raises:
         TypeError: a model that is no torch.nn.Module, families or parts that are no names, or a
             mesh that is none.
-        ValueError: a family, part, memory or recompute that is none; a mesh, and a triangle
-            multiplication that is not swapped.
+        ValueError: a family, part, memory, recompute or parameter_grads that is none; a mesh, and a
+            triangle multiplication that is not swapped.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -199,6 +206,7 @@ def patch(
     wanted = _names("parts", parts, ["triangle", "residual", "transition"])
     check_memory(memory)
     check_recompute(recompute)
+    check_parameter_grads(parameter_grads)
     if mesh is not None:
         mesh = checked_group("mesh", mesh)
         if "triangle" not in wanted:
@@ -222,7 +230,7 @@ def patch(
                 continue
             run = functools.partial(part.run, family, settings)
             if mesh is not None and part_name != "transition":  # whose pairs are each alone
-                run = functools.partial(_run_on_rows, run, mesh)
+                run = functools.partial(_run_on_rows, run, mesh, parameter_grads)
             forward = family.bind(run)
             setattr(forward, MARK, True)
             module.forward = forward.__get__(module)
@@ -244,10 +252,12 @@ def patch(
     return report
 
 
-def _run_on_rows(run: Callable, mesh: Any, module: nn.Module, *arguments: Any) -> Tensor:
+def _run_on_rows(
+    run: Callable, mesh: Any, parameter_grads: str, module: nn.Module, *arguments: Any
+) -> Tensor:
     """The output of a swapped module whose first tensor is a rank's rows [..., R, L, C]."""
     pair = next(value for value in arguments if isinstance(value, Tensor))
-    with sharded_pairs(mesh, length=pair.shape[-2]):
+    with sharded_pairs(mesh, length=pair.shape[-2], parameter_grads=parameter_grads):
         return run(module, *arguments)
 
 

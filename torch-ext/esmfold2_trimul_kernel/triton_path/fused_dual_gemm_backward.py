@@ -199,8 +199,8 @@ def fused_dual_gemm_bwd(
     planes: torch.Tensor,
     prepared: PreparedLaunch,
     out: Stage1Gradients,
-    folded: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    folded: tuple[torch.Tensor | None, ...] | None = None,
+) -> tuple[torch.Tensor | None, ...] | None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
     These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for

@@ -70,7 +70,7 @@ from ..triton_parts.tiles import (
         "R", "L", "first_row", "eps_out", "moments_ptr", "drop_ptr", "lengths_ptr",
         "stride_x_i", "stride_x_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
-        "stride_grad_i", "stride_grad_j", "stride_drop_j",
+        "stride_grad_i", "stride_grad_j", "stride_drop_ij",
     ]
 )  # fmt: skip
 def _fused_ln_residual_bwd_kernel(
@@ -83,12 +83,12 @@ def _fused_ln_residual_bwd_kernel(
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j,
     stride_grad_i, stride_grad_j, stride_grad_c,
-    stride_drop_j, stride_drop_c,
+    stride_drop_ij, stride_drop_c,
     stride_emit, stride_gate,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, DROP_ROWS: tl.constexpr,
 ):  # fmt: skip
     """de, dq and the outputs below, of all C channels at BLOCK_M positions m = i * pitch + j.
 
@@ -97,7 +97,8 @@ def _fused_ln_residual_bwd_kernel(
     the formula), `grad_drop` [R*L, C] = grad_out e o, whose sum over the rows is the gradient of
     drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. With DESCRIPTORS the
     projections are descriptors, and `t_planes` describes t as [D, R * pitch]. Row i is row
-    first_row + i of its sequence, which matters only with lengths.
+    first_row + i of its sequence, which matters only with lengths. With DROP_ROWS the drop mask has
+    a value for each row i, shared over j; then that sum is over j.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -196,7 +197,8 @@ def _fused_ln_residual_bwd_kernel(
                 grad_drop = (grad * biased * gate).to(dtype)
                 store_tile(grad_drop_ptr, row * C, offs_n, grad_drop, valid_m, C, EVEN_N)
             if drop_ptr is not None:
-                offs_drop = j.to(tl.int64) * stride_drop_j
+                ij = i if DROP_ROWS else j
+                offs_drop = ij.to(tl.int64) * stride_drop_ij
                 drop = load_tile(drop_ptr, offs_drop, offs_n, stride_drop_c, valid_m, C, False)
                 grad *= drop.to(tl.float32)
             grad_emit = grad * gate
@@ -291,7 +293,7 @@ class Rows(NamedTuple):
     x: torch.Tensor  # [R, L, C]
     moments: torch.Tensor  # [2, R, L], stage 1's, with the axes of x
     grad_out: torch.Tensor  # [R, L, C]
-    drop_mask: torch.Tensor | None  # [L, C]
+    drop_mask: torch.Tensor | None  # [L, C], or [R, 1, C]
     lengths: torch.Tensor | None = None  # [1] int32, of a padded sequence
 
 
@@ -385,7 +387,9 @@ def prepare_ln_residual_bwd(
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, max(channels, hidden))
-    drop_strides = (0, 1) if drop_mask is None else strides(drop_mask)
+    drop_strides, drop_rows = (0, 1), drop_mask is not None and drop_mask.ndim == 3
+    if drop_mask is not None:
+        drop_strides = strides(drop_mask.squeeze(1) if drop_rows else drop_mask)
     elements = 16 // x.element_size()
     emit, gate = weights.p_out_weight, weights.g_out_weight
     descriptors = config.descriptors and has_descriptor(emit) and has_descriptor(gate)
@@ -412,14 +416,14 @@ def prepare_ln_residual_bwd(
             **named_strides("x", "ijc", strides(x)),
             **named_strides("moments", "nij", moments.stride()),
             **named_strides("grad", "ijc", strides(grad_out)),
-            **named_strides("drop", "jc", drop_strides),
+            **named_strides("drop", ("ij", "c"), drop_strides),
         ),
         constants=dict(
             C=channels, D=hidden, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             GRAD_ALIGNMENT=elements if is_aligned(grad_out) else 1, DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots),
-            FAST_RECIPROCAL=device.fast_reciprocal,
+            FAST_RECIPROCAL=device.fast_reciprocal, DROP_ROWS=drop_rows,
         ),
         options=config.options(),
     )  # fmt: skip

@@ -72,13 +72,18 @@ _OUT = Projections(("p_out_weight",), "norm_out")
 _IN = Projections(("p_in_weight", "g_in_weight", "g_out_weight"), "norm_in")
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """Which gradients are asked for; those of parameters are computed all or none."""
 
     x: bool
     mask: bool
     drop_mask: bool
     parameters: bool
+
+    @classmethod
+    def of(cls, needs: frozenset[str]) -> "Wanted":
+        names = ("x" in needs, "mask" in needs, "drop_mask" in needs)
+        return cls(*names, not needs.isdisjoint(Weights._fields))
 
     @property
     def through_product(self) -> bool:
@@ -131,14 +136,11 @@ def run_backward(
         launches: by default the cached ones of this kind of call.
     """
     x, weights = call.x, call.weights
-    batch, length, _, channels = x.shape
-    wanted = _Wanted(
-        "x" in needs, "mask" in needs, "drop_mask" in needs,
-        not needs.isdisjoint(Weights._fields),
-    )  # fmt: skip
+    batch, length = x.shape[:2]
+    wanted = Wanted.of(needs)
     if launches is None:
         kept = product is not None, planes is not None
-        launches = launches_of(call, "backward", wanted, kept, _likeness(grad_out))
+        launches = launches_of(call, "backward", wanted, kept, likeness(grad_out))
     gradients = {}
     for name in ("x", "mask", "drop_mask"):
         if name in needs:
@@ -151,14 +153,12 @@ def run_backward(
             for name, value in weights._asdict().items()
             if name in needs
         }
-    parts, grad_q = {}, gradients.get("x")
-    if wanted.projections and not (wanted.x and holds_rows(x)):
-        grad_q = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
+    parts, grad_q = {}, memory_of_grad_q(x, wanted, gradients)
     prepared = launches.of(("emit_means",), prepare_emit_means, weights, call.precision)
     means = emit_means(weights, prepared)
     for entry in range(batch):
         sequence = slice(entry, entry + 1)
-        _Sequence(
+        Sequence(
             call.of_entry(entry),
             launches,
             wanted,
@@ -173,23 +173,45 @@ def run_backward(
             None if planes is None else planes[entry],
         )
     if wanted.parameters:
-        out, into = parts["out"], parts["in"]
-        gradients |= gradients_of_projections(launches, _OUT, weights, out, None, needs)
-        of_gate = out.sums[:, channels:]
-        gradients |= gradients_of_projections(launches, _IN, weights, into, of_gate, needs)
+        gradients |= gradients_of_parameters(launches, weights, parts, needs)
     return gradients
 
 
-class _Sequence(NamedTuple):
-    """The backward of one sequence."""
+def memory_of_grad_q(x: Tensor, wanted: Wanted, gradients: dict[str, Tensor]) -> Tensor | None:
+    """Memory for dq like x, if it is wanted: that of dx, or of one sequence for all."""
+    if not wanted.projections or (wanted.x and holds_rows(x)):
+        return gradients.get("x")
+    return torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
 
-    call: Call  # x [1, L, L, C]
+
+def gradients_of_parameters(
+    launches: Launches,
+    weights: Weights,
+    parts: dict[str, RowParts],
+    needs: frozenset[str],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Those that `needs` names, from the parts of `Sequence`, in their dtypes or in `dtype`."""
+    out, into = parts["out"], parts["in"]
+    of_gate = out.sums[:, weights.g_out_weight.shape[0] :]
+    found = gradients_of_projections(launches, _OUT, weights, out, None, needs, dtype)
+    return found | gradients_of_projections(
+        launches, _IN, weights, into, of_gate, needs, dtype
+    )
+
+
+class Sequence(NamedTuple):
+    """The backward of one sequence; in `stage_3` and `stage_1`, of R of its L rows."""
+
+    call: Call  # x [1, R, L, C]
     launches: Launches
-    wanted: _Wanted
+    wanted: Wanted
     parts: dict[str, RowParts]  # "out": S, and sums of de and dq; "in": H, and sums of dp and dg
-    gradients: dict[str, Tensor]  # x [L, L, C], mask [L, L], drop_mask [L, C], to be written
-    grad_q: Tensor | None  # memory for dq [L, L, C]: that of dx, if `holds_rows`
+    # Of x [R, L, C], mask [R, L], and drop_mask [L, C] or [R, 1, C], to be written.
+    gradients: dict[str, Tensor]
+    grad_q: Tensor | None  # memory for dq [R, L, C]: that of dx, if `holds_rows`
     emit_means: tuple[Tensor, Tensor | None]
+    first_row: int = 0  # of x, which matters only with lengths
 
     def run(
         self,
@@ -214,10 +236,10 @@ class _Sequence(NamedTuple):
             product = grad_t[None]
             moments = self._product_again(product, planes)
         by_rows = with_axes_of_x(moments, self.call.direction)[0, :, :length, :length]
-        self._stage_3(product[0], by_rows, grad_out, grad_t, memory[: hidden + size])
+        self.stage_3(product[0], by_rows, grad_out, grad_t, memory[: hidden + size])
         if self.wanted.through_product:
             self._stage_2(memory, grad_t, moments, planes, kept)
-            self._stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
+            self.stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
 
     def _memory(self, least: int) -> Tensor:
         """Planes [2D + `least`, at least D, L, pitch] for da, db, dt, and rows of stages 3 and 1.
@@ -235,8 +257,8 @@ class _Sequence(NamedTuple):
 
     def _least_rows(self) -> int:
         """The fewest rows i of a chunk."""
-        length = self.call.x.shape[1]
-        return min(length, -(-_CHUNK_PAIRS // length))
+        rows, length = self.call.x.shape[1:3]
+        return min(rows, -(-_CHUNK_PAIRS // length))
 
     def _product_again(self, product: Tensor, planes: Tensor) -> Tensor:
         """Fills the product, with a group's planes at a time as scratch; returns the moments."""
@@ -258,28 +280,30 @@ class _Sequence(NamedTuple):
 
         Returns the memory too, which is other and larger if chunks would not fill a GPU.
         """
-        length = self.call.x.shape[1]
+        rows, length = self.call.x.shape[1:3]
         least = self._least_rows() * length * width
         if memory.numel() < least:
             memory = memory.new_empty(least)
-        chunks = -(-length // min(length, memory.numel() // (length * width)))
-        step = -(-length // chunks)
-        cuts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+        chunks = -(-rows // min(rows, memory.numel() // (length * width)))
+        step = -(-rows // chunks)
+        cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         return memory.view(-1), cuts
 
     def _first_row(self, chunk: slice) -> int:
         """The first row of a launch; 0 without lengths, where every chunk can share a launch."""
-        return 0 if self.call.lengths is None else chunk.start
+        return 0 if self.call.lengths is None else self.first_row + chunk.start
 
-    def _stage_3(
+    def stage_3(
         self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor, memory: Tensor
     ) -> None:
-        """Fills grad_t [D, L, pitch], which may be the product, and dq; `memory` is scratch."""
+        """Fills grad_t [D, R, pitch], which may be the product, and dq; `memory` is scratch.
+
+        product is [D, R, pitch], moments [2, R, L] and grad_out [R, L, C].
+        """
         call, wanted, weights = self.call, self.wanted, self.call.weights
-        hidden, length, _ = product.shape
-        channels = call.x.shape[3]
+        hidden, (length, channels) = product.shape[0], call.x.shape[2:]
         drop_mask = None if call.drop_mask is None else call.drop_mask[0]
-        grad_drop = None
+        for_each_row, grad_drop = drop_mask is not None and drop_mask.ndim == 3, None
         widths = (
             channels if wanted.through_product else 0,
             hidden if wanted.parameters else 0,
@@ -288,8 +312,8 @@ class _Sequence(NamedTuple):
         memory, chunks = self._chunks(memory, sum(widths))
         for chunk in chunks:
             rows = Rows(
-                product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk], drop_mask,
-                call.lengths,
+                product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk],
+                drop_mask[chunk] if for_each_row else drop_mask, call.lengths,
             )  # fmt: skip
             first_row = self._first_row(chunk)
             count = (chunk.stop - chunk.start) * length
@@ -310,8 +334,12 @@ class _Sequence(NamedTuple):
             )  # fmt: skip
             fused_ln_residual_bwd(rows, weights, self.emit_means, self.launches, prepared, out)
             if wanted.drop_mask:
-                total = out.drop_mask.view(-1, length, channels).sum(0, dtype=torch.float32)
-                grad_drop = total if grad_drop is None else grad_drop.add_(total)
+                of_pairs = out.drop_mask.view(-1, length, channels)
+                total = of_pairs.sum(int(for_each_row), keepdim=for_each_row, dtype=torch.float32)
+                if for_each_row:
+                    self.gradients["drop_mask"][chunk] = total
+                else:
+                    grad_drop = total if grad_drop is None else grad_drop.add_(total)
             if wanted.through_product:
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
@@ -347,19 +375,16 @@ class _Sequence(NamedTuple):
         self, grad: Tensor, first: int, planes: Tensor, grad_planes: Tensor
     ) -> None:
         """Fills grad_planes [2G, L, pitch] with da and db, from dt of G channels, `first` on."""
-        size, a, b = grad.shape[0], planes[None, 0], planes[None, 1]
-        grad, grad_a, grad_b = grad[None], grad_planes[None, :size], grad_planes[None, size:]
-        if self.call.direction == "outgoing":
-            # da[i, k] = sum_j dt[i, j] b[j, k], db[j, k] = sum_i dt[i, j] a[i, k]
-            products = ((grad, b, grad_a, (False, True)), (grad, a, grad_b, (True, True)))
-        else:  # their transposes
-            products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
-        for left, right, out, turned in products:
-            key = first, turned
-            trimul_einsum_fwd(self.call, self.launches, left, right, out, key, turned)
+        size = grad.shape[0]
+        multiply_gradients(
+            self.call, self.launches, grad, *planes, grad_planes[:size], grad_planes[size:], first
+        )
 
-    def _stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
-        """Fills dx and dmask from dq and planes [2D, L, pitch], da and db in groups of `size`."""
+    def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
+        """Fills dx and dmask from dq and planes [2D, R, pitch], da and db in groups of `size`.
+
+        moments are [2, R, L]; `memory` is scratch.
+        """
         call, wanted, weights = self.call, self.wanted, self.call.weights
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
@@ -420,6 +445,36 @@ class _Sequence(NamedTuple):
         self.parts[which] = row_products(left, right, prepared, parts, partial, last)
 
 
+def multiply_gradients(
+    call: Call,
+    launches: Launches,
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    grad_a: Tensor,
+    grad_b: Tensor,
+    key: int,
+    with_axes_of_x: bool = False,
+) -> None:
+    """da and then db from dt, a and b; all are [G, L, pitch].
+
+    grad_b may be b. For "incoming" all but dt have the axes of x, or those that stage 1 gives a and
+    b. `key` identifies the launches among those of a call.
+    """
+    if call.direction == "outgoing":
+        # da[i, k] = sum_j dt[i, j] b[j, k], db[j, k] = sum_i dt[i, j] a[i, k]
+        products = ((grad, b, grad_a, (False, True)), (grad, a, grad_b, (True, True)))
+    elif with_axes_of_x:
+        # da[k, i] = sum_j b[k, j] dt[i, j], db[k, j] = sum_i a[k, i] dt[i, j]
+        products = ((b, grad, grad_a, (False, False)), (a, grad, grad_b, (False, True)))
+    else:  # outgoing's, transposed
+        products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
+    for left, right, out, turned in products:
+        trimul_einsum_fwd(
+            call, launches, left[None], right[None], out[None], (key, turned), turned
+        )
+
+
 def group_size(hidden: int, length: int) -> int:
     """The channels of a group: all, or a part large enough to be worth its launches."""
     groups = _GROUPS
@@ -449,5 +504,5 @@ def _alignments(*tensors: Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() % 16 for tensor in tensors]
 
 
-def _likeness(tensor: Tensor) -> tuple:
+def likeness(tensor: Tensor) -> tuple:
     return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16

@@ -171,8 +171,8 @@ def swiglu_hidden(
     config: LaunchConfig | None = None,
     moments: Tensor | None = None,
     hat_x: Tensor | None = None,
-    folded: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor] | None:
+    folded: tuple[Tensor | None, ...] | None = None,
+) -> tuple[Tensor | None, ...] | None:
     """Fills hidden [M, H] for the rows x [B, R, J, C] of a call.
 
     With `moments` [2, M] it fills those, hidden [M, 2H] with p and u, and x^ [M, C] where given.
@@ -223,7 +223,7 @@ def prepare_swiglu_hidden(
         stage = "swiglu_projections" if projections else "swiglu_hidden"
         config = setting_of(stage, x, channels, math.isqrt(rows), 1, variants)
     if hopper.is_variant(config, variants):
-        return hopper.kernels("gated_rows").prepare_hidden(call, hidden, config)
+        return hopper.kernels("gated_rows").prepare_hidden(call, hidden, first_row, config)
     block_n = block_of(config.block_n, call.hidden)
     block_k = block_of(config.block_k, channels)
     pair = projection_pair(

@@ -10,10 +10,11 @@ from rich.table import Column, Table
 from ..console import ProgressBar, print_json, print_whole, stdout
 from ..errors import UserError
 from ..options import takes
+from .options import Options
+from .ranks.command import bench_ranks
 from .report import caption, groups, markdown, notes, table
 from .results import ours_is_right, read_results
 from .whole.command import bench_whole
-from .whole.settings import Options
 
 
 @takes(Options)
@@ -22,11 +23,14 @@ def bench(options: Options) -> None:
 
     With --whole: whole folds, by part, in the full-size architecture with random weights; with
     --whole --passes training: training steps of one of its pair layers. With --transition: the
-    transition that follows the triangles. "ours, plain" is the kernel without the variants of its
-    stages for this GPU, where it runs any.
+    transition that follows the triangles. With --nproc: a pair tensor over many GPUs, beside one.
+    "ours, plain" is the kernel without the variants of its stages for this GPU, where it runs any.
     Exit status 1 if the kernel itself fails or gives a wrong result.
     """
     options.check_together()
+    if options.nproc is not None:
+        bench_ranks(options)
+        return
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the file to add to")
     if options.whole:

@@ -64,7 +64,7 @@ _SAME_WHEN_RESUMED = (
 )  # fmt: skip
 # Above this a result is wrong, not inexact: several times the in-tree module's own error, for
 # float32 with TF32 products.
-_WILD_ERROR = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 4e-3}
+WILD_ERROR = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 4e-3}
 
 
 class DeviceLostError(UserError):
@@ -202,7 +202,7 @@ def check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample | N
         got, wanted = wanted.of(got), wanted.wanted
         checked = wanted.shape[:-1].numel()
     error = relative_error(got, wanted)
-    if not error <= _WILD_ERROR[problem.case.dtype]:
+    if not error <= WILD_ERROR[problem.case.dtype]:
         kept = error if math.isfinite(error) else None
         note = f"relative error {error:.1e}"
         return {"status": "wrong", "note": note, "error": kept, "checked_pairs": checked}

@@ -50,7 +50,7 @@ def _device_name(option: str, name: str) -> str:
     return name
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
     """The numbers of a list separated by commas."""
     try:
         numbers = tuple(dict.fromkeys(int(word) for word in text.split(",")))
@@ -106,14 +106,14 @@ class Settings:
         _device_name,
     ] = None
     widths: Annotated[
-        str, typer.Option(help="Channels C of the pair tensor."), _numbers
+        str, typer.Option(help="Channels C of the pair tensor."), numbers
     ] = "128,256"
     lengths: Annotated[
         str | None,
         typer.Option(
             help="Residues L. Default: 15 lengths from 64 to 2048 on a GPU, 3 up to 256 on a CPU."
         ),
-        _numbers,
+        numbers,
     ] = None
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths.")] = False
     dtypes: Annotated[
@@ -169,7 +169,7 @@ class Settings:
         typer.Option(
             help="The lengths at which anything is compiled by torch.compile. Default: all."
         ),
-        _numbers,
+        numbers,
     ] = None
     published: Published = None
     esm: Annotated[

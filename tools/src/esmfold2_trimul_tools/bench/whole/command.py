@@ -9,8 +9,9 @@ from rich.table import Column, Table
 
 from ...console import ProgressBar, print_json, print_whole, stdout
 from ...errors import UserError
+from ..options import Options
 from .results import ours_is_right, read_results
-from .settings import Options
+from .settings import plan_of
 
 
 def bench_whole(options: Options) -> None:
@@ -25,7 +26,7 @@ def bench_whole(options: Options) -> None:
         if options.as_readme and "rows" not in measured:
             raise UserError(f"--readme: {options.results} holds no whole folds")
     else:
-        plan = options.plan()
+        plan = plan_of(options)
         from .report import estimate
         from .run import run
 

@@ -1,22 +1,23 @@
 """The options of whole folds: their checks, and their defaults on this machine."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import UserError
-from ...options import at_least, read
+from ...options import at_least
 from ...repository import find_root
 from ...triton_cache import check_cache
-from ..settings import Settings, default_check_up_to, words
+from ..settings import default_check_up_to, words
 from .ways import OURS, STOCK, WAYS, Way
 
 if TYPE_CHECKING:
     import torch
 
     from ...folding.options import Settings as FoldSettings
+    from ..options import Options
 
 _LENGTHS = {
     "forward": {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)},
@@ -24,14 +25,6 @@ _LENGTHS = {
 }
 TWICE_BELOW = 5.0  # seconds of a fold that is timed twice
 _LONGEST_WAYS = (STOCK, OURS)
-# The options of the benchmark of single calls that a benchmark of folds has too.
-_SHARED = {
-    "device", "lengths", "dtypes", "passes", "published", "esm", "seed", "kernel_root", "commit",
-    "out", "resume", "results", "as_markdown", "as_json",
-}  # fmt: skip
-# Those that training steps of a layer have too, and those of folds that they don't have.
-_OF_STEPS = {"budget", "check_up_to", "compile_lengths"}
-_OF_FOLDS = {"longest", "loops", "samples", "steps", "fold_seconds", "as_readme"}
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -112,79 +105,6 @@ class WholeOptions:
 
 
 @dataclass(frozen=True)
-class Options(WholeOptions, Settings):
-    """The options of the command: of single calls, and of whole folds."""
-
-    def check_together(self) -> None:
-        """Raises UserError for an option that the chosen benchmark does not have."""
-        default = read(Options)
-        only_whole = {one.name for one in fields(WholeOptions)} - {"whole"}
-        only_calls = {one.name for one in fields(Settings)} - _SHARED
-        if not self.whole:
-            refused, why = only_whole, "for --whole"
-        elif self._training:
-            refused = (only_calls - _OF_STEPS) | _OF_FOLDS
-            why = "not for --whole --passes training"
-        else:
-            refused, why = only_calls, "not for --whole"
-        for name in refused:
-            if getattr(self, name) != getattr(default, name):
-                named = {"rivals": "rival", "as_readme": "readme"}.get(name, name)
-                raise UserError(f"--{named.replace('_', '-')} is {why}")
-        for name in ("dtypes", "passes") if self.whole else ():
-            if len(values := getattr(self, name) or ()) > 1:
-                raise UserError(f"--{name} must be one with --whole; got {', '.join(values)}")
-        for way in WAYS:
-            if way.name in (self.ways or ()) and self.passes[0] not in way.passes:
-                raise UserError(f"--ways: {way.name} is not for --passes {self.passes[0]}")
-
-    @property
-    def _training(self) -> bool:
-        return self.passes == ("training",)
-
-    def plan(self) -> "Plan":
-        """What is to be measured on this machine.
-
-        Raises:
-            UserError: no such device; --longest without a GPU.
-        """
-        root = find_root(self.kernel_root)  # before torch is imported
-        from ...folding.model import resolve_device, resolve_dtype
-        from ...folding.options import Settings as FoldSettings
-
-        device = resolve_device(self.device)
-        lengths = _LENGTHS[self.passes[0]]
-        if device.type not in lengths:
-            raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
-        if self.longest is not None:
-            _check_longest(self.longest, device)
-        if device.type != "cpu":
-            check_cache()
-        named = self.ways or (_LONGEST_WAYS if self.longest is not None else None)
-        return Plan(
-            device=device,
-            dtype=resolve_dtype(self.dtypes and self.dtypes[0], device),
-            lengths=self.lengths or lengths[device.type],
-            ways=tuple(
-                way
-                for way in WAYS
-                if self.passes[0] in way.passes and (named is None or way.name in named)
-            ),
-            fold=FoldSettings(self.loops, self.samples, self.steps, self.seed),
-            small=self.small,
-            longest=self.longest,
-            fold_seconds=self.fold_seconds,
-            root=root,
-            published=self.published,
-            esm=self.esm,
-            training=self._training,
-            budget=self.budget,
-            check_up_to=default_check_up_to(self.check_up_to, device),
-            compile_lengths=self.compile_lengths,
-        )
-
-
-@dataclass(frozen=True)
 class Plan:
     """The options, checked and resolved: the `RunSettings` of the results' environment."""
 
@@ -212,3 +132,44 @@ class Plan:
     @property
     def seed(self) -> int:
         return self.fold.seed
+
+
+def plan_of(options: "Options") -> Plan:
+    """What is to be measured on this machine.
+
+    Raises:
+        UserError: no such device; --longest without a GPU.
+    """
+    root = find_root(options.kernel_root)  # before torch is imported
+    from ...folding.model import resolve_device, resolve_dtype
+    from ...folding.options import Settings as FoldSettings
+
+    device = resolve_device(options.device)
+    (passes,) = options.passes
+    lengths = _LENGTHS[passes]
+    if device.type not in lengths:
+        raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
+    if options.longest is not None:
+        _check_longest(options.longest, device)
+    if device.type != "cpu":
+        check_cache()
+    named = options.ways or (_LONGEST_WAYS if options.longest is not None else None)
+    return Plan(
+        device=device,
+        dtype=resolve_dtype(options.dtypes and options.dtypes[0], device),
+        lengths=options.lengths or lengths[device.type],
+        ways=tuple(
+            way for way in WAYS if passes in way.passes and (named is None or way.name in named)
+        ),
+        fold=FoldSettings(options.loops, options.samples, options.steps, options.seed),
+        small=options.small,
+        longest=options.longest,
+        fold_seconds=options.fold_seconds,
+        root=root,
+        published=options.published,
+        esm=options.esm,
+        training=passes == "training",
+        budget=options.budget,
+        check_up_to=default_check_up_to(options.check_up_to, device),
+        compile_lengths=options.compile_lengths,
+    )

@@ -1,0 +1,1 @@
+"""The benchmark of a pair tensor over many ranks."""

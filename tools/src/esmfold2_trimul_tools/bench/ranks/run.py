@@ -1,0 +1,153 @@
+"""A pair tensor over many ranks beside one: time, memory, bytes, bits, and the messages' rate.
+
+What each rank runs. All of them measure every shape together, and the first keeps the results.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...documents import write_document
+from ...environment import describe_environment
+from ...folding.memory import measure_peak_memory
+from ...ranks import join_ranks, received_rate, slowest_seconds
+from ...repository import load_kernel
+from ..case import Case
+from ..problem import Problem, make_problem, relative_error
+from ..rivals import Sources
+from .results import Results, Row
+from .settings import Plan
+
+_LEAST_CALLS, _MOST_CALLS = 3, 50
+_HIDDEN_RESIDUES = 3
+
+
+def run(
+    plan: Plan,
+    command: str,
+    out: Path | None,
+    commit: str | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Results | None:
+    """The results on the first rank, None on the others.
+
+    Args:
+        out: the file that the first rank keeps them in, after every shape.
+        progress: called on the first rank with (what, done, total); None on the others.
+
+    Raises:
+        UserError: `out` can't be written.
+    """
+    device = join_ranks(plan.device.type)
+    first, cases = dist.get_rank() == 0, plan.cases()
+    sources = Sources(load_kernel(plan.root))
+    environment = describe_environment(replace(plan, device=device), sources, command, commit)
+    results: Results = {
+        "environment": environment, "ranks": dist.get_world_size(), "messages": [], "rows": []
+    }  # fmt: skip
+
+    def report(what: str, done: int) -> None:
+        if first:
+            progress(what, done, len(cases))
+            if out is not None:
+                write_document(results, out)
+
+    def seconds(call: Callable[[], Any]) -> float:
+        """The median time of a call that every rank makes."""
+        slowest_seconds(call, device)  # compiles, and makes the channels between the ranks
+        once = slowest_seconds(call, device)
+        calls = max(_LEAST_CALLS, min(_MOST_CALLS, int(plan.budget / once)))
+        return statistics.median(slowest_seconds(call, device) for _ in range(calls))
+
+    with torch.no_grad():
+        for size in plan.messages:
+            report(f"messages of {size} MiB", 0)
+            rate = received_rate(size << 20, device, seconds)
+            results["messages"].append({"mib": size, "bytes_per_s": rate})
+        for done, case in enumerate(cases):
+            report(str(case), done)
+            results["rows"].append(_measure(sources.kernel, plan, case, device, seconds))
+    report("done", len(cases))
+    dist.destroy_process_group()
+    return results if first else None
+
+
+def _measure(
+    kernel: Any,
+    plan: Plan,
+    case: Case,
+    device: torch.device,
+    seconds: Callable[[Callable[[], Any]], float],
+) -> Row:
+    """One row, the same on all ranks."""
+    ranks, rank, length = dist.get_world_size(), dist.get_rank(), case.length
+    layout, beside = kernel.exchange.Layout(ranks, length, case.hidden), length <= plan.alone_up_to
+    rows = layout.rows(rank)
+    problem = _problem_of(case, rows, beside, device, plan.seed)
+    x = problem.x[:, rows].contiguous() if beside else problem.x
+    real = torch.arange(length, device=device) < max(1, length - _HIDDEN_RESIDUES)
+    mask = real[:, None] & real
+    own_mask = mask[rows].contiguous()
+
+    def sharded() -> torch.Tensor:
+        return kernel.sharded_triangle_multiplicative_update_with_residual(
+            x, case.direction, x, None, group=None, length=length,
+            mask=own_mask, **problem.weights,
+        )  # fmt: skip
+
+    row = {"C": case.channels, "L": length, "dtype": case.dtype, "direction": case.direction}
+    row |= {"ms": 1e3 * seconds(sharded), "alone_ms": None, "same_bits": None, "difference": None}
+    with measure_peak_memory(device) as memory:
+        made = sharded()
+    own = {
+        "residues": rows.stop - rows.start,
+        "channels": layout.channel_count(rank),
+        "peak_bytes": memory.added_bytes,
+        "sent_bytes": layout.sent(rank)[1] * length * case.torch_dtype.itemsize,
+    }
+    of_ranks: list[dict[str, int]] = [own] * ranks
+    dist.all_gather_object(of_ranks, own)
+    row["peak_shares"] = max(of["peak_bytes"] for of in of_ranks) * ranks / case.pair_bytes
+    row["of_ranks"] = of_ranks
+    if not beside:
+        return row
+
+    def alone() -> torch.Tensor | None:
+        if rank:
+            return None
+        return kernel.triangle_multiplicative_update_with_residual(
+            problem.x, case.direction, problem.x, None, mask=mask[None], **problem.weights
+        )
+
+    row["alone_ms"] = 1e3 * seconds(alone)
+    whole = torch.empty_like(problem.x) if rank else alone()
+    dist.broadcast(whole, 0)
+    wanted = whole[:, rows]
+    found: list[tuple[bool, float]] = [(True, 0.0)] * ranks
+    difference = relative_error(made, wanted.double()) if made.numel() else 0.0
+    dist.all_gather_object(found, (torch.equal(made, wanted), difference))
+    row["same_bits"] = all(same for same, _ in found)
+    # JSON has no NaN, which a maximum of torch's keeps.
+    off = torch.tensor([off for _, off in found], dtype=torch.float64).max().item()
+    row["difference"] = off if math.isfinite(off) else None
+    return row
+
+
+def _problem_of(case: Case, rows: slice, whole: bool, device: torch.device, seed: int) -> Problem:
+    """The problem, the same on all ranks; not `whole`, its x is a rank's rows alone.
+
+    Rows alone need no memory for the rest. Its mask is not for use.
+    """
+    if whole:
+        return make_problem(case, device, seed)
+    problem = make_problem(Case(case.channels, 1, case.dtype, case.direction), device, seed)
+    shape = 1, rows.stop - rows.start, case.length, case.channels
+    return problem._replace(x=torch.randn(shape, device=device).to(case.torch_dtype))
