@@ -132,8 +132,9 @@ def test_finetune(tmp_path):
                         "--steps", "3", "--device", "cpu", "--out", str(plot))  # fmt: skip
     swapped, sites = re.search(r"(?m)^sites swapped: (\d+) of (\d+)$", output).groups()
     assert swapped == sites
-    losses = re.findall(r"(?m)^(\w+): loss (\d\.\d+) to (\d\.\d+), .* steps a second", output)
-    assert [name for name, *_ in losses] == ["ours", "stock"]
+    assert re.search(r"(?m)^modules patched: [1-9]\d*, left: 0$", output)
+    losses = re.findall(r"(?m)^([\w, ]+): loss (\d\.\d+) to (\d\.\d+), .* steps a second", output)
+    assert [name for name, *_ in losses] == ["ours", "ours, patched", "stock"]
     assert all(float(last) < float(first) for _, first, last in losses)
     difference = float(re.search(rf"the losses differ by at most {NUMBER} of them", output)[1])
     assert 0 <= difference < 1e-5

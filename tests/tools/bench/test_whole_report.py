@@ -10,12 +10,21 @@ from esmfold2_trimul_tools.bench.whole.report import (
     notes,
     readme_table,
     table,
+    tables,
 )
 from esmfold2_trimul_tools.bench.whole.results import read_results
 from esmfold2_trimul_tools.bench.whole.settings import Plan
 from esmfold2_trimul_tools.bench.whole.ways import WAYS
 from esmfold2_trimul_tools.folding.options import Settings
-from whole_fakes import BY_NAME, longest_row, whole_results, whole_row, without_numbers
+from whole_fakes import (
+    BY_NAME,
+    longest_row,
+    step_results,
+    step_row,
+    whole_results,
+    whole_row,
+    without_numbers,
+)
 
 FULL = "OutOfMemoryError: CUDA out of memory. Tried to allocate 32.00 GiB."
 # As several runs left them: the tables go by length and way.
@@ -90,6 +99,32 @@ def test_the_readmes_table_has_the_ways_that_were_measured():
     ]
 
 
+def test_training_steps_in_markdown_and_in_a_table():
+    results = step_results(
+        step_row("ours", 2.0, note="20 modules swapped by patch"),
+        step_row("esm", status="absent", note="not given"),
+        step_row("stock", 5.0),
+        step_row("ours", 8.0, length=512, error=None),
+    )
+    ((title, head, lines),) = tables(results)
+    assert title.startswith("Training steps of a pair layer")
+    stock, esm, ours, longer = [dict(zip(head, line, strict=True)) for line in lines]
+    assert (stock["ms"], stock["p10 to p90"], stock["x stock"]) == ("5.00", "2.50 to 10.0", "1.00x")
+    assert (esm["way"], esm["ms"], esm["wall"], esm["error"]) == ("esm", "absent", "-", "-")
+    assert (ours["x stock"], ours["wall"], ours["host"]) == ("2.50x", "2.00", "1.50")
+    assert (ours["steps a second"], ours["peak, pairs"], ours["error"]) == (
+        "500", "12.35", "4.5e-03"
+    )  # fmt: skip
+    assert (longer["L"], longer["x stock"], longer["error"]) == ("512", "-", "-")
+    text = markdown(results)
+    for words in (
+        "One pair-update layer, random weights, small: C = 256, transition 1024 wide, 1.50 million "
+        "parameters, bfloat16.", "| 256 | stock | 5.00 | 2.50 to 10.0 |", "```\none\ntwo\n```",
+        "- esm, absent at L = 256: not given", "- ours, measured at L = 256: 20 modules swapped",
+    ):  # fmt: skip
+        assert words in text
+
+
 def plan(**changes):
     options = {
         "device": torch.device("cuda", 0), "dtype": torch.bfloat16, "ways": WAYS,
@@ -112,7 +147,9 @@ def test_the_estimate_follows_the_ways_and_lengths():
     # What does not fit costs little more than the trunk alone.
     assert estimate(plan(ways=(BY_NAME["stock-unchunked"],), lengths=(2048,))) < parts[2]
     assert estimate(plan(fold_seconds=60.0)) > whole
-    for changes in ({"small": True}, {"longest": 80.0}, {"device": torch.device("cpu")}):
+    for changes in (
+        {"small": True}, {"longest": 80.0}, {"device": torch.device("cpu")}, {"training": True}
+    ):  # fmt: skip
         assert estimate(plan(**changes)) is None
 
 

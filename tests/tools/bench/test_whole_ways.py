@@ -215,11 +215,25 @@ def test_esms_layers_are_imported_alone_and_read_the_models_own_weights(kernel, 
         for layer, theirs in zip(bench.plain_layers, installed.transitions, strict=True):
             x = torch.randn(1, 5, 5, 16).bfloat16()
             assert torch.equal(layer(x), layer.pair_transition(x))
+            read = installed.blocks[layer]
+            assert all("pair_transition.norm." + name in read for name in ("weight", "bias"))
             owns = (theirs.ffn.w3.weight, layer.pair_transition.mlp.down_proj.weight)
             assert owns[0].data_ptr() == owns[1].data_ptr()
         assert all("forward" not in vars(layer) for layer in bench.msa_layers)
     assert not any("forward" in vars(layer) for layer in bench.layers)
     assert all(hasattr(layer, name) for layer in bench.layers for name in TRIANGLES)
+
+
+def test_what_a_fused_block_of_esms_reads(esm_folder):
+    """Not what its transition has copied."""
+    block = find_esm(esm_folder).PairUpdateBlock(16, 2)
+    every = dict(block.named_parameters())
+    assert subject._parameters_read(block) == every
+    block.pair_transition._fused_swiglu = torch.nn.Linear(2, 2)
+    read = subject._parameters_read(block)
+    names = {f"pair_transition.{name}" for name in ("norm.weight", "norm.bias", "ffn.w12.weight")}
+    assert every.keys() - read.keys() == names
+    assert "pair_transition._fused_swiglu.weight" in read
 
 
 def test_why_esm_is_absent(kernel, esm_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import torch
 from esmfold2_trimul_tools.bench.rivals import Sources
+from esmfold2_trimul_tools.bench.whole.results import STEP
 from esmfold2_trimul_tools.bench.whole.ways import WAYS, Bench
 from folding import CPU, tiny_model
 
@@ -39,6 +40,24 @@ def longest_row(way, **entries):
         "bound_by": "transition in confidence", "peak_by_loops": {"0": 2**32, "2": 2**32},
     }  # fmt: skip
     return row | entries
+
+
+def step_row(way, milliseconds=None, length=256, **entries):
+    """A training step's row, measured if it has a time."""
+    row = dict.fromkeys(STEP) | {"L": length, "way": way, "status": "measured"}
+    if milliseconds is not None:
+        times = {"median": milliseconds, "p10": milliseconds / 2, "p90": 2 * milliseconds}
+        row |= {"device_ms": times | {"calls": 3}, "wall_ms": 2.0, "host_ms": 1.5,
+                "steps_per_s": 500.0, "peak_pairs": 12.345, "error": 4.5e-3}  # fmt: skip
+    return row | entries
+
+
+def step_results(*rows):
+    layer = {
+        "architecture": "small", "dtype": "bfloat16", "parameters": 1_500_000, "bytes": 3_000_000,
+        "pair_width": 256, "transition_width": 1024,
+    }  # fmt: skip
+    return {"environment": whole_results()["environment"], "layer": layer, "steps": [*rows]}
 
 
 def whole_results(*rows, longest=()):

@@ -21,10 +21,10 @@ from .whole.command import bench_whole
 def bench(options: Options) -> None:
     """Measure the kernel beside its rivals: time, peak memory, error, share of the floor.
 
-    With --whole: whole folds, by part, in the full-size architecture with random weights. With
-    --transition: the transition that follows the triangles. With --nproc: a pair tensor over many
-    GPUs, beside one. "ours, plain" is the kernel without the variants of its stages for this GPU,
-    where it runs any.
+    With --whole: whole folds, by part, in the full-size architecture with random weights; with
+    --whole --passes training: training steps of one of its pair layers. With --transition: the
+    transition that follows the triangles. With --nproc: a pair tensor over many GPUs, beside one.
+    "ours, plain" is the kernel without the variants of its stages for this GPU, where it runs any.
     Exit status 1 if the kernel itself fails or gives a wrong result.
     """
     options.check_together()

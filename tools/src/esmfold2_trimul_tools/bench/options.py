@@ -1,4 +1,4 @@
-"""The options of the command: of single calls, of whole folds, and of ranks."""
+"""The options of the command: of single calls, of whole folds and a layer's steps, and of ranks."""
 
 from dataclasses import dataclass, fields
 
@@ -7,13 +7,17 @@ from ..options import read
 from .ranks.settings import RanksOptions
 from .settings import Settings
 from .whole.settings import WholeOptions
+from .whole.ways import WAYS
 
 # The options of single calls that the other benchmarks have too.
 _OF_ALL = {
     "device", "lengths", "dtypes", "seed", "kernel_root", "commit", "out", "results",
     "as_markdown", "as_json",
 }  # fmt: skip
-_OF_WHOLE = _OF_ALL | {"published", "esm", "resume"}
+_OF_WHOLE = _OF_ALL | {"passes", "published", "esm", "resume"}
+# Those that training steps of a layer have too, and those of folds that they don't have.
+_OF_STEPS = _OF_WHOLE | {"budget", "check_up_to", "compile_lengths"}
+_OF_FOLDS = {"longest", "loops", "samples", "steps", "fold_seconds", "as_readme"}
 _OF_RANKS = _OF_ALL | {"widths", "directions", "budget"}
 
 
@@ -33,9 +37,17 @@ class Options(RanksOptions, WholeOptions, Settings):
         if not self.whole:
             self._refuse(whole, "for --whole")
             return
-        self._refuse(calls - _OF_WHOLE, "not for --whole")
-        if self.dtypes is not None and len(self.dtypes) > 1:
-            raise UserError(f"--dtypes must be one with --whole; got {', '.join(self.dtypes)}")
+        for name in ("dtypes", "passes"):
+            if len(values := getattr(self, name) or ()) > 1:
+                raise UserError(f"--{name} must be one with --whole; got {', '.join(values)}")
+        (passes,) = self.passes
+        if passes == "training":
+            self._refuse(calls - _OF_STEPS | _OF_FOLDS, "not for --whole --passes training")
+        else:
+            self._refuse(calls - _OF_WHOLE, "not for --whole")
+        for way in WAYS:
+            if way.name in (self.ways or ()) and passes not in way.passes:
+                raise UserError(f"--ways: {way.name} is not for --passes {passes}")
 
     def _refuse(self, names: set[str], why: str) -> None:
         default = read(Options)

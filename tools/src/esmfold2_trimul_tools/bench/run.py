@@ -163,11 +163,11 @@ def measure(
             call = rival.make(problem, sources)
             if training:
                 call = trained(call, problem.grad_out)
-            row |= _check(call(), problem, wanted)
+            row |= check(call(), problem, wanted)
             if row["status"] == "measured":
                 row["variants"] = call.variants()
                 if not rival.in_capture:
-                    row["peak_pairs"] = _peak_bytes(call, clock.device) / problem.case.pair_bytes
+                    row["peak_pairs"] = peak_bytes(call, clock.device) / problem.case.pair_bytes
                 row |= clock.time(call, budget)
     except Absent as error:
         row |= {"status": "absent", "note": str(error)}
@@ -187,7 +187,7 @@ def _settle(clock: CpuClock | GpuClock, row: Row) -> None:
         raise DeviceLostError(f"{where} broke the device: {first_line(error)}") from None
 
 
-def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample | None) -> Row:
+def check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample | None) -> Row:
     """error, checked, status and note of an output."""
     x = problem.x
     if got.shape != x.shape or got.dtype != x.dtype:
@@ -209,7 +209,7 @@ def _check(got: torch.Tensor, problem: Problem, wanted: torch.Tensor | Sample | 
     return {"status": "measured", "error": error, "checked_pairs": checked}
 
 
-def _peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
+def peak_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
     """Bytes that a call holds at its peak beyond its inputs, the output included."""
     with measure_peak_memory(device) as peak:
         out = call()

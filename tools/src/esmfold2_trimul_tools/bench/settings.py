@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,9 @@ from ..repository import find_root
 from ..triton_cache import check_cache
 from .case import DIRECTIONS, MASKS, PASSES, TRANSITION, Case
 from .rivals import OURS, RIVALS, TRANSITION_RIVALS, Rival
+
+if TYPE_CHECKING:
+    import torch
 
 _LENGTHS = {
     "cuda": (64, 76, 128, 256, 286, 383, 384, 511, 512, 768, 769, 1024, 1111, 1536, 2048),
@@ -82,6 +85,11 @@ def _seconds(option: str, seconds: float) -> float:
     if not seconds > 0:
         raise UserError(f"{option} must be above 0 seconds; got {seconds}")
     return seconds
+
+
+def default_check_up_to(asked: int | None, device: "torch.device") -> int:
+    """The longest L that is held to float64: as asked, or the device's default."""
+    return _CHECK_UP_TO[device.type] if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -234,14 +242,13 @@ class Settings:
         lengths = _QUICK_LENGTHS if self.quick else _LENGTHS
         lengths = _TRANSITION_LENGTHS if self.transition else lengths
         dtype = str(resolve_dtype(None, device)).removeprefix("torch.")
-        check_up_to = _CHECK_UP_TO[device.type] if self.check_up_to is None else self.check_up_to
         return replace(
             self,
             device=device,
             lengths=self.lengths or lengths[device.type],
             dtypes=self.dtypes or (dtype,),
             rivals=rivals or self._rivals_on(device.type),
-            check_up_to=check_up_to,
+            check_up_to=default_check_up_to(self.check_up_to, device),
         )
 
     @property

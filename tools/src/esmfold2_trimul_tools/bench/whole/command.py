@@ -1,4 +1,4 @@
-"""`esmfold2-trimul bench --whole`."""
+"""`esmfold2-trimul bench --whole`: whole folds, or training steps of a pair layer."""
 
 import shlex
 import sys
@@ -8,19 +8,23 @@ import typer
 from rich.table import Column, Table
 
 from ...console import ProgressBar, print_json, print_whole, stdout
+from ...errors import UserError
 from ..options import Options
 from .results import ours_is_right, read_results
 from .settings import plan_of
 
 
 def bench_whole(options: Options) -> None:
-    """Measure whole folds, or show the results in a file.
+    """Measure whole folds or training steps, or show the results in a file.
 
     Raises:
+        UserError: --readme, and the file holds no folds.
         typer.Exit: with status 1 if a way of ours fails or gives a wrong result.
     """
     if options.results is not None:
         measured = read_results(options.results)
+        if options.as_readme and "rows" not in measured:
+            raise UserError(f"--readme: {options.results} holds no whole folds")
     else:
         plan = plan_of(options)
         from .report import estimate
@@ -50,16 +54,11 @@ def bench_whole(options: Options) -> None:
 
 
 def _print(measured: dict[str, Any]) -> None:
-    from .report import caption, longest_table, notes, table
+    from .report import caption, notes, tables
 
     console = stdout(soft_wrap=True)
     console.print(caption(measured))
-    for title, (head, lines) in (
-        ("Whole folds, by part, seconds", table(measured)),
-        ("The longest fold", longest_table(measured)),
-    ):
-        if not lines:
-            continue
+    for title, head, lines in tables(measured):
         columns = [Column(one, justify="left" if one == "way" else "right") for one in head]
         drawn = Table(*columns, title=title, box=None, title_justify="left")
         for line in lines:

@@ -1,4 +1,4 @@
-"""The results of whole folds as tables: for a terminal, and in Markdown."""
+"""The results of whole folds and of training steps as tables: for a terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..report import milliseconds as seconds
 from ..report import origin, ratio
 from .parts import LAYER, PARTS, TRANSITION, TRIANGLE
-from .results import Results, Row
+from .results import Results, Row, rows_of
 from .settings import TWICE_BELOW, Plan
 from .ways import OURS, STOCK, WAYS
 
@@ -32,6 +32,14 @@ README_WAYS = {
 
 def caption(results: Results) -> str:
     """Device, versions, commit, date and the model, a sentence each."""
+    if "layer" in results:
+        layer = results["layer"]
+        return (
+            f"{origin(results['environment'])} "
+            f"One pair-update layer, random weights, {layer['architecture']}: C = "
+            f"{layer['pair_width']}, transition {layer['transition_width']} wide, "
+            f"{layer['parameters'] / 1e6:.2f} million parameters, {layer['dtype']}."
+        )
     model = results["model"]
     return (
         f"{origin(results['environment'])} "
@@ -39,6 +47,42 @@ def caption(results: Results) -> str:
         f"parameters, {gib(model['bytes'])} GiB, {model['dtype']}; {model['loops']} loops, "
         f"{model['samples']} samples, {model['denoiser_calls']} denoising steps."
     )
+
+
+def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, column names and lines of text of each table that has any."""
+    if "steps" in results:
+        made = {"Training steps of a pair layer; times in ms, medians": step_table}
+    else:
+        made = {"Whole folds, by part, seconds": table, "The longest fold": longest_table}
+    drawn = [(title, *make(results)) for title, make in made.items()]
+    return [(title, head, lines) for title, head, lines in drawn if lines]
+
+
+def step_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column names, and a line of text for each training step."""
+    stock = {row["L"]: median(row) for row in results["steps"] if row["way"] == STOCK}
+    columns: dict[str, Callable[[Row], str]] = {
+        "L": lambda row: str(row["L"]),
+        "way": lambda row: row["way"],
+        "ms": lambda row: row["status"] if median(row) is None else seconds(median(row)),
+        "p10 to p90": lambda row: _or_dash(
+            row["device_ms"], lambda ms: f"{seconds(ms['p10'])} to {seconds(ms['p90'])}"
+        ),
+        "x stock": lambda row: _quotient(stock.get(row["L"]), median(row)),
+        "wall": lambda row: _or_dash(row["wall_ms"], seconds),
+        "host": lambda row: _or_dash(row["host_ms"], seconds),
+        "steps a second": lambda row: _or_dash(row["steps_per_s"], seconds),
+        "peak, pairs": lambda row: _or_dash(row["peak_pairs"], "{:.2f}".format),
+        "error": lambda row: _or_dash(row["error"], "{:.1e}".format),
+    }
+    rows = _in_order(results["steps"])
+    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
+
+
+def median(row: Row) -> float | None:
+    """Milliseconds of a step."""
+    return row["device_ms"] and row["device_ms"]["median"]
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -55,7 +99,8 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
         "trunk, GiB": lambda row: _or_dash(row["trunk_peak_bytes"], gib),
         "trunk, pairs": lambda row: _or_dash(row["trunk_pairs"], "{:.1f}".format),
     }
-    return list(columns), [[cell(row) for cell in columns.values()] for row in _rows(results)]
+    rows = _in_order(results["rows"])
+    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
 
 
 def longest_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -76,7 +121,7 @@ def longest_table(results: Results) -> tuple[list[str], list[list[str]]]:
 def notes(results: Results) -> list[str]:
     """A sentence for each way and note."""
     where: dict[tuple[str, str, str], list[str]] = {}
-    for row in [*_rows(results), *results["longest"]]:
+    for row in _in_order(rows_of(results)):
         if row["note"] is not None:
             key = (row["way"], row["status"], _AFTER_ALLOCATION.sub("", row["note"]))
             at = f"{row['gib']:g} GiB" if "gib" in row else f"L = {row['L']}"
@@ -89,10 +134,7 @@ def notes(results: Results) -> list[str]:
 def markdown(results: Results) -> str:
     """The section of docs/performance.md."""
     parts = [caption(results), "\n".join(["```", *results["environment"]["commands"], "```"])]
-    for made in (table, longest_table):
-        head, lines = made(results)
-        if lines:
-            parts.append(in_markdown(head, lines))
+    parts += [in_markdown(head, lines) for _, head, lines in tables(results)]
     if found := notes(results):
         parts.append("\n".join(f"- {note}" for note in found))
     return "\n\n".join(parts)
@@ -100,7 +142,7 @@ def markdown(results: Results) -> str:
 
 def readme_table(results: Results) -> str:
     """Seconds and peak GiB of a fold by length; brackets give another way's seconds over ours."""
-    rows = {(row["L"], row["way"]): row for row in _rows(results)}
+    rows = {(row["L"], row["way"]): row for row in _in_order(results["rows"])}
     lengths = dict.fromkeys(length for length, _ in rows)
     ways = [way for way in README_WAYS if any((length, way) in rows for length in lengths)]
 
@@ -141,7 +183,7 @@ def estimate(plan: Plan) -> float | None:
     The default architecture runs 32 pair-update layers a loop, and outside the loops 2 and, for
     each sample, 4; with one layer a stack, 7 before the samples' own.
     """
-    if plan.device.type != "cuda" or plan.small or plan.longest is not None:
+    if plan.device.type != "cuda" or plan.small or plan.training or plan.longest is not None:
         return None
     loops = 10 if plan.fold.loops is None else plan.fold.loops
     samples = 8 if plan.fold.samples is None else plan.fold.samples
@@ -160,9 +202,16 @@ def estimate(plan: Plan) -> float | None:
     return total / 60
 
 
-def _rows(results: Results) -> list[Row]:
-    """By length, and each length's in the order of WAYS, in however many runs they came."""
-    return sorted(results["rows"], key=lambda row: (row["L"], _ORDER.index(row["way"])))
+def _in_order(rows: list[Row]) -> list[Row]:
+    """By length, and each length's in the order of WAYS, in however many runs they came.
+
+    Those of the longest folds are last, as they came.
+    """
+
+    def key(row: Row) -> tuple[float, int]:
+        return (math.inf, 0) if "gib" in row else (row["L"], _ORDER.index(row["way"]))
+
+    return sorted(rows, key=key)
 
 
 def _part(row: Row, part: str) -> str:

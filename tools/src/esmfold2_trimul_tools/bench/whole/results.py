@@ -1,8 +1,10 @@
-"""The results of whole folds, one JSON document.
+"""The results of whole folds, one JSON document, and those of training steps of a pair layer.
 
     {"environment": {...}, "model": {...}, "rows": [{...}, ...], "longest": [{...}, ...]}
+    {"environment": {...}, "layer": {...}, "steps": [{...}, ...]}
 
-A row is one way at one length, with the entries of `ROW`; "longest" has those of `LONGEST`.
+A row is one way at one length, with the entries of `ROW`; "longest" has those of `LONGEST`, and
+"steps" those of `STEP`.
 """
 
 from __future__ import annotations
@@ -50,25 +52,45 @@ LONGEST = {
     "bound_by": "the part within which that peak was reached",
     "peak_by_loops": "that peaks do not depend on the loops: bytes at L = 256 with 0 and 2 loops",
 }
+STEP = {
+    "L": "residues",
+    "way": "its name in ways.WAYS",
+    "status": "as in a row of folds; wrong: its gradient is far from float64, or not finite",
+    "note": "what the way changed, our ops in a step with their number, or why it was not timed",
+    "error": "relative L2 error of the pair tensor's gradient against float64; None for long L",
+    "checked_pairs": "L L",
+    "device_ms": "median, p10, p90 and number of the times of single steps; on a GPU, caches cold",
+    "wall_ms": "time a step of many issued back to back, on a GPU",
+    "host_ms": "time until one step returns to its caller, on a GPU",
+    "steps_per_s": "of those issued back to back; on a CPU, of single ones",
+    "peak_pairs": "most memory of a step beyond the parameters, the pair tensor and the gradient "
+    "that comes in, in pair tensors; all gradients that it makes are included",
+}
+FOLDS = {"environment", "model", "rows", "longest"}
+STEPS = {"environment", "layer", "steps"}
 
 
 def read_results(path: Path) -> Results:
-    """The results in a file.
+    """The results in a file, of whole folds or of training steps.
 
     Raises:
         UserError: there is no such file, or it holds no such results.
     """
     results = read_document(path)
-    keys = {"environment", "model", "rows", "longest"}
-    if not isinstance(results, dict) or results.keys() != keys:
+    if not isinstance(results, dict) or results.keys() not in (FOLDS, STEPS):
         raise UserError(f"{path}: holds no results of whole folds")
     return results
+
+
+def rows_of(results: Results) -> list[Row]:
+    """All rows, of whichever kind."""
+    return [row for rows in results.values() if isinstance(rows, list) for row in rows]
 
 
 def ours_is_right(results: Results) -> bool:
     """Whether no row of ours failed or was wrong. One that does not fit is a result."""
     return all(
         row["status"] in ("measured", "does not fit", "absent")
-        for row in [*results["rows"], *results["longest"]]
+        for row in rows_of(results)
         if row["way"].startswith(OURS)
     )

@@ -1,5 +1,7 @@
 """Measures whole folds: every way at every length, in one model that is made once.
 
+With --passes training, `training` measures steps of one layer instead.
+
 A row costs a fold of no loops in which each stack runs one layer, which compiles the kernels and
 tells whether the memory is enough; a fold of no loops with hooks, for the time of each part; and
 one or two timed folds without hooks. Every loop does the same work, so a fold that would take too
@@ -23,18 +25,21 @@ import torch
 
 from ...documents import write_document
 from ...environment import check_same, describe_environment
+from ...errors import UserError
 from ...folding.fold import is_out_of_memory
 from ...folding.full_size import full_size_model, weight_bytes
 from ...folding.memory import PeakMemory, measure_peak_memory
 from ...folding.model import random_model
 from ...folding.options import Settings as FoldSettings
 from ...repository import load_kernel
-from ..rivals import Absent, Sources, esm_version, first_line
+from ..rivals import Sources, esm_version, first_line
 from ..run import DeviceLostError
+from .findings import NOT_FINITE, findings, installing
 from .longest import longest
 from .parts import measured
-from .results import LONGEST, ROW, Results, Row, read_results
+from .results import FOLDS, LONGEST, ROW, STEPS, Results, Row, read_results
 from .settings import TWICE_BELOW, Plan
+from .training import described_layer, layer_config, step_jobs
 from .ways import Bench, Installed, Way
 
 if TYPE_CHECKING:
@@ -48,7 +53,6 @@ _SAME_WHEN_RESUMED = (
 )  # fmt: skip
 _TRUNK_SECONDS, _TRUNK_RUNS = 1.0, 3
 _STEP = 64  # residues
-_NOT_FINITE = "gave numbers that are not finite"
 _SHORT = 256
 
 
@@ -67,8 +71,8 @@ def run(
         progress: called with (what, done, total) before each row and at the end.
 
     Raises:
-        UserError: `out` can't be read or written, or its results can't be added to; the model does
-            not fit.
+        UserError: `out` can't be read or written, or its results can't be added to, or are of the
+            other kind; the model does not fit.
         DeviceLostError: a way broke the device for all later work.
     """
     if plan.device.type == "cuda":
@@ -79,21 +83,24 @@ def run(
     # Refused before a model is made.
     before = read_results(out) if resumed and out.exists() else None
     if before is not None:
+        if before.keys() != (STEPS if plan.training else FOLDS):
+            kind = "training steps" if plan.training else "whole folds"
+            raise UserError(f"{out}: holds no results of {kind}")
         check_same(before["environment"], environment, _SAME_WHEN_RESUMED, out)
-    model = (
-        random_model(plan.device, plan.dtype, plan.seed)
-        if plan.small
-        else full_size_model(plan.device, plan.dtype, plan.seed)
-    )
+    model = _model(plan)
     model.requires_grad_(False)
     plan = replace(plan, fold=plan.fold.resolved(model.config))
-    described = _described(model, plan)
-    results = {"environment": environment, "model": described, "rows": [], "longest": []}
+    results: Results = {"environment": environment}
+    if plan.training:
+        results |= {"layer": described_layer(model, plan), "steps": []}
+    else:
+        results |= {"model": _described(model, plan), "rows": [], "longest": []}
     if before is not None:
-        check_same(before, results, ("model",), out)
+        check_same(before, results, ("layer" if plan.training else "model",), out)
         results = before | {
-            name: [row for row in before[name] if row["status"] != "absent"]
-            for name in ("rows", "longest")
+            name: [row for row in rows if row["status"] != "absent"]
+            for name, rows in before.items()
+            if isinstance(rows, list)
         }
         results["environment"]["commands"].append(command)
 
@@ -122,6 +129,9 @@ def _jobs(
     plan: Plan, bench: Bench, results: Results
 ) -> Iterator[tuple[str, list[Row], Callable[[], Row]]]:
     """What is missing in the results: a label, the rows to add to, and what makes the row."""
+    if plan.training:
+        yield from step_jobs(plan, bench, results)
+        return
     if plan.longest is not None:
         done = {(row["way"], row["gib"]) for row in results["longest"]}
         for way in plan.ways:
@@ -138,6 +148,14 @@ def _jobs(
                     results["rows"],
                     lambda way=way, length=length: measure(way, length, bench, plan),
                 )
+
+
+def _model(plan: Plan) -> EsmFold2Model:
+    if plan.small:
+        return random_model(plan.device, plan.dtype, plan.seed)
+    if plan.training:
+        return random_model(plan.device, plan.dtype, plan.seed, layer_config())
+    return full_size_model(plan.device, plan.dtype, plan.seed)
 
 
 def _described(model: EsmFold2Model, plan: Plan) -> dict[str, Any]:
@@ -163,9 +181,9 @@ def measure(way: Way, length: int, bench: Bench, plan: Plan) -> Row:
     """The row of one way at one length."""
     row = dict.fromkeys(ROW) | {"L": length, "way": way.name, "status": "measured"}
     row["loops"] = plan.fold.loops
-    with _findings(row), _installed(way, bench) as installed:
+    with findings(row), installing(way, bench) as installed:
         row["note"] = installed.note
-        with _findings(row):
+        with findings(row):
             _measure_fold(row, installed, length, bench, plan)
         _release(bench.device)
         if row["status"] in ("measured", "does not fit"):
@@ -173,9 +191,7 @@ def measure(way: Way, length: int, bench: Bench, plan: Plan) -> Row:
     return row
 
 
-def _measure_fold(
-    row: Row, installed: Installed, length: int, bench: Bench, plan: Plan
-) -> None:
+def _measure_fold(row: Row, installed: Installed, length: int, bench: Bench, plan: Plan) -> None:
     """Fill in what a row has of the fold."""
     features = _features(length, bench, plan.seed)
     with _one_layer_a_stack(bench.model):
@@ -185,7 +201,7 @@ def _measure_fold(
     _synchronize(bench.device)  # a span's end must have been reached before it is read
     numbers = (output.plddt, output.ptm, output.sample_atom_coords)
     if not all(bool(one.isfinite().all()) for one in numbers):
-        row |= {"status": "wrong", "note": _NOT_FINITE}
+        row |= {"status": "wrong", "note": NOT_FINITE}
         return
     row["mean_plddt"] = float(output.plddt.float().mean())
     del output, numbers
@@ -270,7 +286,7 @@ def find_longest(way: Way, bench: Bench, plan: Plan) -> Row:
             _release(device)
         return True
 
-    with _findings(row), _installed(way, bench) as installed:
+    with findings(row), installing(way, bench) as installed:
         row["note"] = installed.note
         row["peak_by_loops"] = {str(loops): fold(_SHORT, loops).peak_bytes for loops in (0, 2)}
         weights = weight_bytes(bench.model)
@@ -290,29 +306,6 @@ def find_longest(way: Way, bench: Bench, plan: Plan) -> Row:
                     _fold(bench, features, plan.fold, loops=0, steps=1)
                 row["peak_bytes"], row["bound_by"] = spans.peak()
     return row
-
-
-@contextmanager
-def _findings(row: Row) -> Iterator[None]:
-    """Writes into the row what the block raises, whoever raises it: that is a finding."""
-    try:
-        yield
-    except Absent as error:
-        row |= {"status": "absent", "note": str(error)}
-    except torch.linalg.LinAlgError:  # the sampler's superposition of coordinates
-        row |= {"status": "wrong", "note": _NOT_FINITE}
-    except Exception as error:
-        note = f"{row['note']}; {first_line(error)}" if row["note"] else first_line(error)
-        fits = not is_out_of_memory(error)
-        row |= {"status": "failed" if fits else "does not fit", "note": note}
-
-
-@contextmanager
-def _installed(way: Way, bench: Bench) -> Iterator[Installed]:
-    if bench.device.type == "cpu" and not way.on_cpu:
-        raise Absent("needs a GPU")
-    with way.install(bench) as installed:
-        yield installed
 
 
 def _features(length: int, bench: Bench, seed: int) -> dict[str, Any]:

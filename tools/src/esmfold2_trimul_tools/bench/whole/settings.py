@@ -10,7 +10,7 @@ from ...errors import UserError
 from ...options import at_least
 from ...repository import find_root
 from ...triton_cache import check_cache
-from ..settings import words
+from ..settings import default_check_up_to, words
 from .ways import OURS, STOCK, WAYS, Way
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ...folding.options import Settings as FoldSettings
     from ..options import Options
 
-_LENGTHS = {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)}
+_LENGTHS = {
+    "forward": {"cuda": (256, 512, 1024, 2048), "cpu": (16, 32)},
+    "training": {"cuda": (256, 512, 1024), "cpu": (16, 32)},
+}
 TWICE_BELOW = 5.0  # seconds of a fold that is timed twice
 _LONGEST_WAYS = (STOCK, OURS)
 
@@ -49,14 +52,15 @@ class WholeOptions:
         typer.Option(
             "--whole",
             help="Measure whole folds of the full-size architecture with random weights instead of "
-            "single calls. --lengths: 256 to 2048 by default.",
+            "single calls. --lengths: 256 to 2048 by default. With --passes training: training "
+            "steps of one pair-update layer of the folding trunk; --lengths: 256, 512 and 1024.",
         ),
     ] = False
     ways: Annotated[
         str | None,
         typer.Option(
-            help=f"With --whole: of {', '.join(way.name for way in WAYS)}. Default: all; with "
-            f"--longest {' and '.join(_LONGEST_WAYS)}."
+            help=f"With --whole: of {', '.join(way.name for way in WAYS)}. Default: all that have "
+            f"the passes; with --longest {' and '.join(_LONGEST_WAYS)}."
         ),
         words(tuple(way.name for way in WAYS)),
     ] = None
@@ -115,6 +119,11 @@ class Plan:
     root: Path
     published: Path | None
     esm: Path | None
+    training: bool = False
+    # Of training steps alone.
+    budget: float = 0.5
+    check_up_to: int = 0
+    compile_lengths: tuple[int, ...] | None = None
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -136,7 +145,9 @@ def plan_of(options: "Options") -> Plan:
     from ...folding.options import Settings as FoldSettings
 
     device = resolve_device(options.device)
-    if device.type not in _LENGTHS:
+    (passes,) = options.passes
+    lengths = _LENGTHS[passes]
+    if device.type not in lengths:
         raise UserError(f"--device must be cpu or cuda here; got {str(device)!r}")
     if options.longest is not None:
         _check_longest(options.longest, device)
@@ -146,8 +157,10 @@ def plan_of(options: "Options") -> Plan:
     return Plan(
         device=device,
         dtype=resolve_dtype(options.dtypes and options.dtypes[0], device),
-        lengths=options.lengths or _LENGTHS[device.type],
-        ways=tuple(way for way in WAYS if named is None or way.name in named),
+        lengths=options.lengths or lengths[device.type],
+        ways=tuple(
+            way for way in WAYS if passes in way.passes and (named is None or way.name in named)
+        ),
         fold=FoldSettings(options.loops, options.samples, options.steps, options.seed),
         small=options.small,
         longest=options.longest,
@@ -155,4 +168,8 @@ def plan_of(options: "Options") -> Plan:
         root=root,
         published=options.published,
         esm=options.esm,
+        training=passes == "training",
+        budget=options.budget,
+        check_up_to=default_check_up_to(options.check_up_to, device),
+        compile_lengths=options.compile_lengths,
     )

@@ -11,13 +11,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from ...repository import submodule
-from ..case import Case
+from ..case import PASSES, Case
 from ..rivals import (
+    FORWARD,
     Absent,
     Sources,
     check_variants,
@@ -73,17 +75,21 @@ class Installed:
     """What a way did to the model.
 
     note: what the row says of it. transitions: modules of its own that are pair transitions.
-    has_our_ops: whether layers whose forward was replaced call the ops of our package.
+    has_our_ops: whether layers whose forward was replaced call the ops of our package. blocks: the
+    parameters, by their names, of what runs in place of a layer and doesn't read the layer's own.
     """
 
     note: str | None = None
     transitions: list[nn.Module] = field(default_factory=list)
     has_our_ops: bool = False
+    blocks: dict[nn.Module, dict[str, nn.Parameter]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Way:
     """install: puts it into the model for the length of a block. on_cpu: whether a CPU can run it.
+    passes: "forward" for folds, "training" for steps of one layer. compiles: it compiles for a
+    while at each length, and --compile-lengths limits the lengths of its steps.
 
     For the printed estimate, on one H200 with torch 2.11.0, Triton 3.6.0 and commit 21c4e42, in
     bfloat16; what was not measured has the numbers of the stock path without chunks:
@@ -93,6 +99,8 @@ class Way:
     name: str
     install: Callable[[Bench], AbstractContextManager[Installed]]
     on_cpu: bool = True
+    passes: tuple[str, ...] = PASSES
+    compiles: bool = False
     layer_ms: tuple[float, float] = (12.9, 73.3)
     gib: float = 90.6
 
@@ -192,7 +200,19 @@ def esm(bench: Bench) -> Iterator[Installed]:
             f"{len(blocks)} pair-update layers of esm {esm_version(bench.esm)} with the fused "
             "backend; the MSA encoder's are stock",
             [block.pair_transition for block in blocks.values()],
+            blocks={layer: _parameters_read(block) for layer, block in blocks.items()},
         )
+
+
+def _parameters_read(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of a block of esm's: its fused transition reads copies that it has made of some."""
+    copied = ("pair_transition.norm.", "pair_transition.ffn.w12.")
+    is_fused = getattr(block.pair_transition, "_fused_swiglu", None) is not None
+    return {
+        name: value
+        for name, value in block.named_parameters()
+        if not (is_fused and name.startswith(copied))
+    }
 
 
 @contextmanager
@@ -204,9 +224,9 @@ def our_layer(bench: Bench) -> Iterator[Installed]:
 
 
 @contextmanager
-def ours(bench: Bench) -> Iterator[Installed]:
-    """`patch`, with its defaults."""
-    with bench.sources.kernel.patch(bench.model) as report:
+def ours(bench: Bench, **options: str) -> Iterator[Installed]:
+    """`patch`, with its defaults but for the options."""
+    with bench.sources.kernel.patch(bench.model, **options) as report:
         if not report.swapped:
             raise RuntimeError(str(report))
         left = f"; left: {', '.join(report.left)}" if report.left else ""
@@ -251,14 +271,15 @@ STOCK, OURS = "stock", "ours"
 WAYS = (
     Way(STOCK, stock, layer_ms=(21.5, 264), gib=70.7),
     Way("stock-unchunked", unchunked),
-    Way("stock-compiled", compiled),
+    Way("stock-compiled", compiled, compiles=True),
     Way("published", published, on_cpu=False),
     Way("esm", esm, on_cpu=False, layer_ms=(4.88, 16.0)),
     Way("ours-layer", our_layer),
     Way(OURS, ours, layer_ms=(4.87, 19.1), gib=34.7),
     Way("ours-plain", ours_plain, on_cpu=False, layer_ms=(4.87, 19.1), gib=34.7),
-    Way("ours-unchunked", ours_unchunked, layer_ms=(4.62, 18.5)),
-    Way("ours-graph", ours_graph, on_cpu=False, layer_ms=(4.87, 19.1), gib=34.7),
+    Way("ours-recompute", partial(ours, recompute="all"), passes=("training",)),
+    Way("ours-unchunked", ours_unchunked, passes=FORWARD, layer_ms=(4.62, 18.5)),
+    Way("ours-graph", ours_graph, on_cpu=False, passes=FORWARD, layer_ms=(4.87, 19.1), gib=34.7),
 )
 
 
