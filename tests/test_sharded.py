@@ -749,14 +749,14 @@ def test_a_failure_leaves_no_memory_behind(submodule, monkeypatch):
         gc.enable()
 
 
-def test_a_group_is_a_group_or_a_mesh_in_its_order(submodule, monkeypatch):
+def test_a_group_is_a_group_or_a_mesh_in_its_order(submodule):
     schedule = submodule("sharded")
     with pytest.raises(TypeError, match="mesh must be a process group, a DeviceMesh.*; got 'foo'"):
         schedule.checked_group("mesh", "foo")
-    mesh = SimpleNamespace(ndim=1, get_group=lambda *_: "its group", get_local_rank=lambda _: 0)
-    monkeypatch.setattr(schedule.dist, "get_rank", lambda _: 0)
+    mesh = SimpleNamespace(ndim=1, get_group=lambda *_: "its group", get_coordinate=lambda: [1])
+    mesh.mesh = torch.tensor([0, 1, 2])
     assert schedule.checked_group("group", mesh) == "its group"
-    monkeypatch.setattr(schedule.dist, "get_rank", lambda _: 1)  # DeviceMesh("cpu", [1, 0])
+    mesh.mesh = torch.tensor([2, 1, 0])  # also where a rank's place is its own
     with pytest.raises(ValueError, match="group must be a DeviceMesh with ascending ranks"):
         schedule.checked_group("group", mesh)
     mesh.ndim = 2

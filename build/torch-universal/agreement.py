@@ -39,7 +39,11 @@ _WORDS = {
     "requires_grad": (False, True),
     "recompute": RECOMPUTE_MODES,
     "parameter_grads": PARAMETER_GRADS,
-    "mask": (False, True),  # these two where blocks of them are exchanged
+    # These two where blocks of them are exchanged; a mask by its dtype.
+    "mask": (
+        None, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    ),
     "residual": (False, True),
 }
 
@@ -72,6 +76,8 @@ def compare(
             f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
             "own, and raises why"
         )
+    if 2 in states and last:
+        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
     for name, values in zip(_FACTS, columns, strict=True):
         if len(set(values)) > 1:
             got = [_from_integer(name, value) for value in values]
@@ -79,8 +85,6 @@ def compare(
                 f"all ranks must have the same {name}; got "
                 + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(got))
             )
-    if 2 in states and last:
-        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
     return 2 not in states
 
 

@@ -97,6 +97,7 @@ class Blocks(NamedTuple):
         sizes = [each * _area(own, self._rows(rank)) for rank in ranks]
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=rows.device)
         dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group)
+        del sent
         height, width = (part.stop - part.start for part in own)
         made = received.view(rows.dtype).view(height, *leading, width, channels)
         return made.movedim(0, -3).contiguous()

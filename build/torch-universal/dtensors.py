@@ -47,7 +47,7 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
         ValueError: placements that don't fit, or inplace.
     """
     x = arguments[name]
-    check_pair(name, x, leading="B" if name == "pair" else "...")
+    leading = "B" if name == "pair" else "..."
     rows = x.ndim - 3  # the axis; columns are the next
     axes = [placement.dim if type(placement) is Shard else None for placement in x.placements]
     # By the dimension of the mesh that divides them, 0, rows, or 1, columns.
@@ -59,14 +59,16 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
             f"channels; got {x.placements}"
         )
     if not dividing:
+        check_pair(name, x, leading)
         made = _FUNCTIONS[name](**_local_arguments(name, x, arguments))
     elif len(dividing) > 1:
-        made = _run_on_blocks(name, x, arguments, dividing)
+        made = _run_on_blocks(name, x, arguments, dividing, leading)
     else:
         ((at, axis),) = dividing.items()
         check_order(f"the mesh of {name}", x.device_mesh, at)
         group, dim = x.device_mesh.get_group(at), axis + 1
         try:
+            check_pair(name, x, leading)
             local = _local_arguments(name, x, arguments)
         except Exception as error:
             refuse(group, error)
@@ -78,7 +80,7 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
 
 
 def _run_on_blocks(
-    name: str, x: DTensor, arguments: dict[str, Any], dividing: dict[int, int]
+    name: str, x: DTensor, arguments: dict[str, Any], dividing: dict[int, int], leading: str
 ) -> Tensor:
     """This rank's block of the value, where several dimensions of the mesh divide x.
 
@@ -93,7 +95,12 @@ def _run_on_blocks(
         return pairs.transpose(-3, -2) if turned else pairs
 
     failure, moves = None, {}
+    facts = {
+        "B": x.to_local().shape[:-3].numel(), "L": length, "C": x.shape[-1], "dtype": x.dtype,
+        "dim": 1 + turned,
+    }  # fmt: skip
     try:
+        check_pair(name, x, leading)
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
             raise NotImplementedError(
@@ -101,7 +108,7 @@ def _run_on_blocks(
                 "under torch.no_grad() or torch.inference_mode(); got an argument that requires a "
                 "gradient"
             )
-        local = _local_arguments(name, x, arguments, dividing)
+        local = _local_arguments(name, x, arguments)
         check_residual(arguments.get("residual"), name, x)
         if isinstance(arguments["mask"], Tensor):
             broadcast_mask(arguments["mask"].to("meta"), name, x.to("meta"))
@@ -111,11 +118,10 @@ def _run_on_blocks(
             moves["mask"] = blocks.prepare(turn(mask[..., None]))
         if residual is not None and arguments["residual"] is not x:
             moves["residual"] = blocks.prepare(turn(residual))
-        if turned and local.get("drop_mask") is not None:
-            local["drop_mask"] = local["drop_mask"][:, :, blocks.rows]
+        facts["mask"] = None if mask is None else mask.dtype
+        facts["residual"] = residual is not None
     except Exception as error:
         failure = error
-    facts = {key: key in moves for key in ("mask", "residual")}
     try:
         compare(blocks.group, facts, failure, last=True)
     finally:
@@ -125,17 +131,16 @@ def _run_on_blocks(
         local[key] = rows[..., 0] if key == "mask" else rows
     if residual is not None and arguments["residual"] is x:
         local["residual"] = local[name]
+    if local.get("drop_mask") is not None:  # gathered, which takes all ranks
+        drop_mask = _local("drop_mask", arguments["drop_mask"], name, x, dividing)
+        local["drop_mask"] = drop_mask[:, :, blocks.rows] if turned else drop_mask
     made = run_divided(name, local, Division(blocks.group, 1 + turned, length))
+    local = rows = mask = residual = None  # before the memory for the way back
     return turn(blocks.to_block(turn(made))).contiguous()
 
 
-def _local_arguments(
-    name: str, x: DTensor, arguments: dict[str, Any], dividing: Iterable[int] = ()
-) -> dict[str, Any]:
-    """This rank's part of each argument but `inplace`, by name.
-
-    A drop mask is not divided by the dimensions of the mesh that are `dividing` residues.
-    """
+def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """This rank's part of each argument but `inplace`, by name."""
     mask = arguments["mask"]
     check_direction(arguments["direction"])
     if isinstance(mask, Tensor) and not broadcasts_to(mask.shape[:-2], x.shape[:-3]):
@@ -149,7 +154,7 @@ def _local_arguments(
         if arguments[projection] is None:  # each rank would draw its own
             raise ValueError(f"{projection} must be a tensor where {name} is a DTensor; got None")
     return {
-        key: _local(key, value, name, x, dividing if key == "drop_mask" else ())
+        key: _local(key, value, name, x)
         for key, value in arguments.items()
         if key != "inplace"
     }

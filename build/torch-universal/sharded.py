@@ -298,8 +298,10 @@ def _check_backend(group: dist.ProcessGroup | None, device: str) -> None:
 
 def check_order(name: str, mesh: Any, dim: int) -> None:
     """The ranks of a mesh's dimension must be in the order of its group, which is ascending."""
-    at, rank = mesh.get_local_rank(dim), dist.get_rank(mesh.get_group(dim))
-    if at != rank:
+    own = mesh.get_coordinate()
+    others = [slice(None) if at == dim else place for at, place in enumerate(own)]
+    ranks = mesh.mesh[tuple(others)].tolist()
+    if ranks != sorted(ranks):
         raise ValueError(
             f"{name} must be a DeviceMesh with ascending ranks along its dimension {dim}; "
             f"got {mesh}"

@@ -458,3 +458,48 @@ def test_prepared_launches_serve_the_next_call(backward, submodule, on_triton):
         assert len(plans) == 2  # the forward's and the backward's
     backward(problem, ["x"])
     assert len(plans) == 3
+
+
+def test_sums_of_entries_that_have_other_kernels(submodule):
+    """Of two entries one has rows at multiples of 16 bytes, so a Hopper kernel, and its sums."""
+    types, rehearsal = submodule("_call"), submodule("triton_parts.rehearsal").rehearsal
+    target = submodule("triton_parts.device").target_of("sm_90", "NVIDIA H200", 132)
+    channels, length, given = 128, 256, []
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def norm():
+        return meta(channels, dtype=torch.float32)
+
+    square, bundle = meta(channels, channels), meta(4 * channels, channels)
+    x = meta(2, length**2 * channels + 4)[:, 4:].view(2, length, length, channels)
+    call = types.Call(
+        x=x, direction="outgoing", mask=None, residual=None, drop_mask=None,
+        weights=types.Weights(
+            norm(), norm(), bundle[: 2 * channels], None, bundle[2 * channels :], None,
+            norm(), norm(), square, None, square, None,
+        ),
+        eps_in=1e-5, eps_out=1e-5, precision="fp32", memory="default", recompute="none",
+        inplace=False, lengths=None,
+    )  # fmt: skip
+    with rehearsal(target) as launches:
+        write_down = launches._write_down
+
+        def seen(prepared, **tensors):
+            if prepared.stage == "row_products":
+                given.append((prepared.value_of("partials"), tensors["partial_ptr"].shape[0]))
+            write_down(prepared, **tensors)
+
+        launches._write_down = seen
+        call = submodule("triton_path.launches").for_kernels(
+            submodule("triton_path.launches").twin_of(call)
+        )
+        shapes = submodule("triton_path").saved_shapes(call)
+        product, moments = meta(*shapes[0]), meta(*shapes[1], dtype=torch.float32)
+        needs = {"x", *[name for name, of in call.weights._asdict().items() if of is not None]}
+        submodule("triton_path.gradients").run_backward(
+            call, meta(2, length, length, channels), product, moments, None, frozenset(needs),
+            launches,
+        )  # fmt: skip
+    assert len({held for held, _ in given}) > 1 and all([held == got for held, got in given])

@@ -148,7 +148,11 @@ class ShardedTriangleMultiplication(Function):
         def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
             return ops.sharded_trimul_bwd(grad_out, *saved, needs, *flat, *ctx.division)
 
-        return pass_back(ctx, grad_out, gradients, (*FLAT, *Division._fields), DIFFERENTIABLE)
+        names = (*FLAT, *Division._fields)
+        asked = dict(zip(names, ctx.needs_input_grad, strict=True))
+        if not any([asked[name] for name in DIFFERENTIABLE]):
+            gradients([False] * len(DIFFERENTIABLE))  # which the other ranks compare with theirs
+        return pass_back(ctx, grad_out, gradients, names, DIFFERENTIABLE)
 
 
 _DIVISION = "str group, int dim, int length, str parameter_grads"

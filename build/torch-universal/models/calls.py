@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..paths import is_transformed, say_own
+from ..sharded import division
 from ..swiglu_transition import swiglu_transition
 from ..trimul_with_residual import (
     triangle_multiplicative_update,
@@ -38,6 +39,7 @@ def triangle(
         and x.is_contiguous()
         and (mask is None or mask.shape == x.shape[:-1])
         and may_overwrite()
+        and division() is None  # ranks could differ in what is contiguous
         and without_biases(weights)
     ):
         pair = x.view(x.shape[:-3].numel(), *x.shape[-3:])
@@ -86,7 +88,10 @@ def _reason_to_leave(
     dtype = compute_dtype(family, module, x)
     if (dtype or x.dtype) not in COMPUTE_DTYPES:
         return f"ours takes bfloat16, float16 and float32; got {x.dtype}"
-    weights = [part.weight for part in module._modules.values() if part.weight is not None]
+    weights = [
+        part.weight for part in module._modules.values()
+        if getattr(part, "weight", None) is not None
+    ]  # fmt: skip
     if dtype is None and any([of.dtype != x.dtype for of in weights if of.ndim == 2]):
         return "ours takes projections in the dtype of the pair tensor"
     wider = mask is not None and torch.promote_types(x.dtype, mask.dtype) != x.dtype

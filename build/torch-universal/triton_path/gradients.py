@@ -436,9 +436,9 @@ class Sequence(NamedTuple):
         self, which: str, left: Tensor, right: Tensor, partial: Tensor, last: Tensor | None = None
     ) -> None:
         """Adds left^T right of a chunk's rows [M, N] and [M, K], and partial sums, to the parts."""
-        parts = self.parts.get(which)
+        parts, sums = self.parts.get(which), partial.shape[0]  # a variant may have others
         prepared = self.launches.of(
-            ("row_products", which, left.shape[0], parts is None, *_alignments(last)),
+            ("row_products", which, left.shape[0], sums, parts is None, *_alignments(last)),
             prepare_row_products, left, right, self.call.precision, None, False, parts, partial,
             last,
         )  # fmt: skip

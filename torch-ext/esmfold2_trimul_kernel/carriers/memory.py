@@ -42,8 +42,6 @@ def memory_of(group: dist.ProcessGroup | None) -> GroupMemory | None:
     if group not in _kept:
         places = [place for (place,) in gather(group, [_place()])]
         possible = 0 not in places and len(set(places)) == 1
-        if not possible and _wants_copies():
-            say_once("exchanges planes by NCCL: the ranks can't map each other's memory")
         _kept[group] = GroupMemory(group, possible)
     return _kept[group]
 
@@ -104,8 +102,11 @@ class GroupMemory:
 
     def takes(self, size: int, device: torch.device) -> bool:
         """Whether it is worth trying to have so many bytes on a device."""
-        there_were = self.refused is None or size < self.refused
-        return self.possible and there_were and device.type in _DEVICES and _wants_copies()
+        if not _wants_copies() or device.type not in _DEVICES:
+            return False
+        if not self.possible:
+            say_once("exchanges planes by NCCL: the ranks can't map each other's memory")
+        return self.possible and (self.refused is None or size < self.refused)
 
     def refuse(self, size: int) -> None:
         """There is too little memory for a call with so many bytes: none tries it again."""
@@ -177,7 +178,7 @@ def _place() -> int:
         driver()
         if torch.version.hip is not None or symmetric.get_backend(torch.device("cuda")) != "CUDA":
             return 0
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, RuntimeError):
         return 0
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()

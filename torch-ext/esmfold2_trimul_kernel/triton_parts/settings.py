@@ -104,10 +104,10 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def class_lengths(target: str, device_name: str) -> list[int]:
-    """One length of each class that the forward's settings for a device distinguish."""
+    """One length of each class that the forwards' settings for a device distinguish."""
     bounds = {
         entry["max_length"]
-        for stage in FORWARD_STAGES
+        for stage in (*FORWARD_STAGES, "swiglu_hidden")
         for entries in settings_of(target, device_name)[stage].values()
         for entry in entries
         if "max_length" in entry

@@ -32,7 +32,8 @@ ROW = {
 OF_RANK = {
     "residues": "rows of the pair tensor that it has",
     "channels": "that it multiplies",
-    "peak_bytes": "the most memory beyond its arguments, the output included",
+    "peak_bytes": "the most memory beyond its arguments, the output and mapped memory included",
+    "mapped_bytes": "of them for copies among GPUs; 0 where messages carry",
     "sent_bytes": "to all others in a call, without what pads the rows of planes",
 }
 # Of "messages": every rank sends one of so many MiB to each other at once.

@@ -107,10 +107,14 @@ def _measure(
     row |= {"ms": 1e3 * seconds(sharded), "alone_ms": None, "same_bits": None, "difference": None}
     with measure_peak_memory(device) as memory:
         made = sharded()
+    kept = kernel.carriers.memory.known_memory_of(None)
+    mapped = 0 if kept is None else kept.bytes(device)
+    kernel.free_exchange_memory()  # of another case there may be less
     own = {
         "residues": rows.stop - rows.start,
         "channels": layout.channel_count(rank),
-        "peak_bytes": memory.added_bytes,
+        "peak_bytes": memory.added_bytes + mapped,
+        "mapped_bytes": mapped,
         "sent_bytes": layout.sent(rank)[1] * length * case.torch_dtype.itemsize,
     }
     of_ranks: list[dict[str, int]] = [own] * ranks
