@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4f4383b7b2"
+_NAMESPACE = "_esmfold2_trimul_kernel_6e02e66c22"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
