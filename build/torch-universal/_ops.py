@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6e02e66c22"
+_NAMESPACE = "_esmfold2_trimul_kernel_583d02c9e5"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6e02e66c22"
+_BUILD_ID = "_esmfold2_trimul_kernel_583d02c9e5"
 
 
 def _load_package() -> ModuleType:

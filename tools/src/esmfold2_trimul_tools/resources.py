@@ -11,6 +11,7 @@ have there. Registers, stack and shared memory are read from the machine code.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import struct
 import subprocess
@@ -181,7 +182,9 @@ def _name_of(launch: Any, prefix: str) -> str:
         return prefix + stage
     if constants.get("PROJECTIONS"):
         return f"{stage}_bwd"
-    if constants.get("READ_MOMENTS"):
+    # The Hopper kernel makes a and b of a group again if it has fewer than all their channels.
+    of_group = stage == "fused_dual_gemm" and constants.get("N", math.inf) < 2 * constants["C"]
+    if constants.get("READ_MOMENTS") or of_group:
         return f"{stage}_again"
     turned = [letter for letter in "ab" if constants.get(f"TURNED_{letter.upper()}")]
     return f"{stage}_bwd_{''.join(turned)}" if turned else stage
