@@ -5,6 +5,7 @@ repairs it. TRITON_INTERPRET is for Triton's import, so it is set before anythin
 of ahead-of-time compilation run in processes of their own.
 """
 
+import faulthandler
 import gc
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import HUNG_SECONDS
 from helpers import SEED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +132,14 @@ def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
     monkeypatch.setattr(entry, "_INTERPRET", True)
     entry.execution_path.cache_clear()
     return "cpu"
+
+
+@pytest.fixture
+def watched():
+    """A barrier that nobody arrives at would wait for ever: the process ends then."""
+    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module")

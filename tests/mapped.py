@@ -9,11 +9,17 @@ import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from queues import AtOnce, Thread
 from ranks import Rank
+
+
+def exchange_by(word: str):
+    """A context in which this rank wants planes to be carried by "messages" or "copies"."""
+    return mock.patch.dict(os.environ, {"ESMFOLD2_TRIMUL_EXCHANGE": word})
 
 
 @contextlib.contextmanager
@@ -54,7 +60,6 @@ def mapped(on: Rank):
         (memory, "_map", map_all),
         (memory, "_place", lambda: 1),
         (memory, "_DEVICES", ("cpu",)),
-        (memory, "_exchange", "copies"),
         (memory, "_side_stream", lambda device: side),
         (memory, "Queue", lambda stream: stream),
         (memory.GroupMemory, "watch", watch),
@@ -65,7 +70,8 @@ def mapped(on: Rank):
     for of, name, value in replaced:
         setattr(of, name, value)
     try:
-        yield seen
+        with exchange_by("copies"):
+            yield seen
     finally:
         for of, name, value in before:
             setattr(of, name, value)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import DTYPES, as_call, make_problem
-from mapped import mapped
+from mapped import exchange_by, mapped
 from ranks import RANKS, Rank, report_of, reports_of, same_values
 
 DIRECTIONS = ("outgoing", "incoming")
@@ -274,9 +274,9 @@ def memory_that_some_lack(on: Rank):
             run(larger)
         found.append(str(raised.value))
         on.kernel.free_exchange_memory()
-        with memory.exchange_by("messages"):
+        with exchange_by("messages"):
             run(larger)
-        with memory.exchange_by("messages") if on.rank == 1 else contextlib.nullcontext():
+        with exchange_by("messages" if on.rank == 1 else "copies"):
             with pytest.raises(ValueError, match="the same mapped; got .*, 0 on rank 1, "):
                 run(larger)
         schedule = on.kernel.sharded_schedule
@@ -762,6 +762,18 @@ def test_a_group_is_a_group_or_a_mesh_in_its_order(submodule):
     mesh.ndim = 2
     with pytest.raises(ValueError, match="group must be a DeviceMesh of one dimension; got 2"):
         schedule.checked_group("group", mesh)
+
+
+def test_copies_are_for_those_who_ask(submodule, monkeypatch):
+    memory = submodule("carriers.memory")
+    monkeypatch.delenv(memory.EXCHANGE_VARIABLE, raising=False)
+    group = memory.GroupMemory(SimpleNamespace, possible=True)
+    assert not group.takes(1, torch.device("cuda"))
+    monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "copies")
+    assert group.takes(1, torch.device("cuda")) and not group.takes(1, torch.device("cpu"))
+    monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "nccl")
+    with pytest.raises(ValueError, match="ESMFOLD2_TRIMUL_EXCHANGE must be one of .*; got 'nccl'"):
+        group.takes(1, torch.device("cuda"))
 
 
 def test_a_mesh_leaves_no_triangle_to_its_own_formula(kernel, submodule, monkeypatch):

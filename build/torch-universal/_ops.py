@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_583d02c9e5"
+_NAMESPACE = "_esmfold2_trimul_kernel_e91696c18c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

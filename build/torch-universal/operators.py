@@ -209,12 +209,16 @@ def pass_back(
     gradients: Callable,
     flat_names: tuple[str, ...],
     differentiable: tuple[str, ...],
+    always: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a flat call, those of `differentiable` by `gradients(needs)`."""
+    """The gradients of a flat call, those of `differentiable` by `gradients(needs)`.
+
+    `always` calls it even if none of them is needed.
+    """
     asked = dict(zip(flat_names, ctx.needs_input_grad, strict=True))
     needs = [asked[name] for name in differentiable]
     grads = {}
-    if grad_out is not None and any(needs):
+    if grad_out is not None and (always or any(needs)):
         grads = dict(zip(differentiable, gradients(needs), strict=True))
     grads["residual"] = grad_out
     return tuple([grads.get(name) if asked[name] else None for name in flat_names])

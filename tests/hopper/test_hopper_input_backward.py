@@ -1,18 +1,17 @@
 """The Hopper variant of dx: which calls it takes; on a GPU that runs it, beside float64."""
 
-import faulthandler
 import json
 
 import pytest
 import torch
-from fresh_process import HUNG_SECONDS, ROOT, python_output
+from fresh_process import ROOT, python_output
 from helpers import assert_no_worse, seeded
 
 pytest.importorskip("triton")
 BF16 = torch.bfloat16
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
-pytestmark = pytest.mark.kernels_ci
+pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("watched")]
 
 # In a process without TRITON_INTERPRET: what a setting of the variant gives, by case.
 TAKEN = """
@@ -91,14 +90,6 @@ def test_what_it_takes():
     found = json.loads(python_output(TAKEN, PYTHONPATH=path))
     assert {name: programs for name, programs in found.items() if programs is not None} == WANTED
     assert len(found) == 20
-
-
-@pytest.fixture(autouse=True)
-def _watched():
-    """A barrier that nobody arrives at would wait for ever: the process ends then."""
-    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ is looked at in tests/tools/test_resources.py.
 
 import copy
 import dataclasses
-import faulthandler
 
 import pytest
 import torch
-from fresh_process import HUNG_SECONDS
 from helpers import (
     as_call,
     assert_no_worse,
@@ -25,18 +23,10 @@ from transitions import BIASES, make_transition
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
-pytestmark = pytest.mark.kernels_ci
+pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("watched")]
 BF16, HALF = torch.bfloat16, torch.float16
 BITS = {BF16: 8, HALF: 11}
 STAGES = ("fused_dual_gemm", "fused_ln_residual", "swiglu_hidden", "fused_dual_gemm_bwd")
-
-
-@pytest.fixture(autouse=True)
-def _watched():
-    """A barrier that nobody arrives at would wait for ever: the process ends then."""
-    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

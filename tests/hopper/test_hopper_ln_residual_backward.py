@@ -1,11 +1,10 @@
 """Stage 3's backward on Hopper GPUs: what it takes; on a GPU that runs it, beside float64."""
 
-import faulthandler
 import json
 
 import pytest
 import torch
-from fresh_process import HUNG_SECONDS, ROOT, python_output
+from fresh_process import ROOT, python_output
 from helpers import assert_no_worse, relative_error, seeded
 
 pytest.importorskip("triton")
@@ -14,7 +13,7 @@ EPS = 1e-5
 OUTPUTS = frozenset({"emit", "gate", "rows", "sums"})
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
-pytestmark = pytest.mark.kernels_ci
+pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("watched")]
 
 # In a process without TRITON_INTERPRET: the partial sums under a setting of the variant, by case.
 TAKEN = """
@@ -99,14 +98,6 @@ def test_what_it_takes():
     found = json.loads(python_output(TAKEN, PYTHONPATH=path))
     assert {name: count for name, count in found.items() if count is not None} == WANTED
     assert len(found) == 21
-
-
-@pytest.fixture(autouse=True)
-def _watched():
-    """A barrier that nobody arrives at would wait for ever: the process ends then."""
-    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 class Problem:

@@ -148,11 +148,9 @@ class ShardedTriangleMultiplication(Function):
         def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
             return ops.sharded_trimul_bwd(grad_out, *saved, needs, *flat, *ctx.division)
 
+        # Which gradients are needed, maybe none, is what the ranks compare.
         names = (*FLAT, *Division._fields)
-        asked = dict(zip(names, ctx.needs_input_grad, strict=True))
-        if not any([asked[name] for name in DIFFERENTIABLE]):
-            gradients([False] * len(DIFFERENTIABLE))  # which the other ranks compare with theirs
-        return pass_back(ctx, grad_out, gradients, names, DIFFERENTIABLE)
+        return pass_back(ctx, grad_out, gradients, names, DIFFERENTIABLE, always=True)
 
 
 _DIVISION = "str group, int dim, int length, str parameter_grads"

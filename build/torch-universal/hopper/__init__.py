@@ -3,7 +3,7 @@
     gated_rows              stage 1, and the first stage of the transition
     gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
     input_backward          and from there to dx; the transition's too
-    ln_residual             stage 3
+    ln_residual             stage 3; padding: the tiles that it leaves out
     ln_residual_backward    its backward, to de and dq
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is

@@ -26,7 +26,6 @@ from .driver import Queue, driver
 _DEVICES = ("cuda",)
 EXCHANGE_VARIABLE = "ESMFOLD2_TRIMUL_EXCHANGE"
 _EXCHANGES = ("messages", "copies")
-_exchange: str | None = None  # inside `exchange_by`
 _kept: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupMemory] = weakref.WeakKeyDictionary()
 
 
@@ -62,24 +61,13 @@ def free_exchange_memory() -> None:
         kept.refused = None
 
 
-@contextlib.contextmanager
-def exchange_by(word: str) -> Iterator[None]:
-    """A context in which "messages" or "copies" carry planes; on all ranks, for the process."""
-    global _exchange
-    previous, _exchange = _exchange, word
-    try:
-        yield
-    finally:
-        _exchange = previous
-
-
 def _wants_copies() -> bool:
     """Whether to copy where that is possible.
 
     Raises:
         ValueError: a word in the environment variable that is none of the two.
     """
-    word = _exchange or os.environ.get(EXCHANGE_VARIABLE, _EXCHANGES[0])
+    word = os.environ.get(EXCHANGE_VARIABLE, _EXCHANGES[0])
     if word not in _EXCHANGES:
         raise ValueError(f"{EXCHANGE_VARIABLE} must be one of {_EXCHANGES}; got {word!r}")
     return word == "copies"
