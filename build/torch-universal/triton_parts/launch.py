@@ -7,7 +7,7 @@ strides and 16-byte alignment.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -72,7 +72,7 @@ class PreparedLaunch:
             for name, descriptor in tensors.items()
             if descriptor is not None
         ]
-        self._compiled: Any = None
+        self._run: Callable[..., None] | None = None  # launches what is compiled
 
     def launch(self, **tensors: Tensor | None) -> None:
         """Launches on the current device and stream; takes every tensor by its parameter's name.
@@ -81,16 +81,17 @@ class PreparedLaunch:
             TypeError: a tensor that the kernel lacks, or a missing one.
         """
         arguments = self._with(tensors)
-        grid = (self.programs, 1, 1)
-        if self._compiled is None:
+        if self._run is None:
+            grid = (self.programs, 1, 1)
+            compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
             # The interpreter returns None, so that every launch takes this branch.
-            self._compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+            self._run = None if compiled is None else compiled[grid]
         else:
             # As addresses: of a tensor Triton asks the driver, which takes longer.
             for place in self._pointers:
                 if arguments[place] is not None:
                     arguments[place] = arguments[place].data_ptr()
-            self._compiled[grid](*arguments, *self.constants.values())
+            self._run(*arguments, *self.constants.values())
 
     def compile(self, **tensors: Tensor | None) -> Any:
         """Compiles for tensors like these, which may be meta tensors, without a launch.
@@ -120,15 +121,83 @@ class PreparedLaunch:
         return arguments
 
 
-def _based(descriptor: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:
+def _based(descriptor: TensorDescriptor, tensor: "Tensor | _Address") -> TensorDescriptor:
     """A copy of the descriptor for another tensor; copy.copy takes five times as long."""
     based = object.__new__(type(descriptor))
     based.__dict__.update(descriptor.__dict__, base=tensor)
     return based
 
 
+class _Address:
+    """All that a launch asks of a descriptor's tensor."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class Place(NamedTuple):
+    """A tensor by where it lies: so many bytes behind the beginning of one of some memories."""
+
+    memory: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def tensor(self, memories: Sequence[Any]) -> Tensor:
+        """The tensor, where `memories` has the tensors that begin the memories."""
+        memory = memories[self.memory]
+        if memory.dtype != self.dtype:
+            memory = memory.view(self.dtype)
+        first = memory.storage_offset() + self.offset // memory.element_size()
+        return memory.as_strided(self.shape, self.strides, first)
+
+
+class PlacedLaunch:
+    """A prepared launch whose tensors have places.
+
+    Raises:
+        TypeError: a tensor that the launch doesn't take, or a missing one.
+    """
+
+    def __init__(self, prepared: PreparedLaunch, places: dict[str, Place | None]) -> None:
+        self._prepared, self._places = prepared, places
+        # In the kernel's order; the places of pointers are replaced, those of descriptors kept.
+        given = prepared._with(places)
+        self._arguments = [*given, *prepared.constants.values()]
+        self._pointers = [
+            (at, given[at].memory, given[at].offset)
+            for at in prepared._pointers
+            if given[at] is not None
+        ]
+        self._descriptors = [
+            (at, descriptor, given[at].base.memory, given[at].base.offset)
+            for at, descriptor in prepared._descriptors
+        ]
+
+    def launch(self, memories: Sequence[Any], addresses: list[int]) -> None:
+        """Launches with tensors of these memories, which begin at these addresses."""
+        run = self._prepared._run
+        if run is None:
+            places = self._places.items()
+            tensors = {n: None if place is None else place.tensor(memories) for n, place in places}
+            self._prepared.launch(**tensors)
+            return
+        arguments = self._arguments.copy()
+        for at, memory, offset in self._pointers:
+            arguments[at] = addresses[memory] + offset
+        for at, descriptor, memory, offset in self._descriptors:
+            arguments[at] = _based(descriptor, _Address(addresses[memory] + offset))
+        run(*arguments)
+
+
 class Launches(dict[tuple, PreparedLaunch]):
     """The launches of all calls of one kind, by key; it also allocates a call's buffers."""
+
+    recording: Any = None  # of `recording`, if one was asked for
 
     def of(
         self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any

@@ -13,10 +13,13 @@ Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 Both also hold the moments of x, 8 bytes for each pair of residues.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._call import Call
+from .._call import DIFFERENTIABLE, Call
 from .._plan import Plan, note_on_gradients
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_fwd
@@ -24,12 +27,13 @@ from ..paths import say_once
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
+from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
 from ..triton_parts.tiles import padded_pitch
 from ..validation import DIRECTIONS
 from . import transition as transition
 from .gradients import group_size as group_size
-from .gradients import run_backward
+from .gradients import likeness, run_backward
 from .launches import current_device as current_device
 from .launches import for_kernels, launches_of, twin_of, with_precision
 from .lean import run_lean
@@ -59,8 +63,15 @@ def forward(call: Call) -> Tensor:
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes) of the default mode, see `_run_saving`."""
     call = for_kernels(call)
+    keeps = call.keeps_planes
+    launches = launches_of(call, "saving", keeps)
+
+    def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
+        return list(_run_saving(Call.of(flat), launches, keeps)[: 4 if keeps else 3])
+
     with current_device(call.x):
-        return _run_saving(call, launches_of(call, "saving"), call.keeps_planes)
+        made = run_recorded(launches, schedule, call.flat())
+    return (*made, None)[:4]
 
 
 def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
@@ -149,9 +160,21 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = for_kernels(call)
-    # Autocast would choose dtypes for what torch itself computes.
-    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
-        return run_backward(call, grad_out, product, moments, planes, needs)
+    kept = product is not None, planes is not None
+    launches = launches_of(call, "backward", needs, kept, likeness(grad_out))
+    names = [name for name in DIFFERENTIABLE if name in needs]
+
+    def schedule(launches: Launches, arguments: Sequence[Any]) -> list[Tensor]:
+        *flat, of_out, product, moments, planes = arguments
+        # Autocast would choose dtypes for what torch itself computes.
+        with torch.autocast(call.x.device.type, enabled=False):
+            found = run_backward(Call.of(flat), of_out, product, moments, planes, needs, launches)
+        return [found[name] for name in names]
+
+    with current_device(call.x):
+        arguments = (*call.flat(), grad_out, product, moments, planes)
+        made = run_recorded(launches, schedule, arguments)
+    return dict(zip(names, made, strict=True))
 
 
 def plan(call: Call) -> Plan:
