@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_5f90eb0a1e"
+_NAMESPACE = "_esmfold2_trimul_kernel_29c52fcf03"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_5f90eb0a1e"
+_BUILD_ID = "_esmfold2_trimul_kernel_29c52fcf03"
 
 
 def _load_package() -> ModuleType:

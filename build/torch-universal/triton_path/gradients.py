@@ -16,9 +16,10 @@ multiple of 64):
     dt; or, in groups, what da and db don't yet overwrite of it, and a and b of one     1
 
 The rows of a chunk lie where da and db are not yet, or where dt was; there are as many chunks as
-that takes. A product that was not kept lies where dt will be. A small sequence is one group and one
-chunk, for fewer launches. The parameters' gradients come from few products: with t^ and x^ the
-normalised rows without norm weights,
+that takes. A product that was not kept lies where dt will be. Of a small sequence, whose planes are
+not large beside a GPU's memory, a chunk of stage 1 takes more of it, for fewer launches: 2 1/2 such
+tensors instead of one with C = D = 256 and L = 256, and 5 with C = D = 128. The parameters'
+gradients come from few products: with t^ and x^ the normalised rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
@@ -64,6 +65,9 @@ from .row_products import RowParts, prepare_row_products, row_products
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
 # smaller ones don't fill a GPU.
 _CHUNK_PAIRS = 16_384
+# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then.
+_SMALL_PLANES = 64 << 20
+_CHUNK_BYTES = 80 << 20
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
@@ -252,6 +256,8 @@ class Sequence(NamedTuple):
         width = 4 * hidden + channels
         chunks = -(-width * length // (hidden * pitch))
         step = max(self._least_rows(), -(-length // chunks))
+        if hidden * length * pitch * x.element_size() < _SMALL_PLANES:
+            step = max(step, min(length, _CHUNK_BYTES // (length * width * x.element_size())))
         count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
         return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
 
