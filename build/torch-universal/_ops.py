@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_29c52fcf03"
+_NAMESPACE = "_esmfold2_trimul_kernel_7a8392402f"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

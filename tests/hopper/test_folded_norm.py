@@ -143,3 +143,42 @@ def test_the_sum_is_the_norm_and_the_projection(folded, dtype, far):
     wanted = centred @ scaled.T + weight.double() @ norm_bias.double() + bias
     limit = 2**-20 * (1 + (mean.abs() * rstd).max())
     assert (got - wanted).norm() / wanted.norm() <= limit
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_all_that_a_backward_folds(submodule, on_triton, folded, biases):
+    """The bits of a launch each, and the means."""
+    channels, hidden = 40, 24
+    (emit, out, out_bias, _), (gate, norm, norm_bias, gate_bias) = (
+        make(channels, channels, which) for which in range(2)
+    )
+    pair = [make(2 * hidden, channels, which) for which in (2, 3)]
+    given = dict(
+        norm_in_weight=norm, norm_in_bias=norm_bias, p_in_weight=pair[0][0],
+        p_in_bias=pair[0][3], g_in_weight=pair[1][0], g_in_bias=pair[1][3],
+        norm_out_weight=out, norm_out_bias=out_bias, p_out_weight=emit, p_out_bias=None,
+        g_out_weight=gate, g_out_bias=gate_bias,
+    )  # fmt: skip
+    if not biases:
+        given = {name: None if "bias" in name else value for name, value in given.items()}
+        norm_bias = gate_bias = None
+        pair = [(*one[:3], None) for one in pair]
+    weights = submodule("_call").Weights(
+        **{name: None if value is None else value.to(on_triton) for name, value in given.items()}
+    )
+    launches = submodule("triton_parts.launch").Launches()
+    means, *got = submodule("hopper.folded_norm").fold_norms_bwd(launches, weights)
+    wanted = (
+        folded((emit, out, None, None), (gate, norm, norm_bias, gate_bias)),
+        folded(*[(one[0], norm, norm_bias, one[3]) for one in pair]),
+    )
+    for mine, its in zip(got, wanted, strict=True):
+        assert mine.factors is None
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(mine[:2], its[:2], strict=True))
+    exact = emit.double() @ out.double() / channels
+    torch.testing.assert_close(means[0].cpu().double(), exact, rtol=0, atol=1e-6)
+    if biases:
+        exact = emit.double() @ out_bias.double()
+        torch.testing.assert_close(means[1].cpu().double(), exact, rtol=0, atol=1e-6)
+    else:
+        assert means[1] is None

@@ -45,7 +45,8 @@ BACKWARD = {
 }  # fmt: skip
 
 WITHOUT_PRODUCT = {
-    "fold_norm", "padding", "emit_means", "projection_gradients", "norm_gradients",
+    "fold_norm", "fold_norms_bwd", "padding", "emit_means", "projection_gradients",
+    "norm_gradients",
 }  # fmt: skip
 # Those of which stages have variants for Hopper GPUs.
 HOPPER = [
@@ -109,6 +110,8 @@ def assert_settings_fit(target, cases, **options):
         wanted = FORWARD | BACKWARD if case in BACKWARD_CASES else FORWARD
         if target == "sm_90" and case in HOPPER:
             wanted = wanted | {"fold_norm"} | ({"padding"} if case.padded else set())
+            if case in BACKWARD_CASES and case.width <= 256 and not case.padded:
+                wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
         assert set(kernels) == wanted and len(kernels) == len(wanted)
     for row in rows:
         assert row["registers"] > 0

@@ -113,8 +113,10 @@ def test_compiled_launches_get_the_addresses(subject, submodule, schedule, on_tr
     assert first == (rest.data_ptr(), x.data_ptr(), None, 8, 8)
 
 
-def test_a_descriptor_is_based_on_an_address(submodule):
+def test_a_descriptor_is_based_on_an_address(submodule, monkeypatch):
+    """And kept for it, among few."""
     launch = submodule("triton_parts.launch")
+    monkeypatch.setattr(launch, "_MOST_BASED", 2)
     x = torch.zeros(64, 16)
     descriptor = launch.descriptor_of(x, [64, 16], [16, 1], [16, 16])
 
@@ -129,11 +131,13 @@ def test_a_descriptor_is_based_on_an_address(submodule):
     prepared._run = lambda *arguments: seen.append(arguments)
     place = launch.Place(1, 32, x.dtype, x.shape, x.stride())
     placed = launch.PlacedLaunch(prepared, {"x": place})
-    for address in (1 << 40, 1 << 41):
+    addresses = [1 << 40, 1 << 41, 1 << 40, 1 << 42, 1 << 40]
+    for address in addresses:
         placed.launch([None, x], [0, address])
-    (first, _), (second, _) = seen
-    assert type(first) is type(descriptor) and first.block_shape == [16, 16]
-    assert (first.base.data_ptr(), second.base.data_ptr()) == ((1 << 40) + 32, (1 << 41) + 32)
+    found = [based for based, _ in seen]
+    assert [based.base.data_ptr() for based in found] == [address + 32 for address in addresses]
+    assert found[2] is found[0] and found[4] is not found[0]
+    assert all(type(one) is type(descriptor) and one.block_shape == [16, 16] for one in found)
     with pytest.raises(TypeError, match="tensors must be x; got y"):
         launch.PlacedLaunch(prepared, {"y": place})
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_29c52fcf03"
+_BUILD_ID = "_esmfold2_trimul_kernel_7a8392402f"
 
 
 def _load_package() -> ModuleType:

@@ -16,6 +16,8 @@ W' is rounded where otherwise the normalised rows are, to as many bits; the rows
 they are. x W'^T and mean s are both of the size of mean, so that their difference loses digits
 where |mean| rstd is large: see docs/numerics.md.
 
+The backward's are all made by one launch, with the means that its stage 3 needs.
+
 float16 has few exponents: W', s and c of a block of channels are made 2^e times as large, so that
 the block's largest W' is between 2^14 and 2^15. The factors 2^-e are returned.
 """
@@ -27,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._call import Weights
 from ..triton_parts.launch import Launches, PreparedLaunch, pointers
 from ..triton_parts.tiles import load_channels, load_weight
 
@@ -73,6 +76,57 @@ def _fold_norm_kernel(
             second_ptr, stride_second, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
             folded_ptr, extra_ptr, factors_ptr, 1, start_n, start_row,
             ROWS, N, K, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fold_norms_bwd_kernel(
+    emit_ptr, gate_ptr, first_ptr, second_ptr, norm_out_ptr, norm_out_bias_ptr,
+    norm_in_ptr, norm_in_bias_ptr, gate_bias_ptr, first_bias_ptr, second_bias_ptr,
+    scale_ptr, shift_ptr, residual_ptr, residual_extra_ptr, planes_ptr, planes_extra_ptr,
+    stride_emit, stride_gate, stride_first, stride_second,
+    C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """W' and the further channels of BLOCK_N channels of We and Wo [C, C], or of Wp and Wg [N, C].
+
+    Of We, whose norm is without its bias here, also We g2 / C and We b2.
+    """
+    OF_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    OF_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    block = tl.program_id(0)
+    if block < OF_C:
+        start = block * BLOCK_N
+        _fold(
+            emit_ptr, stride_emit, norm_out_ptr, None, None, residual_ptr, residual_extra_ptr,
+            None, 0, start, start, C, C, C, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        weight = load_weight(emit_ptr, start, 0, stride_emit, C, C, BLOCK_N, BLOCK_K, False)
+        offs_n = start + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        scale = load_channels(norm_out_ptr, offs_k, 1.0, C, C == BLOCK_K)
+        scale = tl.sum(weight.to(tl.float32) * scale, 1) * (1.0 / C)
+        tl.store(scale_ptr + offs_n, scale, mask=offs_n < C)
+        if shift_ptr is not None:
+            shift = load_channels(norm_out_bias_ptr, offs_k, 0.0, C, C == BLOCK_K)
+            shift = tl.sum(weight.to(tl.float32) * shift, 1)
+            tl.store(shift_ptr + offs_n, shift, mask=offs_n < C)
+    elif block < 2 * OF_C:
+        start = (block - OF_C) * BLOCK_N
+        _fold(
+            gate_ptr, stride_gate, norm_in_ptr, norm_in_bias_ptr, gate_bias_ptr, residual_ptr,
+            residual_extra_ptr, None, 1, start, start, C, C, C, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif block < 2 * OF_C + OF_N:
+        start = (block - 2 * OF_C) * BLOCK_N
+        _fold(
+            first_ptr, stride_first, norm_in_ptr, norm_in_bias_ptr, first_bias_ptr, planes_ptr,
+            planes_extra_ptr, None, 0, start, start, N, N, C, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        start = (block - 2 * OF_C - OF_N) * BLOCK_N
+        _fold(
+            second_ptr, stride_second, norm_in_ptr, norm_in_bias_ptr, second_bias_ptr, planes_ptr,
+            planes_extra_ptr, None, 1, start, start, N, N, C, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -193,4 +247,69 @@ def prepare_fold_norms(
         ),
         constants=dict(ROWS=rows, N=count, K=width, BLOCK_N=block, BLOCK_K=block_k),
         options=dict(num_warps=4 if block * block_k <= _ELEMENTS else 8, num_stages=2),
+    )  # fmt: skip
+
+
+def fold_norms_bwd(
+    launches: Launches, weights: Weights
+) -> tuple[tuple[Tensor, Tensor | None], Folded, Folded]:
+    """For a backward in bfloat16 with C = D: `emit_means`, and what stages 3 and 1 fold.
+
+    Stage 3's are We, whose norm is without its bias, and Wo; stage 1's Wp and Wg.
+    """
+    emit, first = weights.p_out_weight, weights.p_in_weight
+    channels, device = emit.shape[0], emit.device
+    means = launches.empty("means", (2, channels), torch.float32, device).unbind()
+    if weights.norm_out_bias is None:
+        means = means[0], None
+    residual, planes = (
+        Folded(
+            launches.empty("folded weights", (2, count, channels), emit.dtype, device),
+            launches.empty("folded norms", (2, count, EXTRA), torch.bfloat16, device),
+            None,
+        )
+        for count in (channels, first.shape[0])
+    )
+    prepared = launches.of(("fold_norms_bwd",), _prepare_fold_norms_bwd, weights)
+    prepared.launch(
+        emit_ptr=emit,
+        gate_ptr=weights.g_out_weight,
+        first_ptr=first,
+        second_ptr=weights.g_in_weight,
+        norm_out_ptr=weights.norm_out_weight,
+        norm_out_bias_ptr=weights.norm_out_bias,
+        norm_in_ptr=weights.norm_in_weight,
+        norm_in_bias_ptr=weights.norm_in_bias,
+        gate_bias_ptr=weights.g_out_bias,
+        first_bias_ptr=weights.p_in_bias,
+        second_bias_ptr=weights.g_in_bias,
+        scale_ptr=means[0],
+        shift_ptr=means[1],
+        residual_ptr=residual.weights,
+        residual_extra_ptr=residual.further,
+        planes_ptr=planes.weights,
+        planes_extra_ptr=planes.further,
+    )
+    return means, residual, planes
+
+
+def _prepare_fold_norms_bwd(weights: Weights) -> PreparedLaunch:
+    channels, count = weights.p_out_weight.shape[0], weights.p_in_weight.shape[0]
+    block_k = max(16, triton.next_power_of_2(channels))
+    return PreparedLaunch(
+        _fold_norms_bwd_kernel,
+        2 * (triton.cdiv(channels, _BLOCK) + triton.cdiv(count, _BLOCK)),
+        tensors=pointers(
+            "emit_ptr", "gate_ptr", "first_ptr", "second_ptr", "norm_out_ptr", "norm_out_bias_ptr",
+            "norm_in_ptr", "norm_in_bias_ptr", "gate_bias_ptr", "first_bias_ptr",
+            "second_bias_ptr", "scale_ptr", "shift_ptr", "residual_ptr", "residual_extra_ptr",
+            "planes_ptr", "planes_extra_ptr",
+        ),
+        values=dict(
+            stride_emit=weights.p_out_weight.stride(0), stride_gate=weights.g_out_weight.stride(0),
+            stride_first=weights.p_in_weight.stride(0),
+            stride_second=weights.g_in_weight.stride(0),
+        ),
+        constants=dict(C=channels, N=count, BLOCK_N=_BLOCK, BLOCK_K=block_k),
+        options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip

@@ -38,7 +38,7 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, fold_norms
+from .folded_norm import EXTRA, Folded, fold_norms
 from .ln_residual import load_residual, load_rows
 from .parts import (
     REGISTERS,
@@ -451,13 +451,18 @@ def launch(
     launches: Launches,
     prepared: PreparedLaunch,
     out,
+    folded: Folded | None,
 ) -> None:
-    """Fills `out`, of `Stage3Gradients`; `prepared` is from `prepare`."""
-    folded = fold_norms(
-        launches, "residual_bwd", (weights.p_out_weight, weights.g_out_weight),
-        ((weights.norm_out_weight, None), (weights.norm_in_weight, weights.norm_in_bias)),
-        (None, weights.g_out_bias), prepared.constants["BLOCK_N"],
-    )  # fmt: skip
+    """Fills `out`, of `Stage3Gradients`; `prepared` is from `prepare`.
+
+    `folded` is stage 3's of `fold_norms_bwd`, if that was launched.
+    """
+    if folded is None:
+        folded = fold_norms(
+            launches, "residual_bwd", (weights.p_out_weight, weights.g_out_weight),
+            ((weights.norm_out_weight, None), (weights.norm_in_weight, weights.norm_in_bias)),
+            (None, weights.g_out_bias), prepared.constants["BLOCK_N"],
+        )  # fmt: skip
     prepared.launch(
         x=rows.x,
         t=rows.t,

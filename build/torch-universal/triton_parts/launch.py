@@ -17,6 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .device import device_target
 from .settings import LaunchConfig, pick_config, shape_of
 
+_MOST_BASED = 32  # descriptors that a placed launch keeps
+
 
 class PreparedLaunch:
     """A kernel, its grid, and its arguments by the names of the kernel's parameters.
@@ -177,6 +179,8 @@ class PlacedLaunch:
             (at, descriptor, given[at].base.memory, given[at].base.offset)
             for at, descriptor in prepared._descriptors
         ]
+        # Descriptors by parameter and address: an allocator gives the same memory again and again.
+        self._based: dict[tuple[int, int], TensorDescriptor] = {}
 
     def launch(self, memories: Sequence[Any], addresses: list[int]) -> None:
         """Launches with tensors of these memories, which begin at these addresses."""
@@ -190,7 +194,13 @@ class PlacedLaunch:
         for at, memory, offset in self._pointers:
             arguments[at] = addresses[memory] + offset
         for at, descriptor, memory, offset in self._descriptors:
-            arguments[at] = _based(descriptor, _Address(addresses[memory] + offset))
+            key = at, addresses[memory] + offset
+            based = self._based.get(key)
+            if based is None:
+                if len(self._based) >= _MOST_BASED:
+                    self._based.clear()
+                based = self._based[key] = _based(descriptor, _Address(key[1]))
+            arguments[at] = based
         run(*arguments)
 
 

@@ -67,11 +67,13 @@ def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     launches = launches_of(call, "saving", keeps)
 
     def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
-        return list(_run_saving(Call.of(flat), launches, keeps)[: 4 if keeps else 3])
+        return list(_run_saving(Call.of(flat), launches, True))
 
     with current_device(call.x):
-        made = run_recorded(launches, schedule, call.flat())
-    return (*made, None)[:4]
+        if keeps:
+            return tuple(run_recorded(launches, schedule, call.flat()))
+        # Not recorded: its output is made where a and b were.
+        return _run_saving(call, launches, False)
 
 
 def _run_default(call: Call, launches: Launches, size: int) -> Tensor:

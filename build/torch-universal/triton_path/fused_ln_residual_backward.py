@@ -314,15 +314,17 @@ def fused_ln_residual_bwd(
     launches: Launches,
     prepared: PreparedLaunch,
     out: Stage3Gradients,
+    folded: tuple[torch.Tensor | None, ...] | None = None,
 ) -> None:
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
     is from `prepare_ln_residual_bwd` for tensors like these; `launches` gives other memory.
+    `folded` is what a variant can be given of these weights.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("ln_residual_backward")
-        variant.launch(rows, weights, emit_means, launches, prepared, out)
+        variant.launch(rows, weights, emit_means, launches, prepared, out, folded)
         return
     emit_scale, emit_shift = emit_means
     prepared.launch(

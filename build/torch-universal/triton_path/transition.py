@@ -30,7 +30,7 @@ from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
 from .input_backward import input_bwd, prepare_input_bwd
 from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
-from .parameter_gradients import Projections, gradients_of_projections
+from .parameter_gradients import Projections, Sums, gradients_of_projections
 from .row_linear import prepare_row_linear, row_linear
 from .row_products import RowParts, prepare_row_products, row_products
 from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
@@ -43,8 +43,10 @@ _FORWARD_CHUNK = (1.0, 2**26, 2**28)
 _BACKWARD_CHUNK = (2.8, 2**28, 2**30)
 # The kernels find a row's pair by a division in fp32, exact up to this many columns.
 _MOST_COLUMNS = 2**17
-_DOWN = Projections(("down_weight",), None)
-_IN = Projections(("gate_weight", "up_weight"), "norm")
+_SETS = {
+    "in": Projections(("gate_weight", "up_weight"), "norm"),
+    "down": Projections(("down_weight",), None),
+}
 _TILE = 128  # a multiple of every setting's rows
 
 
@@ -203,9 +205,9 @@ def _run_backward(
             )  # fmt: skip
             input_bwd(pair, None, rows_x, moments, into, weights.norm_weight, grad_x, prepared)
         del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
-    for which, names in (("in", _IN), ("down", _DOWN)):
-        if which in parts:
-            found |= gradients_of_projections(launches, names, weights, parts[which], None, needs)
+    sums = [Sums(names, parts[which]) for which, names in _SETS.items() if which in parts]
+    if sums:
+        found |= gradients_of_projections(launches, sums, weights, needs)
     return found
 
 

@@ -36,10 +36,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import hopper
 from .._call import Call, Weights
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..trimul_einsum_triton import trimul_einsum_fwd
-from ..triton_parts.launch import Launches
+from ..triton_parts.launch import Launches, PreparedLaunch
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
@@ -59,7 +60,7 @@ from .fused_ln_residual_backward import (
 from .input_backward import holds_rows, input_bwd, prepare_input_bwd
 from .launches import launches_of
 from .norm_backward import norm_out_bwd, prepare_norm_out_bwd
-from .parameter_gradients import Projections, gradients_of_projections
+from .parameter_gradients import Projections, Sums, gradients_of_projections
 from .row_products import RowParts, prepare_row_products, row_products
 
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
@@ -158,8 +159,7 @@ def run_backward(
             if name in needs
         }
     parts, grad_q = {}, memory_of_grad_q(x, wanted, gradients)
-    prepared = launches.of(("emit_means",), prepare_emit_means, weights, call.precision)
-    means = emit_means(weights, prepared)
+    norms = Norms(launches, weights, call.precision)
     for entry in range(batch):
         sequence = slice(entry, entry + 1)
         Sequence(
@@ -169,7 +169,7 @@ def run_backward(
             parts,
             {name: gradient[entry] for name, gradient in gradients.items()},
             None if grad_q is None else grad_q[entry],
-            means,
+            norms,
         ).run(
             grad_out[entry],
             None if product is None else product[sequence],
@@ -198,10 +198,32 @@ def gradients_of_parameters(
     """Those that `needs` names, from the parts of `Sequence`, in their dtypes or in `dtype`."""
     out, into = parts["out"], parts["in"]
     of_gate = out.sums[:, weights.g_out_weight.shape[0] :]
-    found = gradients_of_projections(launches, _OUT, weights, out, None, needs, dtype)
-    return found | gradients_of_projections(
-        launches, _IN, weights, into, of_gate, needs, dtype
-    )
+    sums = [Sums(_IN, into, of_gate), Sums(_OUT, out)]
+    return gradients_of_projections(launches, sums, weights, needs, dtype)
+
+
+class Norms:
+    """What the stages take of the norms and the projections behind them, made once for all rows."""
+
+    def __init__(self, launches: Launches, weights: Weights, precision: str) -> None:
+        self._launches, self._weights, self._precision = launches, weights, precision
+        self._means: tuple[Tensor, Tensor | None] | None = None
+        self._folded: tuple | None = None
+        self.planes: tuple | None = None  # for stage 1's variant
+
+    def of_stage_3(self, prepared: PreparedLaunch) -> tuple[tuple, tuple | None]:
+        """`emit_means` for a launch of stage 3, and what its variant takes."""
+        if prepared.variant == "hopper":
+            if self._folded is None:
+                fold = hopper.kernels("folded_norm").fold_norms_bwd
+                *self._folded, self.planes = fold(self._launches, self._weights)
+            return tuple(self._folded)
+        if self._means is None:
+            prepared = self._launches.of(
+                ("emit_means",), prepare_emit_means, self._weights, self._precision
+            )
+            self._means = emit_means(self._weights, prepared)
+        return self._means, None
 
 
 class Sequence(NamedTuple):
@@ -214,7 +236,7 @@ class Sequence(NamedTuple):
     # Of x [R, L, C], mask [R, L], and drop_mask [L, C] or [R, 1, C], to be written.
     gradients: dict[str, Tensor]
     grad_q: Tensor | None  # memory for dq [R, L, C]: that of dx, if `holds_rows`
-    emit_means: tuple[Tensor, Tensor | None]
+    norms: "Norms"
     first_row: int = 0  # of x, which matters only with lengths
 
     def run(
@@ -338,7 +360,8 @@ class Sequence(NamedTuple):
                 sums=_float32(call.x, partial_sums(prepared), 2, channels)
                 if wanted.parameters else None,
             )  # fmt: skip
-            fused_ln_residual_bwd(rows, weights, self.emit_means, self.launches, prepared, out)
+            means, folded = self.norms.of_stage_3(prepared)
+            fused_ln_residual_bwd(rows, weights, means, self.launches, prepared, out, folded)
             if wanted.drop_mask:
                 of_pairs = out.drop_mask.view(-1, length, channels)
                 total = of_pairs.sum(int(for_each_row), keepdim=for_each_row, dtype=torch.float32)
@@ -401,7 +424,7 @@ class Sequence(NamedTuple):
         )
         memory, chunks = self._chunks(memory, max(1, sum(widths)))
         into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
-        outputs, folded = wanted.of_stage_1, None
+        outputs = wanted.of_stage_1
         for chunk in chunks:
             x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
             mask = None if call.mask is None else call.mask[0, chunk]
@@ -418,8 +441,8 @@ class Sequence(NamedTuple):
             if wanted.parameters:
                 sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
-            folded = fused_dual_gemm_bwd(
-                call, self.launches, x, mask, x_moments, grad_h, prepared, out, folded
+            self.norms.planes = fused_dual_gemm_bwd(
+                call, self.launches, x, mask, x_moments, grad_h, prepared, out, self.norms.planes
             )
             if not wanted.projections:
                 continue

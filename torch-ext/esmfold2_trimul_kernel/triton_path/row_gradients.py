@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._call import Call
-from .fused_ln_residual_backward import emit_means, prepare_emit_means
 from .gradients import (
+    Norms,
     Sequence,
     Wanted,
     gradients_of_parameters,
@@ -43,7 +43,7 @@ class RowGradients(Rows):
         super().__init__(call, first_row)
         self._needs, self._grads, self._wanted = needs, grads, Wanted.of(needs)
         self._grad_q = memory_of_grad_q(call.x, self._wanted, grads)
-        self._parts, self._emit_means = {}, None
+        self._parts, self._norms = {}, None
         self.behind_product = self._wanted.through_product
 
     def begin(self, index: int, grad_out: Tensor, product: Tensor, moments: Tensor) -> None:
@@ -53,10 +53,8 @@ class RowGradients(Rows):
         """
         call = self._call
         launches = launches_of(call, "row gradients", self._wanted, likeness(grad_out))
-        if self._emit_means is None:
-            weights = call.weights
-            prepared = launches.of(("emit_means",), prepare_emit_means, weights, call.precision)
-            self._emit_means = emit_means(weights, prepared)
+        if self._norms is None:
+            self._norms = Norms(launches, call.weights, call.precision)
         self.moments = moments
         self._by_rows = moments[0, :, :, : call.x.shape[2]]
         self._launches, self._grad_out, self._product = launches, grad_out, product
@@ -67,7 +65,7 @@ class RowGradients(Rows):
             self._parts,
             {name: grad[index] for name, grad in self._grads.items()},
             None if self._grad_q is None else self._grad_q[index],
-            self._emit_means,
+            self._norms,
             self._first_row,
         )
 
