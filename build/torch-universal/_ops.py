@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_7a8392402f"
+_NAMESPACE = "_esmfold2_trimul_kernel_a7f9538da3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

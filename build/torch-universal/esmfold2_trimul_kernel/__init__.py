@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_7a8392402f"
+_BUILD_ID = "_esmfold2_trimul_kernel_a7f9538da3"
 
 
 def _load_package() -> ModuleType:

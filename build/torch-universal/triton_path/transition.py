@@ -17,17 +17,20 @@ Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (
 over rows are in fp32, in a fixed order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._call import Transition, TransitionWeights
+from .._call import TRANSITION_DIFFERENTIABLE, Transition, TransitionWeights
 from .._plan import Plan
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
+from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
+from .gradients import likeness
 from .input_backward import input_bwd, prepare_input_bwd
 from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
 from .parameter_gradients import Projections, Sums, gradients_of_projections
@@ -134,23 +137,40 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
     shape = call.x.shape
     call = for_kernels(_merged(call._replace(residual=grad_out)))
     call, grad_out = call._replace(residual=None), call.residual
-    # Autocast would choose dtypes for what torch itself computes.
-    with torch.autocast(call.x.device.type, enabled=False), current_device(call.x):
-        launches = launches_of(call, "transition_bwd", needs, grad_out.stride())
-        found = _run_backward(call, grad_out, needs, launches)
+    names = [name for name in TRANSITION_DIFFERENTIABLE if name in needs]
+
+    def schedule(launches: Launches, arguments: Sequence[Any]) -> list[Tensor]:
+        *flat, grad_out, down_turned = arguments
+        # Autocast would choose dtypes for what torch itself computes.
+        with torch.autocast(call.x.device.type, enabled=False):
+            found = _run_backward(Transition.of(flat), grad_out, down_turned, needs, launches)
+        return [found[name] for name in names]
+
+    with current_device(call.x):
+        launches = launches_of(call, "transition_bwd", needs, likeness(grad_out))
+        arguments = (*call.flat(), grad_out, _turned(call.weights.down_weight))
+        found = dict(zip(names, run_recorded(launches, schedule, arguments), strict=True))
     if "x" in needs:
         found["x"] = found["x"].view(shape)
     return found
 
 
+def _turned(weight: Tensor) -> Tensor:
+    """The transpose of a projection, contiguous."""
+    return weight.t().contiguous()
+
+
 def _run_backward(
-    call: Transition, grad_out: Tensor, needs: frozenset[str], launches: Launches
+    call: Transition,
+    grad_out: Tensor,
+    down_turned: Tensor,
+    needs: frozenset[str],
+    launches: Launches,
 ) -> dict[str, Tensor]:
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
     into = weights.gate_weight, weights.up_weight
-    down_turned = weights.down_weight.t().contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -265,6 +285,7 @@ def plan_training(call: Transition) -> list:
     """The launches of `plan` and of `backward`, as `Plan.launches`, for all gradients."""
     names = [name for name, value in call.weights._asdict().items() if value is not None]
     backward_call = for_kernels(_merged(twin_of(call._replace(residual=None))))
+    turned = _turned(backward_call.weights.down_weight)
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        _run_backward(backward_call, backward_call.x, frozenset({"x", *names}), launches)
+        _run_backward(backward_call, backward_call.x, turned, frozenset({"x", *names}), launches)
     return plan(call).launches + launches.launched
