@@ -764,13 +764,13 @@ def test_a_group_is_a_group_or_a_mesh_in_its_order(submodule):
         schedule.checked_group("group", mesh)
 
 
-def test_copies_are_for_those_who_ask(submodule, monkeypatch):
+def test_who_exchanges_by_copies(submodule, monkeypatch):
     memory = submodule("carriers.memory")
     monkeypatch.delenv(memory.EXCHANGE_VARIABLE, raising=False)
     group = memory.GroupMemory(SimpleNamespace, possible=True)
-    assert not group.takes(1, torch.device("cuda"))
-    monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "copies")
     assert group.takes(1, torch.device("cuda")) and not group.takes(1, torch.device("cpu"))
+    monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "messages")
+    assert not group.takes(1, torch.device("cuda"))
     monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "nccl")
     with pytest.raises(ValueError, match="ESMFOLD2_TRIMUL_EXCHANGE must be one of .*; got 'nccl'"):
         group.takes(1, torch.device("cuda"))

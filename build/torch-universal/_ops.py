@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e91696c18c"
+_NAMESPACE = "_esmfold2_trimul_kernel_e50cf8565b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e91696c18c"
+_BUILD_ID = "_esmfold2_trimul_kernel_e50cf8565b"
 
 
 def _load_package() -> ModuleType:
