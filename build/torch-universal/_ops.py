@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e50cf8565b"
+_NAMESPACE = "_esmfold2_trimul_kernel_1c93a32080"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

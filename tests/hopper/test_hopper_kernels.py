@@ -6,15 +6,20 @@ is looked at in tests/tools/test_resources.py.
 
 import copy
 import dataclasses
+import os
+import random
 
 import pytest
 import torch
+from gradients_of_calls import grad_of_output, gradients
 from helpers import (
+    SEED,
     as_call,
     assert_no_worse,
     make_problem,
     memory_of_no_numbers,
     reference,
+    reference_gradients,
     relative_error,
     run,
     seeded,
@@ -588,3 +593,60 @@ def test_in_a_cuda_graph(kernel, everywhere):
     got.fill_(torch.nan)
     graph.replay()
     assert torch.equal(got, wanted)
+
+
+WIDTHS = [(128, 128), (256, 256), (192, 192), (384, 384), (512, 512), (256, 128), (128, 256)]
+FORMS = 5  # of a width's calls: each compiles anew
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("channels, hidden", WIDTHS)
+def test_any_calls(kernel, submodule, hopper, everywhere, channels, hidden, dtype):
+    """FUZZ_CASES random calls in all, 280 by default; a fifth of them has gradients."""
+    draw = random.Random(f"{SEED} {channels} {hidden} {dtype}")
+    forms = [
+        dict(
+            direction=draw.choice(("outgoing", "incoming")),
+            mask=draw.choice((None, "bool", "float", "soft", "expanded")),
+            residual=draw.random() < 0.7, drop_mask=draw.random() < 0.3,
+            norm_dtype=draw.choice((torch.float32, dtype)),
+        )
+        for _ in range(FORMS)
+    ]  # fmt: skip
+    forms[1] |= dict(biases=True, residual=False, drop_mask=False)
+    padded = submodule("validation").pairs_within
+    number, ran = int(os.environ.get("FUZZ_CASES", 280)) // (len(WIDTHS) * len(BITS)), 0
+    for seed in range(number):
+        form = seed % FORMS
+        longest = 90 if form == 2 else draw.choice((70, 130, 130, 330))
+        problem = make_problem(
+            draw.randint(1, longest), channels, hidden, dtype=dtype, seed=seed,
+            batch=draw.randint(1, 3), **forms[form],
+        )  # fmt: skip
+        batch, length = problem.x.shape[:2]
+        if form == 2:
+            got = gradients(kernel, problem, "cuda")
+            with hopper.without_variants():
+                plain = gradients(kernel, problem, "cuda")
+            exact = reference_gradients(problem, grad_of_output(problem))
+            assert_no_worse([(got, plain, exact)], 1.1)
+            continue
+        problem = problem.to("cuda")
+        options, within = {"memory": draw.choice(("default", "lean"))}, slice(None)
+        wanted = problem
+        if form == 3:
+            lengths = torch.tensor([draw.randint(0, length) for _ in range(batch)], device="cuda")
+            options["lengths"], within = lengths, padded(lengths, length)
+            mask = within if problem.mask is None else within * problem.mask
+            wanted = dataclasses.replace(problem, mask=mask)
+        with memory_of_no_numbers():
+            got, again = (run(kernel, problem, "cuda", **options) for _ in range(2))
+        with hopper.without_variants():
+            plain = run(kernel, problem, "cuda", **options)
+        assert torch.equal(got, again), (seed, length)
+        ran += not torch.equal(got, plain)
+        within = within.cpu() if form == 3 else within
+        got, plain, exact = (of.cpu()[within] for of in (got, plain, reference(wanted)))
+        if got.numel():
+            assert_no_worse([(got, plain, exact)], 1.1)
+    assert ran > number // 4

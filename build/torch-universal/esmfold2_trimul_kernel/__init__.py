@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e50cf8565b"
+_BUILD_ID = "_esmfold2_trimul_kernel_1c93a32080"
 
 
 def _load_package() -> ModuleType:
