@@ -6,6 +6,7 @@ is looked at in tests/tools/test_resources.py.
 
 import copy
 import dataclasses
+import functools
 import os
 import random
 
@@ -602,7 +603,10 @@ FORMS = 5  # of a width's calls: each compiles anew
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("channels, hidden", WIDTHS)
 def test_any_calls(kernel, submodule, hopper, everywhere, channels, hidden, dtype):
-    """FUZZ_CASES random calls in all, 280 by default; a fifth of them has gradients."""
+    """FUZZ_CASES random calls in all, 280 by default; a fifth of them has gradients.
+
+    A call's error is at most twice the plain kernels', and all calls' together at most 1.1 times.
+    """
     draw = random.Random(f"{SEED} {channels} {hidden} {dtype}")
     forms = [
         dict(
@@ -614,39 +618,49 @@ def test_any_calls(kernel, submodule, hopper, everywhere, channels, hidden, dtyp
         for _ in range(FORMS)
     ]  # fmt: skip
     forms[1] |= dict(biases=True, residual=False, drop_mask=False)
-    padded = submodule("validation").pairs_within
-    number, ran = int(os.environ.get("FUZZ_CASES", 280)) // (len(WIDTHS) * len(BITS)), 0
+    number, calls = int(os.environ.get("FUZZ_CASES", 280)) // (len(WIDTHS) * len(BITS)), []
     for seed in range(number):
         form = seed % FORMS
-        longest = 90 if form == 2 else draw.choice((70, 130, 130, 330))
+        longest = 60 if form == 2 else draw.choice((40, 70, 130, 200))
         problem = make_problem(
             draw.randint(1, longest), channels, hidden, dtype=dtype, seed=seed,
             batch=draw.randint(1, 3), **forms[form],
         )  # fmt: skip
-        batch, length = problem.x.shape[:2]
-        if form == 2:
-            got = gradients(kernel, problem, "cuda")
-            with hopper.without_variants():
-                plain = gradients(kernel, problem, "cuda")
-            exact = reference_gradients(problem, grad_of_output(problem))
-            assert_no_worse([(got, plain, exact)], 1.1)
-            continue
-        problem = problem.to("cuda")
-        options, within = {"memory": draw.choice(("default", "lean"))}, slice(None)
-        wanted = problem
-        if form == 3:
-            lengths = torch.tensor([draw.randint(0, length) for _ in range(batch)], device="cuda")
-            options["lengths"], within = lengths, padded(lengths, length)
-            mask = within if problem.mask is None else within * problem.mask
-            wanted = dataclasses.replace(problem, mask=mask)
-        with memory_of_no_numbers():
-            got, again = (run(kernel, problem, "cuda", **options) for _ in range(2))
-        with hopper.without_variants():
-            plain = run(kernel, problem, "cuda", **options)
-        assert torch.equal(got, again), (seed, length)
-        ran += not torch.equal(got, plain)
-        within = within.cpu() if form == 3 else within
-        got, plain, exact = (of.cpu()[within] for of in (got, plain, reference(wanted)))
-        if got.numel():
-            assert_no_worse([(got, plain, exact)], 1.1)
-    assert ran > number // 4
+        run_form = _gradients if form == 2 else functools.partial(_outputs, draw, form == 3)
+        got, plain, exact = run_form(kernel, submodule, hopper, problem)
+        for name in [name for name, of in exact.items() if not of.any()]:
+            assert not got.pop(name).any(), (seed, name)
+            del exact[name]
+        calls.append((got, plain, exact))
+        try:
+            assert_no_worse(calls[-1:], 2.0)
+        except AssertionError as error:
+            raise AssertionError(f"call {seed} of {tuple(problem.x.shape)}: {error}") from error
+    assert_no_worse(calls, 1.1)
+
+
+def _outputs(draw, with_lengths, kernel, submodule, hopper, problem):
+    """Of the variants, of the plain kernels, and in float64."""
+    problem = problem.to("cuda")
+    batch, length = problem.x.shape[:2]
+    options, wanted = {"memory": draw.choice(("default", "lean"))}, problem
+    within = torch.ones(batch, length, length, dtype=torch.bool, device="cuda")
+    if with_lengths:
+        lengths = torch.tensor([draw.randint(0, length) for _ in range(batch)], device="cuda")
+        options["lengths"] = lengths
+        within = submodule("validation").pairs_within(lengths, length)
+        mask = within if problem.mask is None else within * problem.mask
+        wanted = dataclasses.replace(problem, mask=mask)
+    with memory_of_no_numbers():
+        got, again = (run(kernel, problem, "cuda", **options) for _ in range(2))
+    assert torch.equal(got, again)
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda", **options)
+    return [{"": of[within].cpu()} for of in (got, plain, wanted.formula(torch.float64))]
+
+
+def _gradients(kernel, submodule, hopper, problem):
+    got = gradients(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = gradients(kernel, problem, "cuda")
+    return got, plain, reference_gradients(problem, grad_of_output(problem))
