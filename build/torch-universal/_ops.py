@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_1c93a32080"
+_NAMESPACE = "_esmfold2_trimul_kernel_49312d5c6e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
