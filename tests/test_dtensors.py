@@ -128,7 +128,7 @@ def refusals(on: Rank):
             )
         found[name] = str(caught.value)
     with torch.enable_grad():
-        refused("gradient of blocks", blocks.detach().requires_grad_())
+        refused("one rank's gradient", blocks.detach().requires_grad_(on.rank == 2))
     return found
 
 
@@ -136,8 +136,6 @@ def refusals(on: Rank):
 def gradients_as_a_whole(on: Rank):
     """Each layout: of DTensors with their placements, of tensors that all ranks have whole."""
     for at, (shape, placements) in enumerate(LAYOUTS):
-        if sum(isinstance(of, Shard) and of.dim in (1, 2) for of in placements) > 1:
-            continue  # blocks refuse a gradient
         mesh = init_device_mesh("cpu", shape)
         for batch, length in ((3, 9), (1, 3)):
             problem = make_problem(
@@ -266,8 +264,8 @@ def test_refusals(reports):
         "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
         "rank's part; got a call inside sharded_pairs",
         "projection": "ValueError p_out_weight must be a tensor where pair is a DTensor; got None",
-        "gradient of blocks": "NotImplementedError a call whose pair several dimensions of a mesh "
-        "divide has no backward: call it under torch.no_grad()",
+        "one rank's gradient": "ValueError all ranks must have the same requires_grad; got False on "
+        "rank 0, False on rank 1, True on rank 2, False on rank 3",
         "mask of blocks": "ValueError mask must be [..., L, L] with L = 6, a number for each pair",
         "residual of blocks": "ValueError residual must have the shape of pair, [1, 6, 6, 8]; got "
         "(1, 6, 6, 7)",

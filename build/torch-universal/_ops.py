@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_49312d5c6e"
+_NAMESPACE = "_esmfold2_trimul_kernel_66d3f8b920"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_49312d5c6e"
+_BUILD_ID = "_esmfold2_trimul_kernel_66d3f8b920"
 
 
 def _load_package() -> ModuleType:
