@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_66d3f8b920"
+_NAMESPACE = "_esmfold2_trimul_kernel_38f7c69035"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

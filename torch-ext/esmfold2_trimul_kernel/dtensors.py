@@ -36,7 +36,6 @@ _FUNCTIONS = {
 }
 
 
-@torch._disable_dynamo  # as `sharded`
 def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
     """The value of the public function whose pair tensor is called `name`, a DTensor.
 
@@ -79,6 +78,7 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
     )
 
 
+@torch._disable_dynamo  # a tracer can't see all ranks' blocks
 def _run_on_blocks(
     name: str, x: DTensor, arguments: dict[str, Any], dividing: dict[int, int], leading: str
 ) -> Tensor:

@@ -297,8 +297,19 @@ def _check_backend(group: dist.ProcessGroup | None, device: str) -> None:
 
 
 def check_order(name: str, mesh: Any, dim: int) -> None:
-    """The ranks of a mesh's dimension must be in the order of its group, which is ascending."""
+    """The ranks of a mesh's dimension must be in the order of its group, which is ascending.
+
+    A tracer sees this rank's place alone; in another order some ranks have another one's.
+    """
     own = mesh.get_coordinate()
+    if torch.compiler.is_compiling():
+        place, of_group = own[dim], dist.get_rank(mesh.get_group(dim))
+        if place != of_group:
+            raise ValueError(
+                f"{name} must be a DeviceMesh with ascending ranks along its dimension {dim}; got "
+                f"the rank {of_group} of its group at {place}"
+            )
+        return
     others = [slice(None) if at == dim else place for at, place in enumerate(own)]
     ranks = mesh.mesh[tuple(others)].tolist()
     if ranks != sorted(ranks):

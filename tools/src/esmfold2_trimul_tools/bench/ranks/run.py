@@ -89,10 +89,10 @@ def _measure(
 ) -> Row:
     """One row, the same on all ranks."""
     ranks, rank, length = dist.get_world_size(), dist.get_rank(), case.length
-    layout, beside = kernel.exchange.Layout(ranks, length, case.hidden), length <= plan.alone_up_to
-    rows = layout.rows(rank)
+    rows, beside = kernel.exchange.Layout(ranks, length, 1).rows(rank), length <= plan.alone_up_to
     problem = _problem_of(case, rows, beside, device, plan.seed)
     x = problem.x[:, rows].contiguous() if beside else problem.x
+    layout = kernel.exchange.Layout.of(ranks, length, case.hidden, x)
     training, grad_out = case.passes == "training", problem.grad_out
     own_grad_out = grad_out[:, rows].contiguous() if training and beside else grad_out
     leaves = [problem.x, x, *problem.weights.values()]
