@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_38f7c69035"
+_NAMESPACE = "_esmfold2_trimul_kernel_4595e23db4"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
