@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4595e23db4"
+_NAMESPACE = "_esmfold2_trimul_kernel_bd4d0e3d1b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_4595e23db4"
+_BUILD_ID = "_esmfold2_trimul_kernel_bd4d0e3d1b"
 
 
 def _load_package() -> ModuleType:
