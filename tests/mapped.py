@@ -27,7 +27,7 @@ def mapped(on: Rank):
     """A context in which groups exchange by copies; it counts what happens."""
     memory, gather = on.kernel.carriers.memory, on.kernel.exchange.gather
     seen = SimpleNamespace(taken=[], mapped=0, watched=0, short=(), lost=())
-    side = Thread(on.rank)
+    streams = Thread(on.rank), Thread(on.rank + 100)
     base = Path(tempfile.gettempdir(), f"mapped-{os.getppid()}")
 
     def allocate(size, device):
@@ -60,7 +60,7 @@ def mapped(on: Rank):
         (memory, "_map", map_all),
         (memory, "_place", lambda: 1),
         (memory, "_DEVICES", ("cpu",)),
-        (memory, "_side_stream", lambda device: side),
+        (memory, "_streams", lambda device: streams),
         (memory, "Queue", lambda stream: stream),
         (memory.GroupMemory, "watch", watch),
         (dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl"),
@@ -76,5 +76,6 @@ def mapped(on: Rank):
         for of, name, value in before:
             setattr(of, name, value)
         memory._kept.clear()
-        side.put(None)
-        assert side.failure is None, side.failure
+        for stream in streams:
+            stream.put(None)
+            assert stream.failure is None, stream.failure

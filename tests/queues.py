@@ -7,6 +7,7 @@ import threading
 import time
 
 import torch
+from fresh_process import HUNG_SECONDS
 
 
 def reached(word: torch.Tensor, value: int) -> bool:
@@ -29,9 +30,6 @@ class Tasks:
         assert to[0].is_contiguous() and of[0].is_contiguous() if len(to) else True
         self.put(lambda: to.copy_(of))
 
-    def copy_own(self, to: torch.Tensor, of: torch.Tensor) -> None:
-        self.put(lambda: to.copy_(of))
-
     def signal(self, words, value, own) -> None:
         assert 0 <= value < 2**32 and own.dtype == torch.int32
         for word in words:
@@ -39,8 +37,11 @@ class Tasks:
 
     def await_words(self, words, value) -> None:
         def until(word):
+            start = time.monotonic()
             while not reached(word, value):
                 time.sleep(1e-5)
+                if time.monotonic() > start + HUNG_SECONDS:
+                    raise RuntimeError("a queue waits for ever")
 
         for word in words:
             self.put(lambda word=word: until(word))

@@ -63,12 +63,12 @@ class Host:
         self._memory = self._parts[0].PeerMemory(memories, rank)
         self._memory.calls = self._memory.steps = first_count
         self._pauses = (1e-3, 8e-3) if slow else (0, 0, 0, 1e-4, 2e-3)
-        self.queues = [Thread(rank, self._pauses)]
+        self.queues = [Thread(rank, self._pauses), Thread(rank + 100, self._pauses)]
         self._kept, self.outs = [], []
 
     def call(self, x, hidden, lean, by_columns) -> None:
         copies, exchange, schedule = self._parts
-        length, side = x.shape[1], self.queues[0]
+        length, (side, own) = x.shape[1], self.queues[:2]
         main = Thread(len(self.queues), self._pauses)  # each call may have another stream
         self.queues.append(main)
         layout = exchange.Layout(self._ranks, length, hidden)
@@ -86,7 +86,8 @@ class Host:
         self._kept.append(buffers)  # the queues are behind
         self.outs.append(buffers.out)
         schedule._project(stages, layout, buffers, 0, 0)
-        with copies.PeerCopies(of_ranks, self._memory, slots, x.dtype, main, side) as carrier:
+        queues = main, side, own
+        with copies.PeerCopies(of_ranks, self._memory, slots, x.dtype, (2,), *queues) as carrier:
             schedule._run_stages(stages, of_ranks, carrier, buffers, by_columns, False)
 
 

@@ -106,6 +106,24 @@ def any_lengths_and_widths(on: Rank):
             assert_equals_one_process(on, problem, ranks, dim=1 + (at + ranks) % 2, memory=memory)
 
 
+def packed_messages(on: Rank):
+    """As NCCL has them where they are short: of all channels of a group, and no more than two."""
+    exchange, batch_isend_irecv, most = on.kernel.exchange.Exchange, dist.batch_isend_irecv, []
+
+    def counted(operations):
+        most.append(len(operations))
+        return batch_isend_irecv(operations)
+
+    packs, exchange.packs = exchange.packs, lambda *_: True
+    dist.batch_isend_irecv = counted
+    try:
+        any_lengths_and_widths(on)
+        over_the_residual(on)
+    finally:
+        exchange.packs, dist.batch_isend_irecv = packs, batch_isend_irecv
+    assert 0 < max(most, default=1) <= 2 * 2 * (RANKS - 1)  # of a and b to and from each other rank
+
+
 def lengths(on: Rank):
     for ranks in on.groups.keys() & {2, 3}:
         for dim, direction in ((1, "outgoing"), (2, "outgoing"), (1, "incoming")):
@@ -452,6 +470,7 @@ EQUAL = [
     bits_of_one_process,
     any_lengths_and_widths,
     any_leading_axes,
+    packed_messages,
     lengths,
     over_the_residual,
     no_residues,
@@ -541,6 +560,30 @@ def test_memory(submodule, batch, ranks, rank, lean, inplace):
     assert len(memories) == 4 - fits - (not lean) and (not inplace or out is x)
     if fits:  # in the sequence that is written last
         assert slots.storage_offset() == (batch - 1) * of_rows
+
+
+@pytest.mark.parametrize("length, hidden, ranks, size", [
+    (512, 128, 2, 64), (1024, 256, 2, 64), (2048, 256, 2, 16), (4096, 256, 2, 16),
+    (2048, 128, 2, 16), (2048, 256, 8, 16), (8192, 256, 8, 4), (256, 12, 8, 2), (0, 8, 2, 1),
+])  # fmt: skip
+def test_groups_on_a_gpu(submodule, length, hidden, ranks, size):
+    """An eighth of a rank's channels, or 128 MiB of planes in bfloat16, or all; at most 64."""
+    layout, shapes = submodule("exchange").Layout, (length, hidden)
+    x = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    assert layout.of(ranks, *shapes, x).size == size
+    x.is_cuda = False
+    assert layout.of(ranks, *shapes, x) == layout(ranks, *shapes)
+
+
+@pytest.mark.parametrize("length, is_cuda, packed", [
+    (4096, True, False), (4000, True, True), (64, True, True), (64, False, False),
+])  # fmt: skip
+def test_short_messages_among_gpus_are_packed(submodule, length, is_cuda, packed):
+    """Those of less than 16 MiB: of two ranks 2048 rows of 4096 in bfloat16."""
+    parts = submodule("exchange")
+    x = SimpleNamespace(is_cuda=is_cuda, element_size=lambda: 2)
+    exchange = parts.Exchange(None, 0, parts.Layout(2, length, 8))
+    assert exchange.packs(x, length) == packed
 
 
 def test_memory_that_all_ranks_map(reports):
@@ -764,13 +807,13 @@ def test_a_group_is_a_group_or_a_mesh_in_its_order(submodule):
         schedule.checked_group("group", mesh)
 
 
-def test_copies_are_for_those_who_ask(submodule, monkeypatch):
+def test_who_exchanges_by_copies(submodule, monkeypatch):
     memory = submodule("carriers.memory")
     monkeypatch.delenv(memory.EXCHANGE_VARIABLE, raising=False)
     group = memory.GroupMemory(SimpleNamespace, possible=True)
-    assert not group.takes(1, torch.device("cuda"))
-    monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "copies")
     assert group.takes(1, torch.device("cuda")) and not group.takes(1, torch.device("cpu"))
+    monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "messages")
+    assert not group.takes(1, torch.device("cuda"))
     monkeypatch.setenv(memory.EXCHANGE_VARIABLE, "nccl")
     with pytest.raises(ValueError, match="ESMFOLD2_TRIMUL_EXCHANGE must be one of .*; got 'nccl'"):
         group.takes(1, torch.device("cuda"))

@@ -163,14 +163,18 @@ def of_some(on: Rank):
         assert not any([grad.any() for grad in got.values()])
 
 
-def after_copies(on: Rank):
-    """a and b are kept, although they came into memory that later calls use too."""
-    if 2 not in on.groups:
-        return ABSENT
-    problem = make_problem(9, 16, batch=2, mask="soft", residual=True)
+def by_copies(on: Rank):
+    """The forward's planes and the backward's; what is kept came into memory that both use."""
     with on.on_triton(), mapped(on) as seen:
-        assert_gradients(on, problem, 2, dim=2)
-    assert seen.mapped == 1
+        for ranks in on.groups.keys() & {2, RANKS}:
+            for at, recompute in enumerate(RECOMPUTE):
+                problem = make_problem(
+                    9, 16, batch=2 - at % 2, mask="soft", residual=True,
+                    direction=DIRECTIONS[at % 2],
+                )  # fmt: skip
+                assert_gradients(on, problem, ranks, dim=2 - at % 2, recompute=recompute)
+    # What "product" makes again has one group at a time, of more planes.
+    assert seen.mapped == len(on.groups.keys() & {2, RANKS})
 
 
 @torch.enable_grad()
@@ -395,7 +399,7 @@ EQUAL = [
     of_padded_batches,
     of_some,
     in_the_interpreter,
-    after_copies,
+    by_copies,
     in_a_context,
     in_a_compiled_function,
 ]

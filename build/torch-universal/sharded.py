@@ -11,12 +11,12 @@ channels multiplies them alone, so rows are exchanged for channels around stage 
 
 Each sum is made in one place, in one process's order and of the same rounded values. A rank sends
 3 (N - 1) / N^2 planes of the whole pair tensor, N ranks, for either direction, by one of the
-`carriers`. Planes have the axes of x, so what travels are the rows of one channel for one rank:
-contiguous at both ends, without a packed copy. Columns are rows of the transposed x, for which t is
+`carriers`. Planes have the axes of x, so what travels are the rows of one channel for one rank,
+contiguous at both ends. Columns are rows of the transposed x, for which t is
 the other direction's product of b and a.
 
-Memory beyond the arguments, in a rank's share of one pair tensor where C = D, if a rank has eight
-channels or more (with fewer there are fewer groups):
+Memory beyond the arguments, in a rank's share of one pair tensor where C = D, if there are eight
+groups (fewer of few channels, and on GPUs of small planes):
 
     default   a and b, 2; the planes [G, L, pitch] of two groups, 3/4; the output
     lean      t, 1; a and b of a group, 1/4; the planes [G, L, pitch], 3/8; the output
@@ -105,9 +105,9 @@ def sharded_triangle_multiplicative_update_with_residual(
         residual_local: like pair_local, or None.
         drop_mask: [B, 1, L, C], with dim=2 [B, 1, R, C] for this rank's columns; or None.
         group: a process group, or a DeviceMesh of one dimension: the ranks, in their order; None is
-            all ranks. Messages go by its own backend. With ESMFOLD2_TRIMUL_EXCHANGE=copies in the
-            environment of all ranks, GPUs of one host copy into each other's memory instead, which
-            is kept until `free_exchange_memory`.
+            all ranks. Messages go by its own backend. GPUs of one host copy into each other's
+            memory instead, which is kept until `free_exchange_memory`, unless all ranks have
+            ESMFOLD2_TRIMUL_EXCHANGE=messages in their environment.
         length: L.
         dim: the axis of the pair tensor that is divided, 1 or 2.
         mask: this rank's part [B, R, L] (or [B, L, R]) of the pair mask; its first axis may be
@@ -297,8 +297,19 @@ def _check_backend(group: dist.ProcessGroup | None, device: str) -> None:
 
 
 def check_order(name: str, mesh: Any, dim: int) -> None:
-    """The ranks of a mesh's dimension must be in the order of its group, which is ascending."""
+    """The ranks of a mesh's dimension must be in the order of its group, which is ascending.
+
+    A tracer sees this rank's place alone; in another order some ranks have another one's.
+    """
     own = mesh.get_coordinate()
+    if torch.compiler.is_compiling():
+        place, of_group = own[dim], dist.get_rank(mesh.get_group(dim))
+        if place != of_group:
+            raise ValueError(
+                f"{name} must be a DeviceMesh with ascending ranks along its dimension {dim}; got "
+                f"the rank {of_group} of its group at {place}"
+            )
+        return
     others = [slice(None) if at == dim else place for at, place in enumerate(own)]
     ranks = mesh.mesh[tuple(others)].tolist()
     if ranks != sorted(ranks):

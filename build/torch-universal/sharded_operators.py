@@ -99,7 +99,7 @@ def _forward_saving_fake(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     product, moments, _ = path_of(rows).saved_shapes(rows) if call.keeps_product else ((0,),) * 3
     channels = (0,)
     if call.keeps_planes:
-        mine = division.layout(call.hidden).channel_count(division.rank)
+        mine = division.layout(call.hidden, call.x).channel_count(division.rank)
         channels = x.shape[0], 2, mine, division.length, product[-1]
     return (
         x.new_empty(x.shape),

@@ -6,15 +6,21 @@ is looked at in tests/tools/test_resources.py.
 
 import copy
 import dataclasses
+import functools
+import os
+import random
 
 import pytest
 import torch
+from gradients_of_calls import grad_of_output, gradients
 from helpers import (
+    SEED,
     as_call,
     assert_no_worse,
     make_problem,
     memory_of_no_numbers,
     reference,
+    reference_gradients,
     relative_error,
     run,
     seeded,
@@ -588,3 +594,73 @@ def test_in_a_cuda_graph(kernel, everywhere):
     got.fill_(torch.nan)
     graph.replay()
     assert torch.equal(got, wanted)
+
+
+WIDTHS = [(128, 128), (256, 256), (192, 192), (384, 384), (512, 512), (256, 128), (128, 256)]
+FORMS = 5  # of a width's calls: each compiles anew
+
+
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("channels, hidden", WIDTHS)
+def test_any_calls(kernel, submodule, hopper, everywhere, channels, hidden, dtype):
+    """FUZZ_CASES random calls in all, 280 by default; a fifth of them has gradients.
+
+    A call's error is at most twice the plain kernels', and all calls' together at most 1.1 times.
+    """
+    draw = random.Random(f"{SEED} {channels} {hidden} {dtype}")
+    forms = [
+        dict(
+            direction=draw.choice(("outgoing", "incoming")),
+            mask=draw.choice((None, "bool", "float", "soft", "expanded")),
+            residual=draw.random() < 0.7, drop_mask=draw.random() < 0.3,
+            norm_dtype=draw.choice((torch.float32, dtype)),
+        )
+        for _ in range(FORMS)
+    ]  # fmt: skip
+    forms[1] |= dict(biases=True, residual=False, drop_mask=False)
+    number, calls = int(os.environ.get("FUZZ_CASES", 280)) // (len(WIDTHS) * len(BITS)), []
+    for seed in range(number):
+        form = seed % FORMS
+        longest = 60 if form == 2 else draw.choice((40, 70, 130, 200))
+        problem = make_problem(
+            draw.randint(1, longest), channels, hidden, dtype=dtype, seed=seed,
+            batch=draw.randint(1, 3), **forms[form],
+        )  # fmt: skip
+        run_form = _gradients if form == 2 else functools.partial(_outputs, draw, form == 3)
+        got, plain, exact = run_form(kernel, submodule, hopper, problem)
+        for name in [name for name, of in exact.items() if not of.any()]:
+            assert not got.pop(name).any(), (seed, name)
+            del exact[name]
+        calls.append((got, plain, exact))
+        try:
+            assert_no_worse(calls[-1:], 2.0)
+        except AssertionError as error:
+            raise AssertionError(f"call {seed} of {tuple(problem.x.shape)}: {error}") from error
+    assert_no_worse(calls, 1.1)
+
+
+def _outputs(draw, with_lengths, kernel, submodule, hopper, problem):
+    """Of the variants, of the plain kernels, and in float64."""
+    problem = problem.to("cuda")
+    batch, length = problem.x.shape[:2]
+    options, wanted = {"memory": draw.choice(("default", "lean"))}, problem
+    within = torch.ones(batch, length, length, dtype=torch.bool, device="cuda")
+    if with_lengths:
+        lengths = torch.tensor([draw.randint(0, length) for _ in range(batch)], device="cuda")
+        options["lengths"] = lengths
+        within = submodule("validation").pairs_within(lengths, length)
+        mask = within if problem.mask is None else within * problem.mask
+        wanted = dataclasses.replace(problem, mask=mask)
+    with memory_of_no_numbers():
+        got, again = (run(kernel, problem, "cuda", **options) for _ in range(2))
+    assert torch.equal(got, again)
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda", **options)
+    return [{"": of[within].cpu()} for of in (got, plain, wanted.formula(torch.float64))]
+
+
+def _gradients(kernel, submodule, hopper, problem):
+    got = gradients(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = gradients(kernel, problem, "cuda")
+    return got, plain, reference_gradients(problem, grad_of_output(problem))

@@ -166,8 +166,8 @@ def test_problems_name_what_is_over_a_limit():
     assert problems([{**fine, "spill_bytes": 513}]) == [
         "k on sm_86 (c): 513 bytes of spills, of 512"
     ]
-    assert problems([{**fine, "spill_bytes": 16, "spills_in_loop": True}]) == []
-    assert problems([{**fine, "spill_bytes": 20, "spills_in_loop": True}]) == [
+    assert problems([{**fine, "spill_bytes": 24, "spills_in_loop": True}]) == []
+    assert problems([{**fine, "spill_bytes": 28, "spills_in_loop": True}]) == [
         "k on sm_86 (c): registers spill inside a loop"
     ]
     assert problems([{**fine, "descriptor_faults": ["wgmma at 0x10: no"]}]) == [

@@ -3,18 +3,19 @@
 A block has some rows and some columns of the pairs. A rank gets the rows that torch.chunk gives it
 of L, which `sharded` takes. On a mesh of n x m blocks, L divisible by n m, most of them are its own
 block's: it sends (m - 1) / m of the block to the m - 1 ranks that have the same rows, and as much
-of the result back.
+of the result back. The gradient of either exchange is the other, of what is exchanged.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
 import itertools
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .exchange import Layout
@@ -104,6 +105,34 @@ class Blocks(NamedTuple):
 
     def _rows(self, rank: int) -> slice:
         return Layout(len(self.blocks), self.length, 1).rows(rank)
+
+
+class ToRows(torch.autograd.Function):
+    """`Blocks.to_rows` of a block that has been prepared, and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, blocks: Blocks, move: Move) -> Tensor:
+        ctx.blocks = blocks
+        return blocks.to_rows(move)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.blocks.to_block(grad), None, None
+
+
+class ToBlock(torch.autograd.Function):
+    """`Blocks.to_block`, and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, blocks: Blocks) -> Tensor:
+        ctx.blocks = blocks
+        return blocks.to_block(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.blocks.to_rows(ctx.blocks.prepare(grad)), None
 
 
 def blocks_of(mesh: DeviceMesh, axes: dict[int, int], length: int) -> Blocks:

@@ -2,9 +2,9 @@
 
 A dimension of the mesh may replicate, or divide leading axes, whose sequences are independent. The
 ranks of one that divides the rows or the columns of pairs run `sharded`. If several do, `blocks`
-are exchanged for what the outer one divides, whole rows or whole columns, and back, without
-gradients. Those of other calls have the placements of their tensors: those of parameters, and of
-what else is whole where x is divided, are summed over the ranks.
+are exchanged for what the outer one divides, whole rows or whole columns, and back. Gradients have
+the placements of their tensors: those of parameters, and of what else is whole where x is divided,
+are summed over the ranks.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .agreement import compare, refuse
-from .blocks import blocks_of
+from .blocks import ToBlock, ToRows, blocks_of
 from .sharded import check_order, run_divided
 from .sharded_schedule import Division
 from .trimul_with_residual import (
@@ -36,7 +36,6 @@ _FUNCTIONS = {
 }
 
 
-@torch._disable_dynamo  # as `sharded`
 def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
     """The value of the public function whose pair tensor is called `name`, a DTensor.
 
@@ -79,6 +78,7 @@ def run_on_dtensors(name: str, arguments: dict[str, Any]) -> DTensor:
     )
 
 
+@torch._disable_dynamo  # a tracer can't see all ranks' blocks
 def _run_on_blocks(
     name: str, x: DTensor, arguments: dict[str, Any], dividing: dict[int, int], leading: str
 ) -> Tensor:
@@ -102,22 +102,20 @@ def _run_on_blocks(
     try:
         check_pair(name, x, leading)
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and any([value.requires_grad for value in tensors]):
-            raise NotImplementedError(
-                f"a call whose {name} several dimensions of a mesh divide has no backward: call it "
-                "under torch.no_grad() or torch.inference_mode(); got an argument that requires a "
-                "gradient"
-            )
+        facts["requires_grad"] = torch.is_grad_enabled() and any(
+            [value.requires_grad for value in tensors]
+        )
         local = _local_arguments(name, x, arguments)
         check_residual(arguments.get("residual"), name, x)
         if isinstance(arguments["mask"], Tensor):
             broadcast_mask(arguments["mask"].to("meta"), name, x.to("meta"))
         mask, residual = broadcast_mask(local["mask"], name, local[name]), local.get("residual")
-        moves[name] = blocks.prepare(turn(local[name]))
+        given = {name: turn(local[name])}
         if mask is not None:
-            moves["mask"] = blocks.prepare(turn(mask[..., None]))
+            given["mask"] = turn(mask[..., None])
         if residual is not None and arguments["residual"] is not x:
-            moves["residual"] = blocks.prepare(turn(residual))
+            given["residual"] = turn(residual)
+        moves = {key: (block, blocks.prepare(block.detach())) for key, block in given.items()}
         facts["mask"] = None if mask is None else mask.dtype
         facts["residual"] = residual is not None
     except Exception as error:
@@ -126,17 +124,20 @@ def _run_on_blocks(
         compare(blocks.group, facts, failure, last=True)
     finally:
         failure = None  # its traceback holds this frame
+    given = None
     for key in [*moves]:
-        rows = turn(blocks.to_rows(moves.pop(key)))
+        block, move = moves.pop(key)
+        rows = turn(ToRows.apply(block, blocks, move))
         local[key] = rows[..., 0] if key == "mask" else rows
     if residual is not None and arguments["residual"] is x:
         local["residual"] = local[name]
     if local.get("drop_mask") is not None:  # gathered, which takes all ranks
-        drop_mask = _local("drop_mask", arguments["drop_mask"], name, x, dividing)
+        of_gradient = Partial() if turned else Replicate()  # of each rank's columns, or summed
+        drop_mask = _local("drop_mask", arguments["drop_mask"], name, x, dividing, of_gradient)
         local["drop_mask"] = drop_mask[:, :, blocks.rows] if turned else drop_mask
     made = run_divided(name, local, Division(blocks.group, 1 + turned, length))
-    local = rows = mask = residual = None  # before the memory for the way back
-    return turn(blocks.to_block(turn(made))).contiguous()
+    local = rows = mask = residual = block = move = None  # before the memory for the way back
+    return turn(ToBlock.apply(turn(made), blocks)).contiguous()
 
 
 def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -164,11 +165,14 @@ def _local_arguments(name: str, x: DTensor, arguments: dict[str, Any]) -> dict[s
 _LACKED = {"mask": 1, "residual": 0, "drop_mask": 0, "lengths": 3}
 
 
-def _local(key: str, value: Any, name: str, x: DTensor, whole: Iterable[int] = ()) -> Any:
+def _local(
+    key: str, value: Any, name: str, x: DTensor, whole: Iterable[int] = (),
+    of_whole: Placement | None = None,
+) -> Any:  # fmt: skip
     """This rank's part of an argument: the axes that it has in common with x are divided alike.
 
     A tensor that is no DTensor is the whole one, the same on all ranks. What the dimensions `whole`
-    of the mesh divide is gathered.
+    of the mesh divide is gathered, and its gradient has the placement `of_whole` along them.
 
     Raises:
         ValueError: another mesh, or placements that are neither those of x nor Replicate.
@@ -200,5 +204,6 @@ def _local(key: str, value: Any, name: str, x: DTensor, whole: Iterable[int] = (
             f"{wanted}, each of which may be Replicate(); got {value.placements} on "
             f"{value.device_mesh}"
         )
-    wanted = [Replicate() if at in whole else of for at, of in enumerate(wanted)]
+    for at in whole:
+        wanted[at], of_gradient[at] = Replicate(), of_whole
     return value.redistribute(placements=wanted).to_local(grad_placements=of_gradient)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_GROUPS = 8  # of a rank's channels: the fewest, if it has as many channels
+_GROUPS = 8  # of a rank's channels: the fewest, if it has as many channels, and planes aren't small
+# Of the planes of a rank's channels in a group, on a GPU. To queue a group takes its host longer
+# than smaller ones take the GPU.
+_LEAST_BYTES = 128 << 20
 # NCCL has hung with more than 256 messages at once (pytorch/pytorch#174288).
 _MOST_MESSAGES = 256
+# Of the rows of one plane. Among GPUs shorter messages are packed: to post one takes the host
+# longer than to copy it takes a GPU.
+_LEAST_MESSAGE = 16 << 20
 
 
 class Layout(NamedTuple):
@@ -19,6 +26,14 @@ class Layout(NamedTuple):
     ranks: int
     length: int  # L
     hidden: int  # D
+    least: int = 1  # channels of a rank in a group, if it has as many
+
+    @classmethod
+    def of(cls, ranks: int, length: int, hidden: int, x: Tensor) -> Layout:
+        """That of a pair tensor of which a rank has x."""
+        plane = length * length * x.element_size()
+        least = -(-_LEAST_BYTES // plane) if x.is_cuda and plane else 1
+        return cls(ranks, length, hidden, least)
 
     def rows(self, rank: int) -> slice:
         """The rows of a rank, as torch.chunk divides them."""
@@ -46,7 +61,7 @@ class Layout(NamedTuple):
         """The most channels of a rank in a group."""
         most = -(-self.hidden // self.ranks)
         # a and b of them are sent to, and received from, at least one rank at once.
-        return min(-(-most // _GROUPS), _MOST_MESSAGES // 4)
+        return min(max(-(-most // _GROUPS), min(self.least, most)), _MOST_MESSAGES // 4)
 
     @property
     def groups(self) -> int:
@@ -102,47 +117,70 @@ class Exchange(NamedTuple):
 
     def begin(
         self, group: int, pairs: list[tuple[Tensor, Tensor]], to_channels: bool
-    ) -> list[dist.Work]:
-        """Posts the messages that fill the planes of my channels, or of my rows."""
-        layout = self.layout
+    ) -> list[dist.Work | _Package]:
+        """Posts the messages that fill the planes of my channels, or of my rows.
+
+        A message is the rows of one plane, or packed those of all channels.
+        """
+        layout, packed = self.layout, self.packs(pairs[0][0], pairs[0][0].shape[-1])
 
         def messages(peer: int, by_rows: bool) -> list[Tensor]:
             """What my rows have of the peer's channels, or my channels of its rows."""
-            return [
-                message
-                for of_rows, of_channels in pairs
-                for message in (
-                    of_rows[layout.channels(peer, group)]
-                    if by_rows
-                    else of_channels[:, layout.rows(peer)]
-                )
-                if message.numel()
-            ]
+            found = []
+            for of_rows, of_channels in pairs:
+                part = of_channels[:, layout.rows(peer)]
+                if by_rows:
+                    part = of_rows[layout.channels(peer, group)]
+                found += [part] if packed else part
+            return [message for message in found if message.numel()]
 
         own = messages(self.rank, to_channels), messages(self.rank, not to_channels)
         for sent, received in zip(*own, strict=True):
             received.copy_(sent)
         # Each distance between ranks is in one batch on all of them, so that no two batches wait
         # for each other.
-        works = []
-        at_once = max(1, _MOST_MESSAGES // (2 * len(pairs) * layout.size))
+        works, packages = [], []
+        of_a_pair = 1 if packed else layout.size
+        at_once = max(1, _MOST_MESSAGES // (2 * len(pairs) * of_a_pair))
         for first in range(1, layout.ranks, at_once):
             operations = []
             for distance in range(first, min(first + at_once, layout.ranks)):
-                for operation, step, by_rows in (
-                    (dist.isend, distance, to_channels), (dist.irecv, -distance, not to_channels)
-                ):  # fmt: skip
-                    peer = (self.rank + step) % layout.ranks
-                    to = peer if self.group is None else dist.get_global_rank(self.group, peer)
-                    operations += [
-                        dist.P2POp(operation, message, to, self.group)
-                        for message in messages(peer, by_rows)
-                    ]
+                to, of = [(self.rank + step) % layout.ranks for step in (distance, -distance)]
+                for message in messages(to, to_channels):
+                    package = _Package(message.contiguous(), None)
+                    packages.append(package)
+                    operations.append(self._operation(dist.isend, package.message, to))
+                for message in messages(of, not to_channels):
+                    if not message.is_contiguous():
+                        package = _Package(message.new_empty(message.shape), message)
+                        packages.append(package)
+                        message = package.message
+                    operations.append(self._operation(dist.irecv, message, of))
             works += dist.batch_isend_irecv(operations) if operations else []
-        return works
+        return works + packages
+
+    def packs(self, like: Tensor, pitch: int) -> bool:
+        """Whether messages of planes [.., pitch] are packed, whose dtype and device `like` has."""
+        rows = self.layout.rows(0).stop
+        return like.is_cuda and rows * pitch * like.element_size() < _LEAST_MESSAGE
+
+    def _operation(self, kind: Callable[..., Any], message: Tensor, peer: int) -> dist.P2POp:
+        to = peer if self.group is None else dist.get_global_rank(self.group, peer)
+        return dist.P2POp(kind, message, to, self.group)
 
 
-def wait(works: list[dist.Work]) -> None:
+class _Package(NamedTuple):
+    """The memory of a message, and the planes that it fills, if it was received packed."""
+
+    message: Tensor
+    to: Tensor | None
+
+    def wait(self) -> None:
+        if self.to is not None:
+            self.to.copy_(self.message)
+
+
+def wait(works: list[dist.Work | _Package]) -> None:
     """Until the messages have gone and come; a GPU's stream waits, not the host."""
     for work in works:
         work.wait()

@@ -18,8 +18,10 @@ made on each rank and then added in the ranks' order.
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
 import contextlib
+import functools
 import math
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -53,12 +55,13 @@ class Division(NamedTuple):
     def rank(self) -> int:
         return dist.get_rank(self.group)
 
-    def layout(self, hidden: int) -> Layout:
-        return Layout(dist.get_world_size(self.group), self.length, hidden)
+    def layout(self, hidden: int, x: Tensor) -> Layout:
+        """That of calls with D hidden channels, of which x is this rank's part."""
+        return Layout.of(dist.get_world_size(self.group), self.length, hidden, x)
 
     def rows(self) -> slice:
         """This rank's residues along the axis."""
-        return self.layout(1).rows(self.rank)
+        return Layout(dist.get_world_size(self.group), self.length, 1).rows(self.rank)
 
     def by_rows(self, call: Call) -> Call:
         """The call with rows of x: if the pair tensor is divided by columns, its transpose's."""
@@ -108,14 +111,7 @@ def run_forward(division: Division, call: Call, saves: bool = False) -> tuple[Te
     shared = memory_of(division.group)
     failure, facts, ways = None, {}, [_Way(False, (), 0)]
     over, device = call.residual if call.inplace else None, call.x.device
-    exchange = Exchange(division.group, division.rank, division.layout(call.hidden))
-
-    def compared(last: bool) -> bool:
-        of_way = {}
-        if facts and shared is not None:
-            of_way = {"exchange_memory": shared.bytes(device), "mapped": way.mapped}
-        return compare(division.group, facts | of_way, failure, last)
-
+    exchange = Exchange(division.group, division.rank, division.layout(call.hidden, call.x))
     with contextlib.ExitStack() as stack:
         try:
             found = division.facts(call, saves)
@@ -124,38 +120,26 @@ def run_forward(division: Division, call: Call, saves: bool = False) -> tuple[Te
             ways, facts = _ways(call, stages, exchange.layout, shared), found
         except Exception as error:
             failure = error
+
+        def prepare(way: _Way) -> _Buffers:
+            buffers = _allocate(call, stages, exchange, way, saves)
+            if buffers.out.numel():
+                _project(stages, exchange.layout, buffers, 0, 0)
+            return buffers
+
         try:
-            for way in ways:
-                if failure is None and way.mapped and shared.bytes(device) < way.mapped:
-                    compared(last=True)
-                    if not shared.grow(way.mapped, device):
-                        continue
-                try:
-                    if failure is None:
-                        buffers = _allocate(call, stages, exchange, way, saves)
-                        if buffers.out.numel():
-                            _project(stages, exchange.layout, buffers, 0, 0)
-                except Exception as error:
-                    failure = error
-                if compared(last=way is ways[-1]):
-                    break
-                failure = buffers = None
-                if way.mapped:
-                    shared.refuse(way.mapped)  # the next way needs the memory elsewhere
+            way, buffers = _agreed(exchange, shared, device, facts, ways, prepare, failure)
         finally:
-            failure = None  # its traceback holds this frame, and so the buffers
+            failure = None  # its traceback holds this frame
         if way.lean and not ways[0].lean:
             say_once("runs in lean mode: an allocation of the default mode failed")
         number = _next_number(division.group) if saves else None
         keeps_product, moments = saves and call.keeps_product, None
         if division.length:
-            if way.mapped:
-                carrier = stack.enter_context(shared.carrier(exchange, way.slots, call.x.dtype))
-            else:
-                carrier = Messages(exchange, buffers.slots)
-            moments = _run_stages(
-                stages, exchange, carrier, buffers, division.dim == 2, keeps_product
-            )
+            with _carrier(exchange, shared, way, buffers, _slot_of_t(stages), call.x) as carrier:
+                moments = _run_stages(
+                    stages, exchange, carrier, buffers, division.dim == 2, keeps_product
+                )
     out, kept = buffers.out, None
     if saves:
         product = buffers.product if keeps_product else None
@@ -165,6 +149,71 @@ def run_forward(division: Division, call: Call, saves: bool = False) -> tuple[Te
         out = out.transpose(1, 2)
         out = out.contiguous() if over is None else over.copy_(out)
     return out, kept
+
+
+def _slot_of_t(stages: Any) -> tuple[int]:
+    """One of its own, or that of a."""
+    return (2 if stages.slots == 3 else 0,)
+
+
+def _agreed(
+    exchange: Exchange,
+    shared: GroupMemory | None,
+    device: torch.device,
+    facts: dict[str, Any],
+    ways: list[_Way],
+    prepare: Callable[[_Way], Any],
+    failure: Exception | None,
+) -> tuple[_Way, Any]:
+    """The first way for which all ranks have the memory, and what `prepare` made for it.
+
+    Raises:
+        Exception: `failure`, or what another rank told.
+    """
+
+    def compared(last: bool) -> bool:
+        of_way = {}
+        if facts and shared is not None:
+            of_way = {"exchange_memory": shared.bytes(device), "mapped": way.mapped}
+        return compare(exchange.group, facts | of_way, failure, last)
+
+    made = None
+    try:
+        for way in ways:
+            if failure is None and way.mapped and shared.bytes(device) < way.mapped:
+                compared(last=True)
+                if not shared.grow(way.mapped, device):
+                    continue
+            try:
+                if failure is None:
+                    made = prepare(way)
+            except Exception as error:
+                failure = error
+            if compared(last=way is ways[-1]):
+                break
+            failure = made = None
+            if way.mapped:
+                shared.refuse(way.mapped)  # the next way needs the memory elsewhere
+    finally:
+        failure = None  # its traceback holds this frame, and so what was made
+    return way, made
+
+
+@contextlib.contextmanager
+def _carrier(
+    exchange: Exchange,
+    shared: GroupMemory | None,
+    way: _Way,
+    buffers: _Buffers | _BackwardBuffers,
+    made: tuple[int, ...],
+    x: Tensor,
+) -> Iterator[Carrier]:
+    """What moves the planes of a way, which are like x; messages fill the slots of `buffers`."""
+    if way.mapped:
+        with shared.carrier(exchange, way.slots, x.dtype, made) as carrier:
+            yield carrier
+    else:
+        yield Messages(exchange, buffers.slots, made)
 
 
 def _next_number(group: dist.ProcessGroup | None) -> int:
@@ -185,36 +234,38 @@ def run_backward(
         grad_out: like x, any strides.
     """
     failure, facts = None, {"pass": "backward", "call": kept.number, "gradients": needs}
+    shared, ways, prepare = memory_of(division.group), [_Way(False, (), 0)], None
     by_columns = division.dim == 2
-    exchange = Exchange(division.group, division.rank, division.layout(call.hidden))
+    exchange = Exchange(division.group, division.rank, division.layout(call.hidden, call.x))
     leaves, call = call, division.by_rows(call)
     grad_out = grad_out.transpose(1, 2) if by_columns else grad_out
     # Those of what all ranks have whole, which are sums over the ranks.
-    shared = set() if by_columns else {"drop_mask"} & needs
+    summed = set() if by_columns else {"drop_mask"} & needs
     if division.parameter_grads == "sum":
-        shared |= needs.intersection(Weights._fields)
+        summed |= needs.intersection(Weights._fields)
     with contextlib.ExitStack() as stack:
         try:
-            grads = _empty_gradients(call, needs, shared)
+            grads = _empty_gradients(call, needs, summed)
             stages = stack.enter_context(
                 path_of(call).gradient_stages(call, division.rows().start, needs, grads)
             )
-            buffers = _allocate_backward(call, stages, exchange, kept)
+            ways = _backward_ways(call, stages, exchange.layout, kept, shared)
+            prepare = functools.partial(_allocate_backward, call, stages, exchange, kept)
         except Exception as error:
             failure = error
         try:
-            compare(division.group, facts, failure, last=True)
+            way, buffers = _agreed(exchange, shared, call.x.device, facts, ways, prepare, failure)
         finally:
             failure = None  # as above
         for index in range(call.x.shape[0] if division.length else 0):
             _run_backward_stages(
-                stages, exchange, buffers, index, grad_out[index], kept, by_columns
+                stages, exchange, shared, way, buffers, index, grad_out[index], kept, by_columns
             )
         # On a rank without rows they are zeros.
         grads |= stages.of_parameters()
-    del buffers, stages  # before the copies
-    if shared:
-        names = [name for name in DIFFERENTIABLE if name in shared]
+    del buffers, stages, prepare  # before the copies
+    if summed:
+        names = [name for name in DIFFERENTIABLE if name in summed]
         sums = _sums_over_ranks(division.group, [grads[name] for name in names])
         grads |= dict(zip(names, sums, strict=True))
     leaves = dict(zip(FLAT, leaves.flat(), strict=True))
@@ -249,10 +300,10 @@ def _sums_over_ranks(group: dist.ProcessGroup | None, values: list[Tensor]) -> l
 
 
 class _Way(NamedTuple):
-    """A way to run a forward."""
+    """A way to run a forward or a backward."""
 
     lean: bool
-    slots: tuple[int, ...]  # [depth, 2 or 3, G, L, pitch], the planes that stage 2 works on
+    slots: tuple[int, ...]  # [depth, S, G, L, pitch], the planes that stage 2 works on
     mapped: int  # bytes that all ranks map, with these planes; 0 if messages fill them
 
 
@@ -343,7 +394,8 @@ def _run_stages(
     """All stages but the first `_project`; returns the moments, if they are kept."""
     moments = []
     for index in range(len(buffers.out)):
-        _multiply(stages, exchange, carrier, buffers, index, by_columns, begun=index == 0)
+        first = index * exchange.layout.groups
+        _multiply(stages, exchange, carrier, buffers, index, by_columns, first, begun=index == 0)
         if buffers.out.numel():
             stages.emit(index, buffers.product[index], buffers.out[index])
             if saves and stages.moments is not None:
@@ -358,37 +410,54 @@ def _multiply(
     buffers: _Buffers,
     index: int,
     by_columns: bool,
+    first: int = 0,
     begun: bool = False,
 ) -> None:
-    """The product of my rows of a sequence, of which `_project` may have begun the first group.
+    """The product of my rows of a sequence, in steps from `first` on.
 
-    Where two groups may be under way, the next one's a and b travel during stage 2 of a group.
+    `_project` may have begun the first group.
     """
     layout, product = exchange.layout, buffers.product[index]
-    depth, first, last = len(carrier.slots), index * layout.groups, layout.groups - 1
 
-    def send(group: int) -> None:
+    def send(step: int, group: int) -> None:
         if product.numel() and not (begun and group == 0):
             _project(stages, layout, buffers, index, group)
         channels = layout.group(group)
         if buffers.lean:
             channels = slice(channels.stop - channels.start)
-        carrier.send(first + group, group, *_operands(buffers.planes[:, channels], by_columns))
+        carrier.send(step, group, _operands(buffers.planes[:, channels], by_columns))
 
-    for group in range(layout.groups):
-        step = first + group
-        if group == 0 or depth == 1:
-            send(group)
-        if group < last and depth == 2:
-            send(group + 1)
-        carrier.receive(step)
-        own = exchange.own(carrier.slots[step % depth], group)
+    def multiply(step: int, group: int, own: Tensor) -> None:
         if buffers.channels is not None:
             mine = layout.own_channels(exchange.rank, group)
             buffers.channels[index, :, mine].copy_(own[:2])
         if own.numel():
             stages.multiply(index, *own)
-        carrier.give_back(step, group, product[layout.group(group)])
+        carrier.give_back(step, group, [product[layout.group(group)]])
+
+    _by_groups(exchange, carrier, first, send, multiply)
+
+
+def _by_groups(
+    exchange: Exchange,
+    carrier: Carrier,
+    first: int,
+    send: Callable[[int, int], None],
+    multiply: Callable[[int, int, Tensor], None],
+) -> None:
+    """Each group of channels, in steps from `first` on: sent, multiplied in its slots, given back.
+
+    Where two groups may be under way, the next one's planes travel during stage 2 of a group.
+    """
+    depth, groups = len(carrier.slots), exchange.layout.groups
+    for group in range(groups):
+        step = first + group
+        if group == 0 or depth == 1:
+            send(step, group)
+        if group + 1 < groups and depth == 2:
+            send(step + 1, group + 1)
+        carrier.receive(step)
+        multiply(step, group, exchange.own(carrier.slots[step % depth], group))
     carrier.finish()
 
 
@@ -401,30 +470,56 @@ def _operands(planes: Tensor, by_columns: bool) -> tuple[Tensor, ...]:
 
 
 class _BackwardBuffers(NamedTuple):
-    """All large memory of a backward but the gradients."""
+    """All large memory of a backward but the gradients, and what all ranks map."""
 
     planes: Tensor  # [2, D, R, pitch] of my rows: dt, then da and db
     sent: Tensor | None  # a and b of a group of my rows [2, .., R, pitch], if not kept
-    slots: Tensor  # [2 to 4, G, L, pitch] of my channels: dt, operands, their gradients
+    slots: Tensor  # [1, 2 to 4, G, L, pitch], which messages fill, and then scratch
     again: _Buffers | None  # of a product that was not kept
 
 
+def _remade(kept: Kept) -> bool:
+    """Whether stage 1 makes a and b of a group again for the products of the backward."""
+    return kept.channels is None and kept.product is not None
+
+
+def _backward_ways(
+    call: Call, stages: Any, layout: Layout, kept: Kept, shared: GroupMemory | None
+) -> list[_Way]:
+    """As `_ways`. Of the slots, those of operands are dt and, if they are made again, a and b."""
+    ways, remade, planes = [], _remade(kept), (layout.size, layout.length, stages.pitch)
+    if shared is not None and stages.slots == 3 and call.x.shape[0] and layout.length:
+        # There is one memory for a and b of a group of my rows.
+        slots = 1 + (layout.groups > 1 and not remade), 3 + 2 * remade, *planes
+        mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
+        if shared.takes(mapped, call.x.device):
+            ways.append(_Way(False, slots, mapped))
+    return [*ways, _Way(False, (1, stages.slots + remade, *planes), 0)]
+
+
+def _slots_of_gradients(stages: Any, way: _Way, remade: bool) -> tuple[int, int]:
+    """Those of da and db. By messages db may lie over b, and da over dt where t may over a."""
+    operands = 3 if remade else 1
+    return (
+        0 if stages.slots == 2 else way.slots[1] - 1,
+        operands - 1 if remade and not way.mapped else operands,
+    )
+
+
 def _allocate_backward(
-    call: Call, stages: Any, exchange: Exchange, kept: Kept
+    call: Call, stages: Any, exchange: Exchange, kept: Kept, way: _Way
 ) -> _BackwardBuffers:
     x, layout = call.x, exchange.layout
     batch, rows = x.shape[:2]
     planes = x.new_empty(2, call.hidden, rows, stages.pitch)
-    mine = layout.length, stages.pitch
-    again, sent, remade = None, None, kept.channels is None and kept.product is not None
-    # Where t may lie over an operand, so may an operand's gradient lie over dt.
-    slots = x.new_empty(stages.slots + remade, layout.size, *mine)
+    again, sent, remade = None, None, _remade(kept)
+    slots = x.new_empty(1, stages.slots + remade, *way.slots[2:])
     if kept.product is None:
         # a and b of all my channels, or they would be exchanged again beside dt.
-        channels = x.new_empty(1, 2, layout.channel_count(exchange.rank), *mine)
+        channels = x.new_empty(1, 2, layout.channel_count(exchange.rank), *way.slots[3:])
         product = x.new_empty(1, call.hidden, rows, stages.pitch).expand(batch, -1, -1, -1)
         channels = channels.expand(batch, -1, -1, -1, -1)
-        again = _Buffers(planes, product, slots[None], channels, None)
+        again = _Buffers(planes, product, slots, channels, None)
     if remade:
         group = layout.group(0)
         sent = x.new_empty(2, group.stop - group.start, rows, stages.pitch)
@@ -434,6 +529,8 @@ def _allocate_backward(
 def _run_backward_stages(
     stages: Any,
     exchange: Exchange,
+    shared: GroupMemory | None,
+    way: _Way,
     buffers: _BackwardBuffers,
     index: int,
     grad_out: Tensor,
@@ -441,51 +538,59 @@ def _run_backward_stages(
     by_columns: bool,
 ) -> None:
     """The gradients of one sequence, grad_out [R, L, C]."""
-    layout, has_rows = exchange.layout, grad_out.numel() > 0
+    layout, has_rows, remade = exchange.layout, grad_out.numel() > 0, _remade(kept)
     planes, again, moments = buffers.planes, buffers.again, kept.moments
     product, kept_channels = kept.product, kept.channels
     if again is not None:
-        carrier = Messages(exchange, again.slots)
-        _multiply(stages, exchange, carrier, again, index, by_columns)
+        with _carrier(exchange, shared, way, again, _slot_of_t(stages), planes) as carrier:
+            _multiply(stages, exchange, carrier, again, index, by_columns)
         product, kept_channels = again.product, again.channels
     if has_rows:
         moments = stages.moments if moments is None else moments[index : index + 1]
         stages.begin(index, grad_out, product[index], moments)
         stages.through_emission(planes[0], planes[1])
-    for group in range(layout.groups if stages.behind_product else 0):
-        channels, mine = layout.group(group), layout.own_channels(exchange.rank, group)
-        slots = buffers.slots[:, : mine.stop - mine.start]
-        exchange.to_channels(group, [(planes[0, channels], slots[0])])
-        if kept_channels is None:
-            sent, own = buffers.sent[:, : channels.stop - channels.start], slots[1:3]
+
+    def send(step: int, group: int) -> None:
+        channels, operands = layout.group(group), ()
+        if remade:
+            sent = buffers.sent[:, : channels.stop - channels.start]
             if has_rows:
                 stages.project(index, sent, channels)
-            exchange.to_channels(group, [*zip(_operands(sent, by_columns), own, strict=True)])
-        else:
-            own = kept_channels[index, :, mine]
-        # The second gradient may lie over the second operand, which nothing needs any more.
-        grads = slots[0 if stages.slots == 2 else -1], slots[1 if kept_channels is not None else 2]
-        if mine.stop > mine.start:
-            stages.multiply_gradients(index, slots[0], *own, *grads)
-        rows = _operands(planes[:, channels], by_columns)
-        exchange.to_rows(group, [*zip(rows, grads, strict=True)])
+            operands = _operands(sent, by_columns)
+        carrier.send(step, group, [planes[0, channels], *operands])
+
+    def multiply(step: int, group: int, own: Tensor) -> None:
+        grads = [own[slot] for slot in made]
+        mine = layout.own_channels(exchange.rank, group)
+        operands = own[1:3] if remade else kept_channels[index, :, mine]
+        if own.numel():
+            stages.multiply_gradients(index, own[0], *operands, *grads)
+        rows = _operands(planes[:, layout.group(group)], by_columns)
+        carrier.give_back(step, group, rows)
+
+    if stages.behind_product:
+        made = _slots_of_gradients(stages, way, remade)
+        with _carrier(exchange, shared, way, buffers, made, planes) as carrier:
+            _by_groups(exchange, carrier, 0, send, multiply)
     if has_rows:
-        stages.through_inputs(planes, buffers.slots)
+        stages.through_inputs(planes, buffers.slots[0])
 
 
 def plan(division: Division, call: Call) -> Plan:
     """The buffers of a call, and what the rank sends."""
     rows, rank, saves = division.rows(), division.rank, call.needs_grad
-    exchange = Exchange(division.group, rank, division.layout(call.hidden))
+    exchange = Exchange(division.group, rank, division.layout(call.hidden, call.x))
     call, layout = division.by_rows(call), exchange.layout
     with path_of(call).stages(call, rows.start) as stages:
         pitch = stages.pitch
-        way = _ways(call, stages, layout, known_memory_of(division.group))[0]
+        shared = known_memory_of(division.group)
+        way = _ways(call, stages, layout, shared)[0]
         x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
         on_meta = call._replace(x=x, residual=x)
         made = _allocate(on_meta, stages, exchange, way, saves)
         kept = Kept(made.product if saves and call.keeps_product else None, None, made.channels, 0)
-        backward = _allocate_backward(on_meta, stages, exchange, kept)
+        backward_way = _backward_ways(call, stages, layout, kept, shared)[0]
+        backward = _allocate_backward(on_meta, stages, exchange, kept, backward_way)
     buffers = _bytes(
         {
             "a and b": made.planes,
@@ -496,8 +601,13 @@ def plan(division: Division, call: Call) -> Plan:
         },
         x,
     )
+    packed = exchange.packs(call.x, pitch)
     if way.mapped:
-        buffers["planes that all ranks map, which are kept"] = way.mapped
+        mapped = max(way.mapped, backward_way.mapped if saves else 0)
+        buffers["planes that all ranks map, which are kept"] = mapped
+    elif packed:
+        of_others = division.length - (rows.stop - rows.start)
+        buffers["messages of a group"] = 2 * layout.size * of_others * pitch * x.element_size()
     moments = stages.moment_bytes * (rows.stop - rows.start) * pitch
     if moments:
         buffers["moments"] = moments
@@ -505,9 +615,9 @@ def plan(division: Division, call: Call) -> Plan:
         f"rank {rank} of {layout.ranks} has residues {rows.start} to {rows.stop} of "
         f"{division.length} along axis {division.dim}, and multiplies {layout.channel_count(rank)} "
         f"of {call.hidden} channels, in {layout.groups} groups",
-        f"for each sequence it {_sent(layout, rank, (2, 1), pitch, x, way.mapped)}",
+        f"for each sequence it {_sent(layout, rank, (2, 1), pitch, x, way, packed)}",
     ]
-    if way.slots[0] == 2:
+    if way.slots[0] == 2 and (way.mapped or not call.x.is_cuda):  # NCCL and stage 2 take turns
         notes.append("a group's planes travel during stage 2 of another")
     if call.memory == "auto":
         notes.append("all ranks go lean where an allocation of this mode fails on one")
@@ -521,7 +631,8 @@ def plan(division: Division, call: Call) -> Plan:
         again = backward.again or (None,) * 5
         beside = _bytes(dict(enumerate((*backward[:3], again[1], again[3]))), x)
         notes.append(
-            f"for each sequence the backward {_sent(layout, rank, exchanged, pitch, x)}; it holds "
+            "for each sequence the backward "
+            f"{_sent(layout, rank, exchanged, pitch, x, backward_way, packed)}; it holds "
             f"{sum(beside.values()) / x.nbytes if x.nbytes else 0:.2f} such tensors beside "
             "the gradients"
         )
@@ -535,11 +646,14 @@ def _sent(
     exchanged: tuple[int, int],
     pitch: int,
     like: Tensor,
-    mapped: int = 0,
+    way: _Way,
+    packed: bool,
 ) -> str:
     messages, rows = layout.sent(rank, *exchanged)
     size = f"{rows * pitch * like.element_size() / 2**20:,.1f} MiB"
-    return f"copies {size}" if mapped else f"sends {messages:,} messages, {size}"
+    if way.mapped:
+        return f"copies {size}"
+    return f"sends {size}, packed" if packed else f"sends {messages:,} messages, {size}"
 
 
 def _bytes(named: dict[Any, Tensor | None], given: Tensor) -> dict[Any, int]:

@@ -86,7 +86,7 @@ class Queue:
         self._stream.wait_event(mark)
 
     def copy(self, to: Tensor, of: Tensor) -> None:
-        """Copies planes [G, R, pitch] between two GPUs; in each plane the rows are contiguous."""
+        """Copies planes [G, R, pitch] of any GPUs; in each plane the rows are contiguous."""
         count, rows, pitch = to.shape
         size = to.element_size()
         width = rows * pitch * size
@@ -102,11 +102,6 @@ class Queue:
         shape.dstDevice, shape.srcDevice = to.data_ptr(), of.data_ptr()
         shape.dstPitch, shape.srcPitch = steps
         self._driver.call("cuMemcpy2DAsync_v2", ctypes.byref(shape), self._handle)
-
-    def copy_own(self, to: Tensor, of: Tensor) -> None:
-        """Copies within this GPU, by a kernel, as the copy engines are not for that."""
-        with torch.cuda.stream(self._stream):
-            to.copy_(of)
 
     def signal(self, words: list[Tensor], value: int, own: Tensor) -> None:
         """Sets int32 words of other GPUs once all before is done; `own` is a word of this one."""

@@ -25,6 +25,7 @@ def test_two_ranks_and_one_alone(tmp_path):
     out = tmp_path / "results.json"
     done = command(
         "--nproc", "2", "--widths", "16", "--lengths", "16,17", "--directions", "incoming",
+        "--passes", "forward,training",
         "--alone-up-to", "16", "--messages", "1", "--budget", "0.01", "--out", str(out), "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -33,27 +34,32 @@ def test_two_ranks_and_one_alone(tmp_path):
     assert found["ranks"] == 2 and found["environment"]["commands"][0].endswith("--json")
     (message,) = found["messages"]
     assert message.keys() == MESSAGE.keys() and message["bytes_per_s"] > 0
-    beside, rows_alone = found["rows"]
-    assert beside.keys() == {"C", "L", "dtype", "direction"} | ROW.keys()
-    assert beside["ms"] > 0 and beside["alone_ms"] > 0 and beside["difference"] < 1e-6
-    assert beside["same_bits"] == (beside["difference"] == 0)
-    share = 16 * 16 * 16 * 4 / 2
-    for of in beside["of_ranks"]:
-        assert of.keys() == OF_RANK.keys()
-        assert (of["residues"], of["channels"]) == (8, 8)
-        # Three planes' worth of half a share: a and b to the other's channels, t to its rows.
-        assert of["sent_bytes"] == 3 / 2 * share
-        assert of["peak_bytes"] <= beside["peak_shares"] * share
     # Of a longer one each rank draws its own rows.
-    assert rows_alone["ms"] > 0 and rows_alone["alone_ms"] is rows_alone["same_bits"] is None
-    assert [of["residues"] for of in rows_alone["of_ranks"]] == [9, 8]
+    (beside, rows_alone), of_training = found["rows"][:2], found["rows"][2:]
+    share = 16 * 16 * 16 * 4 / 2
+    # Three planes' worth of half a share: a and b to the other's channels, t to its rows; in
+    # training dt too, and da and db.
+    for (row, alone), passes, planes in (
+        ((beside, rows_alone), "forward", 3), (of_training, "training", 6)
+    ):  # fmt: skip
+        assert row.keys() == {"C", "L", "dtype", "direction"} | ROW.keys()
+        assert row["passes"] == alone["passes"] == passes
+        assert row["ms"] > 0 and row["alone_ms"] > 0 and row["difference"] < 1e-6
+        assert row["same_bits"] == (row["difference"] == 0)
+        for of in row["of_ranks"]:
+            assert of.keys() == OF_RANK.keys()
+            assert (of["residues"], of["channels"]) == (8, 8)
+            assert of["sent_bytes"] == planes / 2 * share
+            assert of["peak_bytes"] <= row["peak_shares"] * share
+        assert alone["ms"] > 0 and alone["alone_ms"] is alone["same_bits"] is None
+        assert [of["residues"] for of in alone["of_ranks"]] == [9, 8]
 
 
 def results(**changes):
     of_ranks = [dict.fromkeys(OF_RANK, 5_000_000)] * 2
     row = {
-        "C": 128, "L": 2048, "dtype": "bfloat16", "direction": "outgoing", "ms": 2.0,
-        "alone_ms": 3.5, "same_bits": True, "difference": 0.0, "peak_shares": 3.0,
+        "C": 128, "L": 2048, "dtype": "bfloat16", "direction": "outgoing", "passes": "training",
+        "ms": 2.0, "alone_ms": 3.5, "same_bits": True, "difference": 0.0, "peak_shares": 3.0,
         "of_ranks": of_ranks,
     }  # fmt: skip
     environment = {
@@ -70,8 +76,8 @@ def results(**changes):
     ({}, ""),
     ({"alone_ms": None, "same_bits": None, "difference": None}, ""),
     ({"same_bits": False, "difference": 1e-3}, ""),
-    ({"same_bits": False, "difference": 0.1}, "C=128 L=2048 bfloat16 outgoing: off by 1.0e-01"),
-    ({"same_bits": False, "difference": None}, "C=128 L=2048 bfloat16 outgoing: off by NaN or inf"),
+    ({"same_bits": False, "difference": 0.1}, "bfloat16 outgoing training: off by 1.0e-01"),
+    ({"same_bits": False, "difference": None}, "bfloat16 outgoing training: off by NaN or inf"),
 ])  # fmt: skip
 def test_results_are_shown_and_judged(tmp_path, changes, fault):
     path = tmp_path / "results.json"
@@ -84,7 +90,8 @@ def test_results_are_shown_and_judged(tmp_path, changes, fault):
     alone = changes.get("alone_ms", 3.5)
     assert ("1.75x" in shown.stdout) == (alone is not None)
     drawn = run("bench", "--nproc", 2, "--results", path, "--markdown").stdout
-    assert "| 128 | 2048 | bfloat16 | outgoing | 2.00 |" in drawn and "```\nbench\n```" in drawn
+    assert "| training | 128 | 2048 | bfloat16 | outgoing | copies | 2.00 |" in drawn
+    assert "```\nbench\n```" in drawn
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

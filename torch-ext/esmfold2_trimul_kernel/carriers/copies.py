@@ -1,22 +1,25 @@
 """The exchange by copies into, and out of, the memory of other GPUs of the same host.
 
 The planes that stage 2 works on lie in memory that every rank of the group has mapped ("symmetric
-memory"). A rank writes its rows of a and b there, and reads its rows of t. Signals are words that
-only grow, of each kind one from each rank:
+memory"). A rank writes its rows of the operands there, and reads its rows of what is made (a and
+b, and t; in a backward dt, maybe a and b, and then da and db). Signals are words that only grow, of
+each kind one from each rank:
 
     ready   it has done all copies of earlier calls
-    sent    its rows of a and b of a step are here
-    made    its t of a step can be read, and a and b of that step are no longer needed
-    taken   t of a step has been read, and may be overwritten
+    sent    its rows of the operands of a step are here
+    made    what it made in a step can be read, and the step's operands are no longer needed
+    taken   what was made in a step has been read, and may be overwritten
 
-On the stream of the copies, `side`, the order is: a and b of step + 1, and then t of step; beside
-them runs stage 2 of step + 1, of planes of its own. Every wait is for what other ranks queue before
-they queue their own wait for it, so nothing depends on how streams share a GPU's queues.
+On the stream of the copies, `side`, the order is: operands of step + 1, and then what step made;
+beside them runs stage 2 of step + 1, of planes of its own. Every wait is for what other ranks queue
+before they queue their own wait for it, so nothing depends on how streams share a GPU's queues.
+What a rank copies of its own has a stream of its own, lest others wait for it.
 """
 
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,29 +79,32 @@ class PeerCopies:
     """The `Carrier` by copies.
 
     Args:
-        shape: [depth, 3, G, L, pitch] of the slots in `memory`.
-        main, side: queues, as `driver.Queue`, of the stages and of the copies.
+        shape: [depth, S, G, L, pitch] of the slots in `memory`.
+        made: the slots in which stage 2 makes something. Other ranks may write to all others while
+            these are read, so no operand lies there.
+        main, side, own: queues, as `driver.Queue`, of the stages, of the copies among ranks, and of
+            this rank's own.
     """
 
     def __init__(
         self, exchange: Exchange, memory: PeerMemory, shape: tuple[int, ...], dtype: torch.dtype,
-        main: Any, side: Any,
+        made: tuple[int, ...], main: Any, side: Any, own: Any,
     ) -> None:  # fmt: skip
         ranks = exchange.layout.ranks
         self._of_ranks = [memory.planes(rank, shape, dtype) for rank in range(ranks)]
         self.slots = self._of_ranks[exchange.rank]
-        self._exchange, self._depth = exchange, shape[0]
+        self._exchange, self._depth, self._made = exchange, shape[0], made
         self._rows = exchange.layout.rows(exchange.rank)
-        self._memory, self._main, self._side = memory, main, side
+        self._memory, self._main, self._side, self._own = memory, main, side, own
         self._begun = memory.steps
-        self._sent: dict[int, tuple[Any, list[tuple[Tensor, Tensor]]]] = {}
+        self._sent: dict[int, tuple[Any, Any]] = {}
 
     def __enter__(self) -> PeerCopies:
         memory = self._memory
         memory.calls += 1
         self._signal("ready", memory.calls)
         self._side.await_words(memory.heard["ready"], _word(memory.calls))
-        self._free = self._side.mark()
+        self._own.follow(self._side.mark())
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -106,47 +112,50 @@ class PeerCopies:
         self._side.follow(self._main.mark())
         self._main.follow(self._side.mark())
 
-    def send(self, step: int, group: int, a: Tensor, b: Tensor) -> None:
-        # Slots of step - depth are free: its `made` was awaited before its t was read.
-        self._side.follow(self._main.mark())
-        own = self._exchange.own(self.slots[step % self._depth], group)
-        mine = self._channels(self._exchange.rank, group)
-        parts = [(to[:, self._rows], of[mine]) for to, of in ((own[0], a), (own[1], b))]
+    def send(self, step: int, group: int, operands: Sequence[Tensor]) -> None:
+        # Slots of step - depth are free: its `made` was awaited before what it made was read.
+        begin, at = self._main.mark(), step % self._depth
+        self._side.follow(begin)
         for other in self._memory.others:
             channels = self._channels(other, group)
-            for to, of in zip(self._of_ranks[other][step % self._depth], (a, b), strict=False):
-                count = channels.stop - channels.start
+            count = channels.stop - channels.start
+            for to, of in zip(self._of_ranks[other][at], operands, strict=False):
                 self._side.copy(to[:count, self._rows], of[channels])
         self._signal("sent", self._count(step))
-        self._sent[step] = self._side.mark(), parts
+        self._own.follow(begin)
+        mine = self._channels(self._exchange.rank, group)
+        for to, of in zip(self._exchange.own(self.slots[at], group), operands, strict=False):
+            self._own.copy(to[:, self._rows], of[mine])
+        self._sent[step] = self._side.mark(), self._own.mark()
 
     def receive(self, step: int) -> None:
-        mark, parts = self._sent.pop(step)
-        if step == 0:  # in another call's sizes, t may still have been read where a and b will lie
-            self._main.follow(self._free)
-        for to, of in parts:
-            self._main.copy_own(to, of)
-        self._main.follow(mark)
+        for mark in self._sent.pop(step):
+            self._main.follow(mark)
         self._main.await_words(self._memory.heard["sent"], self._count(step))
         if step >= self._depth:
             self._main.await_words(self._memory.heard["taken"], self._count(step - self._depth))
 
-    def give_back(self, step: int, group: int, product: Tensor) -> None:
-        self._side.follow(self._main.mark())
+    def give_back(self, step: int, group: int, made: Sequence[Tensor]) -> None:
+        done, at = self._main.mark(), step % self._depth
+        self._side.follow(done)
         self._signal("made", self._count(step))
-        own = self._exchange.own(self.slots[step % self._depth], group)
+        self._own.follow(done)
+        own = self._exchange.own(self.slots[at], group)
         mine = self._channels(self._exchange.rank, group)
-        self._main.copy_own(product[mine], own[2][:, self._rows])
+        for slot, to in zip(self._made, made, strict=True):
+            self._own.copy(to[mine], own[slot][:, self._rows])
         self._side.await_words(self._memory.heard["made"], self._count(step))
         for other in self._memory.others:
             channels = self._channels(other, group)
-            of = self._of_ranks[other][step % self._depth, 2]
-            self._side.copy(product[channels], of[: channels.stop - channels.start, self._rows])
+            count = channels.stop - channels.start
+            for slot, to in zip(self._made, made, strict=True):
+                self._side.copy(to[channels], self._of_ranks[other][at, slot, :count, self._rows])
         self._signal("taken", self._count(step))
         self._memory.steps += 1
 
     def finish(self) -> None:
-        self._main.follow(self._side.mark())
+        for queue in (self._side, self._own):
+            self._main.follow(queue.mark())
 
     def _channels(self, rank: int, group: int) -> slice:
         return self._exchange.layout.channels(rank, group)

@@ -25,7 +25,7 @@ from .driver import Queue, driver
 
 _DEVICES = ("cuda",)
 EXCHANGE_VARIABLE = "ESMFOLD2_TRIMUL_EXCHANGE"
-_EXCHANGES = ("messages", "copies")
+_EXCHANGES = ("copies", "messages")
 _kept: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupMemory] = weakref.WeakKeyDictionary()
 
 
@@ -129,13 +129,13 @@ class GroupMemory:
 
     @contextlib.contextmanager
     def carrier(
-        self, exchange: Exchange, slots: tuple[int, ...], dtype: torch.dtype
+        self, exchange: Exchange, slots: tuple[int, ...], dtype: torch.dtype, made: tuple[int, ...]
     ) -> Iterator[PeerCopies]:
-        """A context for a call on the current stream."""
-        main = Queue(torch.cuda.current_stream(self._device))
-        side = Queue(_side_stream(self._device))
+        """A context for a call on the current stream; the arguments are those of `PeerCopies`."""
+        streams = torch.cuda.current_stream(self._device), *_streams(self._device)
+        queues = [Queue(stream) for stream in streams]
         try:
-            with PeerCopies(exchange, self._memory, slots, dtype, main, side) as copies:
+            with PeerCopies(exchange, self._memory, slots, dtype, made, *queues) as copies:
                 yield copies
         except BaseException:
             self.drop()  # its words may count other steps than those of the other ranks
@@ -147,16 +147,16 @@ class GroupMemory:
 
         A stream that waits for the word of a rank that has died would wait for ever.
         """
-        with torch.cuda.stream(_side_stream(self._device)):
+        with torch.cuda.stream(_streams(self._device)[0]):
             if self._token is None or self._token.device != self._device:
                 self._token = torch.zeros(1, device=self._device)
             dist.all_reduce(self._token, group=self._group(), async_op=True)
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of high priority, so that its queue is none of the stages' streams'."""
-    return torch.cuda.Stream(device, priority=-1)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """For copies among ranks and a rank's own; of high priority, to be none of the stages'."""
+    return torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
 
 
 def _place() -> int:

@@ -18,7 +18,7 @@ _OF_WHOLE = _OF_ALL | {"passes", "published", "esm", "resume"}
 # Those that training steps of a layer have too, and those of folds that they don't have.
 _OF_STEPS = _OF_WHOLE | {"budget", "check_up_to", "compile_lengths"}
 _OF_FOLDS = {"longest", "loops", "samples", "steps", "fold_seconds", "as_readme"}
-_OF_RANKS = _OF_ALL | {"widths", "directions", "budget"}
+_OF_RANKS = _OF_ALL | {"widths", "directions", "passes", "budget"}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def _show(measured: dict[str, Any], options: Options) -> None:
         for line in caption(measured):
             console.print(line)
         head, lines = table(measured)
-        words = ("dtype", "direction", "same bits")
+        words = ("pass", "dtype", "direction", "carrier", "same bits")
         columns = [Column(one, justify="left" if one in words else "right") for one in head]
         drawn = Table(*columns, box=None, title_justify="left")
         for line in lines:

@@ -20,9 +20,10 @@ Row = dict[str, Any]
 
 # A row's entries besides its shape; None if not measured.
 ROW = {
+    "passes": "forward, or training: the output, or the gradient of x with all gradients",
     "ms": "of a call, of the slowest rank: the median of calls that all ranks begin together",
     "alone_ms": "of the call of the whole pair tensor on one rank, while the others wait",
-    "same_bits": "whether every rank's part has the bits of that call's result",
+    "same_bits": "whether every rank's part has the bits of that call's output or gradient",
     "difference": "relative L2 difference from it, of the rank that has the largest; None, where "
     "there is an alone_ms, if it is not finite",
     "peak_shares": "peak_bytes of the rank that has the most, in its share of the pair tensor: "
@@ -57,7 +58,8 @@ def read_results(path: Path) -> Results:
 def wrong(results: Results) -> list[str]:
     """The calls, in words, whose result differs from one rank's by more than rounding."""
     return [
-        f"C={row['C']} L={row['L']} {row['dtype']} {row['direction']}: off by {_off(row)}"
+        f"C={row['C']} L={row['L']} {row['dtype']} {row['direction']} {row['passes']}: "
+        f"off by {_off(row)}"
         for row in results["rows"]
         if row["alone_ms"] is not None
         and (row["difference"] is None or row["difference"] > WILD_ERROR[row["dtype"]])
@@ -83,8 +85,8 @@ def caption(results: Results) -> list[str]:
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Column names, and a line of text for each row."""
     head = [
-        "C", "L", "dtype", "direction", "ms", "one rank", "speed-up", "peak, shares", "sent, MB",
-        "same bits", "difference",
+        "pass", "C", "L", "dtype", "direction", "carrier", "ms", "one rank", "speed-up",
+        "peak, shares", "sent, MB", "same bits", "difference",
     ]  # fmt: skip
     lines = []
     for row in results["rows"]:
@@ -95,8 +97,10 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
                 "yes" if row["same_bits"] else "no", _off(row),
             ]  # fmt: skip
         sent = max(of["sent_bytes"] for of in row["of_ranks"])
+        mapped = any(of["mapped_bytes"] for of in row["of_ranks"])
         lines.append([
-            str(row["C"]), str(row["L"]), row["dtype"], row["direction"], milliseconds(row["ms"]),
+            row["passes"], str(row["C"]), str(row["L"]), row["dtype"], row["direction"],
+            "copies" if mapped else "messages", milliseconds(row["ms"]),
             *beside[:2], f"{row['peak_shares']:.2f}", f"{sent / 1e6:.3g}", *beside[2:],
         ])  # fmt: skip
     return head, lines

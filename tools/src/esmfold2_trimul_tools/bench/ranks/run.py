@@ -89,21 +89,34 @@ def _measure(
 ) -> Row:
     """One row, the same on all ranks."""
     ranks, rank, length = dist.get_world_size(), dist.get_rank(), case.length
-    layout, beside = kernel.exchange.Layout(ranks, length, case.hidden), length <= plan.alone_up_to
-    rows = layout.rows(rank)
+    rows, beside = kernel.exchange.Layout(ranks, length, 1).rows(rank), length <= plan.alone_up_to
     problem = _problem_of(case, rows, beside, device, plan.seed)
     x = problem.x[:, rows].contiguous() if beside else problem.x
+    layout = kernel.exchange.Layout.of(ranks, length, case.hidden, x)
+    training, grad_out = case.passes == "training", problem.grad_out
+    own_grad_out = grad_out[:, rows].contiguous() if training and beside else grad_out
+    leaves = [problem.x, x, *problem.weights.values()]
+    for leaf in leaves:
+        leaf.requires_grad_(training)
+
+    def gradient(of: torch.Tensor, out: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """That of the pair tensor, beside those of all parameters."""
+        return torch.autograd.grad(out, [of, *problem.weights.values()], grad)[0]
+
     real = torch.arange(length, device=device) < max(1, length - _HIDDEN_RESIDUES)
     mask = real[:, None] & real
     own_mask = mask[rows].contiguous()
 
     def sharded() -> torch.Tensor:
-        return kernel.sharded_triangle_multiplicative_update_with_residual(
-            x, case.direction, x, None, group=None, length=length,
-            mask=own_mask, **problem.weights,
-        )  # fmt: skip
+        with torch.set_grad_enabled(training):
+            out = kernel.sharded_triangle_multiplicative_update_with_residual(
+                x, case.direction, x, None, group=None, length=length,
+                mask=own_mask, **problem.weights,
+            )  # fmt: skip
+            return gradient(x, out, own_grad_out) if training else out
 
     row = {"C": case.channels, "L": length, "dtype": case.dtype, "direction": case.direction}
+    row |= {"passes": case.passes}
     row |= {"ms": 1e3 * seconds(sharded), "alone_ms": None, "same_bits": None, "difference": None}
     with measure_peak_memory(device) as memory:
         made = sharded()
@@ -115,7 +128,10 @@ def _measure(
         "channels": layout.channel_count(rank),
         "peak_bytes": memory.added_bytes + mapped,
         "mapped_bytes": mapped,
-        "sent_bytes": layout.sent(rank)[1] * length * case.torch_dtype.itemsize,
+        # A backward sends dt, and da and db.
+        "sent_bytes": layout.sent(rank, 2 + training, 1 + 2 * training)[1]
+        * length
+        * case.torch_dtype.itemsize,
     }
     of_ranks: list[dict[str, int]] = [own] * ranks
     dist.all_gather_object(of_ranks, own)
@@ -127,9 +143,11 @@ def _measure(
     def alone() -> torch.Tensor | None:
         if rank:
             return None
-        return kernel.triangle_multiplicative_update_with_residual(
-            problem.x, case.direction, problem.x, None, mask=mask[None], **problem.weights
-        )
+        with torch.set_grad_enabled(training):
+            out = kernel.triangle_multiplicative_update_with_residual(
+                problem.x, case.direction, problem.x, None, mask=mask[None], **problem.weights
+            )
+            return gradient(problem.x, out, grad_out) if training else out
 
     row["alone_ms"] = 1e3 * seconds(alone)
     whole = torch.empty_like(problem.x) if rank else alone()
@@ -152,6 +170,7 @@ def _problem_of(case: Case, rows: slice, whole: bool, device: torch.device, seed
     """
     if whole:
         return make_problem(case, device, seed)
-    problem = make_problem(Case(case.channels, 1, case.dtype, case.direction), device, seed)
+    problem = make_problem(replace(case, length=1), device, seed)
     shape = 1, rows.stop - rows.start, case.length, case.channels
-    return problem._replace(x=torch.randn(shape, device=device).to(case.torch_dtype))
+    x = torch.randn(shape, device=device).to(case.torch_dtype)
+    return problem._replace(x=x, grad_out=None if problem.grad_out is None else x.clone())

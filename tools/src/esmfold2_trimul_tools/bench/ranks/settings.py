@@ -63,6 +63,7 @@ class Plan:
     lengths: tuple[int, ...]
     dtypes: tuple[str, ...]
     directions: tuple[str, ...]
+    passes: tuple[str, ...]
     alone_up_to: int
     messages: tuple[int, ...]  # MiB
     budget: float
@@ -72,7 +73,8 @@ class Plan:
     def cases(self) -> list[Case]:
         """The shapes, in the order in which they are measured."""
         return [
-            Case(channels, length, dtype, direction)
+            Case(channels, length, dtype, direction, passes=passes)
+            for passes in self.passes
             for dtype in self.dtypes
             for channels in self.widths
             for length in self.lengths
@@ -116,6 +118,7 @@ def plan_of(options: "Options") -> Plan:
         lengths=options.lengths or _LENGTHS[kind],
         dtypes=options.dtypes or (str(resolve_dtype(None, device)).removeprefix("torch."),),
         directions=options.directions,
+        passes=options.passes,
         alone_up_to=_ALONE_UP_TO[kind] if alone is None else alone,
         messages=options.messages,
         budget=options.budget,
