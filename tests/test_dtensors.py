@@ -129,6 +129,8 @@ def refusals(on: Rank):
         found[name] = str(caught.value)
     with torch.enable_grad():
         refused("one rank's gradient", blocks.detach().requires_grad_(on.rank == 2))
+        of_one = problem.residual.requires_grad_(on.rank == 1)
+        refused("one residual's", blocks.detach().requires_grad_(), residual=of_one)
     return found
 
 
@@ -295,6 +297,8 @@ def test_refusals(reports):
         "explain inside": "x must be a whole pair tensor: explain the sharded function for a "
         "rank's part; got a call inside sharded_pairs",
         "projection": "ValueError p_out_weight must be a tensor where pair is a DTensor; got None",
+        "one residual's": "ValueError all ranks must have the same exchanged_gradients; got "
+        "('pair',) on rank 0, ('pair', 'residual') on rank 1, ('pair',) on rank 2",
         "one rank's gradient": "ValueError all ranks must have the same requires_grad; got False "
         "on rank 0, False on rank 1, True on rank 2, False on rank 3",
         "mask of blocks": "ValueError mask must be [..., L, L] with L = 6, a number for each pair",

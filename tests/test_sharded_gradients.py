@@ -173,8 +173,23 @@ def by_copies(on: Rank):
                     direction=DIRECTIONS[at % 2],
                 )  # fmt: skip
                 assert_gradients(on, problem, ranks, dim=2 - at % 2, recompute=recompute)
-    # What "product" makes again has one group at a time, of more planes.
-    assert seen.mapped == len(on.groups.keys() & {2, RANKS})
+    # What "product" makes again has one group at a time, of more planes. Behind every forward, and
+    # every sequence of a backward, there is a watched sum: 1 + 2, 1 + 1 and 1 + 4 of "all".
+    groups = len(on.groups.keys() & {2, RANKS})
+    assert (seen.mapped, seen.watched) == (groups, 11 * groups)
+
+
+def by_packed_messages(on: Rank):
+    """dt, a and b; da and db."""
+    exchange = on.kernel.exchange.Exchange
+    packs, exchange.packs = exchange.packs, lambda *_: True
+    try:
+        for ranks, recompute in ((2, "none"), (2, "product"), (3, "all")):
+            if ranks in on.groups:
+                problem = make_problem(11, 8, 40, mask="soft", residual=True)
+                assert_gradients(on, problem, ranks, recompute=recompute)
+    finally:
+        exchange.packs = packs
 
 
 @torch.enable_grad()
@@ -400,6 +415,7 @@ EQUAL = [
     of_some,
     in_the_interpreter,
     by_copies,
+    by_packed_messages,
     in_a_context,
     in_a_compiled_function,
 ]

@@ -107,17 +107,9 @@ class Exchange(NamedTuple):
         mine = self.layout.channels(self.rank, group)
         return slots[..., : mine.stop - mine.start, :, :]
 
-    def to_channels(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the planes of my channels."""
-        wait(self.begin(group, pairs, to_channels=True))
-
-    def to_rows(self, group: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Fills the planes of my rows."""
-        wait(self.begin(group, pairs, to_channels=False))
-
     def begin(
         self, group: int, pairs: list[tuple[Tensor, Tensor]], to_channels: bool
-    ) -> list[dist.Work | _Package]:
+    ) -> list[dist.Work | Package]:
         """Posts the messages that fill the planes of my channels, or of my rows.
 
         A message is the rows of one plane, or packed those of all channels.
@@ -147,12 +139,12 @@ class Exchange(NamedTuple):
             for distance in range(first, min(first + at_once, layout.ranks)):
                 to, of = [(self.rank + step) % layout.ranks for step in (distance, -distance)]
                 for message in messages(to, to_channels):
-                    package = _Package(message.contiguous(), None)
+                    package = Package(message.contiguous(), None)
                     packages.append(package)
                     operations.append(self._operation(dist.isend, package.message, to))
                 for message in messages(of, not to_channels):
                     if not message.is_contiguous():
-                        package = _Package(message.new_empty(message.shape), message)
+                        package = Package(message.new_empty(message.shape), message)
                         packages.append(package)
                         message = package.message
                     operations.append(self._operation(dist.irecv, message, of))
@@ -169,7 +161,7 @@ class Exchange(NamedTuple):
         return dist.P2POp(kind, message, to, self.group)
 
 
-class _Package(NamedTuple):
+class Package(NamedTuple):
     """The memory of a message, and the planes that it fills, if it was received packed."""
 
     message: Tensor
@@ -180,7 +172,7 @@ class _Package(NamedTuple):
             self.to.copy_(self.message)
 
 
-def wait(works: list[dist.Work | _Package]) -> None:
+def wait(works: list[dist.Work | Package]) -> None:
     """Until the messages have gone and come; a GPU's stream waits, not the host."""
     for work in works:
         work.wait()

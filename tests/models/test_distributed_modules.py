@@ -134,8 +134,7 @@ def test_what_is_left_to_the_module(reports):
         of_half = [own + "ours takes a mesh of all ranks that there are."]
         assert said == [
             own + "a mask of torch.float64 makes the result of torch.float32 another dtype.",
-            own + "a gradient or a transform is needed: what the ranks add is the module's own to "
-            "say.",
+            own + "a gradient or a transform is needed, which the module computes itself.",
             own + "ours takes a pair tensor and a mask of placements "
             "(Shard(dim=0), Shard(dim=1), Shard(dim=2)).",
             own + "ours takes bfloat16, float16 and float32; got torch.float64.",

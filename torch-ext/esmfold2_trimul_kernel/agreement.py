@@ -3,6 +3,7 @@
 from __future__ import annotations  # builds of torch without ProcessGroup import this too
 
 import struct
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _FACTS = (
     "pass", "call", "B", "L", "C", "D", "dim", "dtype", "direction", "precision", "memory",
     "inplace", "path", "lengths", "eps", "eps_out", "requires_grad", "recompute",
     "parameter_grads", "gradients", "exchange_memory", "mapped",
-    "mask", "residual",
+    "mask", "residual", "exchanged_gradients",
 )  # fmt: skip
 _WORDS = {
     "pass": ("forward", "backward"),
@@ -39,12 +40,15 @@ _WORDS = {
     "requires_grad": (False, True),
     "recompute": RECOMPUTE_MODES,
     "parameter_grads": PARAMETER_GRADS,
-    # These two where blocks of them are exchanged; a mask by its dtype.
+    # These where blocks of them are exchanged; a mask by its dtype.
     "mask": (
         None, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
         torch.float16, torch.bfloat16, torch.float32, torch.float64,
     ),
     "residual": (False, True),
+    "exchanged_gradients": tuple([
+        some for count in range(4) for some in combinations(("pair", "mask", "residual"), count)
+    ]),
 }
 
 
@@ -62,7 +66,8 @@ def compare(
     """
     state = 0
     if failure is not None:  # out of memory before there are facts, a rank knows no other mode
-        state = 2 if facts and isinstance(failure, torch.OutOfMemoryError) else 1
+        lost = facts and isinstance(failure, torch.OutOfMemoryError)
+        state = (3 if last else 2) if lost else 1
     numbers = [_as_integer(name, facts[name]) if name in facts else 0 for name in _FACTS]
     of_all = gather(group, [state, *numbers])
     states, *columns = zip(*of_all, strict=True)
@@ -76,8 +81,11 @@ def compare(
             f"every rank's arguments must fit; rank {states.index(1)} of {len(states)} refused its "
             "own, and raises why"
         )
-    if 2 in states and last:
-        raise torch.OutOfMemoryError(f"rank {states.index(2)} of {len(states)} is out of memory")
+    for state in (3, 2):
+        if state in states and (last or state == 3):
+            raise torch.OutOfMemoryError(
+                f"rank {states.index(state)} of {len(states)} is out of memory"
+            )
     for name, values in zip(_FACTS, columns, strict=True):
         if len(set(values)) > 1:
             got = [_from_integer(name, value) for value in values]

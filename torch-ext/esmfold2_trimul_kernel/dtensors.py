@@ -115,6 +115,11 @@ def _run_on_blocks(
             given["mask"] = turn(mask[..., None])
         if residual is not None and arguments["residual"] is not x:
             given["residual"] = turn(residual)
+        facts["exchanged_gradients"] = tuple([
+            key if key in ("mask", "residual") else "pair"
+            for key, block in given.items()
+            if facts["requires_grad"] and block.requires_grad
+        ])
         moves = {key: (block, blocks.prepare(block.detach())) for key, block in given.items()}
         facts["mask"] = None if mask is None else mask.dtype
         facts["residual"] = residual is not None
@@ -129,6 +134,7 @@ def _run_on_blocks(
         block, move = moves.pop(key)
         rows = turn(ToRows.apply(block, blocks, move))
         local[key] = rows[..., 0] if key == "mask" else rows
+    block = move = rows = None  # the memory of the messages
     if residual is not None and arguments["residual"] is x:
         local["residual"] = local[name]
     if local.get("drop_mask") is not None:  # gathered, which takes all ranks
@@ -136,7 +142,7 @@ def _run_on_blocks(
         drop_mask = _local("drop_mask", arguments["drop_mask"], name, x, dividing, of_gradient)
         local["drop_mask"] = drop_mask[:, :, blocks.rows] if turned else drop_mask
     made = run_divided(name, local, Division(blocks.group, 1 + turned, length))
-    local = rows = mask = residual = block = move = None  # before the memory for the way back
+    local = mask = residual = None  # before the memory for the way back
     return turn(ToBlock.apply(turn(made), blocks)).contiguous()
 
 

@@ -490,7 +490,8 @@ def _backward_ways(
     ways, remade, planes = [], _remade(kept), (layout.size, layout.length, stages.pitch)
     if shared is not None and stages.slots == 3 and call.x.shape[0] and layout.length:
         # There is one memory for a and b of a group of my rows.
-        slots = 1 + (layout.groups > 1 and not remade), 3 + 2 * remade, *planes
+        twice = layout.groups > 1 and not remade and call.memory != "lean"
+        slots = 1 + twice, 3 + 2 * remade, *planes
         mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
         if shared.takes(mapped, call.x.device):
             ways.append(_Way(False, slots, mapped))
@@ -605,9 +606,10 @@ def plan(division: Division, call: Call) -> Plan:
     if way.mapped:
         mapped = max(way.mapped, backward_way.mapped if saves else 0)
         buffers["planes that all ranks map, which are kept"] = mapped
-    elif packed:
+    elif packed and layout.ranks > 1:
         of_others = division.length - (rows.stop - rows.start)
-        buffers["messages of a group"] = 2 * layout.size * of_others * pitch * x.element_size()
+        package = layout.size * of_others * pitch * x.element_size()
+        buffers["packed messages"] = package * _packages(layout, way, 2, 1)
     moments = stages.moment_bytes * (rows.stop - rows.start) * pitch
     if moments:
         buffers["moments"] = moments
@@ -630,6 +632,9 @@ def plan(division: Division, call: Call) -> Plan:
         exchanged = {"none": (1, 2), "product": (3, 2), "all": (3, 3)}[call.recompute]
         again = backward.again or (None,) * 5
         beside = _bytes(dict(enumerate((*backward[:3], again[1], again[3]))), x)
+        if "packed messages" in buffers:
+            operands = 3 if _remade(kept) else 1
+            beside["packed"] = package * _packages(layout, backward_way, operands, 2)
         notes.append(
             "for each sequence the backward "
             f"{_sent(layout, rank, exchanged, pitch, x, backward_way, packed)}; it holds "
@@ -638,6 +643,15 @@ def plan(division: Division, call: Call) -> Plan:
         )
     mode = "lean" if way.lean else "default"
     return Plan(mode, None, [], buffers, sum(buffers.values()), bytes_kept, notes)
+
+
+def _packages(layout: Layout, way: _Way, operands: int, made: int) -> int:
+    """The most packed messages at once, each of a group's planes that a rank gets of the others.
+
+    Those of operands, and those that have been sent of what earlier groups made.
+    """
+    depth = way.slots[0]
+    return operands * depth + made * max(0, min(depth, layout.groups - depth))
 
 
 def _sent(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from ..exchange import Exchange, wait
+from ..exchange import Exchange, Package, wait
 
 
 class Messages:
@@ -23,14 +23,17 @@ class Messages:
     def __init__(self, exchange: Exchange, slots: Tensor, made: tuple[int, ...]) -> None:
         self.slots = slots
         self._exchange, self._depth, self._made = exchange, len(slots), made
-        self._sent: dict[int, list[dist.Work]] = {}
-        self._given: dict[int, list[dist.Work]] = {}
+        self._sent: dict[int, list[dist.Work | Package]] = {}
+        self._given: dict[int, list[dist.Work | Package]] = {}
 
     def send(self, step: int, group: int, operands: Sequence[Tensor]) -> None:
         if min(self._made) < len(operands):
             self._until_given(step - self._depth)
         pairs = [*zip(operands, self._own(step, group), strict=False)]
-        self._sent[step] = self._exchange.begin(group, pairs, to_channels=True)
+        self._sent[step] = []
+        for some in (pairs[:2], pairs[2:]):  # as many at once as the groups are made for
+            if some:
+                self._sent[step] += self._exchange.begin(group, some, to_channels=True)
 
     def receive(self, step: int) -> None:
         self._until_given(step - self._depth)

@@ -109,7 +109,8 @@ class PeerCopies:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Nothing that the call uses is freed, or written by the next one, before it is done."""
-        self._side.follow(self._main.mark())
+        for queue in (self._main, self._own):
+            self._side.follow(queue.mark())
         self._main.follow(self._side.mark())
 
     def send(self, step: int, group: int, operands: Sequence[Tensor]) -> None:

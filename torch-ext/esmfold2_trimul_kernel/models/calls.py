@@ -84,7 +84,7 @@ def _reason_to_leave(
         return "ours takes a mesh of all ranks that there are"
     needs = any([value.requires_grad for value in (*given, *module.parameters())])
     if is_transformed() or (torch.is_grad_enabled() and needs):
-        return "a gradient or a transform is needed: what the ranks add is the module's own to say"
+        return "a gradient or a transform is needed, which the module computes itself"
     dtype = compute_dtype(family, module, x)
     if (dtype or x.dtype) not in COMPUTE_DTYPES:
         return f"ours takes bfloat16, float16 and float32; got {x.dtype}"

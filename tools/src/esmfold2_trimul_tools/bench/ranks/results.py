@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 # A row's entries besides its shape; None if not measured.
 ROW = {
-    "passes": "forward, or training: the output, or the gradient of x with all gradients",
+    "passes": "forward, or training: with the gradients of x and of all parameters",
     "ms": "of a call, of the slowest rank: the median of calls that all ranks begin together",
     "alone_ms": "of the call of the whole pair tensor on one rank, while the others wait",
     "same_bits": "whether every rank's part has the bits of that call's output or gradient",
