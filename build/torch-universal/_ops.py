@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_36e942ebb3"
+_NAMESPACE = "_esmfold2_trimul_kernel_664127de16"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

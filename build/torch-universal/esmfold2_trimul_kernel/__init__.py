@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_36e942ebb3"
+_BUILD_ID = "_esmfold2_trimul_kernel_664127de16"
 
 
 def _load_package() -> ModuleType:
