@@ -237,6 +237,14 @@ def in_the_interpreter(on: Rank):
                 assert_equals_one_process(
                     on, problem, ranks, dim, not turned, lengths=real, memory=memory
                 )
+        if 2 in on.groups:
+            problem = make_problem(9, 16)
+            page = on.kernel.explain(
+                on.kernel.sharded_triangle_multiplicative_update,
+                part_of(on, problem, 2, 1)(problem.x), group=on.groups[2], length=9,
+                precision="fp16x3", **problem.weights,
+            )  # fmt: skip
+            assert "'fp16x3' is run as TF32x3" in str(page)
 
 
 def by_copies(on: Rank):

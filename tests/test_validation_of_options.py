@@ -64,8 +64,8 @@ def half(dtype: torch.dtype) -> dict[str, Tensor]:
 )
 def test_precision(call, precision):
     message = (
-        "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
-        f"cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
+        "precision must be None, 'IEEE', 'TF32', 'TF32x3', 'fp16x3' or 'bfloat16', or a member "
+        f"of cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
     )
     call.assert_refuses(ValueError, message, precision=precision)
 
@@ -76,6 +76,7 @@ def test_precision(call, precision):
         "default": (None, "none", "NONE", TriMulPrecision.NONE, -1),
         "tf32": ("default", TriMulPrecision.DEFAULT, 0, "TF32", "tf32", TriMulPrecision.TF32, 1),
         "tf32x3": ("TF32x3", "tf32x3", TriMulPrecision.TF32x3, 2),
+        "fp16x3": ("fp16x3", "FP16x3"),
         "ieee": ("IEEE", "ieee", TriMulPrecision.IEEE, 3),
         "bf16": ("bfloat16", "BF16", TriMulPrecision.BFLOAT16, 5),
     }.items(),

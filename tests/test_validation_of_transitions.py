@@ -152,8 +152,8 @@ def test_eps_may_be_an_int(call):
 @pytest.mark.parametrize("precision", ["highest", "", True, 4, torch.float32, Mxfp8.MXFP8])
 def test_precision(call, precision):
     message = (
-        "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
-        f"cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
+        "precision must be None, 'IEEE', 'TF32', 'TF32x3', 'fp16x3' or 'bfloat16', or a member "
+        f"of cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
     )
     call.assert_refuses(ValueError, message, precision=precision)
 

@@ -185,8 +185,8 @@ def test_transitions(kernel, kernels_of, submodule, monkeypatch, residual, train
     ({"dtype": torch.int8}, TypeError,
      "dtype must be torch.bfloat16, torch.float16 or torch.float32; got torch.int8"),
     ({"precision": "int8"}, ValueError,
-     "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
-     "cuEquivariance's TriMulPrecision other than MXFP8; got 'int8'"),
+     "precision must be None, 'IEEE', 'TF32', 'TF32x3', 'fp16x3' or 'bfloat16', or a member "
+     "of cuEquivariance's TriMulPrecision other than MXFP8; got 'int8'"),
     ({"lengths": [0]}, ValueError, "lengths must be positive integers; got [0]"),
     ({"lengths": 5}, TypeError, "lengths must be several, in a list or tuple; got 5"),
     ({"channels": True}, ValueError, "channels must be a positive integer; got True"),

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_85d1f10387"
+_NAMESPACE = "_esmfold2_trimul_kernel_bfac31a2bc"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -42,8 +42,10 @@ from .triton_parts.launch import (
     strides,
 )
 from .triton_parts.layer_norm import (
+    chunk_moments,
     chunk_statistics,
     hold,
+    hold_split,
     load_chunks,
     load_first,
     normalise,
@@ -51,6 +53,7 @@ from .triton_parts.layer_norm import (
     row_statistics,
 )
 from .triton_parts.settings import LaunchConfig
+from .triton_parts.split_operands import FP16X3, dot_split, scaled, split_plane
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -79,7 +82,7 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 def _fused_dual_gemm_fwd_kernel(
     x_ptr, mask_ptr, lengths_ptr, norm_weight_ptr, norm_bias_ptr,
     weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, a, b, moments_ptr,
-    Q, P, pitch, first_q, first_p, eps, first_channel,
+    scales_ptr, Q, P, pitch, first_q, first_p, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
     stride_mask_b, stride_mask_q, stride_mask_p,
     stride_first, stride_second,
@@ -98,7 +101,8 @@ def _fused_dual_gemm_fwd_kernel(
     otherwise the rows are read and normalised again for each block of channels. SPLIT programs
     share the output channels of a tile. With FLAT_PLANES, `a` describes the planes of a and b as
     [B * 2 * G, Q * pitch]. q and p count from residues first_q and first_p, which matters only with
-    lengths.
+    lengths. With PRECISION "fp16x3" the operands are split numbers, and rows of planes have
+    2 * pitch elements: see `split_operands`.
     """
     plane_size = Q * pitch
     tiles = tl.cdiv(plane_size, BLOCK_M)
@@ -121,13 +125,17 @@ def _fused_dual_gemm_fwd_kernel(
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C == BLOCK_K
-    offs_c = tl.arange(0, BLOCK_K)
+    SPLIT_OPERANDS: tl.constexpr = PRECISION == "fp16x3"
     first = None
     if dtype == tl.float32 or HELD:
         first = load_first(x_ptr, offs_x, valid_m)
-    if HELD:
+    if SPLIT_OPERANDS:
+        WHOLE: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, WHOLE)
+    elif HELD:
         chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
     elif BLOCK_K >= C:
+        offs_c = tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, offs_x, offs_c, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
 
     pair_mask = valid_m.to(tl.float32)
@@ -144,7 +152,9 @@ def _fused_dual_gemm_fwd_kernel(
         mean = tl.load(mean_ptrs, mask=valid_plane, other=0.0)[:, None]
         rstd = tl.load(mean_ptrs + plane_size, mask=valid_plane, other=0.0)[:, None]
     else:
-        if HELD:
+        if SPLIT_OPERANDS:
+            mean, rstd = chunk_moments(chunks, first, eps, C)
+        elif HELD:
             mean, rstd = chunk_statistics(chunks, first, eps, C, BLOCK_K)
         elif BLOCK_K >= C:
             mean, rstd = row_statistics(x, first, eps, C)
@@ -155,7 +165,9 @@ def _fused_dual_gemm_fwd_kernel(
         tl.store(mean_ptrs + plane_size, tl.sum(rstd, 1), mask=valid_plane)
 
     z = None
-    if HELD:
+    if SPLIT_OPERANDS:
+        highs, lows = hold_split(chunks, first, mean, rstd, C)
+    elif HELD:
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
     elif BLOCK_K >= C:
         z = normalise(
@@ -168,19 +180,26 @@ def _fused_dual_gemm_fwd_kernel(
         block = part * PER_PROGRAM + step
         half = block // BLOCKS
         start_n = (block - half * BLOCKS) * BLOCK_N
-        value, gate = project_pair(
-            z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
-            norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
-            weight_pair, weight_gap, stride_first, stride_second,
-            half, first_channel + start_n, half * D + first_channel + G,
-            C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+        if SPLIT_OPERANDS:
+            value, gate = project_split(
+                highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second,
+                half, first_channel + start_n, C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT,
+                DESCRIPTORS,
+            )  # fmt: skip
+        else:
+            value, gate = project_pair(
+                z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
+                norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+                weight_pair, weight_gap, stride_first, stride_second,
+                half, first_channel + start_n, half * D + first_channel + G,
+                C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS,
+                PRECISION,
+            )  # fmt: skip
 
         offs_n = start_n + tl.arange(0, BLOCK_N)
         gated = value * sigmoid(gate, FAST_RECIPROCAL) * pair_mask[:, None]
-        gated = gated.to(dtype).T  # [BLOCK_N, BLOCK_M]
         if FLAT_PLANES:
-            a.store([(pid_b * 2 + half) * G + start_n, start_m], gated)
+            a.store([(pid_b * 2 + half) * G + start_n, start_m], gated.to(dtype).T)
         else:
             ptr = tl.where(half == 0, a, b)
             stride_b = tl.where(half == 0, stride_a_b, stride_b_b)
@@ -190,10 +209,42 @@ def _fused_dual_gemm_fwd_kernel(
             offs_pair = q.to(tl.int64) * stride_q + p
             # As for the product in stage 3: groups of 16 positions share a row.
             offs_pair = tl.max_contiguous(tl.multiple_of(offs_pair, 16), 16)
+            ptrs = ptr + offs_plane[:, None] + offs_pair[None, :]
             valid = valid_plane[None, :]
             if G % BLOCK_N != 0:
                 valid = valid & (offs_n < G)[:, None]
-            tl.store(ptr + offs_plane[:, None] + offs_pair[None, :], gated, mask=valid)
+            if SPLIT_OPERANDS:
+                high, low = split_plane(gated)
+                tl.store(ptrs, high.T, mask=valid)
+                tl.store(ptrs + pitch, low.T, mask=valid)
+            else:
+                tl.store(ptrs, gated.to(dtype).T, mask=valid)
+
+
+@triton.jit
+def project_split(
+    highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second, half, start_d,
+    C: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHT_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """As `project_pair`, of split numbers in tiles of BLOCK_K; the value in its planes' scale."""
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for k in tl.static_range(len(highs)):
+        high = load_weight_pair(
+            weight_pair, half, start_d, k * BLOCK_K, weight_gap, stride_first, stride_second,
+            D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+        )  # fmt: skip
+        low = load_weight_pair(
+            weight_pair, half + 2, start_d, k * BLOCK_K, weight_gap, stride_first, stride_second,
+            D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+        )  # fmt: skip
+        acc = dot_split(highs[k], lows[k], high, low, acc)
+    value, gate = halves(acc)
+    rows = half * D + start_d + tl.arange(0, BLOCK_N)
+    value = scaled(value, scales_ptr, rows, 4 * D + 2 * C)
+    gate = scaled(gate, scales_ptr, 2 * D + rows, 4 * D + 2 * C)
+    return value, gate
 
 
 @triton.jit
@@ -245,6 +296,7 @@ def fused_dual_gemm_fwd(
     moments: Tensor | None = None,
     config: LaunchConfig | None = None,
     first_row: int = 0,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Stage 1 of a call, whose x is [B, R, L, C]; returns the moments [B, 2, Q, pitch].
 
@@ -255,6 +307,8 @@ def fused_dual_gemm_fwd(
         moments: those of an earlier launch on the same x, which are then read, or made anew.
         config: a setting in place of the shipped one.
         first_row: the row of the sequences that x begins with.
+        scales: of a call with split weights, see `split_weights`. A row of the planes then holds
+            its high numbers [pitch], and behind them its low ones, in float16.
     """
     read = moments is not None
     prepared = launches.of(
@@ -268,7 +322,9 @@ def fused_dual_gemm_fwd(
         variant = hopper.kernels("gated_rows")
         variant.launch_planes(call, launches, prepared, planes, moments, group)
         return moments
-    weights = call.weights
+    weights, (a, b) = call.weights, planes
+    if scales is not None:
+        a, b = a.view(torch.float16), b.view(torch.float16)
     prepared.launch(
         x_ptr=call.x,
         mask_ptr=call.mask,
@@ -278,9 +334,10 @@ def fused_dual_gemm_fwd(
         weight_pair=lowest(weights.p_in_weight, weights.g_in_weight),
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
-        a=planes[0],
-        b=planes[1],
+        a=a,
+        b=b,
         moments_ptr=moments,
+        scales_ptr=scales,
     )
     return moments
 
@@ -356,13 +413,16 @@ def prepare_dual_gemm(
     length, channels = x.shape[2:]
     a, b = planes
     batch, size, rows, pitch = a.shape
+    split = call.precision == FP16X3
+    if split:
+        a, b = a.view(torch.float16), b.view(torch.float16)
     hidden = call.hidden
     first_channel = 0 if group is None else group[0]
     device = device_target(x.device)
     variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_dual_gemm", x, width, length, batch, variants)
+        config = setting_of("fused_dual_gemm", x, width, length, batch, variants, split)
     if hopper.is_variant(config, variants):
         return hopper.kernels("gated_rows").prepare_planes(call, planes, first_row, config)
     block_n = block_of(config.block_n, size)
@@ -372,14 +432,16 @@ def prepare_dual_gemm(
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
+    parts = 4 if split else 2  # halves of a, of b; and of high and of low numbers
     pair = projection_pair(
-        weights.p_in_weight, weights.g_in_weight, 2, block_n, block_k, config.descriptors
+        weights.p_in_weight, weights.g_in_weight, parts, block_n, block_k, config.descriptors
     )
-    split = shared_by(config.split, 2 * triton.cdiv(size, block_n))
+    programs = shared_by(config.split, 2 * triton.cdiv(size, block_n))
     descriptors = pair.descriptor is not None
     plane_size = rows * pitch
     flat_planes = (
         descriptors
+        and not split
         and size % block_n == 0
         and a.stride() == b.stride() == (2 * size * plane_size, plane_size, pitch, 1)
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
@@ -397,10 +459,10 @@ def prepare_dual_gemm(
         x_axes, mask_axes, columns, first = ("bpqc", "bpq", x.shape[1], (0, first_row))
     return PreparedLaunch(
         _fused_dual_gemm_fwd_kernel,
-        batch * triton.cdiv(plane_size, config.block_m) * split,
+        batch * triton.cdiv(plane_size, config.block_m) * programs,
         tensors=pointers(
             "x_ptr", "mask_ptr", "lengths_ptr", "norm_weight_ptr", "norm_bias_ptr",
-            "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr",
+            "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr", "scales_ptr",
         ) | {"weight_pair": pair.descriptor, "a": flat},
         values=dict(
             Q=rows, P=columns, pitch=pitch, first_q=first[0], first_p=first[1], eps=call.eps_in,
@@ -419,7 +481,7 @@ def prepare_dual_gemm(
             DESCRIPTORS=descriptors, FLAT_PLANES=flat_planes,
             PRECISION=dot_precision(call.precision, device.fp32_dots),
             FAST_RECIPROCAL=device.fast_reciprocal, HELD=held,
-            READ_MOMENTS=read_moments, SPLIT=split,
+            READ_MOMENTS=read_moments, SPLIT=programs,
         ),
         options=config.options(),
     )  # fmt: skip

@@ -33,6 +33,7 @@ from .triton_parts.launch import (
 )
 from .triton_parts.layer_norm import load_first, mean_of, normalise, row_moments
 from .triton_parts.settings import LaunchConfig
+from .triton_parts.split_operands import FP16X3, dot_split, scaled, split_tile, unit_rows
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -62,7 +63,7 @@ _STEPS = 16  # of an output that overwrites a tensor which is still to be read
 def _fused_ln_residual_fwd_kernel(
     product_ptr, product, x_ptr, moments_ptr, residual_ptr, drop_ptr, lengths_ptr, out_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
-    emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr,
+    emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, scales_ptr,
     R, L, pitch, first_row, eps_out,
     stride_product_b, stride_product_d, stride_product_i,
     stride_x_b, stride_x_i, stride_x_j, stride_x_c,
@@ -89,7 +90,8 @@ def _fused_ln_residual_fwd_kernel(
     accumulator's layout (see `layer_norm.hold`), and a program makes one block of output channels.
     If also C = D, the product's statistics are computed in the gate's loop. SPLIT programs share
     the output channels of a tile. Row i is row first_row + i of its sequence, which matters only
-    with lengths. With DROP_ROWS the drop mask has a value for each row i, shared over j.
+    with lengths. With DROP_ROWS the drop mask has a value for each row i, shared over j. With
+    PRECISION "fp16x3" the operands are split: see `split_operands`.
     """
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
@@ -115,6 +117,8 @@ def _fused_ln_residual_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    SPLIT_OPERANDS: tl.constexpr = PRECISION == "fp16x3"
+    TOTAL: tl.constexpr = 4 * D + 2 * C  # rows of all projections
     PER_PROGRAM: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N // SPLIT
 
     if lengths_ptr is not None:
@@ -143,6 +147,8 @@ def _fused_ln_residual_fwd_kernel(
     )
     mean_x = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
     rstd_x = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
+    if SPLIT_OPERANDS:
+        rstd_x = unit_rows(rstd_x)
     t_ptr = product_ptr + batch * stride_product_b
     offs_t = i.to(tl.int64) * stride_product_i + j
     # Groups of 16 positions share a row, and every stride of the product is a multiple of 16.
@@ -162,6 +168,8 @@ def _fused_ln_residual_fwd_kernel(
         mean_t, rstd_t = row_moments(
             t_ptr, offs_t, stride_product_d, first_t, valid_t, eps_out, D, BLOCK_K
         )
+        if SPLIT_OPERANDS:
+            rstd_t = unit_rows(rstd_t)
 
     for step in range(0, PER_PROGRAM):
         start_n = (part * PER_PROGRAM + step) * BLOCK_N
@@ -187,12 +195,15 @@ def _fused_ln_residual_fwd_kernel(
                 # Each thread sums its own elements; a row's four lanes are added after the loop.
                 total += _lane_sums(t)
                 squares += _lane_sums(t * t)
-            gate_tile = load_weight(
-                gate_weight, start_n, start_k, stride_gate,
-                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS,
+            gate = _multiply(
+                z, gate_weight, start_n, start_k, stride_gate, gate,
+                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-            gate = dot(z, gate_tile.T, gate, PRECISION)
-        gate = add_bias(gate, gate_bias_ptr, start_n + tl.arange(0, BLOCK_N), C)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        if SPLIT_OPERANDS:
+            gate = scaled(gate, scales_ptr, 4 * D + C + offs_n, TOTAL)
+        else:
+            gate = add_bias(gate, gate_bias_ptr, offs_n, C)
         gate = sigmoid(gate, FAST_RECIPROCAL)
         if dtype != tl.float32:
             gate = _pack(gate, FAST_RECIPROCAL)
@@ -214,11 +225,10 @@ def _fused_ln_residual_fwd_kernel(
                 t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
                 norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
             ).to(dtype)  # fmt: skip
-            emit_tile = load_weight(
-                emit_weight, start_n, start_k, stride_emit,
-                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
+            delta = _multiply(
+                t, emit_weight, start_n, start_k, stride_emit, delta,
+                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-            delta = dot(t, emit_tile.T, delta, PRECISION)
 
         # A quarter of the columns at a time: residual and output have a layout of their own, which
         # for all columns would take as many registers again.
@@ -226,7 +236,10 @@ def _fused_ln_residual_fwd_kernel(
         gates = quarters(gate)
         for quarter in tl.static_range(len(deltas)):
             offs_n = start_n + quarter * deltas[0].shape[1] + tl.arange(0, deltas[0].shape[1])
-            update = add_bias(deltas[quarter], emit_bias_ptr, offs_n, C)
+            if SPLIT_OPERANDS:
+                update = scaled(deltas[quarter], scales_ptr, 4 * D + offs_n, TOTAL)
+            else:
+                update = add_bias(deltas[quarter], emit_bias_ptr, offs_n, C)
             update *= gates[quarter].to(tl.float32)
             if drop_ptr is not None:
                 ij = i if DROP_ROWS else j
@@ -247,6 +260,27 @@ def _fused_ln_residual_fwd_kernel(
             store_tile(
                 out_ptr, offs_out, offs_n, update.to(dtype), valid_m, C, C % BLOCK_N == 0
             )
+
+
+@triton.jit
+def _multiply(
+    rows, weight, start_n, start_k, stride_n, acc,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + rows W^T, of channels from start_n on and BLOCK_K summed ones from start_k on."""
+    if PRECISION == "fp16x3":
+        high = load_weight(
+            weight, start_n, start_k, stride_n, 2 * N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
+        )
+        low = load_weight(
+            weight, N + start_n, start_k, stride_n, 2 * N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
+        )
+        rows_high, rows_low = split_tile(rows)
+        return dot_split(rows_high, rows_low, high, low, acc)
+    else:
+        tile = load_weight(weight, start_n, start_k, stride_n, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS)
+        return dot(rows, tile.T, acc, PRECISION)
 
 
 @triton.jit
@@ -311,6 +345,7 @@ def fused_ln_residual_fwd(
     rows: slice | None = None,
     config: LaunchConfig | None = None,
     first_row: int = 0,
+    scales: Tensor | None = None,
 ) -> None:
     """Stage 3 of a call: all rows of its x, or `rows`, of `out` like x, contiguous.
 
@@ -322,6 +357,7 @@ def fused_ln_residual_fwd(
         moments: [B, 2, L, L], stage 1's, with the axes of x.
         config: a setting in place of the shipped one.
         first_row: the row of the sequences that x begins with; it matters only with lengths.
+        scales: of a call with split weights, see `split_weights`.
     """
     key = ("fused_ln_residual", first_row)
     if rows is not None:
@@ -343,8 +379,9 @@ def fused_ln_residual_fwd(
             for entry in range(out.shape[0]):
                 at = slice(entry, entry + 1)
                 fused_ln_residual_by_steps(
-                    call.of_entry(entry), launches, product[at], moments[at], out[at], first_row
-                )
+                    call.of_entry(entry), launches, product[at], moments[at], out[at], first_row,
+                    scales,
+                )  # fmt: skip
             return
         made = launches.empty("output", out.shape, out.dtype, out.device)
     weights = call.weights
@@ -369,6 +406,7 @@ def fused_ln_residual_fwd(
             emit_bias_ptr=weights.p_out_bias,
             gate_weight=weights.g_out_weight,
             gate_bias_ptr=weights.g_out_bias,
+            scales_ptr=scales,
         )
     if made is not out:
         out.copy_(made)
@@ -381,6 +419,7 @@ def fused_ln_residual_by_steps(
     moments: Tensor,
     out: Tensor,
     first_row: int = 0,
+    scales: Tensor | None = None,
 ) -> None:
     """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows.
 
@@ -390,7 +429,7 @@ def fused_ln_residual_by_steps(
     step = rows_of_step(length)
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
-        fused_ln_residual_fwd(call, launches, product, moments, out, rows, None, first_row)
+        fused_ln_residual_fwd(call, launches, product, moments, out, rows, None, first_row, scales)
 
 
 def rows_of_step(length: int) -> int:
@@ -426,7 +465,9 @@ def prepare_ln_residual(
     variants = hopper.variants("ln_residual", "takes", x, call, product)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_ln_residual", x, width, length, batch, variants)
+        config = setting_of(
+            "fused_ln_residual", x, width, length, batch, variants, call.precision == FP16X3
+        )
     if hopper.is_variant(config, variants):
         module = hopper.kernels("ln_residual")
         return module.prepare(call, product, moments, first_row, config)
@@ -467,7 +508,7 @@ def prepare_ln_residual(
         tensors=pointers(
             "product_ptr", "x_ptr", "moments_ptr", "residual_ptr", "drop_ptr", "lengths_ptr",
             "out_ptr", "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
-            "norm_out_bias_ptr", "emit_bias_ptr", "gate_bias_ptr",
+            "norm_out_bias_ptr", "emit_bias_ptr", "gate_bias_ptr", "scales_ptr",
         ) | {"product": product_arg, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
             R=rows, L=length, pitch=pitch, first_row=first_row, eps_out=call.eps_out,

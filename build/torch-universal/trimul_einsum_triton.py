@@ -15,6 +15,7 @@ In a sequence of length n < L, i, j and k end at n: tiles beyond n are not writt
 zeros behind n, up to the end of the block of k that n lies in.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,14 +32,15 @@ from .triton_parts.launch import (
     setting_of,
 )
 from .triton_parts.settings import LaunchConfig
+from .triton_parts.split_operands import FP16X3, product_of_planes
 from .triton_parts.tiles import PADDING_MULTIPLE, dot, halves, length_of
 
 _GROUP_M = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["L", "tiles", "lengths_ptr"])
+@triton.jit(do_not_specialize=["L", "tiles", "lengths_ptr", "exponents_ptr"])
 def _trimul_einsum_fwd_kernel(
-    a, b, product, lengths_ptr, L, pitch, D, tiles,
+    a, b, product, lengths_ptr, exponents_ptr, L, pitch, D, tiles, stride_exponents,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -49,22 +51,24 @@ def _trimul_einsum_fwd_kernel(
 
     A plane of a is [M, K], or [K, M] if TURNED_A; one of b is [N, K], or [K, N] if TURNED_B.
     PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the
-    previous tile is stored. With lengths, programs are not persistent.
+    previous tile is stored. With lengths, programs are not persistent. With PRECISION "fp16x3", a
+    row of a plane is its high numbers and then its low ones, pitch each: see `split_operands`.
     """
     # Otherwise ptxas 12.8 (Triton 3.6) waits after every single wgmma of the loop.
     tl.assume(L > 0)
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _product_tile(
-                tile, a, b, product, lengths_ptr, L, pitch, D,
+                tile, a, b, product, lengths_ptr, exponents_ptr, L, pitch, D, stride_exponents,
                 stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
                 stride_product_b, stride_product_d, stride_product_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
             )  # fmt: skip
     else:
         _product_tile(
-            tl.program_id(0), a, b, product, lengths_ptr, L, pitch, D,
-            stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
+            tl.program_id(0), a, b, product, lengths_ptr, exponents_ptr, L, pitch, D,
+            stride_exponents, stride_a_b, stride_a_d, stride_a_row,
+            stride_b_b, stride_b_d, stride_b_row,
             stride_product_b, stride_product_d, stride_product_row,
             BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
         )  # fmt: skip
@@ -72,7 +76,7 @@ def _trimul_einsum_fwd_kernel(
 
 @triton.jit
 def _product_tile(
-    tile, a, b, product, lengths_ptr, L, pitch, D,
+    tile, a, b, product, lengths_ptr, exponents_ptr, L, pitch, D, stride_exponents,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -104,17 +108,32 @@ def _product_tile(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    SPLIT: tl.constexpr = PRECISION == "fp16x3"
+    acc_low = acc  # of split numbers
     if DESCRIPTORS:
         for start_k in range(0, length, BLOCK_K):
-            if TURNED_A:
-                a_tile = a.load([batch, channel, start_k, start_m]).reshape(BLOCK_K, BLOCK_M).T
+            if SPLIT:
+                a_tile, a_low = _load_split(
+                    a, batch, channel, start_m, start_k, BLOCK_M, BLOCK_K, TURNED_A
+                )
+                b_tile, b_low = _load_split(
+                    b, batch, channel, start_n, start_k, BLOCK_N, BLOCK_K, TURNED_B
+                )
+                acc_low = tl.dot(a_tile, b_low.T, acc_low)
+                acc_low = tl.dot(a_low, b_tile.T, acc_low)
+                acc = tl.dot(a_tile, b_tile.T, acc)
             else:
-                a_tile = a.load([batch, channel, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
-            if TURNED_B:
-                b_tile = b.load([batch, channel, start_k, start_n]).reshape(BLOCK_K, BLOCK_N)
-            else:
-                b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K).T
-            acc = dot(a_tile, b_tile, acc, PRECISION)
+                if TURNED_A:
+                    a_tile = a.load([batch, channel, start_k, start_m]).reshape(BLOCK_K, BLOCK_M).T
+                else:
+                    a_tile = a.load([batch, channel, start_m, start_k]).reshape(BLOCK_M, BLOCK_K)
+                if TURNED_B:
+                    b_tile = b.load([batch, channel, start_k, start_n]).reshape(BLOCK_K, BLOCK_N)
+                else:
+                    b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K).T
+                acc = dot(a_tile, b_tile, acc, PRECISION)
+        if SPLIT:
+            acc = product_of_planes(acc, acc_low, exponents_ptr, stride_exponents, channel)
         # In halves: the store's buffer is half as large, which leaves room for another stage of
         # loads.
         left, right = halves(acc)
@@ -137,12 +156,38 @@ def _product_tile(
             b_tile = _load_operand(
                 b + plane_b, offs_n, start_k + offs_k, L, pitch, stride_b_row, TURNED_B
             )
+            if SPLIT:
+                a_low = _load_operand(
+                    a + plane_a + pitch, offs_m, start_k + offs_k, L, pitch, stride_a_row, TURNED_A
+                )
+                b_low = _load_operand(
+                    b + plane_b + pitch, offs_n, start_k + offs_k, L, pitch, stride_b_row, TURNED_B
+                )
+                acc_low = tl.dot(a_tile, b_low.T, acc_low)
+                acc_low = tl.dot(a_low, b_tile.T, acc_low)
             acc = dot(a_tile, b_tile.T, acc, PRECISION)
+        if SPLIT:
+            acc = product_of_planes(acc, acc_low, exponents_ptr, stride_exponents, channel)
         base = batch.to(tl.int64) * stride_product_b + channel.to(tl.int64) * stride_product_d
         row_m = offs_m.to(tl.int64) * stride_product_row
         ptrs = product + base + row_m[:, None] + offs_n[None, :]
         valid = (offs_m < L)[:, None] & (offs_n < pitch)[None, :]
         tl.store(ptrs, acc.to(product.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _load_split(
+    planes, batch, channel, start, start_k,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """The high and the low numbers [BLOCK rows, BLOCK_K summed] of one plane."""
+    if TURNED:
+        high = planes.load([batch, channel, start_k, 0, start]).reshape(BLOCK_K, BLOCK).T
+        low = planes.load([batch, channel, start_k, 1, start]).reshape(BLOCK_K, BLOCK).T
+    else:
+        high = planes.load([batch, channel, start, 0, start_k]).reshape(BLOCK, BLOCK_K)
+        low = planes.load([batch, channel, start, 1, start_k]).reshape(BLOCK, BLOCK_K)
+    return high, low
 
 
 @triton.jit
@@ -171,6 +216,7 @@ def trimul_einsum_fwd(
     key: object = 0,
     turned: tuple[bool, bool] = (False, False),
     config: LaunchConfig | None = None,
+    exponents: Tensor | None = None,
 ) -> None:
     """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) are arbitrary.
 
@@ -181,11 +227,14 @@ def trimul_einsum_fwd(
             zeros in columns [L, pitch). With lengths, transposed planes must have zeros in the rows
             behind a length.
         config: a setting in place of the shipped one.
+        exponents: of the planes' powers of two, [2, D], if a and b are split numbers.
     """
+    if exponents is not None:
+        a, b = a.view(torch.float16), b.view(torch.float16)
     prepared = launches.of(
         ("trimul_einsum", key), prepare_einsum, call, a, b, product, turned, config
     )
-    prepared.launch(a=a, b=b, product=product, lengths_ptr=call.lengths)
+    prepared.launch(a=a, b=b, product=product, lengths_ptr=call.lengths, exponents_ptr=exponents)
 
 
 def prepare_einsum(
@@ -197,10 +246,10 @@ def prepare_einsum(
     config: LaunchConfig | None,
 ) -> PreparedLaunch:
     """The launch of `trimul_einsum_fwd` for calls like this one."""
-    batch, hidden, length, pitch = a.shape
-    device = device_target(a.device)
+    batch, hidden, length, pitch = product.shape
+    device, split = device_target(a.device), call.precision == FP16X3
     if config is None:
-        config = setting_of("trimul_einsum", a, hidden, length)
+        config = setting_of("trimul_einsum", product, hidden, length, split=split)
     block_m, block_n = config.block_m, config.block_n
     block_k = min(config.block_k, PADDING_MULTIPLE)
     descriptors = pointers("a", "b", "product")
@@ -214,7 +263,12 @@ def prepare_einsum(
         for name, plane, tile in (
             ("a", a, tile_a), ("b", b, tile_b), ("product", product, [block_m, block_n // 2])
         ):  # fmt: skip
-            descriptors[name] = descriptor_of(plane, shape, plane.stride(), [1, 1, *tile])
+            axes, strides_of, box = list(shape), list(plane.stride()), [1, 1, *tile]
+            if split and name != "product":  # high and low numbers of a row
+                axes.insert(3, 2)
+                strides_of.insert(3, pitch)
+                box.insert(3, 1)
+            descriptors[name] = descriptor_of(plane, axes, strides_of, box)
     tiles = batch * hidden * triton.cdiv(length, block_m) * triton.cdiv(length, block_n)
     programs = tiles
     # If tiles may be skipped, persistent programs would not share the work evenly.
@@ -224,9 +278,10 @@ def prepare_einsum(
     return PreparedLaunch(
         _trimul_einsum_fwd_kernel,
         programs,
-        tensors={**descriptors, "lengths_ptr": None},
+        tensors={**descriptors, **pointers("lengths_ptr", "exponents_ptr")},
         values=dict(
             L=length, pitch=pitch, D=hidden, tiles=tiles,
+            stride_exponents=call.hidden if split else 0,
             **named_strides("a", ("b", "d", "row"), a.stride()[:3]),
             **named_strides("b", ("b", "d", "row"), b.stride()[:3]),
             **named_strides("product", ("b", "d", "row"), product.stride()[:3]),

@@ -71,7 +71,8 @@ def triangle_multiplicative_update_with_residual(
         eps: added to the variance by the LayerNorm of pair, and by that of the product too unless
             eps_out is given.
         eps_out: the second LayerNorm's own eps.
-        precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands, in
+        precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands, or
+            "fp16x3" (faster than "TF32x3" and less exact; on Hopper GPUs, else it is "TF32x3"), in
             upper or lower case, or a member or value of cuEquivariance's TriMulPrecision; None
             follows torch's own setting (torch.backends.cuda.matmul.allow_tf32, or
             torch.set_float32_matmul_precision, which is the same). It binds the Triton kernels; the

@@ -45,8 +45,8 @@ BACKWARD = {
 }  # fmt: skip
 
 WITHOUT_PRODUCT = {
-    "fold_norm", "fold_norms_bwd", "padding", "emit_means", "projection_gradients",
-    "norm_gradients",
+    "fold_norm", "fold_norms_bwd", "padding", "split_weights", "emit_means",
+    "projection_gradients", "norm_gradients",
 }  # fmt: skip
 # Those of which stages have variants for Hopper GPUs.
 HOPPER = [
@@ -54,6 +54,12 @@ HOPPER = [
     for case in CASES
     if case.dtype == torch.bfloat16
     and case.length > 160
+]  # fmt: skip
+# Those whose forward splits its operands, on sm_90.
+SPLIT = [
+    case
+    for case in CASES
+    if case.precision == "fp16x3" and case.width <= 256
 ]  # fmt: skip
 # On sm_90, with the model's width.
 BY_DESCRIPTORS = FORWARD | {
@@ -112,6 +118,8 @@ def assert_settings_fit(target, cases, **options):
             wanted = wanted | {"fold_norm"} | ({"padding"} if case.padded else set())
             if case in BACKWARD_CASES and case.width <= 256 and not case.padded:
                 wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
+        if target == "sm_90" and case in SPLIT:
+            wanted = wanted | {"split_weights"}
         assert set(kernels) == wanted and len(kernels) == len(wanted)
     for row in rows:
         assert row["registers"] > 0

@@ -32,7 +32,7 @@ _WORDS = {
     "pass": ("forward", "backward"),
     "dtype": COMPUTE_DTYPES,
     "direction": DIRECTIONS,
-    "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16"),
+    "precision": ("default", "fp32", "tf32", "tf32x3", "ieee", "bf16", "fp16x3"),
     "memory": MEMORY_MODES,
     "inplace": (False, True),
     "path": ("aten", "triton"),

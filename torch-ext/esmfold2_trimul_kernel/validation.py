@@ -28,7 +28,7 @@ _EPS_RANGE = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 # follows torch's setting. The public "DEFAULT" is cuEquivariance's word for Triton's own default.
 PRECISIONS = {
     "none": "default", "default": "tf32", "tf32": "tf32", "tf32x3": "tf32x3", "ieee": "ieee",
-    "bfloat16": "bf16", "bf16": "bf16",
+    "fp16x3": "fp16x3", "bfloat16": "bf16", "bf16": "bf16",
 }  # fmt: skip
 # The values of cuEquivariance's enum `TriMulPrecision`.
 _PRECISION_VALUES = {
@@ -447,15 +447,15 @@ def resolve_precision(
     kernel_word = PRECISIONS.get(word.lower()) if isinstance(word, str) else None
     if kernel_word is None:
         raise ValueError(
-            "precision must be None, 'IEEE', 'TF32', 'TF32x3' or 'bfloat16', or a member of "
-            f"cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
+            "precision must be None, 'IEEE', 'TF32', 'TF32x3', 'fp16x3' or 'bfloat16', or a member "
+            f"of cuEquivariance's TriMulPrecision other than MXFP8; got {precision!r}"
         )
     if kernel_word == "bf16" and pair.dtype == torch.float16:
         raise ValueError(
             "precision must be another word than 'bfloat16' where "
             f"{pair_name} is torch.float16; got {precision!r}"
         )
-    return kernel_word
+    return "fp32" if kernel_word == "fp16x3" and pair.dtype != torch.float32 else kernel_word
 
 
 def torch_allows_tf32() -> bool:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_85d1f10387"
+_BUILD_ID = "_esmfold2_trimul_kernel_bfac31a2bc"
 
 
 def _load_package() -> ModuleType:

@@ -232,13 +232,14 @@ def setting_of(
     length: int,
     batch: int = 1,
     variants: frozenset[str] = frozenset(),
+    split: bool = False,
 ) -> LaunchConfig:
     """The setting of a stage for a call on tensors like this one: see `settings.Shape`.
 
-    `variants` are the stage's variants that can run the call.
+    `variants` are the stage's variants that can run the call; `split` tells of its operands.
     """
     device = device_target(tensor.device)
-    shape = shape_of(tensor.element_size(), width, length, batch)
+    shape = shape_of(tensor.element_size(), width, length, batch, split)
     return pick_config(stage, device.target, device.name, shape, triton.__version__, variants)
 
 
@@ -272,8 +273,9 @@ def dot_precision(precision: str, fp32_dots: tuple[str, ...], fastest: str = "")
     """Triton's word for an fp32 dot on a target that has `fp32_dots`, its fp32-accurate one first.
 
     "fp32", and a word that the target lacks, give the first, or `fastest`, the setting's own.
+    "bf16" and "fp16x3" are not Triton's.
     """
-    if precision in fp32_dots or precision == "bf16":
+    if precision in fp32_dots or precision in ("bf16", "fp16x3"):
         return precision
     return fastest or fp32_dots[0]
 

@@ -7,6 +7,7 @@ reads them, so that they are computed once.
 import triton
 import triton.language as tl
 
+from .split_operands import split_tile, unit_rows
 from .tiles import beside, identity, load_channels, load_tile
 
 # Keeps sums of up to 2^16 channels from overflowing; as a power of two it rounds nothing.
@@ -130,6 +131,30 @@ def chunk_statistics(chunks, first, eps, WIDTH: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
+def chunk_moments(chunks, first, eps, WIDTH: tl.constexpr):
+    """`row_statistics` of fp32 rows in chunks, in two passes over them."""
+    CHUNK: tl.constexpr = chunks[0].shape[1]
+    total = tl.zeros(chunks[0].shape, tl.float32)
+    for c in tl.static_range(len(chunks)):
+        total += _within(chunks[c] - first, c * CHUNK, WIDTH) * _SUM_SCALE
+    mean = mean_of(tl.sum(total, 1, keep_dims=True), WIDTH) * (1.0 / _SUM_SCALE)
+    squares = tl.zeros(chunks[0].shape, tl.float32)
+    for c in tl.static_range(len(chunks)):
+        d = _within(chunks[c] - first - mean, c * CHUNK, WIDTH)
+        squares += d * d
+    return mean, tl.rsqrt(tl.sum(squares, 1, keep_dims=True) * (1.0 / WIDTH) + eps)
+
+
+@triton.jit
+def _within(x, start: tl.constexpr, WIDTH: tl.constexpr):
+    """x [M, K] of the channels from `start` on; 0 from WIDTH on."""
+    if start + x.shape[1] <= WIDTH:
+        return x
+    else:
+        return tl.where((tl.arange(0, x.shape[1]) + start < WIDTH)[None, :], x, 0.0)
+
+
+@triton.jit
 def hold(
     chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr,
     WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -153,6 +178,34 @@ def hold(
             x, offs_k, None, mean, rstd, norm_weight_ptr, norm_bias_ptr, WIDTH, WIDTH == BLOCK_K
         )
         held = held + (z.to(dtype),)
+    return _joined(held)
+
+
+@triton.jit
+def hold_split(chunks, first, mean, rstd, WIDTH: tl.constexpr):
+    """Split numbers of fp32 rows in chunks, normalised: tuples of [M, chunk], the high ones held.
+
+    Without norm weights, and in the scale of `unit_rows`.
+    """
+    CHUNK: tl.constexpr = chunks[0].shape[1]
+    one = identity(CHUNK, tl.float16)
+    highs, lows = (), ()
+    for c in tl.static_range(len(chunks)):
+        offs_k = tl.arange(0, CHUNK) + c * CHUNK
+        z = normalise(
+            chunks[c], offs_k, first, mean, unit_rows(rstd), None, None,
+            WIDTH, c * CHUNK + CHUNK <= WIDTH,
+        )  # fmt: skip
+        high, low = split_tile(z)
+        highs = highs + (tl.dot(high, one).to(tl.float16),)
+        lows = lows + (low,)
+    return highs, lows
+
+
+@triton.jit
+def _joined(held):
+    """Up to eight tiles side by side."""
+    COUNT: tl.constexpr = len(held)
     if COUNT == 1:
         return held[0]
     elif COUNT == 2:

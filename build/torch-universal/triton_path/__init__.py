@@ -29,13 +29,14 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
+from ..triton_parts.split_operands import FP16X3, exponents_of, refusal, split_weights
 from ..triton_parts.tiles import padded_pitch
 from ..validation import DIRECTIONS
 from . import transition as transition
 from .gradients import group_size as group_size
 from .gradients import likeness, run_backward
 from .launches import current_device as current_device
-from .launches import for_kernels, launches_of, twin_of, with_precision
+from .launches import for_forward, for_kernels, launches_of, twin_of, with_precision
 from .lean import run_lean
 from .row_gradients import gradient_stages as gradient_stages
 from .rows import stages as stages
@@ -46,7 +47,7 @@ _FILLING_PAIRS = 2**18
 
 def forward(call: Call) -> Tensor:
     """The output [B, L, L, C], in the mode `call.memory`."""
-    call = for_kernels(call)
+    call = for_forward(call)
     with current_device(call.x):
         if call.memory != "lean":
             try:
@@ -62,8 +63,8 @@ def forward(call: Call) -> Tensor:
 
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes) of the default mode, see `_run_saving`."""
-    call = for_kernels(call)
     keeps = call.keeps_planes
+    call = for_forward(call, keeps)
     launches = launches_of(call, "saving", keeps)
 
     def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
@@ -87,14 +88,13 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
     shape = (size, hidden, length, padded_pitch(length))
     planes = launches.empty("a and b", (size, 2, *shape[1:]), x.dtype, x.device)
     product = launches.empty("product", shape, x.dtype, x.device)
-    a, b = planes.unbind(1)
+    call, scales = split_weights(call, launches)
     for first in range(0, batch, size):
         entries = slice(first, first + size)
         part = call.of_entries(entries)
-        moments = fused_dual_gemm_fwd(part, launches, (a, b))
-        trimul_einsum_fwd(part, launches, a, b, product)
+        moments = _multiply(part, launches, planes, product, scales)
         by_rows = with_axes_of_x(moments, call.direction)
-        fused_ln_residual_fwd(part, launches, product, by_rows, out[entries])
+        fused_ln_residual_fwd(part, launches, product, by_rows, out[entries], scales=scales)
         del moments, by_rows  # freed before the next group's are allocated
     return out
 
@@ -121,27 +121,30 @@ def _run_saving(
     [B, 2, L, pitch] of x in fp32. The planes are a and b [B, 2, D, L, pitch], if they are kept.
     Otherwise they are freed before the output is allocated: the peak is a, b and the product.
     """
-    x = call.x
-    product, moments, planes = _product(call, launches)
+    x, hidden = call.x, call.hidden
+    batch, length = x.shape[:2]
+    call, scales = split_weights(call, launches)
+    shape = (batch, hidden, length, padded_pitch(length))
+    planes = launches.empty("a and b", (batch, 2, *shape[1:]), x.dtype, x.device)
+    product = launches.empty("product", shape, x.dtype, x.device)
+    moments = _multiply(call, launches, planes, product, scales)
     if not keeps_planes:
         planes = None
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
     by_rows = with_axes_of_x(moments, call.direction)
-    fused_ln_residual_fwd(call, launches, product, by_rows, out)
+    fused_ln_residual_fwd(call, launches, product, by_rows, out, scales=scales)
     return out, product, moments, planes
 
 
-def _product(call: Call, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
-    """The product [B, D, L, pitch] of stage 2, and the moments and planes of stage 1."""
-    x, hidden = call.x, call.hidden
-    batch, length = x.shape[:2]
-    shape = (batch, hidden, length, padded_pitch(length))
-    planes = launches.empty("a and b", (batch, 2, *shape[1:]), x.dtype, x.device)
+def _multiply(
+    call: Call, launches: Launches, planes: Tensor, product: Tensor, scales: Tensor | None
+) -> Tensor:
+    """Stages 1 and 2: fills planes and product; returns the moments."""
     a, b = planes.unbind(1)
-    moments = fused_dual_gemm_fwd(call, launches, (a, b))
-    product = launches.empty("product", shape, x.dtype, x.device)
-    trimul_einsum_fwd(call, launches, a, b, product)
-    return product, moments, planes
+    moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales)
+    exponents = exponents_of(scales, call.hidden, slice(None))
+    trimul_einsum_fwd(call, launches, a, b, product, exponents=exponents)
+    return moments
 
 
 def saved_shapes(call: Call) -> tuple[tuple[int, ...], ...]:
@@ -186,14 +189,15 @@ def plan(call: Call) -> Plan:
     """
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
-    kernels_call = for_kernels(twin_of(call))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
+        kernels_call = for_forward(twin_of(call), keeps and call.keeps_planes)
         if keeps:
             _run_saving(kernels_call, launches, call.keeps_planes)
         elif lean:
             run_lean(kernels_call, launches)
         else:
             _run_default(kernels_call, launches, _sequences_together(kernels_call))
+        reason = refusal(kernels_call, keeps and call.keeps_planes)
     buffers, notes = launches.buffers, []
     keeps_planes = keeps and call.keeps_planes
     kept = buffers["product"] + buffers["moments"] if keeps else 0
@@ -205,6 +209,8 @@ def plan(call: Call) -> Plan:
     elif call.memory == "lean" and keeps:
         notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
     notes.append(note_on_gradients(call, keeps_planes))
+    if call.precision == FP16X3 and reason is not None:
+        notes.append(f"precision 'fp16x3' is run as TF32x3: {reason}")
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
     found = with_precision(found, "fused_dual_gemm", kernels_call)

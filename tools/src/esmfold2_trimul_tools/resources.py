@@ -1,7 +1,7 @@
 """Compile every kernel with the shipped settings, without a GPU, and read its resources.
 
-Each setting is compiled for the calls that it was made for: widths that keep rows aligned, fp32 at
-"highest" precision, a mask, a residual.
+Each setting is compiled for the calls that it was made for: widths that keep rows aligned, a mask,
+a residual; float32 at "highest" precision and at "fp16x3".
 
 The package plans each call, forward and backward, on meta tensors that stand for the target's.
 Every launch of the plan is compiled with the specialisation, options and descriptors that it would
@@ -46,21 +46,27 @@ class Case:
     width: int  # C = D
     length: int
     padded: bool = False  # sequences with lengths of their own
+    precision: str = "fp32"  # of float32
 
     def __str__(self) -> str:
         text = f"{str(self.dtype).removeprefix('torch.')} C={self.width} L={self.length}"
+        text += " fp16x3" if self.precision == "fp16x3" else ""
         return f"{text} padded" if self.padded else text
 
 
 CASES = tuple(
-    Case(dtype, width, length)
-    for dtype in (torch.bfloat16, torch.float32)
+    Case(dtype, width, length, precision=precision)
+    for dtype, precision in (
+        (torch.bfloat16, "fp32"), (torch.float32, "fp32"), (torch.float32, "fp16x3")
+    )
     for width, length in (
         (128, 64), (128, 128), (128, 512), (256, 64), (256, 128), (256, 256), (256, 512), (512, 512)
     )
 ) + (Case(torch.bfloat16, 256, 512, padded=True),)
 # Settings of the backward don't depend on the length; stage 2's are those of long proteins.
-BACKWARD_CASES = tuple(case for case in CASES if case.length == 512)
+BACKWARD_CASES = tuple(
+    case for case in CASES if case.length == 512 and case.precision == "fp32"
+)  # fmt: skip
 
 
 class _StandInDriver:
@@ -145,9 +151,10 @@ def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
     one = _empty(width, width, dtype=case.dtype)
     weights = module.Weights(*norms[:2], value, None, gate, None, *norms[2:], one, None, one, None)
     x = _empty(1, length, length, width, dtype=case.dtype)
+    mask = torch.bool if case.precision == "fp16x3" else torch.float32
     return module.Call(
-        x=x, direction="outgoing", mask=_empty(1, length, length, dtype=torch.float32), residual=x,
-        drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision="fp32",
+        x=x, direction="outgoing", mask=_empty(1, length, length, dtype=mask), residual=x,
+        drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision=case.precision,
         memory="default", recompute="none", inplace=False, lengths=_lengths_of(case),
     )  # fmt: skip
 
@@ -162,7 +169,7 @@ def _transition_of(kernel: ModuleType, case: Case) -> NamedTuple:
     return module.Transition(
         x=x, residual=x,
         weights=module.TransitionWeights(*norms, gate, None, up, None, down, None),
-        eps=1e-5, precision="fp32", inplace=False, lengths=_lengths_of(case),
+        eps=1e-5, precision=case.precision, inplace=False, lengths=_lengths_of(case),
     )  # fmt: skip
 
 

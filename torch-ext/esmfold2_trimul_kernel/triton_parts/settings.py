@@ -1,11 +1,12 @@
 """Launch settings: data in configs/*.json, chosen by a pure function.
 
-A table is for a target, or for a device by its name. For each stage and element size it lists
-settings, one a line. They are tried in order; the first whose max_width and max_length cover the
-call is used. "triton" is the first Triton version of an entry. "kernel" names a variant of the
-stage; such an entry is used only if that variant can run the call. What a table leaves out comes
-from the table that "like" names. Nothing is timed at run time. Lengths fall into few classes, so
-kernels compiled for one protein serve others.
+A table is for a target, or for a device by its name. For each stage and element size, and on some
+targets for float32 operands that are split ("split"), it lists settings, one a line. They are tried
+in order; the first whose max_width and max_length cover the call is used. "triton" is the first
+Triton version of an entry. "kernel" names a variant of the stage; such an entry is used only if
+that variant can run the call. What a table leaves out comes from the table that "like" names.
+Nothing is timed at run time. Lengths fall into few classes, so kernels compiled for one protein
+serve others.
 """
 
 import functools
@@ -59,11 +60,19 @@ class Shape:
     element_bytes: int
     width: int  # the larger of C and D
     length: int  # L; for stages 1 and 3 that of one sequence with as many pairs as the batch
+    split: bool = False  # float32 operands of dots are split numbers in float16
+
+    @property
+    def kind(self) -> str:
+        """The name of its list of settings."""
+        return "split" if self.split else str(self.element_bytes)
 
 
-def shape_of(element_bytes: int, width: int, length: int, batch: int = 1) -> Shape:
+def shape_of(
+    element_bytes: int, width: int, length: int, batch: int = 1, split: bool = False
+) -> Shape:
     """The shape of a call on `batch` sequences of `length` residues."""
-    return Shape(element_bytes, width, math.isqrt(batch * length * length))
+    return Shape(element_bytes, width, math.isqrt(batch * length * length), split)
 
 
 @functools.cache
@@ -86,7 +95,7 @@ def pick_config(
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}; got {stage!r}")
-    for entry in settings_of(target, device_name)[stage][str(shape.element_bytes)]:
+    for entry in settings_of(target, device_name)[stage][shape.kind]:
         if (
             shape.width <= entry.get("max_width", math.inf)
             and shape.length <= entry.get("max_length", math.inf)

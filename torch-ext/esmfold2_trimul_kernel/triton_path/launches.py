@@ -10,6 +10,7 @@ from .._call import Call, Transition
 from .._plan import Plan
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import twin
+from ..triton_parts.split_operands import FP16X3, refusal
 from ..validation import torch_allows_tf32
 
 _MOST_KINDS = 1024
@@ -69,10 +70,15 @@ def with_precision(found: Plan, stage: str, call: Call | Transition) -> Plan:
 
 
 def for_kernels(call: Call | Transition) -> Call | Transition:
-    """The call with one of the kernels' precisions, and parameters with unit last stride."""
+    """The call with one of the kernels' precisions, and parameters with unit last stride.
+
+    "fp16x3", which a forward of the triangle alone can have, becomes "tf32x3".
+    """
     weights, precision = call.weights, call.precision
     if precision == "default":
         precision = "tf32" if torch_allows_tf32() else "fp32"
+    elif precision == FP16X3:
+        precision = "tf32x3"
     # The kernels have no stride for a parameter's last axis. It would cost more than a copy, and
     # for transposed tiles ptxas 12.8 (Triton 3.6 to 3.7.1) generated sm_90 code that read shared
     # memory at the wrong addresses: see docs/fuzzing.md.
@@ -82,6 +88,14 @@ def for_kernels(call: Call | Transition) -> Call | Transition:
     elif precision == call.precision:
         return call
     return call._replace(weights=weights, precision=precision)
+
+
+def for_forward(call: Call, keeps_planes: bool = False) -> Call:
+    """As `for_kernels`; where "fp16x3" is asked for and can be had, the precision is still that."""
+    made = for_kernels(call)
+    if call.precision != FP16X3 or refusal(call, keeps_planes) is not None:
+        return made
+    return made._replace(precision=FP16X3)
 
 
 def current_device(x: Tensor) -> contextlib.AbstractContextManager:

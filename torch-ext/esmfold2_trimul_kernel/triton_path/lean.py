@@ -17,6 +17,7 @@ from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_by_steps, rows_of_step
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
+from ..triton_parts.split_operands import exponents_of, split_weights
 from ..triton_parts.tiles import padded_pitch
 
 _PLANES = 0.375  # scratch memory for planes, in tensors of the pair's size
@@ -42,12 +43,13 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
         out = launches.empty("output", x.shape, x.dtype, x.device)
     else:
         out = memory[: x.numel()].view(x.shape)
+    call, scales = split_weights(call, launches)
     for entry in range(batch):
         of_entry, product = call.of_entry(entry), products[0 if apart else entry][None]
         product = product.transpose(1, 2)  # [1, D, L, pitch]
-        moments = _product_by_groups(of_entry, launches, product, sizes.slots)
+        moments = _product_by_groups(of_entry, launches, product, sizes.slots, scales)
         made = out[entry : entry + 1]
-        fused_ln_residual_by_steps(of_entry, launches, product, moments, made)
+        fused_ln_residual_by_steps(of_entry, launches, product, moments, made, scales=scales)
         del moments  # freed before the next sequence's are allocated
     return out
 
@@ -76,7 +78,9 @@ def _sizes_of(call: Call, together: int, apart: bool) -> _Sizes:
     return _Sizes(ahead, rows * row_product, slots)
 
 
-def _product_by_groups(call: Call, launches: Launches, product: Tensor, slots: int) -> Tensor:
+def _product_by_groups(
+    call: Call, launches: Launches, product: Tensor, slots: int, scales: Tensor | None
+) -> Tensor:
     """Fills the product of one sequence; returns the moments [1, 2, i, j] of x.
 
     `slots` is the number of planes of scratch memory.
@@ -92,8 +96,11 @@ def _product_by_groups(call: Call, launches: Launches, product: Tensor, slots: i
             b = own[: count * plane].view(1, count, length, pitch)
         else:
             a, b = own[: 2 * count * plane].view(1, 2, count, length, pitch).unbind(1)
-        moments = fused_dual_gemm_fwd(call, launches, (a, b), (first, count), moments)
-        trimul_einsum_fwd(call, launches, a, b, product[:, first:end], first)
+        moments = fused_dual_gemm_fwd(
+            call, launches, (a, b), (first, count), moments, scales=scales
+        )
+        exponents = exponents_of(scales, hidden, slice(first, end))
+        trimul_einsum_fwd(call, launches, a, b, product[:, first:end], first, exponents=exponents)
     return with_axes_of_x(moments, call.direction)
 
 
