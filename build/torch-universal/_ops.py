@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_bfac31a2bc"
+_NAMESPACE = "_esmfold2_trimul_kernel_cfa4c2440d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

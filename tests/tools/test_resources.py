@@ -135,7 +135,9 @@ def assert_settings_fit(target, cases, **options):
         if target == "sm_90" and row["config"].get("DESCRIPTORS"):
             assert row["bulk_copies"] > 0, row
             # Wider rows than 256 are read in blocks, between whose products there is other work.
-            assert row["pipelined"] or "C=512" in row["case"], row
+            # Tiles of 32 rows are too few for a warp group's products, which are waited for.
+            few = row["config"].get("BLOCK_M", 64) < 64
+            assert row["pipelined"] or "C=512" in row["case"] or few, row
         looked = target == "sm_90" and "VARIANT" not in row["config"]
         assert row["descriptor_faults"] == ([] if looked else None)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_bfac31a2bc"
+_BUILD_ID = "_esmfold2_trimul_kernel_cfa4c2440d"
 
 
 def _load_package() -> ModuleType:
