@@ -22,6 +22,11 @@ def exchange_by(word: str):
     return mock.patch.dict(os.environ, {"ESMFOLD2_TRIMUL_EXCHANGE": word})
 
 
+def packed(on: Rank):
+    """A context in which messages are packed, as NCCL's are where they are short."""
+    return mock.patch.object(on.kernel.exchange.Exchange, "packs", lambda *_: True)
+
+
 @contextlib.contextmanager
 def mapped(on: Rank):
     """A context in which groups exchange by copies; it counts what happens."""

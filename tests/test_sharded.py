@@ -9,12 +9,13 @@ import time
 import weakref
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import DTYPES, as_call, make_problem
-from mapped import exchange_by, mapped
+from mapped import exchange_by, mapped, packed
 from ranks import RANKS, Rank, report_of, reports_of, same_values
 
 DIRECTIONS = ("outgoing", "incoming")
@@ -108,23 +109,19 @@ def any_lengths_and_widths(on: Rank):
 
 def packed_messages(on: Rank):
     """As NCCL has them where they are short: one of a and one of b, of all channels of a group."""
-    exchange, batch_isend_irecv, most = on.kernel.exchange.Exchange, dist.batch_isend_irecv, []
+    batch_isend_irecv, most = dist.batch_isend_irecv, []
 
     def counted(operations):
         most.append(len(operations))
         return batch_isend_irecv(operations)
 
-    packs, exchange.packs = exchange.packs, lambda *_: True
-    dist.batch_isend_irecv = counted
-    try:
+    with packed(on), mock.patch.object(dist, "batch_isend_irecv", counted):
         any_lengths_and_widths(on)
         over_the_residual(on)
         most.clear()
         if 2 in on.groups:  # groups of four channels of each rank
             assert_equals_one_process(on, make_problem(12, 8, 64), 2)
             assert set(most) == {4, 2}
-    finally:
-        exchange.packs, dist.batch_isend_irecv = packs, batch_isend_irecv
 
 
 def lengths(on: Rank):

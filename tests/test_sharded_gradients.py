@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from gradients_of_calls import RECOMPUTE, assert_equal, fresh_leaves, grad_of_output, gradients
 from helpers import DTYPES, as_call, leaves_of, make_problem, with_leaves
-from mapped import mapped
+from mapped import mapped, packed
 from peak_bytes import PeakBytes
 from ranks import RANKS, Rank, report_of, reports_of
 from test_sharded import (
@@ -181,15 +181,11 @@ def by_copies(on: Rank):
 
 def by_packed_messages(on: Rank):
     """dt, a and b; da and db."""
-    exchange = on.kernel.exchange.Exchange
-    packs, exchange.packs = exchange.packs, lambda *_: True
-    try:
+    with packed(on):
         for ranks, recompute in ((2, "none"), (2, "product"), (3, "all")):
             if ranks in on.groups:
                 problem = make_problem(11, 8, 40, mask="soft", residual=True)
                 assert_gradients(on, problem, ranks, recompute=recompute)
-    finally:
-        exchange.packs = packs
 
 
 @torch.enable_grad()

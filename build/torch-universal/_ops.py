@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_cfa4c2440d"
+_NAMESPACE = "_esmfold2_trimul_kernel_8f232c2143"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -320,14 +320,28 @@ def _ways(
     room = 0 if call.inplace else layout.rows(0).stop * math.prod(call.x.shape[2:])
     for lean in {"auto": (False, True), "default": (False,), "lean": (True,)}[call.memory]:
         twice = not lean and layout.groups > 1
-        if shared is not None and stages.slots == 3 and call.x.shape[0] and layout.length:
-            slots = 1 + twice, *planes
-            mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
-            if shared.takes(mapped, call.x.device):
-                ways.append(_Way(lean, slots, mapped))
         fit = twice and 2 * math.prod(planes) <= room
+        ways += _by_copies(call, stages, layout, shared, lean, (1 + twice, *planes))
         ways.append(_Way(lean, (1 + fit, *planes), 0))
     return ways
+
+
+def _by_copies(
+    call: Call,
+    stages: Any,
+    layout: Layout,
+    shared: GroupMemory | None,
+    lean: bool,
+    slots: tuple[int, ...],
+) -> list[_Way]:
+    """The way with these slots in memory that all ranks map, if it is worth a try.
+
+    Where t lies over a, there would be no slots for what is made alone.
+    """
+    if shared is None or stages.slots != 3 or not call.x.shape[0] or not layout.length:
+        return []
+    mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
+    return [_Way(lean, slots, mapped)] if shared.takes(mapped, call.x.device) else []
 
 
 class _Buffers(NamedTuple):
@@ -487,15 +501,14 @@ def _backward_ways(
     call: Call, stages: Any, layout: Layout, kept: Kept, shared: GroupMemory | None
 ) -> list[_Way]:
     """As `_ways`. Of the slots, those of operands are dt and, if they are made again, a and b."""
-    ways, remade, planes = [], _remade(kept), (layout.size, layout.length, stages.pitch)
-    if shared is not None and stages.slots == 3 and call.x.shape[0] and layout.length:
-        # There is one memory for a and b of a group of my rows.
-        twice = layout.groups > 1 and not remade and call.memory != "lean"
-        slots = 1 + twice, 3 + 2 * remade, *planes
-        mapped = PeerMemory.bytes_for(layout.ranks, slots, call.x.dtype)
-        if shared.takes(mapped, call.x.device):
-            ways.append(_Way(False, slots, mapped))
-    return [*ways, _Way(False, (1, stages.slots + remade, *planes), 0)]
+    remade, planes = _remade(kept), (layout.size, layout.length, stages.pitch)
+    # There is one memory for a and b of a group of my rows.
+    twice = layout.groups > 1 and not remade and call.memory != "lean"
+    slots = 1 + twice, 3 + 2 * remade, *planes
+    return [
+        *_by_copies(call, stages, layout, shared, False, slots),
+        _Way(False, (1, stages.slots + remade, *planes), 0),
+    ]
 
 
 def _slots_of_gradients(stages: Any, way: _Way, remade: bool) -> tuple[int, int]:

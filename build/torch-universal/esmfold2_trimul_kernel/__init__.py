@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_cfa4c2440d"
+_BUILD_ID = "_esmfold2_trimul_kernel_8f232c2143"
 
 
 def _load_package() -> ModuleType:

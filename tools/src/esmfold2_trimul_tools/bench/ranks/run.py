@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +100,33 @@ def _measure(
     for leaf in leaves:
         leaf.requires_grad_(training)
 
-    def gradient(of: torch.Tensor, out: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """That of the pair tensor, beside those of all parameters."""
-        return torch.autograd.grad(out, [of, *problem.weights.values()], grad)[0]
+    def value(
+        update: Callable[[], torch.Tensor], of: torch.Tensor, grad: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The output; in training the gradient of `of`, made beside those of all parameters."""
+        if not training:
+            return update()
+        with torch.enable_grad():
+            return torch.autograd.grad(update(), [of, *problem.weights.values()], grad)[0]
 
     real = torch.arange(length, device=device) < max(1, length - _HIDDEN_RESIDUES)
     mask = real[:, None] & real
     own_mask = mask[rows].contiguous()
 
+    of_rows = partial(
+        kernel.sharded_triangle_multiplicative_update_with_residual, x, case.direction, x, None,
+        group=None, length=length, mask=own_mask, **problem.weights,
+    )  # fmt: skip
+    of_whole = partial(
+        kernel.triangle_multiplicative_update_with_residual, problem.x, case.direction, problem.x,
+        None, mask=mask[None], **problem.weights,
+    )  # fmt: skip
+
     def sharded() -> torch.Tensor:
-        with torch.set_grad_enabled(training):
-            out = kernel.sharded_triangle_multiplicative_update_with_residual(
-                x, case.direction, x, None, group=None, length=length,
-                mask=own_mask, **problem.weights,
-            )  # fmt: skip
-            return gradient(x, out, own_grad_out) if training else out
+        return value(of_rows, x, own_grad_out)
+
+    def alone() -> torch.Tensor | None:
+        return None if rank else value(of_whole, problem.x, grad_out)
 
     row = {"C": case.channels, "L": length, "dtype": case.dtype, "direction": case.direction}
     row |= {"passes": case.passes}
@@ -139,15 +152,6 @@ def _measure(
     row["of_ranks"] = of_ranks
     if not beside:
         return row
-
-    def alone() -> torch.Tensor | None:
-        if rank:
-            return None
-        with torch.set_grad_enabled(training):
-            out = kernel.triangle_multiplicative_update_with_residual(
-                problem.x, case.direction, problem.x, None, mask=mask[None], **problem.weights
-            )
-            return gradient(problem.x, out, grad_out) if training else out
 
     row["alone_ms"] = 1e3 * seconds(alone)
     whole = torch.empty_like(problem.x) if rank else alone()
