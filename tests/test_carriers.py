@@ -58,7 +58,9 @@ class Host:
     """A rank's host, which queues calls one after another on the same memory."""
 
     def __init__(self, submodule, memories, rank, first_count, slow) -> None:
-        self._parts = [submodule(of) for of in ("carriers.copies", "exchange", "sharded_schedule")]
+        self._parts = [
+            submodule(of) for of in ("carriers.copies", "exchange", "sharded_schedule.forward")
+        ]
         self._ranks, self._rank = len(memories), rank
         self._memory = self._parts[0].PeerMemory(memories, rank)
         self._memory.calls = self._memory.steps = first_count
@@ -80,12 +82,12 @@ class Host:
         slots = 1 if lean or layout.groups == 1 else 2, 3, layout.size, length, length
         assert self._memory.bytes >= self._memory.bytes_for(self._ranks, slots, x.dtype)
         of_ranks = exchange.Exchange(None, self._rank, layout)
-        buffers = schedule._allocate(call, stages, of_ranks, schedule._Way(lean, slots, 1))
+        buffers = schedule.allocate(call, stages, of_ranks, schedule.Way(lean, slots, 1))
         for tensor in (buffers.planes, buffers.product[0], buffers.out):
             tensor.fill_(torch.nan)
         self._kept.append(buffers)  # the queues are behind
         self.outs.append(buffers.out)
-        schedule._project(stages, layout, buffers, 0, 0)
+        schedule.project(stages, layout, buffers, 0, 0)
         queues = main, side, own
         with copies.PeerCopies(of_ranks, self._memory, slots, x.dtype, (2,), *queues) as carrier:
             schedule._run_stages(stages, of_ranks, carrier, buffers, by_columns, False)

@@ -52,16 +52,18 @@ def gradients_of_part(on: Rank, problem, ranks: int, dim: int = 1, names=None, *
     return {name: leaf.grad for name, leaf in wanted.items()}
 
 
-def assert_gradients(on: Rank, problem, ranks: int, dim: int = 1, exact=(), **options):
-    """They are those of one process, `exact` to the bit and others to the dtype's rounding."""
+def assert_gradients(on: Rank, problem, ranks: int, dim: int = 1, **options):
+    """They are those of one process, to the dtype's rounding."""
     shared = {name: value for name, value in options.items() if name in ("lengths", "recompute")}
     with torch.enable_grad():
         whole = gradients(on.kernel, problem, "cpu", **shared)
     got = gradients_of_part(on, problem, ranks, dim, **options)
     assert got.keys() == whole.keys()
-    bound = {torch.float64: 1e-12, torch.float32: 5e-6}.get(problem.x.dtype)
+    bound = of_parameters = {torch.float64: 1e-12, torch.float32: 5e-6}.get(problem.x.dtype)
     if bound is None:  # as for `same_values`
-        bound = torch.finfo(problem.x.dtype).eps * 1e-3**0.5
+        eps = torch.finfo(problem.x.dtype).eps
+        # A CPU that multiplies in 16 bits rounds each block's share, by 0.3 eps, on either side.
+        bound, of_parameters = eps * 1e-3**0.5, eps
     part = part_of(on, problem, ranks, dim)
     for name, wanted in whole.items():
         mine = got[name]
@@ -70,10 +72,9 @@ def assert_gradients(on: Rank, problem, ranks: int, dim: int = 1, exact=(), **op
             mine, wanted = part(mine), part(wanted)
         elif options.get("parameter_grads") == "local" and name != "drop_mask":
             dist.all_reduce(mine, group=on.groups[ranks])
-        if name in exact:
-            assert torch.equal(mine, wanted), name
         error = (mine.double() - wanted.double()).norm()
-        assert error <= bound * wanted.double().norm() + 1e-30, f"{name}: {error:.1e}"
+        limit = bound if name in OF_PAIRS else of_parameters
+        assert error <= limit * wanted.double().norm() + 1e-30, f"{name}: {error:.1e}"
 
 
 def in_double_precision(on: Rank):
@@ -117,8 +118,8 @@ def in_the_interpreter(on: Rank):
                 )  # fmt: skip
 
 
-def bits_of_one_process(on: Rank):
-    """Where blocks of positions are the same, so is every operation before a sum over pairs."""
+def equal_blocks(on: Rank):
+    """Blocks of positions are those of one process; equal calls give equal bits."""
     blocks = on.kernel.aten_path.blocks
     for ranks in on.groups:
         length = 64 if ranks != 3 else 48
@@ -129,7 +130,7 @@ def bits_of_one_process(on: Rank):
                 residual=dim == 1, drop_mask=True,
             )  # fmt: skip
             options = {"recompute": RECOMPUTE[(at + ranks) % 3]}
-            assert_gradients(on, problem, ranks, dim, exact=OF_PAIRS, **options)
+            assert_gradients(on, problem, ranks, dim, **options)
             again = [gradients_of_part(on, problem, ranks, dim, **options) for _ in range(2)]
             assert_equal(*again)
     blocks._BLOCK_POSITIONS, blocks.LEAST_POSITIONS = 2048, 256
@@ -350,7 +351,7 @@ def failures(on: Rank):
         return ABSENT
     problem, found = make_problem(6, 8, residual=True), {}
     weight = problem.weights["p_out_weight"].requires_grad_()
-    schedule = on.kernel.sharded_schedule
+    schedule = on.kernel.sharded_schedule.backward
 
     def twice():
         (grad,) = torch.autograd.grad(sharded(on, problem, 2).sum(), weight, create_graph=True)
@@ -361,17 +362,17 @@ def failures(on: Rank):
             sharded(on, problem, 2)
 
     def exhausted():
-        out, allocate = sharded(on, problem, 2), schedule._allocate_backward
+        out, allocate = sharded(on, problem, 2), schedule.allocate_backward
 
         def fail(*_):
             raise torch.OutOfMemoryError("no memory for planes")
 
         if on.rank == 1:
-            schedule._allocate_backward = fail
+            schedule.allocate_backward = fail
         try:
             out.sum().backward()
         finally:
-            schedule._allocate_backward = allocate
+            schedule.allocate_backward = allocate
 
     asked = {
         "twice": twice,
@@ -406,7 +407,7 @@ def a_rank_without_a_backward(on: Rank):
 
 EQUAL = [
     in_double_precision,
-    bits_of_one_process,
+    equal_blocks,
     of_padded_batches,
     of_some,
     in_the_interpreter,

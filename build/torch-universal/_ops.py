@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8f232c2143"
+_NAMESPACE = "_esmfold2_trimul_kernel_004b41c68a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
