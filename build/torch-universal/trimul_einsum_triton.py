@@ -32,15 +32,15 @@ from .triton_parts.launch import (
     setting_of,
 )
 from .triton_parts.settings import LaunchConfig
-from .triton_parts.split_operands import FP16X3, product_of_planes
+from .triton_parts.split_operands import FP16X3, add_dot, product_of_planes
 from .triton_parts.tiles import PADDING_MULTIPLE, dot, halves, length_of
 
 _GROUP_M = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["L", "tiles", "lengths_ptr", "exponents_ptr"])
+@triton.jit(do_not_specialize=["L", "tiles", "lengths_ptr", "exponents_ptr", "masks_ptr"])
 def _trimul_einsum_fwd_kernel(
-    a, b, product, lengths_ptr, exponents_ptr, L, pitch, D, tiles, stride_exponents,
+    a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D, tiles, stride_exponents,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -59,14 +59,15 @@ def _trimul_einsum_fwd_kernel(
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _product_tile(
-                tile, a, b, product, lengths_ptr, exponents_ptr, L, pitch, D, stride_exponents,
+                tile, a, b, product, lengths_ptr, exponents_ptr, masks_ptr,
+                L, pitch, D, stride_exponents,
                 stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
                 stride_product_b, stride_product_d, stride_product_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
             )  # fmt: skip
     else:
         _product_tile(
-            tl.program_id(0), a, b, product, lengths_ptr, exponents_ptr, L, pitch, D,
+            tl.program_id(0), a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D,
             stride_exponents, stride_a_b, stride_a_d, stride_a_row,
             stride_b_b, stride_b_d, stride_b_row,
             stride_product_b, stride_product_d, stride_product_row,
@@ -76,7 +77,7 @@ def _trimul_einsum_fwd_kernel(
 
 @triton.jit
 def _product_tile(
-    tile, a, b, product, lengths_ptr, exponents_ptr, L, pitch, D, stride_exponents,
+    tile, a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D, stride_exponents,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -110,6 +111,8 @@ def _product_tile(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     SPLIT: tl.constexpr = PRECISION == "fp16x3"
     acc_low = acc  # of split numbers
+    if masks_ptr is not None:
+        masks_ptr += batch * pitch
     if DESCRIPTORS:
         for start_k in range(0, length, BLOCK_K):
             if SPLIT:
@@ -121,7 +124,7 @@ def _product_tile(
                 )
                 acc_low = tl.dot(a_tile, b_low.T, acc_low)
                 acc_low = tl.dot(a_low, b_tile.T, acc_low)
-                acc = tl.dot(a_tile, b_tile.T, acc)
+                acc = add_dot(a_tile, b_tile.T, acc)
             else:
                 if TURNED_A:
                     a_tile = a.load([batch, channel, start_k, start_m]).reshape(BLOCK_K, BLOCK_M).T
@@ -133,7 +136,9 @@ def _product_tile(
                     b_tile = b.load([batch, channel, start_n, start_k]).reshape(BLOCK_N, BLOCK_K).T
                 acc = dot(a_tile, b_tile, acc, PRECISION)
         if SPLIT:
-            acc = product_of_planes(acc, acc_low, exponents_ptr, stride_exponents, channel)
+            acc = product_of_planes(
+                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L
+            )  # fmt: skip
         # In halves: the store's buffer is half as large, which leaves room for another stage of
         # loads.
         left, right = halves(acc)
@@ -165,9 +170,13 @@ def _product_tile(
                 )
                 acc_low = tl.dot(a_tile, b_low.T, acc_low)
                 acc_low = tl.dot(a_low, b_tile.T, acc_low)
-            acc = dot(a_tile, b_tile.T, acc, PRECISION)
+                acc = add_dot(a_tile, b_tile.T, acc)
+            else:
+                acc = dot(a_tile, b_tile.T, acc, PRECISION)
         if SPLIT:
-            acc = product_of_planes(acc, acc_low, exponents_ptr, stride_exponents, channel)
+            acc = product_of_planes(
+                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L
+            )  # fmt: skip
         base = batch.to(tl.int64) * stride_product_b + channel.to(tl.int64) * stride_product_d
         row_m = offs_m.to(tl.int64) * stride_product_row
         ptrs = product + base + row_m[:, None] + offs_n[None, :]
@@ -217,6 +226,7 @@ def trimul_einsum_fwd(
     turned: tuple[bool, bool] = (False, False),
     config: LaunchConfig | None = None,
     exponents: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> None:
     """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) are arbitrary.
 
@@ -228,13 +238,17 @@ def trimul_einsum_fwd(
             behind a length.
         config: a setting in place of the shipped one.
         exponents: of the planes' powers of two, [2, D], if a and b are split numbers.
+        masks: of the powers of two of the planes' rows, [B, pitch], if the mask is not bool.
     """
     if exponents is not None:
         a, b = a.view(torch.float16), b.view(torch.float16)
     prepared = launches.of(
         ("trimul_einsum", key), prepare_einsum, call, a, b, product, turned, config
     )
-    prepared.launch(a=a, b=b, product=product, lengths_ptr=call.lengths, exponents_ptr=exponents)
+    prepared.launch(
+        a=a, b=b, product=product, lengths_ptr=call.lengths, exponents_ptr=exponents,
+        masks_ptr=masks,
+    )  # fmt: skip
 
 
 def prepare_einsum(
@@ -278,7 +292,7 @@ def prepare_einsum(
     return PreparedLaunch(
         _trimul_einsum_fwd_kernel,
         programs,
-        tensors={**descriptors, **pointers("lengths_ptr", "exponents_ptr")},
+        tensors={**descriptors, **pointers("lengths_ptr", "exponents_ptr", "masks_ptr")},
         values=dict(
             L=length, pitch=pitch, D=hidden, tiles=tiles,
             stride_exponents=call.hidden if split else 0,

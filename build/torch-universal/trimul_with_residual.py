@@ -72,11 +72,12 @@ def triangle_multiplicative_update_with_residual(
             eps_out is given.
         eps_out: the second LayerNorm's own eps.
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands, or
-            "fp16x3" (faster than "TF32x3" and less exact; on Hopper GPUs, else it is "TF32x3"), in
+            "fp16x3" (as exact as "TF32x3" and twice as fast; on Hopper GPUs, else "TF32x3"), in
             upper or lower case, or a member or value of cuEquivariance's TriMulPrecision; None
             follows torch's own setting (torch.backends.cuda.matmul.allow_tf32, or
-            torch.set_float32_matmul_precision, which is the same). It binds the Triton kernels; the
-            ATen path follows torch's own settings, which are more exact on a CPU.
+            torch.set_float32_matmul_precision, which is the same): "TF32" where that allows it,
+            else "fp16x3". It binds the Triton kernels; the ATen path follows torch's own settings,
+            which are more exact on a CPU.
         memory: "default" is the fastest; it holds three tensors of the pair's size beyond its
             arguments. "lean" holds at most one and a half, its result included, and takes longer.
             "auto" is "default", or "lean" if an allocation of the default mode fails, which is

@@ -20,7 +20,8 @@ TRANSITION_BIASES = ("gate_bias", "up_bias", "down_bias")
 # The public spellings of each arithmetic of float32.
 PRECISIONS = {
     "fp32": (
-        None, "none", "IEEE", "ieee", "TF32x3", "tf32x3", TriMulPrecision.IEEE, -1, 2, 3,
+        None, "none", "IEEE", "ieee", "TF32x3", "tf32x3", "fp16x3", "FP16x3",
+        TriMulPrecision.IEEE, -1, 2, 3,
     ),
     "tf32": ("TF32", "tf32", "default", TriMulPrecision.TF32, 0, 1),
     "bf16": ("bfloat16", "BF16", TriMulPrecision.BFLOAT16, 5),

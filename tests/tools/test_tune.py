@@ -14,7 +14,14 @@ import torch
 from esmfold2_trimul_tools import cli
 from esmfold2_trimul_tools.errors import UserError
 from esmfold2_trimul_tools.tune import search
-from esmfold2_trimul_tools.tune.candidates import STAGES, WIDTHS, Job, candidates
+from esmfold2_trimul_tools.tune.candidates import (
+    SPLIT_STAGES,
+    STAGES,
+    WIDTHS,
+    Job,
+    candidates,
+    split_candidates,
+)
 from esmfold2_trimul_tools.tune.table import fastest, table, text
 from fresh_process import HUNG_SECONDS, ROOT
 from typer.testing import CliRunner
@@ -40,7 +47,7 @@ def results(*rows, failed=()):
     environment = {
         "device": "NVIDIA Test", "torch": "2.0", "triton": "3.0", "date": "2020-01-01",
     }  # fmt: skip
-    return {"environment": environment, "rows": list(rows), "failed": list(failed)}
+    return {"environment": environment, "kind": "2", "rows": list(rows), "failed": list(failed)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -132,6 +139,41 @@ def test_a_candidate_is_held_to_the_reference(kernel, on_triton, monkeypatch, on
     right = inputs.run(one)
     monkeypatch.setattr(inputs, "run", lambda _: right * 1.01)
     assert inputs.error(one) > search.LARGEST_ERROR
+
+
+@pytest.mark.parametrize("stage", SPLIT_STAGES)
+def test_split_candidates(kernel, submodule, on_triton, monkeypatch, stage):
+    """The shipped ones are among them, and they are held to float64."""
+    shipped = submodule("triton_parts.settings").settings_of("sm_90")[stage]["split"]
+    for width in WIDTHS:
+        found = split_candidates(stage, width)
+        assert len(found) == len(set(found)) and {one.kind for one in found} == {"split"}
+        configs = [one.launch_config(kernel) for one in found]
+        for entry in shipped:
+            names = entry.keys() - {"max_width", "max_length", "triton"}
+            if entry.get("max_width", width) == width:
+                assert any(
+                    all(getattr(config, name) == entry[name] for name in names)
+                    for config in configs
+                ), entry
+    inputs = search.SplitInputs(kernel, 32, 21, on_triton)
+    one = job(stage)
+    assert 0 <= inputs.error(one) <= search.LARGEST_SPLIT_ERROR
+    right = inputs.run(one)
+    monkeypatch.setattr(inputs, "run", lambda _: right * 1.01)
+    assert not inputs.error(one) <= search.LARGEST_SPLIT_ERROR
+
+
+def test_a_table_of_split_operands(submodule):
+    base = json.loads((PACKAGE_CONFIGS / "sm_90.json").read_text())
+    shipped = submodule("triton_parts.settings").settings_of("sm_90")
+    measured = results(row(1.0), row(1.0, 128), row(2.0, 200)) | {"kind": "split"}
+    tuned = table(measured, base, shipped, CLASSES)
+    assert tuned["note"].startswith("Settings of float32's split operands of the forward measured")
+    first = tuned["trimul_einsum"]["split"][0]
+    assert (first["max_width"], first["block_m"]) == (128, 32)
+    for stage in STAGES:
+        assert tuned[stage]["2"] == base[stage]["2"], stage
 
 
 def test_a_transitions_stages_get_the_rows_of_a_chunk(kernel, submodule, on_triton, monkeypatch):
@@ -253,6 +295,8 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
 class FakeInputs:
     """Every candidate takes block_m milliseconds; block_m = 48 is wrong at the last length."""
 
+    largest_error = search.LARGEST_ERROR
+
     def __init__(self, kernel, width, length):
         self.length = length
 
@@ -365,6 +409,12 @@ def test_variants_are_tried_on_the_gpu_that_has_them(fake_gpu, monkeypatch, capa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     search.search(ROOT, ("fused_dual_gemm",), (128,), CLASSES)
     assert given == [asked]
+
+
+def test_split_operands_are_for_hopper_gpus(fake_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    with pytest.raises(UserError, match="split operands are for Hopper GPUs"):
+        search.search(ROOT, classes=CLASSES, kind="split")
 
 
 def test_the_command(fake_gpu, submodule, monkeypatch, tmp_path):

@@ -53,7 +53,14 @@ from .triton_parts.layer_norm import (
     row_statistics,
 )
 from .triton_parts.settings import LaunchConfig
-from .triton_parts.split_operands import FP16X3, dot_split, scaled, split_plane
+from .triton_parts.split_operands import (
+    FP16X3,
+    Scales,
+    dot_split,
+    scale_mask,
+    scaled,
+    split_plane,
+)
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -74,7 +81,7 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
     do_not_specialize=[
         "Q", "P", "first_q", "first_p", "eps", "first_channel",
         "stride_x_b", "stride_x_q", "stride_x_p",
-        "stride_mask_b", "stride_mask_q", "stride_mask_p", "mask_ptr", "lengths_ptr",
+        "stride_mask_b", "stride_mask_q", "stride_mask_p", "mask_ptr", "lengths_ptr", "masks_ptr",
         # A specialised pointer into a small tensor gets 32-bit offsets on AMD; the gap may be more.
         "weight_pair", "weight_gap",
     ]
@@ -82,7 +89,7 @@ _MAX_DESCRIPTOR_STRIDE = 2**40  # bytes
 def _fused_dual_gemm_fwd_kernel(
     x_ptr, mask_ptr, lengths_ptr, norm_weight_ptr, norm_bias_ptr,
     weight_pair, weight_gap, value_bias_ptr, gate_bias_ptr, a, b, moments_ptr,
-    scales_ptr, Q, P, pitch, first_q, first_p, eps, first_channel,
+    scales_ptr, masks_ptr, Q, P, pitch, first_q, first_p, eps, first_channel,
     stride_x_b, stride_x_q, stride_x_p, stride_x_c,
     stride_mask_b, stride_mask_q, stride_mask_p,
     stride_first, stride_second,
@@ -131,7 +138,7 @@ def _fused_dual_gemm_fwd_kernel(
         first = load_first(x_ptr, offs_x, valid_m)
     if SPLIT_OPERANDS:
         WHOLE: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K * BLOCK_K
-        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, WHOLE)
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, WHOLE, BLOCK_K)
     elif HELD:
         chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
     elif BLOCK_K >= C:
@@ -144,6 +151,8 @@ def _fused_dual_gemm_fwd_kernel(
             batch * stride_mask_b + q.to(tl.int64) * stride_mask_q + p.to(tl.int64) * stride_mask_p
         )
         pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
+
+        pair_mask = scale_mask(pair_mask, masks_ptr, pid_b * pitch + q, valid_m)
 
     # The same as q < Q, but here the compiler sees that groups of 16 positions agree.
     valid_plane = offs_m < plane_size
@@ -166,7 +175,9 @@ def _fused_dual_gemm_fwd_kernel(
 
     z = None
     if SPLIT_OPERANDS:
-        highs, lows = hold_split(chunks, first, mean, rstd, C)
+        highs, lows = hold_split(
+            chunks, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C
+        )
     elif HELD:
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
     elif BLOCK_K >= C:
@@ -214,7 +225,8 @@ def _fused_dual_gemm_fwd_kernel(
             if G % BLOCK_N != 0:
                 valid = valid & (offs_n < G)[:, None]
             if SPLIT_OPERANDS:
-                high, low = split_plane(gated)
+                # At the padding an infinite weight may have made NaN.
+                high, low = split_plane(tl.where(valid_m[:, None], gated, 0.0))
                 tl.store(ptrs, high.T, mask=valid)
                 tl.store(ptrs + pitch, low.T, mask=valid)
             else:
@@ -296,7 +308,7 @@ def fused_dual_gemm_fwd(
     moments: Tensor | None = None,
     config: LaunchConfig | None = None,
     first_row: int = 0,
-    scales: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Stage 1 of a call, whose x is [B, R, L, C]; returns the moments [B, 2, Q, pitch].
 
@@ -337,7 +349,8 @@ def fused_dual_gemm_fwd(
         a=a,
         b=b,
         moments_ptr=moments,
-        scales_ptr=scales,
+        scales_ptr=None if scales is None else scales.projections,
+        masks_ptr=None if scales is None else scales.masks,
     )
     return moments
 
@@ -462,7 +475,8 @@ def prepare_dual_gemm(
         batch * triton.cdiv(plane_size, config.block_m) * programs,
         tensors=pointers(
             "x_ptr", "mask_ptr", "lengths_ptr", "norm_weight_ptr", "norm_bias_ptr",
-            "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr", "scales_ptr",
+            "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr", "scales_ptr", "masks_ptr",
+            "masks_ptr",
         ) | {"weight_pair": pair.descriptor, "a": flat},
         values=dict(
             Q=rows, P=columns, pitch=pitch, first_q=first[0], first_p=first[1], eps=call.eps_in,

@@ -33,7 +33,7 @@ from .triton_parts.launch import (
 )
 from .triton_parts.layer_norm import load_first, mean_of, normalise, row_moments
 from .triton_parts.settings import LaunchConfig
-from .triton_parts.split_operands import FP16X3, dot_split, scaled, split_tile, unit_rows
+from .triton_parts.split_operands import FP16X3, Scales, dot_split, scaled, split_tile
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -147,8 +147,6 @@ def _fused_ln_residual_fwd_kernel(
     )
     mean_x = tl.load(mean_ptrs, mask=valid_m, other=0.0)[:, None]
     rstd_x = tl.load(mean_ptrs + stride_moments_n, mask=valid_m, other=0.0)[:, None]
-    if SPLIT_OPERANDS:
-        rstd_x = unit_rows(rstd_x)
     t_ptr = product_ptr + batch * stride_product_b
     offs_t = i.to(tl.int64) * stride_product_i + j
     # Groups of 16 positions share a row, and every stride of the product is a multiple of 16.
@@ -168,8 +166,6 @@ def _fused_ln_residual_fwd_kernel(
         mean_t, rstd_t = row_moments(
             t_ptr, offs_t, stride_product_d, first_t, valid_t, eps_out, D, BLOCK_K
         )
-        if SPLIT_OPERANDS:
-            rstd_t = unit_rows(rstd_t)
 
     for step in range(0, PER_PROGRAM):
         start_n = (part * PER_PROGRAM + step) * BLOCK_N
@@ -345,7 +341,7 @@ def fused_ln_residual_fwd(
     rows: slice | None = None,
     config: LaunchConfig | None = None,
     first_row: int = 0,
-    scales: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Stage 3 of a call: all rows of its x, or `rows`, of `out` like x, contiguous.
 
@@ -406,7 +402,7 @@ def fused_ln_residual_fwd(
             emit_bias_ptr=weights.p_out_bias,
             gate_weight=weights.g_out_weight,
             gate_bias_ptr=weights.g_out_bias,
-            scales_ptr=scales,
+            scales_ptr=None if scales is None else scales.projections,
         )
     if made is not out:
         out.copy_(made)
@@ -419,7 +415,7 @@ def fused_ln_residual_by_steps(
     moments: Tensor,
     out: Tensor,
     first_row: int = 0,
-    scales: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows.
 

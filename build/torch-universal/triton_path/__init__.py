@@ -29,14 +29,21 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
-from ..triton_parts.split_operands import FP16X3, exponents_of, refusal, split_weights
+from ..triton_parts.split_operands import FP16X3, Scales, refusal, split_weights
 from ..triton_parts.tiles import padded_pitch
 from ..validation import DIRECTIONS
 from . import transition as transition
 from .gradients import group_size as group_size
 from .gradients import likeness, run_backward
 from .launches import current_device as current_device
-from .launches import for_forward, for_kernels, launches_of, twin_of, with_precision
+from .launches import (
+    for_forward,
+    for_kernels,
+    launches_of,
+    twin_of,
+    wants_split,
+    with_precision,
+)
 from .lean import run_lean
 from .row_gradients import gradient_stages as gradient_stages
 from .rows import stages as stages
@@ -92,7 +99,8 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
     for first in range(0, batch, size):
         entries = slice(first, first + size)
         part = call.of_entries(entries)
-        moments = _multiply(part, launches, planes, product, scales)
+        of_part = None if scales is None else scales.of_entries(entries)
+        moments = _multiply(part, launches, planes, product, of_part)
         by_rows = with_axes_of_x(moments, call.direction)
         fused_ln_residual_fwd(part, launches, product, by_rows, out[entries], scales=scales)
         del moments, by_rows  # freed before the next group's are allocated
@@ -137,13 +145,15 @@ def _run_saving(
 
 
 def _multiply(
-    call: Call, launches: Launches, planes: Tensor, product: Tensor, scales: Tensor | None
+    call: Call, launches: Launches, planes: Tensor, product: Tensor, scales: Scales | None
 ) -> Tensor:
     """Stages 1 and 2: fills planes and product; returns the moments."""
     a, b = planes.unbind(1)
     moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales)
-    exponents = exponents_of(scales, call.hidden, slice(None))
-    trimul_einsum_fwd(call, launches, a, b, product, exponents=exponents)
+    exponents = masks = None
+    if scales is not None:
+        exponents, masks = scales.of_planes(call.hidden, slice(None)), scales.masks
+    trimul_einsum_fwd(call, launches, a, b, product, exponents=exponents, masks=masks)
     return moments
 
 
@@ -211,6 +221,10 @@ def plan(call: Call) -> Plan:
     notes.append(note_on_gradients(call, keeps_planes))
     if call.precision == FP16X3 and reason is not None:
         notes.append(f"precision 'fp16x3' is run as TF32x3: {reason}")
+    elif wants_split(call) and reason is not None:
+        notes.append(f"products are not the default's, 'fp16x3': {reason}")
+    elif wants_split(call) and call.precision == "default":
+        notes.append("products are those of float32, in three of float16: nothing allowed TF32")
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
     found = with_precision(found, "fused_dual_gemm", kernels_call)

@@ -10,7 +10,7 @@ from .._call import Call, Transition
 from .._plan import Plan
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import twin
-from ..triton_parts.split_operands import FP16X3, refusal
+from ..triton_parts.split_operands import FP16X3, is_default, refusal
 from ..validation import torch_allows_tf32
 
 _MOST_KINDS = 1024
@@ -90,10 +90,17 @@ def for_kernels(call: Call | Transition) -> Call | Transition:
     return call._replace(weights=weights, precision=precision)
 
 
+def wants_split(call: Call) -> bool:
+    """Whether "fp16x3" is asked for, or is what the target does where nothing is."""
+    if call.precision == "default":
+        return is_default(call.x.device) and not torch_allows_tf32()
+    return call.precision == FP16X3
+
+
 def for_forward(call: Call, keeps_planes: bool = False) -> Call:
-    """As `for_kernels`; where "fp16x3" is asked for and can be had, the precision is still that."""
+    """As `for_kernels`; where "fp16x3" is wanted and can be had, the precision is that."""
     made = for_kernels(call)
-    if call.precision != FP16X3 or refusal(call, keeps_planes) is not None:
+    if not wants_split(call) or refusal(call, keeps_planes) is not None:
         return made
     return made._replace(precision=FP16X3)
 

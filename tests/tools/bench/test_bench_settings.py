@@ -55,8 +55,9 @@ def test_options_choose_the_rivals(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert names(device="cuda") == [
-        "ours", "ours, plain", "ours, torch.compile", "ours, CUDA graph", "ours, lean", *basic[1:],
-        "published", "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
+        "ours", "ours, plain", "ours, TF32x3", "ours, torch.compile", "ours, CUDA graph",
+        "ours, lean", *basic[1:], "published", "cuequivariance, bf16 norms",
+        "cuequivariance, fp32 norms",
     ]  # fmt: skip
     (tmp_path / "esm" / "models" / "esmfold2").mkdir(parents=True)
     (tmp_path / "esm" / "models" / "esmfold2" / "layers.py").write_text("")
@@ -65,7 +66,8 @@ def test_options_choose_the_rivals(monkeypatch, tmp_path):
     )
     assert len(names(device="cuda", **everything)) == len(RIVALS)
     assert names(device="cuda", passes="training") == [
-        "ours", "ours, plain", "ours, torch.compile", "ours, recompute all", *basic[1:],
+        "ours", "ours, plain", "ours, TF32x3", "ours, torch.compile", "ours, recompute all",
+        *basic[1:],
         "published", "cuequivariance, bf16 norms", "cuequivariance, fp32 norms",
     ]  # fmt: skip
     settings = ready(Settings, device="cuda", compile_lengths="384")

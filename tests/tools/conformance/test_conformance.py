@@ -32,6 +32,7 @@ INTERPRETED = (
     "leading: none, bfloat16",
     "leading: x 2 x 1 x 4, mask 3 x 1, float32",
     "precision: bfloat16, float32",
+    "precision: fp16x3, float32",
     "heavy tails: Cauchy, bfloat16",
     "constant rows: up to 3e38, bfloat16",
     "constant rows: up to 3e38, float32",

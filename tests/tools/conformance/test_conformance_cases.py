@@ -34,7 +34,7 @@ def test_the_table_has_every_word_and_says_nothing_twice():
         ("norms", ("float32", "bfloat16", "absent")),
         ("residual", ("none", "own", "pair", "overwritten")),
         ("drop_mask", ("none", "bool", "[B, 1, L, C]", "[B*L, C]")),
-        ("precision", (None, "IEEE", "TF32", "TF32x3", "bfloat16")),
+        ("precision", (None, "IEEE", "TF32", "TF32x3", "fp16x3", "bfloat16")),
         ("lengths_dtype", ("int64", "int32")),
         ("memory", ("auto", "lean")),
         ("biases", [(), *[(name,) for name in BIASES], BIASES]),
@@ -52,7 +52,7 @@ def test_the_transitions_have_every_word():
         ("weights", ("trunk", "wide gates", "fine norms")),
         ("norms", ("float32", "bfloat16", "absent")),
         ("residual", ("none", "own", "pair", "overwritten")),
-        ("precision", (None, "IEEE", "TF32", "TF32x3", "bfloat16")),
+        ("precision", (None, "IEEE", "TF32", "TF32x3", "fp16x3", "bfloat16")),
         ("lengths_dtype", ("int64", "int32")),
         ("biases", [(), *[(name,) for name in TRANSITION_BIASES], TRANSITION_BIASES]),
     ):

@@ -35,6 +35,10 @@ MAX_SPILL_BYTES = 512
 # (sequences without padding, H200). Hopper's variants of wide rows have six with Triton 3.9, which
 # a consumer reads once a tile, outside the loop over channels.
 MAX_LOOP_SPILL_BYTES = 24
+# In stage 3 of float32's split operands, with more than 128 channels: read once for each block of
+# output channels, outside of the loops over K. It took 0.91 ms on an H200 (C = 256, L = 512), and
+# tiles of half the width, which spill nothing, 1.31.
+MAX_SPLIT_LOOP_SPILL_BYTES = 200
 _INSTRUCTION_BYTES = 16  # of NVIDIA's machine code
 
 
@@ -151,9 +155,8 @@ def _call_of(kernel: ModuleType, case: Case) -> NamedTuple:
     one = _empty(width, width, dtype=case.dtype)
     weights = module.Weights(*norms[:2], value, None, gate, None, *norms[2:], one, None, one, None)
     x = _empty(1, length, length, width, dtype=case.dtype)
-    mask = torch.bool if case.precision == "fp16x3" else torch.float32
     return module.Call(
-        x=x, direction="outgoing", mask=_empty(1, length, length, dtype=mask), residual=x,
+        x=x, direction="outgoing", mask=_empty(1, length, length, dtype=torch.float32), residual=x,
         drop_mask=None, weights=weights, eps_in=1e-5, eps_out=1e-5, precision=case.precision,
         memory="default", recompute="none", inplace=False, lengths=_lengths_of(case),
     )  # fmt: skip
@@ -419,7 +422,9 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{where}: {row['shared_bytes']} bytes of shared memory, of {limit}")
         if row["spill_bytes"] > MAX_SPILL_BYTES:
             found.append(f"{where}: {row['spill_bytes']} bytes of spills, of {MAX_SPILL_BYTES}")
-        if row["spills_in_loop"] and row["spill_bytes"] > MAX_LOOP_SPILL_BYTES:
+        split = row["kernel"] == "fused_ln_residual" and "fp16x3" in row["case"]
+        most = MAX_SPLIT_LOOP_SPILL_BYTES if split else MAX_LOOP_SPILL_BYTES
+        if row["spills_in_loop"] and row["spill_bytes"] > most:
             found.append(f"{where}: registers spill inside a loop")
         found += [f"{where}: {fault}" for fault in row.get("descriptor_faults") or ()]
     return found

@@ -7,12 +7,12 @@ reads them, so that they are computed once.
 import triton
 import triton.language as tl
 
-from .split_operands import split_tile, unit_rows
+from .split_operands import split_tile
 from .tiles import beside, identity, load_channels, load_tile
 
 # Keeps sums of up to 2^16 channels from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = tl.constexpr(2.0**-16)
-# The most channels that `load_chunks` loads as one tile.
+# The most channels that 16-bit rows are loaded in as one tile.
 _CHUNK = tl.constexpr(64)
 
 
@@ -96,10 +96,11 @@ def normalise(
 
 @triton.jit
 def load_chunks(
-    ptr, offs_m, stride_k, valid_m, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+    ptr, offs_m, stride_k, valid_m, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    MOST: tl.constexpr = _CHUNK,
 ):  # fmt: skip
-    """The rows [M, BLOCK_K >= WIDTH] as a tuple of tiles of at most _CHUNK channels."""
-    CHUNK: tl.constexpr = min(BLOCK_K, _CHUNK)
+    """The rows [M, BLOCK_K >= WIDTH] as a tuple of tiles of at most MOST channels."""
+    CHUNK: tl.constexpr = min(BLOCK_K, MOST)
     chunks = ()
     for c in tl.static_range(BLOCK_K // CHUNK):
         offs_k = tl.arange(0, CHUNK) + c * CHUNK
@@ -182,10 +183,12 @@ def hold(
 
 
 @triton.jit
-def hold_split(chunks, first, mean, rstd, WIDTH: tl.constexpr):
+def hold_split(
+    chunks, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, WIDTH: tl.constexpr
+):  # fmt: skip
     """Split numbers of fp32 rows in chunks, normalised: tuples of [M, chunk], the high ones held.
 
-    Without norm weights, and in the scale of `unit_rows`.
+    The norm is in the scale of `split_weights`.
     """
     CHUNK: tl.constexpr = chunks[0].shape[1]
     one = identity(CHUNK, tl.float16)
@@ -193,7 +196,7 @@ def hold_split(chunks, first, mean, rstd, WIDTH: tl.constexpr):
     for c in tl.static_range(len(chunks)):
         offs_k = tl.arange(0, CHUNK) + c * CHUNK
         z = normalise(
-            chunks[c], offs_k, first, mean, unit_rows(rstd), None, None,
+            chunks[c], offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
             WIDTH, c * CHUNK + CHUNK <= WIDTH,
         )  # fmt: skip
         high, low = split_tile(z)

@@ -134,8 +134,9 @@ def targets() -> list[str]:
 def settings_of(target: str, device_name: str = "") -> dict:
     """The whole table of a device: "note", the stages, and properties of its target.
 
-    The properties are shared_bytes, the most shared memory of a block, and fp32_dots where they
-    differ from the vendor's other targets.
+    The properties are shared_bytes, the most shared memory of a block, fp32_dots where they differ
+    from the vendor's other targets, and fp32_forward, the precision of a float32 forward for which
+    nothing allows TF32, if it is "fp16x3".
     """
     for name in (device_name.replace(" ", "_"), target, "default"):
         if (table := _table(name)) is not None:

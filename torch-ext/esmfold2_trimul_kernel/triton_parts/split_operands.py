@@ -3,19 +3,28 @@
     v = high + low / 2^s,  high = fp16(v),  low = fp16(2^s (v - high))
     a b = high_a high_b + (high_a low_b + low_a high_b) / 2^s         to 22 bits, in three products
 
-float16 has few exponents, so every operand is first multiplied by a power of two:
+Tensor cores truncate whatever they add to an accumulator. So they sum blocks of a setting's BLOCK_K
+alone, and blocks are added in fp32. Within a block the products with low numbers come first, while
+the sum is small.
 
-- a normalised row, |x^| <= sqrt(K), by 2^10; the norm's weight and bias go into the projection
-- a row of W' = W diag(g) by its own, so that its largest element is between 2^14 and 2^15
-- a plane of a, or of b, by its own, so that a bound of its elements is below 2^15: with
-  c = W b + bias, |x^ W'^T + c| <= sqrt(K) |W'| + |c|, and a gate or a mask is at most 1
+float16 has few exponents, so every operand is multiplied by a power of two:
+
+- normalised rows, so that sqrt(K) times the norm's largest weight and its largest bias stay below
+  2^15: what is given to the kernels are a norm's weights and biases times that power
+- a row of a projection by its own, so that its largest element is between 2^14 and 2^15
+- a plane of a, or of b, by its own, so that a bound of its elements is below 2^15:
+  |z W^T + bias| <= sqrt(K) |W diag(g)| + |W b| + |bias|, and a gate is at most 1
+- a row of all planes, by that of the mask if its dtype is not bool, which may have any values
 
 What a plane holds may lie far below its bound, as where gates are shut. Its low numbers are 2^11
 times as large (s = 11), and stage 2 sums their products in an accumulator of their own: 22 bits are
-right down to 2^-28 of the bound. Elsewhere s = 0, and one accumulator serves all three.
+right down to 2^-28 of the bound. Elsewhere s = 0.
 
-The scales are made with the split weights, from the parameters alone, by one launch for a call.
+The scales are made with the split weights, from the parameters, by one launch for a call; those of
+a mask by another.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,16 +33,22 @@ from torch import Tensor
 
 from .._call import Call, Weights
 from .device import device_target
-from .launch import Launches, PreparedLaunch, pointers
+from .launch import Launches, PreparedLaunch, named_strides, pointers, strides
 from .settings import settings_of
-from .tiles import load_channels, load_weight
+from .tiles import length_of, load_weight, padded_pitch
 
 FP16X3 = "fp16x3"  # the precision of a call of these products, beside Triton's own words
 _MAX_WIDTH = 256  # the widest rows that stage 1 holds in registers
 _BLOCK_N = 16
+_NORMS = ("norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _PROJECTIONS = ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight")
-_UNIT_EXPONENT = tl.constexpr(10)  # of the power of two of normalised rows
 _LOW = tl.constexpr(2.0**11)  # of the low numbers of planes
+
+
+def is_default(device: torch.device) -> bool:
+    """Whether the target's float32 forwards have these products where no word is given."""
+    target = device_target(device)
+    return settings_of(target.target, target.name).get("fp32_forward") == FP16X3
 
 
 def refusal(call: Call, keeps_planes: bool) -> str | None:
@@ -43,8 +58,6 @@ def refusal(call: Call, keeps_planes: bool) -> str | None:
         return f"{device.target} has no settings for it"
     if keeps_planes:
         return "a and b are kept for a backward, which takes no split numbers"
-    if call.mask is not None and call.mask.dtype != torch.bool:
-        return "the mask is not bool, so nothing bounds its values"
     if max(widths) > _MAX_WIDTH or any([width % 16 for width in widths]):
         return f"C and D must be multiples of 16, at most {_MAX_WIDTH}; got C, D = {widths}"
     return None
@@ -65,17 +78,18 @@ def split_plane(x):
 
 
 @triton.jit
-def unit_rows(rstd):
-    """1 / deviation of rows, for normalised rows as `dot_split` takes them."""
-    return rstd * (2**_UNIT_EXPONENT)
+def dot_split(high, low, weight_high, weight_low, acc):
+    """acc + (high + low) @ (weight_high + weight_low).T in fp32, the smaller products first."""
+    block = tl.dot(low, weight_high.T)
+    block = tl.dot(high, weight_low.T, block)
+    return acc + tl.dot(high, weight_high.T, block)
 
 
 @triton.jit
-def dot_split(high, low, weight_high, weight_low, acc):
-    """acc + (high + low) @ (weight_high + weight_low).T in fp32, the smaller products first."""
-    acc = tl.dot(low, weight_high.T, acc)
-    acc = tl.dot(high, weight_low.T, acc)
-    return tl.dot(high, weight_high.T, acc)
+def add_dot(a, b, acc):
+    """acc + a @ b, added in fp32 outside of the tensor cores."""
+    # Without this word, which says nothing about 16 bits, Triton makes acc the dot's accumulator.
+    return acc + tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
 
 
 @triton.jit
@@ -87,15 +101,23 @@ def scaled(acc, scales_ptr, rows, TOTAL: tl.constexpr):
 
 
 @triton.jit
-def product_of_planes(acc, acc_low, exponents_ptr, stride_exponents, channel):
+def product_of_planes(
+    acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L
+):  # fmt: skip
     """The product of a channel's planes: acc of their high numbers, acc_low of those with low ones.
+
+    masks_ptr: the exponents of a sequence's rows, of a mask that is not bool.
     """
     exponent = tl.load(exponents_ptr + channel) + tl.load(
         exponents_ptr + stride_exponents + channel
     )
     exponent = exponent.to(tl.int32)
     first = exponent >> 1  # in two steps, neither of which leaves the exponents of fp32
-    return (acc + acc_low * (1.0 / _LOW)) * _power_of_two(-first) * _power_of_two(first - exponent)
+    acc = (acc + acc_low * (1.0 / _LOW)) * _power_of_two(-first) * _power_of_two(first - exponent)
+    if masks_ptr is not None:
+        acc *= _power_of_two(tl.load(masks_ptr + offs_m, mask=offs_m < L, other=0))[:, None]
+        acc *= _power_of_two(tl.load(masks_ptr + offs_n, mask=offs_n < L, other=0))[None, :]
+    return acc
 
 
 @triton.jit
@@ -114,7 +136,8 @@ def _exponent_of(x):
 def _split_weights_kernel(
     p_in_weight_ptr, g_in_weight_ptr, p_out_weight_ptr, g_out_weight_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
-    p_in_bias_ptr, g_in_bias_ptr, p_out_bias_ptr, g_out_bias_ptr, split_ptr, scales_ptr,
+    p_in_bias_ptr, g_in_bias_ptr, p_out_bias_ptr, g_out_bias_ptr,
+    split_ptr, scales_ptr, norms_ptr,
     stride_p_in_weight, stride_g_in_weight, stride_p_out_weight, stride_g_out_weight,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -149,12 +172,52 @@ def _split_weights_kernel(
             g_out_bias_ptr, split_ptr + 10 * D * C, scales_ptr, start, 4 * D + C,
             C, C, TOTAL, BLOCK_N, BLOCK_C, False,
         )  # fmt: skip
+    if start == 0:
+        _store_norm(norm_in_weight_ptr, norm_in_bias_ptr, norms_ptr, C, BLOCK_C)
+        _store_norm(norm_out_weight_ptr, norm_out_bias_ptr, norms_ptr + 2 * C, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["L", "mask_ptr", "lengths_ptr"])
+def _mask_exponents_kernel(
+    mask_ptr, lengths_ptr, exponents_ptr, L, pitch, stride_mask_b, stride_mask_q, stride_mask_p,
+    BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The exponents of the least powers of two that no finite value of a row of a mask is above.
+
+    BLOCK_Q rows q of one sequence's mask, of planes a[q, p].
+    """
+    tiles = tl.cdiv(L, BLOCK_Q)
+    b = tl.program_id(0) // tiles
+    q = (tl.program_id(0) - b * tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    length = length_of(lengths_ptr, b, L)
+    rows = b.to(tl.int64) * stride_mask_b + q.to(tl.int64) * stride_mask_q
+    largest = tl.zeros([BLOCK_Q], tl.float32)
+    for start in range(0, length, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        valid = (q < length)[:, None] & (p < length)[None, :]
+        ptrs = mask_ptr + rows[:, None] + (p.to(tl.int64) * stride_mask_p)[None, :]
+        sizes = tl.abs(tl.load(ptrs, mask=valid, other=0).to(tl.float32))
+        largest = tl.maximum(largest, tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1))
+    exponent = _exponent_of(largest)
+    exponent += (largest > _power_of_two(exponent)).to(tl.int32)
+    exponent = tl.where(largest > 0, tl.minimum(tl.maximum(exponent, -126), 126), 0)
+    tl.store(exponents_ptr + b * pitch + q, exponent, mask=q < L)
+
+
+@triton.jit
+def scale_mask(mask, exponents_ptr, rows, valid):
+    """mask [M] by the powers of two of its rows [M] in `exponents_ptr`, so that it is at most 1."""
+    if exponents_ptr is None:
+        return mask
+    else:
+        exponents = tl.load(exponents_ptr + rows, mask=valid, other=0)
+        return mask * _power_of_two(-exponents)
 
 
 @triton.jit
 def _split_rows(
-    weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr, split_ptr, scales_ptr,
-    start, first, N: tl.constexpr, K: tl.constexpr, TOTAL: tl.constexpr,
+    weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr,
+    split_ptr, scales_ptr, start, first, N: tl.constexpr, K: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Rows start + [0, BLOCK_N) of the TOTAL, of the projection [N, K] whose first is `first`."""
@@ -162,40 +225,99 @@ def _split_rows(
     offs_n, offs_k = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weight = load_weight(weight_ptr, start_n, 0, stride_weight, N, K, BLOCK_N, BLOCK_K, False)
     weight = weight.to(tl.float32)
-    constant = tl.sum(weight * load_channels(norm_bias_ptr, offs_k, 0.0, K, K == BLOCK_K), 1)
-    if bias_ptr is not None:
-        constant += tl.load(bias_ptr + offs_n).to(tl.float32)
-    weight *= load_channels(norm_ptr, offs_k, 1.0, K, K == BLOCK_K)
     sizes = tl.abs(weight)
-    largest = tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1)
-    up = tl.minimum(14 - _exponent_of(largest), 116)
+    finite = tl.where(sizes < float("inf"), weight, 0.0)
+    unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
+    # Together within the exponents of fp32.
+    up = tl.minimum(14 - _exponent_of(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
     weight *= _power_of_two(up)[:, None]
     high, low = split_tile(weight)
-    low = tl.where(tl.abs(high.to(tl.float32)) < float("inf"), low, 0.0)
+    # An infinite weight is a low number: those meet the high numbers of rows alone, whose signs are
+    # the rows' own.
+    infinite = sizes == float("inf")
+    low = tl.where(infinite, weight.to(tl.float16), low)
+    high = tl.where(infinite, 0.0, high)
     ptrs = split_ptr + (offs_n * K)[:, None] + offs_k[None, :]
     tl.store(ptrs, high, mask=(offs_k < K)[None, :])
     tl.store(ptrs + N * K, low, mask=(offs_k < K)[None, :])
 
-    down = -up - _UNIT_EXPONENT
+    constant = tl.zeros([BLOCK_N], tl.float32)
+    if bias_ptr is not None:
+        constant += tl.load(bias_ptr + offs_n).to(tl.float32)
+    down = -up - unit
     ptrs = scales_ptr + start + tl.arange(0, BLOCK_N)
     if PLANES:
-        bound = _exponent_of(tl.sqrt(tl.sum(weight * weight, 1) * K)) - up
-        bound = tl.maximum(bound, _exponent_of(tl.abs(constant))) + 1
+        norm, norm_bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)
+        finite *= _power_of_two(up)[:, None]
+        of_rows = finite * (norm * _power_of_two(unit))[None, :]
+        of_rows = tl.sqrt(tl.sum(of_rows * of_rows, 1) * K)
+        of_rows += tl.abs(tl.sum(finite * (norm_bias * _power_of_two(unit))[None, :], 1))
+        bound = tl.maximum(_exponent_of(of_rows) - up - unit, _exponent_of(tl.abs(constant))) + 1
         exponent = tl.maximum(tl.minimum(14 - bound, 126), -126)
-        down = tl.maximum(down + exponent, -126)
+        down += exponent
         constant *= _power_of_two(exponent)
         tl.store(ptrs + 2 * TOTAL, exponent.to(tl.float32))
-    tl.store(ptrs, _power_of_two(down))
+    tl.store(ptrs, _power_of_two(tl.maximum(tl.minimum(down, 127), -126)))
     tl.store(ptrs + TOTAL, constant)
 
 
-def split_weights(call: Call, launches: Launches) -> tuple[Call, Tensor | None]:
+@triton.jit
+def _norm_of(norm_ptr, norm_bias_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The weights and the biases of a norm, [BLOCK_K] each."""
+    offs_k = tl.arange(0, BLOCK_K)
+    weight = tl.full([BLOCK_K], 1.0, tl.float32)
+    bias = tl.zeros([BLOCK_K], tl.float32)
+    if norm_ptr is not None:
+        weight = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    if norm_bias_ptr is not None:
+        bias = tl.load(norm_bias_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    return weight, bias
+
+
+@triton.jit
+def _norm_exponent(norm_ptr, norm_bias_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The exponent of the power of two of rows with this norm: they stay below 2^15."""
+    weight, bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)
+    weight, bias = tl.abs(weight), tl.abs(bias)
+    largest = tl.max(tl.where(weight < float("inf"), weight, 0.0), 0) * tl.sqrt(K * 1.0)
+    largest += tl.max(tl.where(bias < float("inf"), bias, 0.0), 0)
+    return tl.maximum(tl.minimum(14 - _exponent_of(largest), 126), -113)
+
+
+@triton.jit
+def _store_norm(norm_ptr, norm_bias_ptr, norms_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The weights and the biases of a norm, [2, K], in the scale of its rows."""
+    exponent = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
+    weight, bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K)
+    tl.store(norms_ptr + offs_k, weight * _power_of_two(exponent), mask=offs_k < K)
+    tl.store(norms_ptr + K + offs_k, bias * _power_of_two(exponent), mask=offs_k < K)
+
+
+class Scales(NamedTuple):
+    """The scales of a call's split numbers."""
+
+    # [3, 4D + 2C] in fp32, of the rows of p_in, g_in, p_out and g_out: factors of the products,
+    # constants to be added, and, of p_in, the exponents of the planes' powers of two.
+    projections: Tensor
+    # [B, pitch] in int32, of a mask that is not bool: the exponents of its rows' powers of two, by
+    # which planes are divided.
+    masks: Tensor | None
+
+    def of_entries(self, entries: slice) -> "Scales":
+        """The scales of some sequences of the batch."""
+        return self if self.masks is None else self._replace(masks=self.masks[entries])
+
+    def of_planes(self, hidden: int, channels: slice) -> Tensor:
+        """The exponents of the powers of two of some channels' a and b, [2, G]."""
+        return self.projections[2, : 2 * hidden].view(2, hidden)[:, channels]
+
+
+def split_weights(call: Call, launches: Launches) -> tuple[Call, Scales | None]:
     """The call with split parameters, and their scales; as it is unless its precision is "fp16x3".
 
-    Of a projection [N, K] then high [N, K] and low [N, K] lie one behind the other, and there are
-    neither norm weights nor biases. The scales [3, 4D + 2C] in float32 are, for the rows of p_in,
-    g_in, p_out and g_out: factors of the products, constants to be added, and, of p_in, the
-    exponents of the planes' powers of two.
+    Of a projection [N, K] then high [N, K] and low [N, K] lie one behind the other, the norms are
+    scaled, and the biases are among the scales.
     """
     if call.precision != FP16X3:
         return call, None
@@ -205,19 +327,26 @@ def split_weights(call: Call, launches: Launches) -> tuple[Call, Tensor | None]:
     sizes = [2 * n * k for n, k in zip(rows, widths, strict=True)]
     memory = launches.empty("split weights", (sum(sizes),), torch.float16, device)
     scales = launches.empty("scales", (3, sum(rows)), torch.float32, device)
+    norms = launches.empty("scaled norms", (2 * channels + 2 * hidden,), torch.float32, device)
+    masks = None
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        batch, length, _ = call.mask.shape
+        shape = (batch, padded_pitch(length))
+        masks = launches.empty("exponents of the mask", shape, torch.int32, device)
+        launches.of(("mask_exponents",), _prepare_mask_exponents, call).launch(
+            mask_ptr=call.mask, lengths_ptr=call.lengths, exponents_ptr=masks
+        )
     launches.of(("split_weights",), _prepare, call).launch(
         **{f"{name}_ptr": value for name, value in weights._asdict().items()},
         split_ptr=memory,
         scales_ptr=scales,
+        norms_ptr=norms,
     )
     parts = [part.view(-1, k) for part, k in zip(memory.split(sizes), widths, strict=True)]
-    split = dict.fromkeys(Weights._fields) | dict(zip(_PROJECTIONS, parts, strict=True))
-    return call._replace(weights=Weights(**split)), scales
-
-
-def exponents_of(scales: Tensor | None, hidden: int, channels: slice) -> Tensor | None:
-    """The exponents of the powers of two of some channels' a and b, [2, G]."""
-    return None if scales is None else scales[2, : 2 * hidden].view(2, hidden)[:, channels]
+    norms = norms.split([channels, channels, hidden, hidden])
+    split = dict.fromkeys(Weights._fields)
+    split |= dict(zip((*_NORMS, *_PROJECTIONS), (*norms, *parts), strict=True))
+    return call._replace(weights=Weights(**split)), Scales(scales, masks)
 
 
 def _prepare(call: Call) -> PreparedLaunch:
@@ -226,7 +355,9 @@ def _prepare(call: Call) -> PreparedLaunch:
     return PreparedLaunch(
         _split_weights_kernel,
         (4 * hidden + 2 * channels) // _BLOCK_N,
-        tensors=pointers(*[f"{name}_ptr" for name in Weights._fields], "split_ptr", "scales_ptr"),
+        tensors=pointers(
+            *[f"{name}_ptr" for name in Weights._fields], "split_ptr", "scales_ptr", "norms_ptr"
+        ),
         values={f"stride_{name}": getattr(weights, name).stride(0) for name in _PROJECTIONS},
         constants=dict(
             C=channels, D=hidden, BLOCK_N=_BLOCK_N,
@@ -234,3 +365,19 @@ def _prepare(call: Call) -> PreparedLaunch:
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip
+
+
+def _prepare_mask_exponents(call: Call) -> PreparedLaunch:
+    """The launch of `_mask_exponents_kernel` for calls like this one."""
+    batch, length, _ = call.mask.shape
+    axes = "bpq" if call.direction == "incoming" else "bqp"
+    return PreparedLaunch(
+        _mask_exponents_kernel,
+        batch * triton.cdiv(length, _BLOCK_N),
+        tensors=pointers("mask_ptr", "lengths_ptr", "exponents_ptr"),
+        values=dict(
+            L=length, pitch=padded_pitch(length), **named_strides("mask", axes, strides(call.mask))
+        ),
+        constants=dict(BLOCK_Q=_BLOCK_N, BLOCK_P=128),
+        options=dict(num_warps=4, num_stages=2),
+    )

@@ -17,7 +17,7 @@ from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_by_steps, rows_of_step
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
-from ..triton_parts.split_operands import exponents_of, split_weights
+from ..triton_parts.split_operands import Scales, split_weights
 from ..triton_parts.tiles import padded_pitch
 
 _PLANES = 0.375  # scratch memory for planes, in tensors of the pair's size
@@ -47,7 +47,8 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
     for entry in range(batch):
         of_entry, product = call.of_entry(entry), products[0 if apart else entry][None]
         product = product.transpose(1, 2)  # [1, D, L, pitch]
-        moments = _product_by_groups(of_entry, launches, product, sizes.slots, scales)
+        part = None if scales is None else scales.of_entries(slice(entry, entry + 1))
+        moments = _product_by_groups(of_entry, launches, product, sizes.slots, part)
         made = out[entry : entry + 1]
         fused_ln_residual_by_steps(of_entry, launches, product, moments, made, scales=scales)
         del moments  # freed before the next sequence's are allocated
@@ -79,7 +80,7 @@ def _sizes_of(call: Call, together: int, apart: bool) -> _Sizes:
 
 
 def _product_by_groups(
-    call: Call, launches: Launches, product: Tensor, slots: int, scales: Tensor | None
+    call: Call, launches: Launches, product: Tensor, slots: int, scales: Scales | None
 ) -> Tensor:
     """Fills the product of one sequence; returns the moments [1, 2, i, j] of x.
 
@@ -99,8 +100,12 @@ def _product_by_groups(
         moments = fused_dual_gemm_fwd(
             call, launches, (a, b), (first, count), moments, scales=scales
         )
-        exponents = exponents_of(scales, hidden, slice(first, end))
-        trimul_einsum_fwd(call, launches, a, b, product[:, first:end], first, exponents=exponents)
+        exponents = masks = None
+        if scales is not None:
+            exponents, masks = scales.of_planes(hidden, slice(first, end)), scales.masks
+        trimul_einsum_fwd(
+            call, launches, a, b, product[:, first:end], first, exponents=exponents, masks=masks
+        )
     return with_axes_of_x(moments, call.direction)
 
 

@@ -26,6 +26,7 @@ _STYLES = (
     ("ours, recompute all", "#D55E00", "-.", "*"),
     ("ours, plain, CUDA graph", "#E69F00", "--", "x"),
     ("ours, plain", "#E69F00", "-", "x"),
+    ("ours, TF32x3", "#E69F00", ":", "x"),
     ("ours", "#D55E00", "-", "o"),
     ("in-tree, chunk 64", "#0072B2", "-", "v"),
     ("in-tree, unchunked", "#0072B2", "--", "^"),

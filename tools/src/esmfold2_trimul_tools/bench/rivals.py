@@ -132,6 +132,13 @@ def ours(problem: Problem, sources: Sources, **options: str) -> Call:
     return Call(function, args, kwargs, partial(sources.kernel.explain, function, *args, **kwargs))
 
 
+def ours_in_tf32x3(problem: Problem, sources: Sources) -> Call:
+    """The same, with three TF32 products for each float32 product."""
+    if problem.case.dtype != "float32":
+        raise Absent("products of 16 bits are exact")
+    return ours(problem, sources, precision="TF32x3")
+
+
 def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -> Call:
     """transformers' module with this problem's parameters: norms in float32, as its model has."""
     try:
@@ -370,6 +377,7 @@ OURS = "ours"
 RIVALS = (
     Rival(OURS, ours, on_cpu=True, first_call=True),
     Rival("ours, plain", ours, plain=True),
+    Rival("ours, TF32x3", ours_in_tf32x3),
     Rival("ours, torch.compile", _ours_compiled, slow=True),
     Rival("ours, CUDA graph", captured(ours), in_capture=True, passes=FORWARD),
     Rival(

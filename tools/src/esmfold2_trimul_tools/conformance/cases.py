@@ -102,6 +102,7 @@ class Case:
             "residual": self.with_residual,
             "result over the residual": self.residual == "overwritten",
             "precision": self.precision is not None,
+            "fp16x3": self.precision == "fp16x3",
             "lengths": self.lengths is not None,
             "lean memory": self.memory == "lean",
         }
@@ -242,7 +243,7 @@ CASES: tuple[Case, ...] = (
     ),
     *(
         case
-        for word in ("IEEE", "TF32", "TF32x3", "bfloat16")
+        for word in ("IEEE", "TF32", "TF32x3", "fp16x3", "bfloat16")
         for case in _for_each(_FLOAT32, f"precision: {word}", precision=word)
     ),
     *_for_each(_BFLOAT16, "precision: bfloat16", precision="bfloat16"),
@@ -351,7 +352,7 @@ TRANSITIONS: tuple[TransitionCase, ...] = (
     *_transitions(_TWO, "gates: open and shut", weights="wide gates", residual="none"),
     *(
         case
-        for word in ("IEEE", "TF32", "TF32x3", "bfloat16")
+        for word in ("IEEE", "TF32", "TF32x3", "fp16x3", "bfloat16")
         for case in _transitions(_FLOAT32, f"precision: {word}", precision=word, residual="none")
     ),
     *_transitions(_ALL, "scale: 1e-3", scale=1e-3, residual="none"),

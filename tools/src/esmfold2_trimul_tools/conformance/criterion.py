@@ -28,7 +28,9 @@ from .problem import Problem
 
 # From tests/helpers.py, and from docs/numerics.md for the other words of `precision`.
 BUDGETS = {"bfloat16": 4.8e-3, "float16": 7e-4, "float32": 5e-6}
-PRECISION_BUDGETS = {"IEEE": 5e-6, "TF32x3": 5e-6, "TF32": 2e-3, "bfloat16": 1e-2}
+PRECISION_BUDGETS = {
+    "IEEE": 5e-6, "TF32x3": 5e-6, "fp16x3": 5e-6, "TF32": 2e-3, "bfloat16": 1e-2
+}  # fmt: skip
 # The largest of a million normal errors is five times their L2 error, and outputs have heavy tails.
 _LARGEST_OVER_BUDGET = 16
 _OVER_PLAIN = 1.1

@@ -158,6 +158,7 @@ _OURS_ALONE = {
     "lengths": "has no lengths",
     "lean memory": "has no lean mode",
     "result over the residual": "has no inplace",
+    "fp16x3": "has no such word",
 }
 _ONE_BATCH = {
     "no leading dimension": "takes x [B, L, L, C]",

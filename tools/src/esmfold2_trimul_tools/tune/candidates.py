@@ -12,6 +12,7 @@ from ..repository import submodule
 STAGES = (
     "fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "swiglu_hidden", "row_linear",
 )  # fmt: skip
+SPLIT_STAGES = STAGES[:3]  # of float32 whose operands are split
 WIDTHS = (128, 256)
 # The upper bound of each class of lengths, and lengths to time for it, ragged ones among them.
 CLASSES = ((96, (64, 76)), (160, (128,)), (320, (256, 286)), (None, (384, 511, 512, 769, 1024)))
@@ -30,11 +31,15 @@ _HOPPER_RESIDUAL = {
 
 @dataclass(frozen=True)
 class Job:
-    """One setting of one stage for one width; `config` is a LaunchConfig's fields, sorted."""
+    """One setting of one stage for one width; `config` is a LaunchConfig's fields, sorted.
+
+    kind: of the list of settings that it is for, "2" for 16 bits or "split".
+    """
 
     stage: str
     width: int
     config: tuple[tuple[str, object], ...]
+    kind: str = "2"
 
     def launch_config(self, kernel: ModuleType):
         return submodule(kernel, "triton_parts.settings").LaunchConfig(**dict(self.config))
@@ -68,6 +73,38 @@ def candidates(
         settings += _hopper_settings(stage, width)
     jobs = [Job(stage, width, tuple(sorted(config.items()))) for config in settings]
     return list(dict.fromkeys(jobs))
+
+
+def split_candidates(stage: str, width: int) -> list[Job]:
+    """The settings to try on sm_90 for float32 whose operands are split, of C = D = width."""
+    by_shape = {
+        "fused_dual_gemm": (
+            ((64, 16, 4), (64, 32, 4), (128, 16, 8), (128, 32, 8)), (64, 128), (2, 3),
+            (1, 2, 4, 8), (0,),
+        ),
+        "trimul_einsum": (
+            ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)), (32, 64), (3, 4),
+            (1,), (0, 1),
+        ),
+        "fused_ln_residual": (
+            ((64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 128, 8)), (32, 64), (2, 3, 4),
+            (1, 2, 4, 8), (0,),
+        ),
+    }[stage]  # fmt: skip
+    return [
+        Job(
+            stage, width,
+            tuple(sorted({
+                "block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps,
+                "num_stages": stages, "descriptors": True, "split": split, "persistent": persistent,
+            }.items())),
+            "split",
+        )
+        for (block_m, block_n, warps), block_k, stages, split, persistent in itertools.product(
+            *by_shape
+        )
+        if split * block_n <= width
+    ]  # fmt: skip
 
 
 def _dual_gemm_settings(width: int) -> Iterator[dict]:

@@ -51,6 +51,10 @@ def tune(
         ),
         _widths,
     ] = None,
+    split: Annotated[
+        bool,
+        typer.Option("--split", help="Tune float32's split operands, in place of 16 bits."),
+    ] = False,
     kernel_root: KernelRoot = None,
     commit: Commit = None,
     as_json: AsJson = False,
@@ -70,7 +74,7 @@ def tune(
     with ProgressBar() as report:
         measured = search(
             root, tuple(stages or STAGES), tuple(widths or WIDTHS),
-            progress=report, command=command, commit=commit,
+            progress=report, command=command, commit=commit, kind="split" if split else "2",
         )  # fmt: skip
         write(root, measured, out, results)
     if as_json:

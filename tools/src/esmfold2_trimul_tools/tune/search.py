@@ -23,17 +23,28 @@ from ..environment import checkout_commit, driver_version
 from ..errors import UserError
 from ..repository import load_kernel, submodule
 from ..triton_cache import check_cache
-from .candidates import CLASSES, STAGES, WIDTHS, Job, candidates
+from .candidates import (
+    CLASSES,
+    SPLIT_STAGES,
+    STAGES,
+    WIDTHS,
+    Job,
+    candidates,
+    split_candidates,
+)
 from .watchdog import HUNG_SECONDS, watched
 
 # Relative L2 error of one stage in 16 bits; see docs/numerics.md.
 LARGEST_ERROR = 3.5e-3
+LARGEST_SPLIT_ERROR = 1e-6  # in float32
 _FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU there is
 _REPEATS = 11
 
 
 class StageInputs:
     """Random operands of all stages for one width and length, and the stages' results."""
+
+    largest_error = LARGEST_ERROR
 
     def __init__(self, kernel: ModuleType, width: int, length: int, device: str = "cuda"):
         self.kernel, self.length = kernel, length
@@ -164,6 +175,74 @@ class StageInputs:
         return statistics.median(start.elapsed_time(end) for start, end in times)
 
 
+class SplitInputs(StageInputs):
+    """The same for float32 whose operands are split: of the triangle multiplication alone."""
+
+    largest_error = LARGEST_SPLIT_ERROR
+
+    def __init__(self, kernel: ModuleType, width: int, length: int, device: str = "cuda"):
+        super().__init__(kernel, width, length, device)
+        split, call = submodule(kernel, "triton_parts.split_operands"), self.call
+        weights = [None if value is None else value.float() for value in call.weights]
+        call = call._replace(x=call.x.float(), weights=type(call.weights)(*weights))
+        z = oracle.norm(call.x.double(), call.weights._asdict(), "norm_in", 1e-5)
+        planes = oracle.operands(z, call.weights._asdict(), call.mask)
+        self.wanted = {"fused_dual_gemm": torch.cat(planes, -1).movedim(-1, 1)}
+        product = oracle.product(*planes, "outgoing")
+        self.wanted["trimul_einsum"] = product.movedim(-1, 1)
+        out = oracle.update(product, z, call.weights._asdict(), 1e-5)
+        self.wanted["fused_ln_residual"] = out
+        padding = self.product.shape[-1] - length
+        self.product = torch.nn.functional.pad(self.wanted["trimul_einsum"].float(), (0, padding))
+        self.planes = self.product.repeat(1, 2, 1, 1)
+        launches = submodule(kernel, "triton_parts.launch").Launches()
+        call = call._replace(precision=split.FP16X3)
+        self.call, self.scales = split.split_weights(call, launches)
+        stage = submodule(kernel, "fused_dual_gemm").fused_dual_gemm_fwd
+        self.moments = stage(
+            self.call, launches, self.planes.chunk(2, dim=1), scales=self.scales
+        )
+
+    def run(self, job: Job) -> torch.Tensor:
+        config, call, scales = job.launch_config(self.kernel), self.call, self.scales
+        launches = submodule(self.kernel, "triton_parts.launch").Launches()
+        if job.stage == "fused_dual_gemm":
+            out = torch.empty_like(self.planes)
+            stage = submodule(self.kernel, "fused_dual_gemm").fused_dual_gemm_fwd
+            stage(call, launches, out.chunk(2, dim=1), config=config, scales=scales)
+        elif job.stage == "trimul_einsum":
+            out = torch.empty_like(self.product)
+            stage = submodule(self.kernel, "trimul_einsum_triton").trimul_einsum_fwd
+            exponents = scales.of_planes(call.hidden, slice(None))
+            a, b = self.planes.chunk(2, dim=1)
+            stage(call, launches, a, b, out, config=config, exponents=exponents)
+        else:
+            out = torch.empty_like(call.x)
+            stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
+            stage(call, launches, self.product, self.moments, out, config=config, scales=scales)
+        return out
+
+    def error(self, job: Job) -> float:
+        torch.use_deterministic_algorithms(True)
+        try:
+            got = self.run(job)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        if job.stage == "fused_dual_gemm":
+            high, low = got.view(torch.float16).double().unflatten(-1, (2, -1)).unbind(-2)
+            exponents = self.scales.of_planes(self.call.hidden, slice(None)).double()
+            got = (high + low / 2**11) * 2 ** -exponents.reshape(1, -1, 1, 1)
+        wanted = self.wanted[job.stage]
+        if job.stage != "fused_ln_residual":
+            got = got[..., : self.length]
+        return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def inputs_of(kind: str) -> type[StageInputs]:
+    """The inputs for settings of a list."""
+    return SplitInputs if kind == "split" else StageInputs
+
+
 def _compile(root: str, job: Job) -> str | None:
     """Compiles a job into Triton's cache on disk by running it once; returns any failure."""
     # ptxas' complaints about settings that don't fit are expected here.
@@ -172,7 +251,7 @@ def _compile(root: str, job: Job) -> str | None:
     os.dup2(null, 2)
     try:
         with watched(str(job)):
-            StageInputs(load_kernel(Path(root)), job.width, 64).run(job)
+            inputs_of(job.kind)(load_kernel(Path(root)), job.width, 64).run(job)
             torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -189,6 +268,7 @@ def search(
     jobs: list[Job] | None = None,
     command: str = "",
     commit: str | None = None,
+    kind: str = "2",
 ) -> dict:
     """Times the candidates on the first CUDA device.
 
@@ -200,9 +280,11 @@ def search(
         progress: called with (what, done, total).
         jobs: candidates to use in place of `candidates`.
         command, commit: to be recorded; without `commit`, git is asked.
+        kind: of the settings, "2" for 16 bits or "split" for float32 whose operands are split.
 
     Returns:
-        {"environment": ..., "rows": [{stage, width, length, config, milliseconds, error}, ...],
+        {"environment": ..., "kind": ...,
+        "rows": [{stage, width, length, config, milliseconds, error}, ...],
         "failed": [{stage, width, config, why}, ...]}; a candidate that could not be compiled, hung
         or was wrong is in "failed", with no time.
 
@@ -212,8 +294,19 @@ def search(
     if not torch.cuda.is_available() or torch.version.hip is not None:
         raise UserError("tune needs an NVIDIA GPU: torch.cuda finds none")
     check_cache()
-    if jobs is None:
-        capability = torch.cuda.get_device_capability(0)
+    capability = torch.cuda.get_device_capability(0)
+    if kind == "split":
+        if capability != (9, 0):
+            raise UserError("split operands are for Hopper GPUs (sm_90)")
+        stages = tuple([stage for stage in stages if stage in SPLIT_STAGES])
+    if jobs is None and kind == "split":
+        jobs = [
+            job
+            for stage in stages
+            for width in widths
+            for job in split_candidates(stage, width)
+        ]
+    elif jobs is None:
         jobs = [
             job
             for stage in stages
@@ -252,13 +345,13 @@ def search(
     for width in widths:
         for length in lengths:
             say(f"timing C = {width}, L = {length}")
-            inputs = StageInputs(kernel, width, length)
+            inputs = inputs_of(kind)(kernel, width, length)
             for job in good:
                 if job.width != width or job in wrong:
                     continue
                 with watched(f"{job}, at L = {length},"):
                     error = inputs.error(job)
-                    right = error <= LARGEST_ERROR
+                    right = error <= inputs.largest_error
                     milliseconds = inputs.milliseconds(job, flush) if right else None
                 if not right:
                     wrong.add(job)
@@ -272,7 +365,7 @@ def search(
     say("done")
     rows = [row for row in rows if not any(_is(row, job) for job in wrong)]
     where = environment(command, commit or checkout_commit(root))
-    return {"environment": where, "rows": rows, "failed": failed}
+    return {"environment": where, "kind": kind, "rows": rows, "failed": failed}
 
 
 def _named(job: Job) -> dict:

@@ -15,7 +15,7 @@ import torch
 
 from ..documents import write_document
 from ..repository import load_kernel, submodule
-from .candidates import CLASSES, STAGES
+from .candidates import CLASSES, SPLIT_STAGES, STAGES
 
 
 def fastest(
@@ -58,20 +58,21 @@ def table(
     shipped: dict,
     classes: tuple[tuple[int | None, tuple[int, ...]], ...] = CLASSES,
 ) -> dict:
-    """A settings table: `base` with the 16-bit settings that were fastest in `results`.
+    """A settings table: `base` with the settings of a kind that were fastest in `results`.
 
     Of two neighbouring classes of one width with the same settings only the longer is written. The
     `shipped` settings for wider tensors than those tuned stay, and so do the backward's.
     """
-    environment_ = results["environment"]
+    environment_, kind = results["environment"], results["kind"]
+    what = "Settings of float32's split operands" if kind == "split" else "16-bit settings"
     tuned = {
         "note": (
-            f"16-bit settings of the forward measured on one {environment_['device']} (torch "
+            f"{what} of the forward measured on one {environment_['device']} (torch "
             f"{environment_['torch']}, Triton {environment_['triton']}, {environment_['date']}) "
             "by `esmfold2-trimul tune`; see docs/performance.md."
         )
     }
-    for stage in STAGES:
+    for stage in SPLIT_STAGES if kind == "split" else STAGES:
         widths = sorted({row["width"] for row in results["rows"] if row["stage"] == stage})
         entries = []
         for width in widths:
@@ -88,8 +89,8 @@ def table(
                 length = {} if longest is None else {"max_length": longest}
                 entries += [{"max_width": width, **length, **setting} for setting in settings]
         widest = max(widths, default=0)
-        kept = [e for e in shipped[stage]["2"] if e.get("max_width", math.inf) > widest]
-        tuned[stage] = {**base.get(stage, {}), "2": entries + kept}
+        kept = [e for e in shipped[stage][kind] if e.get("max_width", math.inf) > widest]
+        tuned[stage] = {**base.get(stage, {}), kind: entries + kept}
     return base | tuned
 
 
@@ -127,6 +128,7 @@ def timings(results: dict) -> dict:
             entry[name][str(row["length"])] = float(f"{row[name]:.{digits}g}")
     return {
         "environment": results["environment"],
+        "kind": results["kind"],
         "candidates": list(candidates_.values()),
         "failed": results["failed"],
     }
