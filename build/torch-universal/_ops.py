@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_004b41c68a"
+_NAMESPACE = "_esmfold2_trimul_kernel_04557890c7"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

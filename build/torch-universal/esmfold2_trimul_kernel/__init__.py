@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_004b41c68a"
+_BUILD_ID = "_esmfold2_trimul_kernel_04557890c7"
 
 
 def _load_package() -> ModuleType:

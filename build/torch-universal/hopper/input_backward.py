@@ -37,30 +37,17 @@ from ..triton_parts.launch import (
 from ..triton_parts.settings import LaunchConfig
 from .parts import (
     REGISTERS,
+    STEP,
     advance,
     barriers,
-    halves,
+    load_channels,
     load_tile,
+    parts_of,
     store_tile,
     tma_descriptor,
 )
 
-STEP = 64  # summed channels of a step, and channels of a part of x
 _STEP = gl.constexpr(STEP)
-
-
-@gluon.jit
-def _parts(acc):
-    """acc [M, C] in parts of 64 columns."""
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1] // 2, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
-    left, right = halves(acc, HALF)
-    if acc.shape[1] == 2 * _STEP:
-        return left, right
-    else:
-        first, second = halves(left, PART)
-        third, fourth = halves(right, PART)
-        return first, second, third, fourth
 
 
 @gluon.jit
@@ -117,7 +104,7 @@ def _consume(
         if norm_weight_ptr is not None:
             channels = gl.arange(0, C, layout=gl.SliceLayout(0, ACC))
             acc = acc * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
-        parts = _parts(acc)
+        parts = parts_of(acc)
         mean = mean.expand_dims(1)
         scale = rstd.expand_dims(1)
         mean_grad = gl.zeros([ROWS], gl.float32, AT_ROWS)
@@ -178,19 +165,6 @@ def _load_rows(
 
 
 @gluon.jit
-def _load_channels(weight, ring, full, empty, stage, phase, COUNT: gl.constexpr):
-    """COUNT steps of a projection [COUNT * 64, C] into a ring, which goes on."""
-    STAGES: gl.constexpr = ring.shape[0]
-    BYTES: gl.constexpr = ring.shape[1] * ring.shape[2] * 2
-    for step in range(COUNT):
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), BYTES)
-        load_tile(weight, [step * _STEP, 0], full.index(stage), ring.index(stage))
-        stage, phase = advance(stage, phase, STAGES)
-    return stage, phase
-
-
-@gluon.jit
 def _load_weights(
     first_weight, second_weight, gate_weight, ring, full, empty, tiles,
     C: gl.constexpr, N: gl.constexpr, GATED: gl.constexpr,
@@ -199,10 +173,10 @@ def _load_weights(
     stage = 0
     phase = 1
     for _ in range(gl.program_id(0), tiles, 2 * gl.num_programs(0)):
-        stage, phase = _load_channels(first_weight, ring, full, empty, stage, phase, N // _STEP)
-        stage, phase = _load_channels(second_weight, ring, full, empty, stage, phase, N // _STEP)
+        stage, phase = load_channels(first_weight, ring, full, empty, stage, phase, N // _STEP)
+        stage, phase = load_channels(second_weight, ring, full, empty, stage, phase, N // _STEP)
         if GATED:
-            stage, phase = _load_channels(gate_weight, ring, full, empty, stage, phase, C // _STEP)
+            stage, phase = load_channels(gate_weight, ring, full, empty, stage, phase, C // _STEP)
 
 
 @gluon.jit(

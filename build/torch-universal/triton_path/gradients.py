@@ -373,7 +373,8 @@ class Sequence(NamedTuple):
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
-                    call.precision, None, first_row,
+                    call.precision, None, first_row, call.lengths is not None,
+                    hat_t is not None,
                 )  # fmt: skip
                 norm_out_bwd(
                     out.emit, rows.t, out.rows, weights, prepared, grad_t[:, chunk], hat_t,
