@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_04557890c7"
+_NAMESPACE = "_esmfold2_trimul_kernel_f60cabb212"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -361,7 +361,7 @@ class Sequence(NamedTuple):
                 if wanted.parameters else None,
             )  # fmt: skip
             means, folded = self.norms.of_stage_3(prepared)
-            fused_ln_residual_bwd(rows, weights, means, self.launches, prepared, out, folded)
+            fused_ln_residual_bwd(rows, weights, means, prepared, out, folded)
             if wanted.drop_mask:
                 of_pairs = out.drop_mask.view(-1, length, channels)
                 total = of_pairs.sum(int(for_each_row), keepdim=for_each_row, dtype=torch.float32)
