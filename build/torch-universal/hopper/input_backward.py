@@ -40,7 +40,6 @@ from .parts import (
     STEP,
     advance,
     barriers,
-    load_channels,
     load_tile,
     parts_of,
     store_tile,
@@ -165,6 +164,19 @@ def _load_rows(
 
 
 @gluon.jit
+def _load_channels(weight, ring, full, empty, stage, phase, COUNT: gl.constexpr):
+    """COUNT steps of a projection [COUNT * 64, C] into a ring, which goes on."""
+    STAGES: gl.constexpr = ring.shape[0]
+    BYTES: gl.constexpr = ring.shape[1] * ring.shape[2] * 2
+    for step in range(COUNT):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), BYTES)
+        load_tile(weight, [step * _STEP, 0], full.index(stage), ring.index(stage))
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
 def _load_weights(
     first_weight, second_weight, gate_weight, ring, full, empty, tiles,
     C: gl.constexpr, N: gl.constexpr, GATED: gl.constexpr,
@@ -173,10 +185,10 @@ def _load_weights(
     stage = 0
     phase = 1
     for _ in range(gl.program_id(0), tiles, 2 * gl.num_programs(0)):
-        stage, phase = load_channels(first_weight, ring, full, empty, stage, phase, N // _STEP)
-        stage, phase = load_channels(second_weight, ring, full, empty, stage, phase, N // _STEP)
+        stage, phase = _load_channels(first_weight, ring, full, empty, stage, phase, N // _STEP)
+        stage, phase = _load_channels(second_weight, ring, full, empty, stage, phase, N // _STEP)
         if GATED:
-            stage, phase = load_channels(gate_weight, ring, full, empty, stage, phase, C // _STEP)
+            stage, phase = _load_channels(gate_weight, ring, full, empty, stage, phase, C // _STEP)
 
 
 @gluon.jit(

@@ -364,19 +364,6 @@ def parts_of(acc):
         return first, second, third, fourth
 
 
-@gluon.jit
-def load_channels(weight, ring, full, empty, stage, phase, COUNT: gl.constexpr):
-    """COUNT steps of a projection [COUNT * STEP, N] into a ring, which goes on."""
-    STAGES: gl.constexpr = ring.shape[0]
-    BYTES: gl.constexpr = ring.shape[1] * ring.shape[2] * 2
-    for step in range(COUNT):
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), BYTES)
-        load_tile(weight, [step * _STEP, 0], full.index(stage), ring.index(stage))
-        stage, phase = advance(stage, phase, STAGES)
-    return stage, phase
-
-
 def part_of(channels: int) -> int:
     """The channels of a block of shared memory, whose axes must be powers of two: a divisor."""
     return min(channels & -channels, 256)

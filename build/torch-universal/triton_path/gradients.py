@@ -40,6 +40,7 @@ from .. import hopper
 from .._call import Call, Weights
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..trimul_einsum_triton import trimul_einsum_fwd
+from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
@@ -66,6 +67,9 @@ from .row_products import RowParts, prepare_row_products, row_products
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
 # smaller ones don't fill a GPU.
 _CHUNK_PAIRS = 16_384
+# Pairs of a program's tile in stage 1: a chunk is whole waves of programs, as a last wave of few
+# takes as long as one of all.
+_TILE_PAIRS = 128
 # The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then.
 _SMALL_PLANES = 64 << 20
 _CHUNK_BYTES = 80 << 20
@@ -278,10 +282,17 @@ class Sequence(NamedTuple):
         width = 4 * hidden + channels
         chunks = -(-width * length // (hidden * pitch))
         step = max(self._least_rows(), -(-length // chunks))
+        step = self._whole_waves(step)
         if hidden * length * pitch * x.element_size() < _SMALL_PLANES:
             step = max(step, min(length, _CHUNK_BYTES // (length * width * x.element_size())))
         count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
         return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
+
+    def _whole_waves(self, step: int) -> int:
+        """A number of rows i rounded up to whole waves of programs."""
+        rows, length = self.call.x.shape[1:3]
+        wave = _TILE_PAIRS * device_target(self.call.x.device).multiprocessors
+        return min(rows, -(-step * length // wave) * wave // length)
 
     def _least_rows(self) -> int:
         """The fewest rows i of a chunk."""
@@ -312,8 +323,9 @@ class Sequence(NamedTuple):
         least = self._least_rows() * length * width
         if memory.numel() < least:
             memory = memory.new_empty(least)
-        chunks = -(-rows // min(rows, memory.numel() // (length * width)))
-        step = -(-rows // chunks)
+        most = min(rows, memory.numel() // (length * width))
+        chunks = -(-rows // most)
+        step = min(most, self._whole_waves(-(-rows // chunks)))
         cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         return memory.view(-1), cuts
 

@@ -5,11 +5,10 @@
 of R * L pairs in bfloat16, D = 128 or 256, and t^ [R*L, D], if wanted. Products and sums are in
 fp32; dn is never stored.
 
-A program has two consumers, each of which holds a tile of 64 pairs of dn, all D channels, in
-registers. They share the weights, which stream past in steps of 64 summed channels. A consumer's
-steps of de come in a ring of its own, then t, 64 channels at a time. dt is written over t, there
-and, if its memory is that of t, outside. One consumer may be ahead of the other by as many steps as
-the weights have stages.
+A program has the whole projection in shared memory, and two consumers, each of which holds a tile
+of 64 pairs of dn, all D channels, in registers. A consumer's steps of 64 channels of de come in a
+ring of its own, then t, 64 channels at a time. dt is written over t, there and, if its memory is
+that of t, outside.
 """
 
 from torch import Tensor
@@ -33,7 +32,6 @@ from .parts import (
     Tiles,
     advance,
     barriers,
-    load_channels,
     load_tile,
     parts_of,
     shared_layout,
@@ -54,22 +52,19 @@ def _place(tile, per_row):
 
 @gluon.jit
 def _consume(
-    rows_ring, hats, rows_full, rows_empty, ring, full, empty, grad_t, hat, rows_ptr,
-    norm_weight_ptr, pairs,
-    C: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, ME: gl.constexpr,
+    ring, hats, full, empty, weights, loaded, grad_t, hat, rows_ptr, norm_weight_ptr, pairs,
+    ROWS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: every other tile of this program, all channels."""
-    D: gl.constexpr = ring.shape[2]
-    SLOTS: gl.constexpr = rows_ring.shape[0]
-    STEPS: gl.constexpr = C // _STEP
+    D: gl.constexpr = weights.shape[2]
+    STEPS: gl.constexpr = weights.shape[0]
+    SLOTS: gl.constexpr = ring.shape[0]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, PART)
     PLANES: gl.constexpr = grad_t.layout
     zero = gl.zeros([64, D], gl.float32, ACC)
     slot = 0
-    slot_phase = 0
-    stage = 0
     phase = 0
     programs = gl.num_programs(0)
     R, J, per_row, tiles = pairs
@@ -84,41 +79,29 @@ def _consume(
         rstd = gl.load(ptrs + pairs_of_plane, mask=inside, other=0.0)
         mean_grad = gl.load(ptrs + 2 * pairs_of_plane, mask=inside, other=0.0)
         mean_grad_hat = gl.load(ptrs + 3 * pairs_of_plane, mask=inside, other=0.0)
-        if ME == 0:
-            alone = tile + programs >= tiles
         later = tile >= 2 * programs
         acc = zero
         for step in range(STEPS):
-            mbarrier.wait(rows_full.index(slot), slot_phase)
-            mbarrier.wait(full.index(stage), phase)
+            mbarrier.wait(loaded.index(step), 0)
+            mbarrier.wait(full.index(slot), phase)
             acc = warpgroup_mma(
-                rows_ring.index(slot), ring.index(stage), acc, use_acc=step > 0, is_async=True
+                ring.index(slot), weights.index(step), acc, use_acc=step > 0, is_async=True
             )
             tma.store_wait(0)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             # The step before this one has been multiplied; or dt before it has left its memory.
             before = gl.where(slot == 0, SLOTS - 1, slot - 1)
-            mbarrier.arrive(rows_empty.index(before), count=1, pred=(step > 0) | later)
-            before = gl.where(stage == 0, STAGES - 1, stage - 1)
-            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-            if ME == 0:
-                # In place of a second consumer without a tile.
-                mbarrier.arrive(empty.index(before), count=1, pred=(step > 0) & alone)
-            slot, slot_phase = advance(slot, slot_phase, SLOTS)
-            stage, phase = advance(stage, phase, STAGES)
+            mbarrier.arrive(empty.index(before), count=1, pred=(step > 0) | later)
+            slot, phase = advance(slot, phase, SLOTS)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(rows_empty.index(gl.where(slot == 0, SLOTS - 1, slot - 1)), count=1)
-        before = gl.where(stage == 0, STAGES - 1, stage - 1)
-        mbarrier.arrive(empty.index(before), count=1)
-        if ME == 0:
-            mbarrier.arrive(empty.index(before), count=1, pred=alone)
+        mbarrier.arrive(empty.index(gl.where(slot == 0, SLOTS - 1, slot - 1)), count=1)
         parts = parts_of(acc)
         scale = rstd.expand_dims(1)
         shift = (mean_grad * rstd).expand_dims(1)
         slope = (mean_grad_hat * rstd).expand_dims(1)
         for part in gl.static_range(D // _STEP):
-            mbarrier.wait(rows_full.index(slot), slot_phase)
-            made = rows_ring.index(slot)
+            mbarrier.wait(full.index(slot), phase)
+            made = ring.index(slot)
             planes = made.permute((1, 0))
             normal = (planes.load(PART).to(gl.float32) - mean.expand_dims(1)) * scale
             grad = parts[part] * scale
@@ -139,8 +122,8 @@ def _consume(
             if part > 0:  # the part before has left its memory
                 tma.store_wait(1 if hat is None else 2)
                 before = gl.where(slot == 0, SLOTS - 1, slot - 1)
-                mbarrier.arrive(rows_empty.index(before), count=1)
-            slot, slot_phase = advance(slot, slot_phase, SLOTS)
+                mbarrier.arrive(empty.index(before), count=1)
+            slot, phase = advance(slot, phase, SLOTS)
     tma.store_wait(0)
 
 
@@ -175,22 +158,21 @@ def _load_rows(
 
 
 @gluon.jit
-def _load_weights(emit_weight, ring, full, empty, tiles, C: gl.constexpr):
-    """We for each two tiles."""
-    stage = 0
-    phase = 1
-    for _ in range(gl.program_id(0), tiles, 2 * gl.num_programs(0)):
-        stage, phase = load_channels(emit_weight, ring, full, empty, stage, phase, C // _STEP)
+def _load_weights(emit_weight, weights, loaded):
+    for step in range(weights.shape[0]):
+        mbarrier.expect(loaded.index(step), _STEP * weights.shape[2] * 2)
+        load_tile(emit_weight, [step * _STEP, 0], loaded.index(step), weights.index(step))
 
 
 @gluon.jit(do_not_specialize=["R", "J", "per_row", "tiles"])
 def _norm_out_bwd_hopper_kernel(
     grad_emit, t, emit_weight, grad_t, hat, rows_ptr, norm_weight_ptr, R, J, per_row, tiles,
-    C: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, LAYOUT: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """dt and t^ of `tiles` tiles of 64 pairs, all D channels; K = the C columns of de."""
-    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, _STEP, D], emit_weight.layout)
+    STEPS: gl.constexpr = C // _STEP
+    weights = gl.allocate_shared_memory(gl.bfloat16, [STEPS, _STEP, D], emit_weight.layout)
     rows0 = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 64, _STEP], LAYOUT)
     rows1 = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 64, _STEP], LAYOUT)
     hats0 = rows0
@@ -198,8 +180,7 @@ def _norm_out_bwd_hopper_kernel(
     if hat is not None:
         hats0 = gl.allocate_shared_memory(gl.bfloat16, [2, 64, _STEP], LAYOUT)
         hats1 = gl.allocate_shared_memory(gl.bfloat16, [2, 64, _STEP], LAYOUT)
-    full = barriers(STAGES, 1)
-    empty = barriers(STAGES, 2)
+    loaded = barriers(STEPS, 1)
     full0 = barriers(SLOTS, 1)
     full1 = barriers(SLOTS, 1)
     empty0 = barriers(SLOTS, 1)
@@ -209,14 +190,14 @@ def _norm_out_bwd_hopper_kernel(
     pairs = R, J, per_row, tiles
     gl.warp_specialize([
         (_consume, (
-            rows0, hats0, full0, empty0, ring, full, empty, grad_t, hat, rows_ptr,
-            norm_weight_ptr, pairs, C, STAGES, ROWS, 0,
+            rows0, hats0, full0, empty0, weights, loaded, grad_t, hat, rows_ptr,
+            norm_weight_ptr, pairs, ROWS, 0,
         )),
         (_consume, (
-            rows1, hats1, full1, empty1, ring, full, empty, grad_t, hat, rows_ptr,
-            norm_weight_ptr, pairs, C, STAGES, ROWS, 1,
+            rows1, hats1, full1, empty1, weights, loaded, grad_t, hat, rows_ptr,
+            norm_weight_ptr, pairs, ROWS, 1,
         )),
-        (_load_weights, (emit_weight, ring, full, empty, tiles, C)),
+        (_load_weights, (emit_weight, weights, loaded)),
         (_load_rows, (grad_emit, t, rows0, full0, empty0, per_row, tiles, C, D, 0)),
         (_load_rows, (grad_emit, t, rows1, full1, empty1, per_row, tiles, C, D, 1)),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
@@ -226,7 +207,7 @@ def takes(t: Tensor, grad_t: Tensor, weight: Tensor, padded: bool) -> bool:
     """Whether dt of t [D, R, pitch], and with the projection [C, D], can be computed here."""
     return (
         not padded
-        and weight.shape[0] % STEP == 0
+        and weight.shape[0] in range(STEP, 257, STEP)
         and t.dtype == grad_t.dtype == weight.dtype
         and has_descriptor(t)
         and has_descriptor(grad_t)
@@ -263,8 +244,8 @@ def prepare(
         },
         values={name: values[name] for name in ("R", "J", "per_row", "tiles")},
         constants=dict(
-            C=channels, D=hidden, SLOTS=config.split, STAGES=config.num_stages,
-            REGISTERS=REGISTERS[2][1], LAYOUT=shared_layout([64, STEP]),
+            C=channels, D=hidden, SLOTS=config.split, REGISTERS=REGISTERS[2][1],
+            LAYOUT=shared_layout([64, STEP]),
         ),
         options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
         stage="norm_out_bwd",

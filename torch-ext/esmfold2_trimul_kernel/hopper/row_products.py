@@ -6,11 +6,12 @@
 
 in 16 bits, with sums in fp32. A step is 64 rows. They come by TMA as they lie, and the matrix unit
 reads both operands from shared memory with their axes exchanged: no value passes a register. A
-part has every P-th step, so that all programs read the same stretch of memory at a time. Programs
-of one part have adjacent ids.
+part has every P-th step, from the last one back: all programs read the same stretch of memory at a
+time, and begin with the rows that were written last, some of which are still in the L2 cache.
+Programs of one part have adjacent ids.
 
-A program has a tile of the products, two or three consumers with a block of left's columns each,
-and two further warps: one loads, the other adds up the partial sums.
+A program has a tile of the products, two consumers with half of its columns of left each, and two
+further warps: one loads, the other adds up the partial sums.
 """
 
 import math
@@ -31,40 +32,43 @@ from .parts import REGISTERS, ROWS, advance, barriers, load_tile, tma_descriptor
 
 _ROWS = gl.constexpr(ROWS)  # of a step
 _COLUMNS = gl.constexpr(128)  # of partial sums at a time
+_REGISTERS = 232  # of a consumer: the warp that adds up has more than one that loads
 
 
 @gluon.jit
-def _tile_of(parts_ptr, rows, tile, N: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr,
-             BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, ME: gl.constexpr):
-    """Addresses of a consumer's block of a part's products, and which of them exist."""
-    WIDTH: gl.constexpr = 128 if CONSUMERS == 3 else BLOCK_K
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+def _addresses(
+    parts_ptr, number, tile,
+    N: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    ME: gl.constexpr,
+):  # fmt: skip
+    """Those of a consumer's block of a part's products, and which of them exist."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     BLOCKS_K: gl.constexpr = K // BLOCK_K
-    n = (tile // BLOCKS_K * CONSUMERS + ME) * BLOCK_N
+    n = (tile // BLOCKS_K * 2 + ME) * BLOCK_N
     n = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
     k = tile % BLOCKS_K * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ACC))
-    first = parts_ptr + rows[0].to(gl.int64) * (N * K)
+    first = parts_ptr + number.to(gl.int64) * (N * K)
     return first + (n * K).expand_dims(1) + k.expand_dims(0), (n < N).expand_dims(1)
 
 
 @gluon.jit
 def _consume(
     left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate,
-    N: gl.constexpr, K: gl.constexpr, CONSUMERS: gl.constexpr, ME: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: a block of left's columns."""
     BLOCK_N: gl.constexpr = left_ring.shape[2]
     BLOCK_K: gl.constexpr = right_ring.shape[2]
     STAGES: gl.constexpr = right_ring.shape[0]
     number, count, steps = rows
-    ptrs, valid = _tile_of(parts_ptr, rows, tile, N, K, BLOCK_N, BLOCK_K, CONSUMERS, ME)
+    ptrs, valid = _addresses(parts_ptr, number, tile, N, K, BLOCK_N, BLOCK_K, ME)
     # What the part holds arrives while the first steps do.
     acc = gl.load(ptrs, mask=valid & (accumulate != 0), other=0.0)
     stage = 0
     phase = 0
     for step in range(number, steps, count):
         mbarrier.wait(full.index(stage), phase)
-        left = left_ring.index(stage * CONSUMERS + ME).permute((1, 0))
+        left = left_ring.index(stage * 2 + ME).permute((1, 0))
         acc = warpgroup_mma(left, right_ring.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         # The step before this one has been multiplied.
@@ -72,33 +76,32 @@ def _consume(
         mbarrier.arrive(empty.index(before), count=1, pred=step > number)
         stage, phase = advance(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    ptrs, valid = _tile_of(parts_ptr, rows, tile, N, K, BLOCK_N, BLOCK_K, CONSUMERS, ME)
+    ptrs, valid = _addresses(parts_ptr, number, tile, N, K, BLOCK_N, BLOCK_K, ME)
     gl.store(ptrs, acc, mask=valid)
 
 
 @gluon.jit
 def _load(
     left, last, right, left_ring, right_ring, full, empty, rows, tile,
-    N: gl.constexpr, LAST: gl.constexpr, K: gl.constexpr, CONSUMERS: gl.constexpr,
-    REVERSED: gl.constexpr,
+    N: gl.constexpr, LAST: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
     """The steps of this program; columns beyond the last are zeros."""
     BLOCK_N: gl.constexpr = left_ring.shape[2]
     BLOCK_K: gl.constexpr = right_ring.shape[2]
-    BYTES: gl.constexpr = _ROWS * (CONSUMERS * BLOCK_N + BLOCK_K) * 2
+    BYTES: gl.constexpr = _ROWS * (2 * BLOCK_N + BLOCK_K) * 2
     number, count, steps = rows
-    start_n = tile // (K // BLOCK_K) * (CONSUMERS * BLOCK_N)
+    start_n = tile // (K // BLOCK_K) * (2 * BLOCK_N)
     start_k = tile % (K // BLOCK_K) * BLOCK_K
     stage = 0
     phase = 1
     for step in range(number, steps, count):
-        row = (steps - 1 - step if REVERSED else step) * _ROWS
+        row = (steps - 1 - step) * _ROWS
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(bar, BYTES)
         load_tile(right, [row, start_k], bar, right_ring.index(stage))
-        for consumer in gl.static_range(CONSUMERS):
-            slot = left_ring.index(stage * CONSUMERS + consumer)
+        for consumer in gl.static_range(2):
+            slot = left_ring.index(stage * 2 + consumer)
             column = start_n + consumer * BLOCK_N
             if LAST == 0:
                 load_tile(left, [row, column], bar, slot)
@@ -136,60 +139,29 @@ def _add_sums(
 def _row_products_hopper_kernel(
     left, last, right, parts_ptr, sums_ptr, partial_ptr, parts, steps, accumulate, partials,
     N: gl.constexpr, LAST: gl.constexpr, K: gl.constexpr, W: gl.constexpr, TILES: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    REVERSED: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """A tile [CONSUMERS * BLOCK_N, BLOCK_K] of a part's products, added to it if `accumulate`."""
-    left_ring = gl.allocate_shared_memory(
-        left.dtype, [STAGES * CONSUMERS, _ROWS, BLOCK_N], left.layout
-    )
+    """A tile [2 * BLOCK_N, BLOCK_K] of a part's products, added to it if `accumulate`."""
+    left_ring = gl.allocate_shared_memory(left.dtype, [STAGES * 2, _ROWS, BLOCK_N], left.layout)
     right_ring = gl.allocate_shared_memory(left.dtype, [STAGES, _ROWS, BLOCK_K], right.layout)
     full = barriers(STAGES, 1)
-    empty = barriers(STAGES, CONSUMERS)
+    empty = barriers(STAGES, 2)
     fence_async_shared()
     number = gl.program_id(0) // TILES
     tile = gl.program_id(0) - number * TILES
     rows = number, parts, steps
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_consume, (
-                left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate,
-                N, K, CONSUMERS, 0,
-            )),
-            (_consume, (
-                left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate,
-                N, K, CONSUMERS, 1,
-            )),
-            (_load, (
-                left, last, right, left_ring, right_ring, full, empty, rows, tile,
-                N, LAST, K, CONSUMERS, REVERSED,
-            )),
-            (_add_sums, (
-                partial_ptr, sums_ptr, rows, tile, partials, accumulate, W, TILES,
-            )),
-        ], [4, 1, 1], [REGISTERS, 40, 40])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (
-                left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate,
-                N, K, CONSUMERS, 0,
-            )),
-            (_consume, (
-                left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate,
-                N, K, CONSUMERS, 1,
-            )),
-            (_consume, (
-                left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate,
-                N, K, CONSUMERS, 2,
-            )),
-            (_load, (
-                left, last, right, left_ring, right_ring, full, empty, rows, tile,
-                N, LAST, K, CONSUMERS, REVERSED,
-            )),
-            (_add_sums, (
-                partial_ptr, sums_ptr, rows, tile, partials, accumulate, W, TILES,
-            )),
-        ], [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24])  # fmt: skip
+    gl.warp_specialize([
+        (_consume, (
+            left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate, N, K, 0,
+        )),
+        (_consume, (
+            left_ring, right_ring, full, empty, parts_ptr, rows, tile, accumulate, N, K, 1,
+        )),
+        (_load, (
+            left, last, right, left_ring, right_ring, full, empty, rows, tile, N, LAST, K,
+        )),
+        (_add_sums, (partial_ptr, sums_ptr, rows, tile, partials, accumulate, W, TILES)),
+    ], [4, 1, 1], [REGISTERS, 40, 40])  # fmt: skip
 
 
 def takes(left: Tensor, right: Tensor, last: Tensor | None, partial: Tensor | None) -> bool:
@@ -217,10 +189,8 @@ def prepare(
     width_last = 0 if last is None else last.shape[1]
     width_n = left.shape[1] + width_last
     block_k = math.gcd(config.block_k, width_k)
-    consumers = config.block_n // 64
-    # Of a consumer: with half as many columns of right twice as many of left.
-    block_n = 64 if block_k == 256 else math.gcd(128, left.shape[1], width_last)
-    tiles = -(-width_n // (consumers * block_n)) * (width_k // block_k)
+    block_n = math.gcd(config.block_n // 2, left.shape[1], width_last)  # a consumer's
+    tiles = -(-width_n // (2 * block_n)) * (width_k // block_k)
     steps = -(-rows // ROWS)
     count = parts or max(1, min(programs // tiles, steps))
 
@@ -242,10 +212,9 @@ def prepare(
         ),
         constants=dict(
             N=width_n, LAST=width_last, K=width_k, W=partial.shape[1], TILES=tiles,
-            BLOCK_N=block_n, BLOCK_K=block_k, CONSUMERS=consumers, STAGES=config.num_stages,
-            REVERSED=config.held, REGISTERS=232 if consumers == 2 else 160,
+            BLOCK_N=block_n, BLOCK_K=block_k, STAGES=config.num_stages, REGISTERS=_REGISTERS,
         ),
-        options=dict(num_warps=4, maxnreg=REGISTERS[consumers][0]),
+        options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
         stage="row_products",
         variant="hopper",
     )  # fmt: skip
