@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_763ee249b3"
+_NAMESPACE = "_esmfold2_trimul_kernel_def2ce3387"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

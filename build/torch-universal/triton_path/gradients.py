@@ -16,10 +16,12 @@ multiple of 64):
     dt; or, in groups, what da and db don't yet overwrite of it, and a and b of one     1
 
 The rows of a chunk lie where da and db are not yet, or where dt was; there are as many chunks as
-that takes. A product that was not kept lies where dt will be. Of a small sequence, whose planes are
-not large beside a GPU's memory, a chunk of stage 1 takes more of it, for fewer launches: 2 1/2 such
-tensors instead of one with C = D = 256 and L = 256, and 5 with C = D = 128. The parameters'
-gradients come from few products: with t^ and x^ the normalised rows without norm weights,
+that takes, of whole waves of programs, for which stage 1 may take a little more. A product that was
+not kept lies where dt will be. Of a small sequence, whose planes are not large beside a GPU's
+memory, a chunk of stage 1 takes more of it, for fewer launches: with a and b kept 2 1/2 such
+tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256, or 2 1/2 where they are made
+again. The parameters' gradients come from few products: with t^ and x^ the normalised rows without
+norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
@@ -70,9 +72,10 @@ _CHUNK_PAIRS = 16_384
 # Pairs of a program's tile in stage 1: a chunk is whole waves of programs, as a last wave of few
 # takes as long as one of all.
 _TILE_PAIRS = 128
-# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then.
-_SMALL_PLANES = 64 << 20
-_CHUNK_BYTES = 80 << 20
+# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then: where a
+# and b were kept, and where they are made again, to save memory.
+_SMALL_PLANES, _CHUNK_BYTES = 192 << 20, 320 << 20
+_SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 80 << 20
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
@@ -281,10 +284,12 @@ class Sequence(NamedTuple):
         pitch = padded_pitch(length)
         width = 4 * hidden + channels
         chunks = -(-width * length // (hidden * pitch))
-        step = max(self._least_rows(), -(-length // chunks))
-        step = self._whole_waves(step)
-        if hidden * length * pitch * x.element_size() < _SMALL_PLANES:
-            step = max(step, min(length, _CHUNK_BYTES // (length * width * x.element_size())))
+        small, most = _SMALL_PLANES, _CHUNK_BYTES
+        if least:
+            small, most = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN
+        if hidden * length * pitch * x.element_size() < small:
+            chunks = min(chunks, -(-length * length * width * x.element_size() // most))
+        step = self._whole_waves(max(self._least_rows(), -(-length // chunks)))
         count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
         return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
 

@@ -22,9 +22,8 @@ from ..triton_parts.tiles import load_channels, load_tile, store_tile
 from .row_products import RowParts
 
 _BLOCK_N = 16
-_BLOCK_K = 64
+_NORM_BLOCK_K = 16
 _BLOCK_R = 32
-_AHEAD = 8  # parts that are loaded together
 
 
 @triton.jit(do_not_specialize=["P", "last_P", "other_P"])
@@ -328,7 +327,10 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     counts = [weight.shape[0] for weight in one.weights]
     counts = counts[:-1] + [0] * absent + counts[-1:]
     three = one.weights[:-1] + one.weights[-1:] * (1 + absent)
-    programs = one.blocks * triton.cdiv(width, _BLOCK_K)
+    most = max(parts.products.shape[0], 0 if other is None else _last_sums(other).shape[0])
+    # Of many parts small tiles, each by a program that loads as many parts at a time.
+    block_k, ahead = (64, 8) if most <= 8 else (16, 32)
+    programs = one.blocks * triton.cdiv(width, block_k)
     values = dict(
         P=parts.products.shape[0], last_P=last_sums.shape[0], other_P=0,
         stride_sums=parts.sums.stride(0), last_stride_sums=last_sums.stride(0),
@@ -339,7 +341,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     if other is not None:
         (weight,), sums = other.weights, _last_sums(other)
         count, other_width = weight.shape
-        programs += other.blocks * triton.cdiv(other_width, _BLOCK_K)
+        programs += other.blocks * triton.cdiv(other_width, block_k)
         values |= dict(
             other_P=sums.shape[0], other_stride_sums=sums.stride(0), stride_other=weight.stride(0)
         )
@@ -358,7 +360,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
         constants=dict(
             FIRST=counts[0], SECOND=counts[1], LAST=counts[2], K=width,
             OTHER=count, OTHER_K=other_width,
-            BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R, AHEAD=_AHEAD,
+            BLOCK_N=_BLOCK_N, BLOCK_K=block_k, BLOCK_R=_BLOCK_R, AHEAD=ahead,
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip
@@ -369,7 +371,7 @@ def _prepare_norm_gradients(norms: list[_Set]) -> PreparedLaunch:
     blocks = [of_set.blocks for of_set in norms]
     return PreparedLaunch(
         _norm_gradients_kernel,
-        sum([triton.cdiv(width, _BLOCK_K) for width in widths]),
+        sum([triton.cdiv(width, _NORM_BLOCK_K) for width in widths]),
         tensors=pointers(
             "parts_ptr", "grad_weight_ptr", "grad_bias_ptr", "other_parts_ptr",
             "other_grad_weight_ptr", "other_grad_bias_ptr",
@@ -377,7 +379,7 @@ def _prepare_norm_gradients(norms: list[_Set]) -> PreparedLaunch:
         values=dict(R=blocks[0], other_R=blocks[1] if len(norms) == 2 else 0),
         constants=dict(
             K=widths[0], OTHER_K=widths[1] if len(norms) == 2 else 0,
-            BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R,
+            BLOCK_K=_NORM_BLOCK_K, BLOCK_R=_BLOCK_R,
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip
