@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_def2ce3387"
+_NAMESPACE = "_esmfold2_trimul_kernel_e9f3376155"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

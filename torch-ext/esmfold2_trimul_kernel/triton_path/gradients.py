@@ -19,9 +19,9 @@ The rows of a chunk lie where da and db are not yet, or where dt was; there are 
 that takes, of whole waves of programs, for which stage 1 may take a little more. A product that was
 not kept lies where dt will be. Of a small sequence, whose planes are not large beside a GPU's
 memory, a chunk of stage 1 takes more of it, for fewer launches: with a and b kept 2 1/2 such
-tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256, or 2 1/2 where they are made
-again. The parameters' gradients come from few products: with t^ and x^ the normalised rows without
-norm weights,
+tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256; where they are made again
+2 1/2 with L = 256. The parameters' gradients come from few products: with t^ and x^ the normalised
+rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
