@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e9f3376155"
+_NAMESPACE = "_esmfold2_trimul_kernel_6f2c807011"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

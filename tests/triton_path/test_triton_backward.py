@@ -502,12 +502,12 @@ def meta_call(submodule):
 
 @pytest.mark.parametrize(
     "channels, length, forward, chunks",
-    [(256, 256, 5, 1), (128, 512, 5, 1), (256, 384, 5, 2), (256, 512, 5, 2), (256, 768, 5, 5)],
+    [(256, 256, 5, 1), (128, 512, 5, 2), (256, 384, 5, 2), (256, 512, 5, 2), (256, 768, 5, 5)],
 )
 def test_launches_of_a_step_on_an_h200(
     submodule, meta_call, monkeypatch, channels, length, forward, chunks
 ):
-    """A small sequence is one chunk or two, of 320 MiB; a large one has as many at any L."""
+    """A small sequence is one chunk, of 160 MiB, or two; a large one has as many at any L."""
     device, launched = submodule("triton_parts.device"), []
     launch = submodule("triton_parts.launch").PreparedLaunch
     monkeypatch.setattr(launch, "launch", lambda one, **tensors: launched.append(one.stage))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e9f3376155"
+_BUILD_ID = "_esmfold2_trimul_kernel_6f2c807011"
 
 
 def _load_package() -> ModuleType:

@@ -72,9 +72,9 @@ _CHUNK_PAIRS = 16_384
 # Pairs of a program's tile in stage 1: a chunk is whole waves of programs, as a last wave of few
 # takes as long as one of all.
 _TILE_PAIRS = 128
-# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then: where a
-# and b were kept, and where they are made again, to save memory.
-_SMALL_PLANES, _CHUNK_BYTES = 192 << 20, 320 << 20
+# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then. Where a
+# and b were kept there are two chunks at most; the others are of calls that save memory.
+_SMALL_PLANES, _CHUNK_BYTES = 192 << 20, 160 << 20
 _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 80 << 20
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
@@ -284,11 +284,11 @@ class Sequence(NamedTuple):
         pitch = padded_pitch(length)
         width = 4 * hidden + channels
         chunks = -(-width * length // (hidden * pitch))
-        small, most = _SMALL_PLANES, _CHUNK_BYTES
+        small, most, few = _SMALL_PLANES, _CHUNK_BYTES, 2
         if least:
-            small, most = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN
+            small, most, few = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN, chunks
         if hidden * length * pitch * x.element_size() < small:
-            chunks = min(chunks, -(-length * length * width * x.element_size() // most))
+            chunks = min(few, -(-length * length * width * x.element_size() // most))
         step = self._whole_waves(max(self._least_rows(), -(-length // chunks)))
         count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
         return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
