@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d38fb80e1e"
+_NAMESPACE = "_esmfold2_trimul_kernel_82d450ebba"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

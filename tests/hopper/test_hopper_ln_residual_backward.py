@@ -126,7 +126,9 @@ class Problem:
             drop = ((randn(columns, channels) > -0.5) * 1.5).to(drop)
         grad = randn(rows, columns, channels).to(BF16)
         self.rows = stage.Rows(t, x, moments, grad, drop)
-        self.weights = weights(*norm(), *[None] * 4, *norm(), *projection(), *projection())
+        self.weights = weights(
+            *norm(), *projection(), *projection(), *norm(), *projection(), *projection()
+        )
 
     def run(self, launches, config, outputs=OUTPUTS, rows=None):
         """de, dq, the rows' moments and means, and the sums over the pairs, of NaN before."""
@@ -144,8 +146,13 @@ class Problem:
             nan(count, channels, dtype=BF16), nan(count, channels, dtype=BF16), nan(5, count), None,
             nan(stage.partial_sums(prepared), 2, channels) if "sums" in outputs else None,
         )  # fmt: skip
-        means = stage.emit_means(self.weights, stage.prepare_emit_means(self.weights, "fp32"))
-        stage.fused_ln_residual_bwd(rows, self.weights, means, launches, prepared, out)
+        if prepared.variant:
+            fold = stage.hopper.kernels("folded_norm").fold_norms_bwd
+            means, folded, _ = fold(launches, self.weights)
+        else:
+            made = stage.prepare_emit_means(self.weights, "fp32")
+            means, folded = stage.emit_means(self.weights, made), None
+        stage.fused_ln_residual_bwd(rows, self.weights, means, prepared, out, folded)
         found = dict(emit=out.emit, gate=out.gate, rows=out.rows[1:])
         if out.sums is not None:
             found["sums"] = out.sums.double().sum(0)

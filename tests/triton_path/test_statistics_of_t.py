@@ -50,7 +50,7 @@ def deviations(submodule, on_triton):
             rows, call.weights, (problem.eps, problem.eps), "fp32", frozenset({"rows"})
         )
         backward.fused_ln_residual_bwd(
-            rows, call.weights, means, launches, prepared,
+            rows, call.weights, means, prepared,
             backward.Stage3Gradients(None, None, statistics, None, None),
         )  # fmt: skip
 

@@ -187,7 +187,8 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
     launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
-    monkeypatch.setattr(subject, "_SMALL_PLANES", 0)
+    for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
+        monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     launches._launches.clear()
     problem = make_problem(9, 40, 32, direction=direction, mask="soft", drop_mask=True)
@@ -382,7 +383,8 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     """
     subject = submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
-    monkeypatch.setattr(subject, "_SMALL_PLANES", 0)
+    for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
+        monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     launch = submodule("triton_parts.launch").PreparedLaunch
     monkeypatch.setattr(launch, "launch", lambda *_, **tensors: None)
@@ -436,7 +438,8 @@ def test_launches_of_a_backward(
     """Five chunks of stage 1, whatever L is from some L on, and no kernel of torch's."""
     subject, launched = submodule("triton_path.gradients"), []
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
-    monkeypatch.setattr(subject, "_SMALL_PLANES", 0)
+    for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
+        monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     launch = submodule("triton_parts.launch").PreparedLaunch
     monkeypatch.setattr(launch, "launch", lambda one, **tensors: launched.append(one.stage))
@@ -499,12 +502,12 @@ def meta_call(submodule):
 
 @pytest.mark.parametrize(
     "channels, length, forward, chunks",
-    [(256, 256, 5, 2), (128, 256, 4, 1), (256, 384, 5, 5), (128, 512, 5, 5), (256, 768, 5, 5)],
+    [(256, 256, 5, 1), (128, 512, 5, 2), (256, 384, 5, 2), (256, 512, 5, 2), (256, 768, 5, 5)],
 )
 def test_launches_of_a_step_on_an_h200(
     submodule, meta_call, monkeypatch, channels, length, forward, chunks
 ):
-    """A small sequence is one chunk or two, of 80 MiB; a large one has as many at any L."""
+    """A small sequence is one chunk, of 160 MiB, or two; a large one has as many at any L."""
     device, launched = submodule("triton_parts.device"), []
     launch = submodule("triton_parts.launch").PreparedLaunch
     monkeypatch.setattr(launch, "launch", lambda one, **tensors: launched.append(one.stage))

@@ -5,6 +5,8 @@
     input_backward          and from there to dx; the transition's too
     ln_residual             stage 3; padding: the tiles that it leaves out
     ln_residual_backward    its backward, to de and dq
+    norm_backward           and from de to dt
+    row_products            sums over pairs of the gradients' products with normalised rows
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
 the faster one ("kernel": "hopper"). What it doesn't take, and any other GPU, has the stage's own
@@ -37,6 +39,8 @@ _TAKEN = {
     "input_backward": (_BFLOAT16, (128, 256)),
     "ln_residual_backward": (_BFLOAT16, (128, 256)),
     "ln_residual": (_16_BITS, (128, 192, 256)),
+    "norm_backward": (_BFLOAT16, (128, 256)),
+    "row_products": (_16_BITS, range(128, 2049, 128)),
 }
 _plain_only = False
 

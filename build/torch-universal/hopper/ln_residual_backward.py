@@ -30,7 +30,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
-    Launches,
     PreparedLaunch,
     has_descriptor,
     named_strides,
@@ -38,7 +37,7 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, Folded, fold_norms
+from .folded_norm import EXTRA, Folded
 from .ln_residual import load_residual, load_rows
 from .parts import (
     REGISTERS,
@@ -448,21 +447,14 @@ def launch(
     rows,
     weights: Weights,
     emit_means: tuple[Tensor, Tensor | None],
-    launches: Launches,
     prepared: PreparedLaunch,
     out,
-    folded: Folded | None,
+    folded: Folded,
 ) -> None:
     """Fills `out`, of `Stage3Gradients`; `prepared` is from `prepare`.
 
-    `folded` is stage 3's of `fold_norms_bwd`, if that was launched.
+    `emit_means` and `folded` are from `fold_norms_bwd`.
     """
-    if folded is None:
-        folded = fold_norms(
-            launches, "residual_bwd", (weights.p_out_weight, weights.g_out_weight),
-            ((weights.norm_out_weight, None), (weights.norm_in_weight, weights.norm_in_bias)),
-            (None, weights.g_out_bias), prepared.constants["BLOCK_N"],
-        )  # fmt: skip
     prepared.launch(
         x=rows.x,
         t=rows.t,

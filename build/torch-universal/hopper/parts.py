@@ -31,6 +31,8 @@ from .folded_norm import EXTRA
 
 ROWS = 64  # of a consumer's tile
 _ROWS = gl.constexpr(ROWS)
+STEP = 64  # of the backwards' products: summed channels of a step, and channels of a part
+_STEP = gl.constexpr(STEP)
 # Keeps a row's sum from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = gl.constexpr(2.0**-16)
 
@@ -346,6 +348,20 @@ def halves(x, HALF: gl.constexpr):
     left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
     left = gl.convert_layout(left, HALF, assert_trivial=True)
     return left, gl.convert_layout(right, HALF, assert_trivial=True)
+
+
+@gluon.jit
+def parts_of(acc):
+    """acc [M, 128 or 256] in parts of STEP columns."""
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1] // 2, 16])
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
+    left, right = halves(acc, HALF)
+    if acc.shape[1] == 2 * _STEP:
+        return left, right
+    else:
+        first, second = halves(left, PART)
+        third, fourth = halves(right, PART)
+        return first, second, third, fourth
 
 
 def part_of(channels: int) -> int:

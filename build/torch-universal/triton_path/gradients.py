@@ -16,10 +16,12 @@ multiple of 64):
     dt; or, in groups, what da and db don't yet overwrite of it, and a and b of one     1
 
 The rows of a chunk lie where da and db are not yet, or where dt was; there are as many chunks as
-that takes. A product that was not kept lies where dt will be. Of a small sequence, whose planes are
-not large beside a GPU's memory, a chunk of stage 1 takes more of it, for fewer launches: 2 1/2 such
-tensors instead of one with C = D = 256 and L = 256, and 5 with C = D = 128. The parameters'
-gradients come from few products: with t^ and x^ the normalised rows without norm weights,
+that takes, of whole waves of programs, for which stage 1 may take a little more. A product that was
+not kept lies where dt will be. Of a small sequence, whose planes are not large beside a GPU's
+memory, a chunk of stage 1 takes more of it, for fewer launches: with a and b kept 2 1/2 such
+tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256; where they are made again
+2 1/2 with L = 256. The parameters' gradients come from few products: with t^ and x^ the normalised
+rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
@@ -40,6 +42,7 @@ from .. import hopper
 from .._call import Call, Weights
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..trimul_einsum_triton import trimul_einsum_fwd
+from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
@@ -66,9 +69,13 @@ from .row_products import RowParts, prepare_row_products, row_products
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
 # smaller ones don't fill a GPU.
 _CHUNK_PAIRS = 16_384
-# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then.
-_SMALL_PLANES = 64 << 20
-_CHUNK_BYTES = 80 << 20
+# Pairs of a program's tile in stage 1: a chunk is whole waves of programs, as a last wave of few
+# takes as long as one of all.
+_TILE_PAIRS = 128
+# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then. Where a
+# and b were kept there are two chunks at most; the others are of calls that save memory.
+_SMALL_PLANES, _CHUNK_BYTES = 192 << 20, 160 << 20
+_SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 80 << 20
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
@@ -277,11 +284,20 @@ class Sequence(NamedTuple):
         pitch = padded_pitch(length)
         width = 4 * hidden + channels
         chunks = -(-width * length // (hidden * pitch))
-        step = max(self._least_rows(), -(-length // chunks))
-        if hidden * length * pitch * x.element_size() < _SMALL_PLANES:
-            step = max(step, min(length, _CHUNK_BYTES // (length * width * x.element_size())))
+        small, most, few = _SMALL_PLANES, _CHUNK_BYTES, 2
+        if least:
+            small, most, few = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN, chunks
+        if hidden * length * pitch * x.element_size() < small:
+            chunks = min(few, -(-length * length * width * x.element_size() // most))
+        step = self._whole_waves(max(self._least_rows(), -(-length // chunks)))
         count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
         return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
+
+    def _whole_waves(self, step: int) -> int:
+        """A number of rows i rounded up to whole waves of programs."""
+        rows, length = self.call.x.shape[1:3]
+        wave = _TILE_PAIRS * device_target(self.call.x.device).multiprocessors
+        return min(rows, -(-step * length // wave) * wave // length)
 
     def _least_rows(self) -> int:
         """The fewest rows i of a chunk."""
@@ -312,8 +328,9 @@ class Sequence(NamedTuple):
         least = self._least_rows() * length * width
         if memory.numel() < least:
             memory = memory.new_empty(least)
-        chunks = -(-rows // min(rows, memory.numel() // (length * width)))
-        step = -(-rows // chunks)
+        most = min(rows, memory.numel() // (length * width))
+        chunks = -(-rows // most)
+        step = min(most, self._whole_waves(-(-rows // chunks)))
         cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         return memory.view(-1), cuts
 
@@ -361,7 +378,7 @@ class Sequence(NamedTuple):
                 if wanted.parameters else None,
             )  # fmt: skip
             means, folded = self.norms.of_stage_3(prepared)
-            fused_ln_residual_bwd(rows, weights, means, self.launches, prepared, out, folded)
+            fused_ln_residual_bwd(rows, weights, means, prepared, out, folded)
             if wanted.drop_mask:
                 of_pairs = out.drop_mask.view(-1, length, channels)
                 total = of_pairs.sum(int(for_each_row), keepdim=for_each_row, dtype=torch.float32)
@@ -373,7 +390,8 @@ class Sequence(NamedTuple):
                 prepared = self.launches.of(
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
-                    call.precision, None, first_row,
+                    call.precision, None, first_row, call.lengths is not None,
+                    hat_t is not None,
                 )  # fmt: skip
                 norm_out_bwd(
                     out.emit, rows.t, out.rows, weights, prepared, grad_t[:, chunk], hat_t,

@@ -22,7 +22,7 @@ from ..triton_parts.tiles import load_channels, load_tile, store_tile
 from .row_products import RowParts
 
 _BLOCK_N = 16
-_BLOCK_K = 64
+_NORM_BLOCK_K = 16
 _BLOCK_R = 32
 
 
@@ -37,7 +37,7 @@ def _projection_gradients_kernel(
     stride_first, stride_second, stride_last, stride_other,
     FIRST: tl.constexpr, SECOND: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr,
     OTHER: tl.constexpr, OTHER_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of dW of one of three projections, or of the other rows' one.
 
@@ -61,7 +61,7 @@ def _projection_gradients_kernel(
                 other_parts_ptr, other_sums_ptr, other_norm_weight_ptr, other_norm_bias_ptr,
                 other_norm_parts_ptr, other_ptr, grad_other_ptr,
                 other_P, other_P, other_stride_sums, stride_other, block, block * BLOCK_N, 0,
-                OTHER, start_k, OTHER, OTHER_K, BLOCK_N, BLOCK_K, BLOCK_R,
+                OTHER, start_k, OTHER, OTHER_K, BLOCK_N, BLOCK_K, BLOCK_R, AHEAD,
             )  # fmt: skip
             _store_bias(bias_other_ptr, sums, start_k, block * BLOCK_N, OTHER)
             return
@@ -83,7 +83,7 @@ def _projection_gradients_kernel(
     sums = _projection_gradients_tile(
         parts_ptr, some_sums, norm_weight_ptr, norm_bias_ptr, norm_parts_ptr, weight_ptr, grad_ptr,
         P, tl.where(is_last, last_P, P), stride_some, stride, block, start_n, base, count,
-        start_k, FIRST + SECOND + LAST, K, BLOCK_N, BLOCK_K, BLOCK_R,
+        start_k, FIRST + SECOND + LAST, K, BLOCK_N, BLOCK_K, BLOCK_R, AHEAD,
     )  # fmt: skip
     if is_last:
         _store_bias(bias_last_ptr, sums, start_k, start_n, LAST)
@@ -107,7 +107,7 @@ def _projection_gradients_tile(
     parts_ptr, sums_ptr, norm_weight_ptr, norm_bias_ptr, norm_parts_ptr, weight_ptr, grad_ptr,
     P, end, stride_sums, stride_weight, block, start_n, base, count, start_k,
     N: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW of a projection [count, K] whose rows begin at row `base` of parts [P, N, K].
 
@@ -125,8 +125,8 @@ def _projection_gradients_tile(
         ptrs = sums_ptr + (part.to(tl.int64) * stride_sums)[:, None] + offs_n[None, :]
         sums += tl.sum(tl.load(ptrs, mask=valid, other=0.0), 0)
     products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, P, 8):
-        for ahead in tl.static_range(8):  # loaded together, added in order
+    for start in range(0, P, AHEAD):
+        for ahead in tl.static_range(AHEAD):  # loaded together, added in order
             offs_part = (row + (start + ahead) * N) * K
             valid = valid_n & (start + ahead < P)
             products += load_tile(parts_ptr, offs_part, offs_k, 1, valid, K, EVEN_K)
@@ -327,7 +327,10 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     counts = [weight.shape[0] for weight in one.weights]
     counts = counts[:-1] + [0] * absent + counts[-1:]
     three = one.weights[:-1] + one.weights[-1:] * (1 + absent)
-    programs = one.blocks * triton.cdiv(width, _BLOCK_K)
+    most = max(parts.products.shape[0], 0 if other is None else _last_sums(other).shape[0])
+    # Of many parts small tiles, each by a program that loads as many parts at a time.
+    block_k, ahead = (64, 8) if most <= 8 else (16, 32)
+    programs = one.blocks * triton.cdiv(width, block_k)
     values = dict(
         P=parts.products.shape[0], last_P=last_sums.shape[0], other_P=0,
         stride_sums=parts.sums.stride(0), last_stride_sums=last_sums.stride(0),
@@ -338,7 +341,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     if other is not None:
         (weight,), sums = other.weights, _last_sums(other)
         count, other_width = weight.shape
-        programs += other.blocks * triton.cdiv(other_width, _BLOCK_K)
+        programs += other.blocks * triton.cdiv(other_width, block_k)
         values |= dict(
             other_P=sums.shape[0], other_stride_sums=sums.stride(0), stride_other=weight.stride(0)
         )
@@ -357,7 +360,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
         constants=dict(
             FIRST=counts[0], SECOND=counts[1], LAST=counts[2], K=width,
             OTHER=count, OTHER_K=other_width,
-            BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R,
+            BLOCK_N=_BLOCK_N, BLOCK_K=block_k, BLOCK_R=_BLOCK_R, AHEAD=ahead,
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip
@@ -368,7 +371,7 @@ def _prepare_norm_gradients(norms: list[_Set]) -> PreparedLaunch:
     blocks = [of_set.blocks for of_set in norms]
     return PreparedLaunch(
         _norm_gradients_kernel,
-        sum([triton.cdiv(width, _BLOCK_K) for width in widths]),
+        sum([triton.cdiv(width, _NORM_BLOCK_K) for width in widths]),
         tensors=pointers(
             "parts_ptr", "grad_weight_ptr", "grad_bias_ptr", "other_parts_ptr",
             "other_grad_weight_ptr", "other_grad_bias_ptr",
@@ -376,7 +379,7 @@ def _prepare_norm_gradients(norms: list[_Set]) -> PreparedLaunch:
         values=dict(R=blocks[0], other_R=blocks[1] if len(norms) == 2 else 0),
         constants=dict(
             K=widths[0], OTHER_K=widths[1] if len(norms) == 2 else 0,
-            BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R,
+            BLOCK_K=_NORM_BLOCK_K, BLOCK_R=_BLOCK_R,
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .._call import Weights
 from ..triton_parts.launch import Launches, PreparedLaunch, pointers
+from ..triton_parts.layer_norm import store_means_of_projection
 from ..triton_parts.tiles import load_channels, load_weight
 
 _BLOCK = 16
@@ -100,16 +101,10 @@ def _fold_norms_bwd_kernel(
             emit_ptr, stride_emit, norm_out_ptr, None, None, residual_ptr, residual_extra_ptr,
             None, 0, start, start, C, C, C, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        weight = load_weight(emit_ptr, start, 0, stride_emit, C, C, BLOCK_N, BLOCK_K, False)
-        offs_n = start + tl.arange(0, BLOCK_N)
-        offs_k = tl.arange(0, BLOCK_K)
-        scale = load_channels(norm_out_ptr, offs_k, 1.0, C, C == BLOCK_K)
-        scale = tl.sum(weight.to(tl.float32) * scale, 1) * (1.0 / C)
-        tl.store(scale_ptr + offs_n, scale, mask=offs_n < C)
-        if shift_ptr is not None:
-            shift = load_channels(norm_out_bias_ptr, offs_k, 0.0, C, C == BLOCK_K)
-            shift = tl.sum(weight.to(tl.float32) * shift, 1)
-            tl.store(shift_ptr + offs_n, shift, mask=offs_n < C)
+        store_means_of_projection(
+            emit_ptr, norm_out_ptr, norm_out_bias_ptr, scale_ptr, shift_ptr, start, stride_emit,
+            C, C, BLOCK_N, BLOCK_K, "bf16",
+        )  # fmt: skip
     elif block < 2 * OF_C:
         start = (block - OF_C) * BLOCK_N
         _fold(

@@ -37,30 +37,16 @@ from ..triton_parts.launch import (
 from ..triton_parts.settings import LaunchConfig
 from .parts import (
     REGISTERS,
+    STEP,
     advance,
     barriers,
-    halves,
     load_tile,
+    parts_of,
     store_tile,
     tma_descriptor,
 )
 
-STEP = 64  # summed channels of a step, and channels of a part of x
 _STEP = gl.constexpr(STEP)
-
-
-@gluon.jit
-def _parts(acc):
-    """acc [M, C] in parts of 64 columns."""
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1] // 2, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
-    left, right = halves(acc, HALF)
-    if acc.shape[1] == 2 * _STEP:
-        return left, right
-    else:
-        first, second = halves(left, PART)
-        third, fourth = halves(right, PART)
-        return first, second, third, fourth
 
 
 @gluon.jit
@@ -117,7 +103,7 @@ def _consume(
         if norm_weight_ptr is not None:
             channels = gl.arange(0, C, layout=gl.SliceLayout(0, ACC))
             acc = acc * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
-        parts = _parts(acc)
+        parts = parts_of(acc)
         mean = mean.expand_dims(1)
         scale = rstd.expand_dims(1)
         mean_grad = gl.zeros([ROWS], gl.float32, AT_ROWS)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .split_operands import split_tile
-from .tiles import beside, identity, load_channels, load_tile
+from .tiles import as_multiplied, beside, identity, load_channels, load_tile
 
 # Keeps sums of up to 2^16 channels from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = tl.constexpr(2.0**-16)
@@ -92,6 +92,33 @@ def normalise(
     weight = load_channels(norm_weight_ptr, offs_k, 1.0, WIDTH, EVEN_K)
     bias = load_channels(norm_bias_ptr, offs_k, 0.0, WIDTH, EVEN_K)
     return centred * rstd * weight + bias
+
+
+@triton.jit
+def store_means_of_projection(
+    weight_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, shift_ptr, start_n, stride_weight,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores W g / K and, if there is a `shift_ptr`, W b, of BLOCK_N rows of W [N, K] in fp32.
+
+    W is rounded as in its products.
+    """
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    valid = offs_n < N
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    scale = tl.zeros([BLOCK_N], tl.float32)
+    shift = tl.zeros([BLOCK_N], tl.float32)
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        offs_weight = offs_n.to(tl.int64) * stride_weight
+        weight = load_tile(weight_ptr, offs_weight, offs_k, 1, valid, K, EVEN_K)
+        weight = as_multiplied(weight, PRECISION)
+        scale += tl.sum(weight * load_channels(norm_weight_ptr, offs_k, 1.0, K, EVEN_K), 1)
+        shift += tl.sum(weight * load_channels(norm_bias_ptr, offs_k, 0.0, K, EVEN_K), 1)
+    tl.store(scale_ptr + offs_n, scale * (1.0 / K), mask=valid)
+    if shift_ptr is not None:
+        tl.store(shift_ptr + offs_n, shift, mask=valid)
 
 
 @triton.jit

@@ -34,7 +34,6 @@ from .. import hopper
 from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
-    Launches,
     PreparedLaunch,
     block_of,
     descriptor_of,
@@ -46,7 +45,12 @@ from ..triton_parts.launch import (
     setting_of,
     strides,
 )
-from ..triton_parts.layer_norm import load_first, normalise, row_moments
+from ..triton_parts.layer_norm import (
+    load_first,
+    normalise,
+    row_moments,
+    store_means_of_projection,
+)
 from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import (
     add_bias,
@@ -238,20 +242,10 @@ def _emit_means_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """We g2 / D and We b2 of BLOCK_N channels in fp32; We is rounded as in its products."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = offs_n < C
-    scale = tl.zeros([BLOCK_N], tl.float32)
-    shift = tl.zeros([BLOCK_N], tl.float32)
-    for start_k in range(0, D, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        offs_emit = offs_n.to(tl.int64) * stride_emit
-        emit = load_tile(emit_ptr, offs_emit, offs_k, 1, valid, D, D % BLOCK_K == 0)
-        emit = as_multiplied(emit, PRECISION)
-        scale += tl.sum(emit * load_channels(norm_weight_ptr, offs_k, 1.0, D, D % BLOCK_K == 0), 1)
-        shift += tl.sum(emit * load_channels(norm_bias_ptr, offs_k, 0.0, D, D % BLOCK_K == 0), 1)
-    tl.store(scale_ptr + offs_n, scale * (1.0 / D), mask=valid)
-    if shift_ptr is not None:
-        tl.store(shift_ptr + offs_n, shift, mask=valid)
+    store_means_of_projection(
+        emit_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, shift_ptr,
+        tl.program_id(0) * BLOCK_N, stride_emit, C, D, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
 
 
 def emit_means(weights: Weights, prepared: PreparedLaunch) -> tuple[torch.Tensor, ...]:
@@ -311,7 +305,6 @@ def fused_ln_residual_bwd(
     rows: Rows,
     weights: Weights,
     emit_means: tuple[torch.Tensor, torch.Tensor | None],
-    launches: Launches,
     prepared: PreparedLaunch,
     out: Stage3Gradients,
     folded: tuple[torch.Tensor | None, ...] | None = None,
@@ -319,12 +312,12 @@ def fused_ln_residual_bwd(
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
-    is from `prepare_ln_residual_bwd` for tensors like these; `launches` gives other memory.
-    `folded` is what a variant can be given of these weights.
+    is from `prepare_ln_residual_bwd` for tensors like these. `folded` is what a variant needs of
+    these weights.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("ln_residual_backward")
-        variant.launch(rows, weights, emit_means, launches, prepared, out, folded)
+        variant.launch(rows, weights, emit_means, prepared, out, folded)
         return
     emit_scale, emit_shift = emit_means
     prepared.launch(

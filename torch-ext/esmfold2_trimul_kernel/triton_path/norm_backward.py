@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import hopper
 from .._call import Weights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
@@ -132,6 +133,10 @@ def norm_out_bwd(
     outputs have the dtype of t, and grad_t may be t. `prepared` is from `prepare_norm_out_bwd` for
     tensors like these. `lengths` [1] int32 is the length of a padded sequence.
     """
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("norm_backward")
+        variant.launch(prepared, grad_emit, t, rows, weights, grad_t, hat_t)
+        return
     prepared.launch(
         grad_emit_ptr=grad_emit,
         t_ptr=t,
@@ -152,16 +157,24 @@ def prepare_norm_out_bwd(
     precision: str,
     config: LaunchConfig | None = None,
     first_row: int = 0,
+    padded: bool = False,
+    with_hat: bool = True,
 ) -> PreparedLaunch:
     """The launch of `norm_out_bwd` for tensors like these, with L = `length`.
 
-    The first row is row `first_row` of its sequence.
+    The first row is row `first_row` of its sequence, which has a length if `padded`. t^ is written
+    if `with_hat`.
     """
     hidden, count, pitch = t.shape
-    channels = weights.p_out_weight.shape[0]
+    weight = weights.p_out_weight
+    channels = weight.shape[0]
     device = device_target(t.device)
+    variants = hopper.variants("norm_backward", "takes", weight, t, grad_t, weight, padded)
     if config is None:
-        config = setting_of("norm_out_bwd", t, max(channels, hidden), length)
+        config = setting_of("norm_out_bwd", t, max(channels, hidden), length, 1, variants)
+    if hopper.is_variant(config, variants):
+        variant = hopper.kernels("norm_backward")
+        return variant.prepare(t, grad_t, length, weight, with_hat, config)
     block_n = block_of(config.block_n, hidden)
     block_k = block_of(config.block_k, channels)
     return PreparedLaunch(
@@ -173,7 +186,7 @@ def prepare_norm_out_bwd(
         ),
         values=dict(
             R=count, L=length, pitch=pitch, first_row=first_row,
-            stride_emit=weights.p_out_weight.stride(0),
+            stride_emit=weight.stride(0),
             **named_strides("t", "di", t.stride()[:2]),
             **named_strides("grad", "di", grad_t.stride()[:2]),
         ),

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import hopper
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
@@ -29,6 +30,7 @@ from ..triton_parts.launch import (
     pointers,
     setting_of,
 )
+from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import dot, load_tile, quarters, store_tile
 
 _LEAST_ROWS = 256  # of a part: fewer are not worth a program
@@ -38,7 +40,7 @@ _LEAST_ROWS = 256  # of a part: fewer are not worth a program
 def _row_products_kernel(
     left_ptr, last_ptr, right_ptr, parts_ptr, sums_ptr, partial_ptr,
     M, part, accumulate, partials, stride_left, stride_last, stride_right,
-    N: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    N: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of left^T right over `part` rows, a multiple of BLOCK_M.
@@ -51,7 +53,6 @@ def _row_products_kernel(
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BEFORE_LAST: tl.constexpr = (N - LAST + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = (BEFORE_LAST + (LAST + BLOCK_N - 1) // BLOCK_N) * BLOCKS_K
     number = tl.program_id(0) // TILES
     tile = tl.program_id(0) - number * TILES
     start_n = tile // BLOCKS_K * BLOCK_N
@@ -141,12 +142,16 @@ def row_products(
     """
     if parts is None:
         constants = prepared.constants
-        count = prepared.programs // _tiles_of(**constants)
+        count = prepared.programs // constants["TILES"]
         size, width = (count, constants["N"], constants["K"]), constants["W"]
         parts = RowParts(
             torch.empty(size, dtype=torch.float32, device=left.device),
             torch.empty(count, width, dtype=torch.float32, device=left.device) if width else None,
         )
+    if prepared.variant == "hopper":
+        variant = hopper.kernels("row_products")
+        variant.launch(prepared, left, last, right, parts.products, parts.sums, partial)
+        return parts
     prepared.launch(
         left_ptr=left,
         last_ptr=last,
@@ -167,6 +172,7 @@ def prepare_row_products(
     parts: RowParts | None = None,
     partial: torch.Tensor | None = None,
     last: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
     """The launch of `row_products` for rows like these: left [M, N] and right [M, K].
 
@@ -181,19 +187,27 @@ def prepare_row_products(
     width_n += width_last
     device = device_target(left.device)
     stage = "row_products_and_sums" if with_sums else "row_products"
-    config = setting_of(stage, left, max(width_n, width_k), math.isqrt(rows))
+    variants = hopper.variants("row_products", "takes", right, left, right, last, partial)
+    if config is None:
+        width = max(width_n, width_k)
+        config = setting_of(stage, left, width, math.isqrt(rows), 1, variants)
+    if programs is None:
+        programs = device.multiprocessors
+    if hopper.is_variant(config, variants):
+        variant, count = hopper.kernels("row_products"), 0 if parts is None else len(parts.products)
+        return variant.prepare(left, right, programs, count, partial, last, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, width_n)
     block_k = block_of(config.block_k, width_k)
     width_sums = width_n if with_sums else 0 if partial is None else partial.shape[1]
+    # Tiles of the product, which are also the programs of one part.
+    tiles = triton.cdiv(width_n - width_last, block_n) + triton.cdiv(width_last, block_n)
+    tiles *= triton.cdiv(width_k, block_k)
     constants = dict(
-        N=width_n, LAST=width_last, K=width_k, W=width_sums,
+        N=width_n, LAST=width_last, K=width_k, W=width_sums, TILES=tiles,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),
     )  # fmt: skip
-    tiles = _tiles_of(**constants)
-    if programs is None:
-        programs = device.multiprocessors
     most = programs // tiles if parts is None else parts.products.shape[0]
     part = triton.cdiv(triton.cdiv(rows, max(1, min(most, rows // _LEAST_ROWS))), block_m) * block_m
     return PreparedLaunch(
@@ -211,10 +225,3 @@ def prepare_row_products(
         constants=constants,
         options=config.options(),
     )
-
-
-def _tiles_of(N: int, LAST: int, K: int, BLOCK_N: int, BLOCK_K: int, **_: int | str) -> int:
-    """The tiles of the product, which is also the number of programs for one part."""
-    # Of each call that makes parts, whose host time triton.cdiv would lengthen.
-    tiles_n = -(-(N - LAST) // BLOCK_N) - (-LAST // BLOCK_N)
-    return tiles_n * -(-K // BLOCK_K)
