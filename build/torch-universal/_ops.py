@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_82d450ebba"
+_NAMESPACE = "_esmfold2_trimul_kernel_247e58944c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

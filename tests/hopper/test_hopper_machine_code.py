@@ -44,22 +44,24 @@ for name, binary, code in zip(names, binaries, codes, strict=True):
 print(json.dumps(found))
 """
 SHARED_BYTES = 232448
-STAGES = {"fused_dual_gemm", "fused_ln_residual", "swiglu_hidden"}
+STAGES = {"fused_dual_gemm", "fused_ln_residual", "transition"}
+WIDE = {"fused_dual_gemm", "swiglu_hidden", "row_linear"}
 CASES = {
     "float16": [("float16", 256, 512, False)],
     "narrow float16": [("float16", 128, 512, False)],
     "padded": [("float16", 256, 512, True), ("bfloat16", 128, 512, True)],
     "three parts": [("bfloat16", 192, 512, False)],
+    "short": [("bfloat16", 128, 256, False), ("float16", 128, 256, True)],
     "wide": [("bfloat16", 512, 512, False), ("float16", 512, 512, False)],
     "widths between": [("bfloat16", width, 512, False) for width in (320, 384, 448)],
 }
 QUICK = {"float16"}
-# The plain transition is faster for narrow rows, and stage 3 has no registers for wide ones.
-LEFT_OUT = {
-    "narrow float16": {"swiglu_hidden"},
-    "wide": {"fused_ln_residual"},
-    "widths between": {"fused_ln_residual"},
+# Stage 3 has no registers for wide rows, and a whole transition none for their outputs.
+STAGES_OF = {
+    "wide": WIDE, "widths between": WIDE, "short": {"fused_ln_residual", "transition"},
 }
+# Waits for accumulators: one for each product to a step's hidden channels would be many more.
+WAITS = {"transition": 15, "row_linear": 4}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_products_and_copies_without_spills(name):
     path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
     output = python_output(COMPILE, json.dumps(CASES[name]), PYTHONPATH=path)
     found = json.loads(output)
-    assert {stage for _, stage, _ in found} == STAGES - LEFT_OUT.get(name, set())
+    assert {stage for _, stage, _ in found} == STAGES_OF.get(name, STAGES)
     for case, stage, traits in found:
 
         def count(pattern, code=traits["code"]):
@@ -77,9 +79,12 @@ def test_products_and_copies_without_spills(name):
 
         where = f"{stage} {case}"
         assert traits["shared_bytes"] <= SHARED_BYTES, where
-        assert traits["spill_bytes"] <= MAX_LOOP_SPILL_BYTES and not traits["spills_in_loop"], where
+        assert traits["spill_bytes"] <= MAX_LOOP_SPILL_BYTES, where
+        # A whole transition's are read once a tile, which is the outer loop.
+        assert not traits["spills_in_loop"] or stage == "transition", where
         # A wait for an accumulator a consumer, of which there are two or three: not one a product.
-        assert count(r"\bHGMMA\b") > 16 and count(r"\bWARPGROUP\.DEPBAR\b") <= 3, where
+        assert count(r"\bHGMMA\b") >= 8, where
+        assert count(r"\bWARPGROUP\.DEPBAR\b") <= WAITS.get(stage, 3), where
         assert count(r"\bUTMALDG\b") >= 4 and count(r"\bUTMASTG\b") >= 2, where
         assert count(r"\bUSETMAXREG\b") > 0, where  # registers move from the loads to the products
         if "float16" in case and "bfloat16" not in case:

@@ -102,7 +102,11 @@ found["specialised"] = {
         for parameter in launch.kernel.params
         if parameter.name.endswith("_ptr") and not parameter.do_not_specialize
     ]
-    for launch in planned(call(padded=True)) + planned(transition(padded=True))
+    for launch in (
+        planned(call(padded=True))
+        + planned(transition(padded=True))
+        + planned(transition(width=512))
+    )
 }
 
 config = submodule(package, "triton_parts.settings").LaunchConfig
@@ -116,6 +120,10 @@ stages = {
     ),
     "triton_path.swiglu_hidden": (
         "prepare_swiglu_hidden", transition(dtype=single), rows, 0, False, config
+    ),
+    "triton_path.row_linear": (
+        "prepare_row_linear", rows.float(), rows[:256].float(), None, (512, 512), "fp32", 0, False,
+        config,
     ),
     "triton_path.fused_dual_gemm_backward": (
         "prepare_dual_gemm_bwd", call(dtype=half), call(dtype=half).x[0], None, moments[0],
@@ -141,18 +149,18 @@ BOTH = ["fused_dual_gemm", "fused_ln_residual"]
 WANTED = {
     "bfloat16": BOTH,
     "float16": BOTH,
-    "float16 transition": ["swiglu_hidden"],
+    "float16 transition": ["transition"],
     "incoming": BOTH,
     "ragged": BOTH,
     "narrow": BOTH,
-    "transition": ["swiglu_hidden"],
+    "transition": ["transition"],
     "padded": BOTH,
-    "padded transition": ["swiglu_hidden"],
+    "padded transition": ["transition"],
     "three parts": BOTH,
     # Rows of x and of the product don't fit stage 3's registers.
     "wide": ["fused_dual_gemm"],
     "wide, padded": ["fused_dual_gemm"],
-    "wide transition": ["swiglu_hidden"],
+    "wide transition": ["row_linear", "swiglu_hidden"],
     "no residual": BOTH,
     # There a group's a and b lie apart.
     "lean": ["fused_ln_residual"],
@@ -189,11 +197,13 @@ def test_pointers_into_slices_have_any_alignment(plans):
         "fused_dual_gemm": ["moments_ptr"],  # memory of its own
         "fused_ln_residual": [],
         "swiglu_hidden": ["moments_ptr"],
+        "row_linear": [],
+        "transition": [],
     }
 
 
 def test_a_setting_of_a_variant_for_a_call_that_it_does_not_take(plans):
-    assert len(plans["refused"]) == 4
+    assert len(plans["refused"]) == 5
     for message in plans["refused"].values():
         assert "setting must be of one of ['']" in message and "kernel='hopper'" in message
 

@@ -37,7 +37,7 @@ def stage(submodule, on_triton):
             residual = out.view(residual.shape)
         pairs = (1, 1) if residual is None else tuple(residual.shape[1:3])
         prepared = subject.prepare_row_linear(
-            rows, weight, residual, pairs, "fp32", first_row, config
+            rows, weight, residual, pairs, "fp32", first_row, lengths is not None, config
         )
         subject.row_linear(rows, weight, bias, residual, lengths, out, prepared)
         assert memory[len(rows) :].isnan().all()

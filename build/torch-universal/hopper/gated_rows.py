@@ -183,7 +183,7 @@ def _consume(
 
 
 @gluon.jit
-def _load_rows(
+def load_rows(
     x, x_slots, x_full, x_empty, lengths, pairs,
     C: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PLANES: gl.constexpr,
 ):  # fmt: skip
@@ -272,7 +272,7 @@ def _gated_rows_hopper_kernel(
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
-            (_load_rows, (
+            (load_rows, (
                 x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, SLOTS, PLANES,
             )),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
@@ -296,7 +296,7 @@ def _gated_rows_hopper_kernel(
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
-            (_load_rows, (
+            (load_rows, (
                 x, x_slots, loaded[0], freed[0], lengths, pairs, C, CONSUMERS, SLOTS, PLANES,
             )),
         ], [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24])  # fmt: skip

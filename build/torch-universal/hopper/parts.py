@@ -352,16 +352,13 @@ def halves(x, HALF: gl.constexpr):
 
 @gluon.jit
 def parts_of(acc):
-    """acc [M, 128 or 256] in parts of STEP columns."""
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1] // 2, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
-    left, right = halves(acc, HALF)
-    if acc.shape[1] == 2 * _STEP:
-        return left, right
+    """acc [M, N] in parts of STEP columns, of which there is a power of two."""
+    if acc.shape[1] == _STEP:
+        return (acc,)
     else:
-        first, second = halves(left, PART)
-        third, fourth = halves(right, PART)
-        return first, second, third, fourth
+        HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1] // 2, 16])
+        left, right = halves(acc, HALF)
+        return parts_of(left) + parts_of(right)
 
 
 def part_of(channels: int) -> int:

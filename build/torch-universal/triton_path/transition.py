@@ -3,8 +3,10 @@
     swiglu_hidden   h = silu(z Wg^T + bg) * (z Wu^T + bu)   [rows of a chunk, H]
     row_linear      out = residual + h Wd^T + bd
 
-Peak memory beyond the arguments: the output, unless it is written over the residual, and the hidden
-channels of a chunk, of x's size or less (64 MiB where that is more).
+On Hopper GPUs the setting of `swiglu_hidden` may be one kernel for both ("whole"), of all rows.
+
+Peak memory beyond the arguments: the output, unless it is written over the residual, and with two
+stages the hidden channels of a chunk, of x's size or less (64 MiB where that is more).
 
 The backward keeps nothing of the forward. In chunks of rows, with G the output's gradient:
 
@@ -17,16 +19,19 @@ Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (
 over rows are in fp32, in a fixed order.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import hopper
 from .._call import TRANSITION_DIFFERENTIABLE, Transition, TransitionWeights
 from .._plan import Plan
+from ..hopper.padding import fill_padding
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import Launches
+from ..triton_parts.launch import Launches, setting_of
 from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
 from ..validation import pairs_within
@@ -50,6 +55,9 @@ _SETS = {
     "in": Projections(("gate_weight", "up_weight"), "norm"),
     "down": Projections(("down_weight",), None),
 }
+_WHOLE = ("transition",)  # the key of its launch
+# Of the first stage: its own, and one kernel for both.
+_FIRST_VARIANTS = frozenset({"hopper", "whole"})
 _TILE = 128  # a multiple of every setting's rows
 
 
@@ -65,6 +73,11 @@ def _run(call: Transition, launches: Launches) -> Tensor:
     out = call.residual
     if not call.inplace:
         out = launches.empty("output", x.shape, x.dtype, x.device)
+    if not launches:  # the first of its kind
+        _prepare_whole(call, launches)
+    if _WHOLE in launches:
+        hopper.kernels("transition").launch(call, launches, launches[_WHOLE], out)
+        return out
     memory = folded = None
     for entries, rows in _chunks(call, call.hidden, *_FORWARD_CHUNK):
         part = _part(call, entries, rows)
@@ -78,13 +91,25 @@ def _run(call: Transition, launches: Launches) -> Tensor:
         prepared = launches.of(
             ("row_linear", part.x.shape, first_row, *alignments),
             prepare_row_linear, hidden, weights.down_weight, part.residual, part.x.shape[1:3],
-            call.precision, first_row,
+            call.precision, first_row, call.lengths is not None,
         )  # fmt: skip
         row_linear(
             hidden, weights.down_weight, weights.down_bias, part.residual, part.lengths, made,
             prepared,
         )  # fmt: skip
+        if call.lengths is not None and prepared.variant:
+            fill_padding(part, launches, prepared, made, first_row)
     return out
+
+
+def _prepare_whole(call: Transition, launches: Launches) -> None:
+    """The launch of the one kernel for a whole call, if that is the setting."""
+    x = call.x
+    if hopper.variants("transition", "takes", x, call):
+        length = math.isqrt(x.shape[:3].numel())
+        config = setting_of("swiglu_hidden", x, x.shape[3], length, 1, _FIRST_VARIANTS)
+        if config.kernel == "whole":
+            launches.of(_WHOLE, hopper.kernels("transition").prepare, call, config)
 
 
 def _part(call: Transition, entries: slice, rows: slice) -> Transition:

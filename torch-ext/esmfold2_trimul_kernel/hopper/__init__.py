@@ -1,9 +1,10 @@
 """Variants of stages for Hopper GPUs, written in Triton's Gluon dialect.
 
     gated_rows              stage 1, and the first stage of the transition
+    row_linear              the second stage of the transition
     gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
     input_backward          and from there to dx; the transition's too
-    ln_residual             stage 3; padding: the tiles that it leaves out
+    ln_residual             stage 3; padding: the tiles that it and the transition leave out
     ln_residual_backward    its backward, to de and dq
     norm_backward           and from de to dt
     row_products            sums over pairs of the gradients' products with normalised rows
@@ -32,7 +33,8 @@ from ..triton_parts.settings import LaunchConfig, release
 _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose Gluon these kernels are written for
 _BFLOAT16 = (torch.bfloat16,)
 _16_BITS = (torch.bfloat16, torch.float16)
-# The dtypes and widths of rows that a module takes: as many as fit a consumer's registers.
+# The dtypes and widths of rows that a module takes: of those that a consumer holds in registers, as
+# many as fit.
 _TAKEN = {
     "gated_rows": (_16_BITS, range(128, 513, 64)),
     "gated_rows_backward": (_BFLOAT16, (128, 256)),
@@ -41,6 +43,8 @@ _TAKEN = {
     "ln_residual": (_16_BITS, (128, 192, 256)),
     "norm_backward": (_BFLOAT16, (128, 256)),
     "row_products": (_16_BITS, range(128, 2049, 128)),
+    "row_linear": (_16_BITS, range(64, 8193, 64)),
+    "transition": (_16_BITS, (128, 192, 256)),
 }
 _plain_only = False
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import hopper
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
@@ -117,6 +118,16 @@ def row_linear(
     prepared: PreparedLaunch,
 ) -> None:
     """Fills out [M, N]; `prepared` is from `prepare_row_linear` for tensors like these."""
+    if prepared.variant == "hopper":
+        prepared.launch(
+            rows=rows,
+            weight=weight,
+            residual=residual,
+            out=out,
+            bias_ptr=bias,
+            lengths_ptr=lengths,
+        )
+        return
     prepared.launch(
         rows_ptr=rows,
         rows=rows,
@@ -135,21 +146,31 @@ def prepare_row_linear(
     pairs: tuple[int, int],
     precision: str,
     first_row: int = 0,
+    padded: bool = False,
     config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
     """The launch of `row_linear` for rows [M, K] and weight [N, K].
+
+    A launch of the variant for Hopper GPUs leaves out tiles of padding alone.
 
     Args:
         residual: [B, R, J, N], any strides; it may be the memory of the output.
         pairs: (R, J), which matter only with a residual or lengths.
         precision: a word of the kernels, for float32.
         first_row: row i is row first_row + i of its sequence, which matters only with lengths.
+        padded: whether there are lengths.
         config: a setting in place of the shipped one.
     """
     (count, width), channels = rows.shape, weight.shape[0]
     device = device_target(rows.device)
+    variants = hopper.variants("row_linear", "takes", rows, rows, weight, residual)
     if config is None:
-        config = setting_of("row_linear", rows, channels, math.isqrt(count))
+        config = setting_of("row_linear", rows, channels, math.isqrt(count), 1, variants)
+    if hopper.is_variant(config, variants):
+        rectangle = count // (pairs[0] * pairs[1]), *pairs
+        return hopper.kernels("row_linear").prepare(
+            rows, weight, residual, rectangle, first_row if padded else None, config
+        )
     block_n = block_of(config.block_n, channels)
     block_k = block_of(config.block_k, width)
     descriptors = config.descriptors and has_descriptor(weight) and has_descriptor(rows)

@@ -27,6 +27,12 @@ _HOPPER_RESIDUAL = {
     128: ((128, 64, 128, 3, 2), (128, 64, 128, 2, 3), (128, 32, 128, 6, 4)),
     256: ((128, 32, 256, 2, 3), (128, 32, 256, 2, 2)),
 }
+# The transition's second stage: `split` are the slots of a consumer's rows.
+_HOPPER_ROWS = {
+    128: ((128, 128, 64, 8, 6), (128, 128, 64, 6, 8)),
+    192: ((128, 64, 64, 8, 8),),
+    256: ((128, 256, 64, 4, 6), (128, 256, 64, 3, 8), (128, 128, 64, 6, 8)),
+}
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,7 @@ def _hopper_settings(stage: str, width: int) -> Iterator[dict]:
         "fused_dual_gemm": _HOPPER_GATED,
         "swiglu_hidden": _HOPPER_GATED,
         "fused_ln_residual": _HOPPER_RESIDUAL,
+        "row_linear": _HOPPER_ROWS,
     }.get(stage, {})
     for block_m, block_n, block_k, stages, split in shapes.get(width, ()):
         yield {
