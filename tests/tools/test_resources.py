@@ -112,6 +112,7 @@ def run_fresh(script: str, *arguments: str, first_on_path: Path = ROOT / "tests"
 def assert_settings_fit(target, cases, **options):
     rows = json.loads(run_fresh(COLLECT, target, *map(str, cases), **options))
     assert problems(rows) == []
+    widest = 128 if options else 256  # of a whole transition; less with the newest Triton
     for case in cases:
         kernels = [row["kernel"] for row in rows if row["case"] == str(case)]
         wanted = FORWARD | BACKWARD if case in BACKWARD_CASES else FORWARD
@@ -119,7 +120,7 @@ def assert_settings_fit(target, cases, **options):
             wanted = wanted | {"fold_norm"} | ({"padding"} if case.padded else set())
             if case in BACKWARD_CASES and case.width <= 256 and not case.padded:
                 wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
-        if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= 256:
+        if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= widest:
             wanted = wanted - {"swiglu_hidden", "row_linear"} | {"transition"}
         if target == "sm_90" and case in SPLIT:
             wanted = wanted | {"split_weights", "mask_exponents"}
