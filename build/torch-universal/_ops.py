@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_247e58944c"
+_NAMESPACE = "_esmfold2_trimul_kernel_bf8e690b0e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

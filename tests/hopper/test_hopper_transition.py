@@ -93,7 +93,7 @@ def test_no_worse_than_the_plain_kernels(kernel, submodule, use, kind, name, dty
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("residual", ["own", "x"])
-def test_in_place(kernel, use, kind, residual):
+def test_in_place(kernel, submodule, use, kind, residual):
     use(kind)
     problem = make_transition((150, 150, 256), 512, dtype=BF16, residual=residual).to("cuda")
     wanted = run(kernel, problem, "cuda")
@@ -101,18 +101,19 @@ def test_in_place(kernel, use, kind, residual):
     if residual == "x":
         problem.x = problem.residual
     got = run(kernel, problem, "cuda", inplace=True)
+    assert ran(submodule, kind)
     assert got.data_ptr() == problem.residual.data_ptr() and torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("kind", WIDEST)
 @pytest.mark.parametrize("which", ["x", "residual"])
-def test_rows_apart(kernel, use, kind, which):
+def test_rows_apart(kernel, submodule, use, kind, which):
     use(kind)
     problem = make_transition((3, 40, 70, 128), 512, dtype=BF16, residual="own").to("cuda")
     wanted = run(kernel, problem, "cuda")
     turned = getattr(problem, which).transpose(1, 2).contiguous().transpose(1, 2)
     setattr(problem, which, turned)
-    assert torch.equal(run(kernel, problem, "cuda"), wanted)
+    assert torch.equal(run(kernel, problem, "cuda"), wanted) and ran(submodule, kind)
 
 
 @pytest.mark.parametrize("kind, channels, lengths, others", [
@@ -152,6 +153,7 @@ def test_constant_rows_are_the_bias_and_overflow_is_infinite(kernel, submodule, 
     problem = make_transition((3, 130, 256), 512, dtype=HALF, residual="own").to("cuda")
     problem.x[0], problem.x[1] = 0.0, 1000.0
     got = run(kernel, problem, "cuda") - problem.residual
+    assert ran(submodule, kind)
     assert relative_error(got[1], got[0].cpu().double()) <= 2e-3
     problem.residual = torch.full_like(problem.residual, 65000.0)
     problem.weights["down_weight"] *= 1e3

@@ -66,6 +66,7 @@ found = {
     "wider": variants(call(width=576)),
     "small": variants(call(length=96)),
     "unaligned": variants(unaligned(call())),
+    "narrow transition": variants(transition(width=64)),
     "another GPU": variants(call(), "sm_100"),
 }
 
@@ -109,7 +110,16 @@ found["specialised"] = {
     )
 }
 
-config = submodule(package, "triton_parts.settings").LaunchConfig
+with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
+    found["buffers"] = list(path.transition.plan(transition()).buffers)
+    whole = submodule(package, "hopper.transition").prepare
+    config = submodule(package, "triton_parts.settings").LaunchConfig
+    found["odd"] = []
+    for width, rows, stages in ((192, 192, 8), (256, 128, 5)):
+        try:
+            whole(transition(width), config(rows, 64, 64, 4, stages, kernel="whole"))
+        except ValueError as error:
+            found["odd"].append(str(error))
 config = config(128, 64, 256, num_warps=4, num_stages=2, kernel="hopper")
 planes = torch.empty(1, 2, 256, 512, 512, device="meta").unbind(1)
 moments, rows = torch.empty(1, 2, 512, 512, device="meta"), planes[0].view(-1, 1024)
@@ -179,9 +189,9 @@ def test_what_they_take(plans, case):
 
 
 def test_what_they_leave_to_the_plain_kernels(plans):
-    apart = [*WANTED, "messages", "specialised", "refused", "backward"]
+    apart = [*WANTED, "messages", "specialised", "refused", "backward", "buffers", "odd"]
     others = {name: found for name, found in plans.items() if name not in apart}
-    assert len(others) == 8 and not any(others.values()), others
+    assert len(others) == 9 and not any(others.values()), others
 
 
 def test_stage_1_backward(plans):
@@ -189,6 +199,12 @@ def test_stage_1_backward(plans):
     for case, (theirs, all_of_them) in plans["backward"].items():
         taken = case in ("bfloat16", "narrow", "ragged")
         assert all_of_them > 0 and theirs == (all_of_them if taken else 0), case
+
+
+def test_a_whole_transition(plans):
+    """It holds the output alone; settings that its ring has no room for are refused."""
+    assert plans["buffers"] == ["output"]
+    assert len(plans["odd"]) == 2 and all("got LaunchConfig" in of for of in plans["odd"])
 
 
 def test_pointers_into_slices_have_any_alignment(plans):

@@ -19,7 +19,8 @@ from kernels._rust import Backend, Digest, DigestAlgorithm, Metadata
 PACKAGE = "esmfold2_trimul_kernel"
 SOURCES = Path("torch-ext", PACKAGE)
 FOLDERS = {
-    "aten_path", "carriers", "configs", "hopper", "models", "triton_parts", "triton_path", PACKAGE,
+    "aten_path", "carriers", "configs", "hopper", "models", "sharded_schedule", "triton_parts",
+    "triton_path", PACKAGE,
 }  # fmt: skip
 
 

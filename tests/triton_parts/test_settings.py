@@ -303,3 +303,18 @@ def test_options_are_what_the_launcher_takes(subject):
     assert config.options() == {"num_warps": 8, "num_stages": 3}
     limited = dataclasses.replace(config, maxnreg=128)
     assert limited.options() == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+
+
+def test_the_classes_of_lengths_are_those_of_all_stages(submodule):
+    """So that `warmup` has one length of each, for a training too."""
+    settings = submodule("triton_parts.settings")
+    for target in settings.targets():
+        *bounds, beyond = settings.class_lengths(target, "")
+        entries = [
+            entry
+            for stage in settings.STAGES
+            for kind in settings.settings_of(target)[stage].values()
+            for entry in kind
+        ]
+        assert {entry["max_length"] for entry in entries if "max_length" in entry} == set(bounds)
+        assert beyond == bounds[-1] + 1

@@ -151,7 +151,6 @@ def _fused_dual_gemm_fwd_kernel(
             batch * stride_mask_b + q.to(tl.int64) * stride_mask_q + p.to(tl.int64) * stride_mask_p
         )
         pair_mask = tl.load(mask_ptr + offs_mask, mask=valid_m, other=0).to(tl.float32)
-
         pair_mask = scale_mask(pair_mask, masks_ptr, pid_b * pitch + q, valid_m)
 
     # The same as q < Q, but here the compiler sees that groups of 16 positions agree.
@@ -476,7 +475,6 @@ def prepare_dual_gemm(
         tensors=pointers(
             "x_ptr", "mask_ptr", "lengths_ptr", "norm_weight_ptr", "norm_bias_ptr",
             "value_bias_ptr", "gate_bias_ptr", "b", "moments_ptr", "scales_ptr", "masks_ptr",
-            "masks_ptr",
         ) | {"weight_pair": pair.descriptor, "a": flat},
         values=dict(
             Q=rows, P=columns, pitch=pitch, first_q=first[0], first_p=first[1], eps=call.eps_in,

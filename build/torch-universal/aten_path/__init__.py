@@ -81,6 +81,7 @@ class Rows(Stages):
 
     slots = 2  # planes that stage 2 works on: the left operand, which the product overwrites, and b
     moments, moment_bytes = None, 0  # of a pair of x; none are kept
+    would_split = False
 
     def __init__(self, call: Call, first_row: int) -> None:
         masked, self._within = _masked(call, first_row)

@@ -2,9 +2,11 @@
 
     gated_rows              stage 1, and the first stage of the transition
     row_linear              the second stage of the transition
+    transition              both in one
     gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
     input_backward          and from there to dx; the transition's too
-    ln_residual             stage 3; padding: the tiles that it and the transition leave out
+    ln_residual             stage 3
+    padding                 the tiles that it and the transition's kernels leave out
     ln_residual_backward    its backward, to de and dq
     norm_backward           and from de to dt
     row_products            sums over pairs of the gradients' products with normalised rows

@@ -31,7 +31,7 @@ from .folded_norm import EXTRA
 
 ROWS = 64  # of a consumer's tile
 _ROWS = gl.constexpr(ROWS)
-STEP = 64  # of the backwards' products: summed channels of a step, and channels of a part
+STEP = 64  # of rings of rows: summed channels of a step, and channels of a part of the output
 _STEP = gl.constexpr(STEP)
 # Keeps a row's sum from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = gl.constexpr(2.0**-16)

@@ -62,7 +62,7 @@ def plan(division: Division, call: Call) -> Plan:
     ]
     if way.slots[0] == 2 and (way.mapped or not call.x.is_cuda):  # NCCL and stage 2 take turns
         notes.append("a group's planes travel during stage 2 of another")
-    if call.precision == "fp16x3":
+    if stages.would_split or call.precision == "fp16x3":
         notes.append("precision 'fp16x3' is run as TF32x3: ranks exchange no split numbers")
     if call.memory == "auto":
         notes.append("all ranks go lean where an allocation of this mode fails on one")

@@ -177,7 +177,11 @@ def _split_weights_kernel(
         _store_norm(norm_out_weight_ptr, norm_out_bias_ptr, norms_ptr + 2 * C, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["L", "mask_ptr", "lengths_ptr"])
+@triton.jit(
+    do_not_specialize=[
+        "L", "mask_ptr", "lengths_ptr", "stride_mask_b", "stride_mask_q", "stride_mask_p",
+    ]
+)  # fmt: skip
 def _mask_exponents_kernel(
     mask_ptr, lengths_ptr, exponents_ptr, L, pitch, stride_mask_b, stride_mask_q, stride_mask_p,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,

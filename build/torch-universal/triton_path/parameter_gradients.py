@@ -327,9 +327,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     counts = [weight.shape[0] for weight in one.weights]
     counts = counts[:-1] + [0] * absent + counts[-1:]
     three = one.weights[:-1] + one.weights[-1:] * (1 + absent)
-    most = max(parts.products.shape[0], 0 if other is None else _last_sums(other).shape[0])
-    # Of many parts small tiles, each by a program that loads as many parts at a time.
-    block_k, ahead = (64, 8) if most <= 8 else (16, 32)
+    block_k, ahead = 16, 32  # of many parts small tiles, whose programs load as many at a time
     programs = one.blocks * triton.cdiv(width, block_k)
     values = dict(
         P=parts.products.shape[0], last_P=last_sums.shape[0], other_P=0,

@@ -14,7 +14,7 @@ from ..fused_dual_gemm import fused_dual_gemm_fwd
 from ..fused_ln_residual import fused_ln_residual_fwd
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.tiles import padded_pitch
-from .launches import current_device, for_kernels, launches_of
+from .launches import current_device, for_kernels, launches_of, wants_split
 
 
 @contextlib.contextmanager
@@ -32,6 +32,7 @@ class Rows:
 
     def __init__(self, call: Call, first_row: int) -> None:
         self._call = for_kernels(call)
+        self.would_split = wants_split(call)  # in a call of one process
         self.moments: Tensor | None = None  # [1, 2, R, pitch] in fp32, of x, from stage 1
         self._first_row = 0 if call.lengths is None else first_row
         self.pitch = padded_pitch(call.x.shape[2])

@@ -1,10 +1,10 @@
-"""Stage 3's output in the tiles of padding alone, which the Hopper kernel leaves out."""
+"""The output in tiles of padding alone, which Hopper kernels of stage 3 and of transitions omit."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._call import Call
+from .._call import Call, Transition
 from ..triton_parts.launch import Launches, PreparedLaunch, named_strides, pointers, strides
 from ..triton_parts.tiles import length_of, load_tile, store_tile, store_zeros
 
@@ -48,16 +48,20 @@ def _padding_kernel(
 
 
 def fill_padding(
-    call: Call, launches: Launches, stage: PreparedLaunch, out: Tensor, first_row: int
+    call: Call | Transition,
+    launches: Launches,
+    stage: PreparedLaunch,
+    out: Tensor,
+    first_row: int,
 ) -> None:
-    """Fills out [B, R, L, C] where the launch `stage` of stage 3 leaves out tiles of padding."""
+    """Fills out [B, R, L, C] where the launch `stage` leaves out tiles of padding."""
     if call.inplace:  # the residual is there
         return
     prepared = launches.of(("padding", stage), _prepare, call, first_row)
     prepared.launch(residual_ptr=call.residual, lengths_ptr=call.lengths, out_ptr=out)
 
 
-def _prepare(call: Call, first_row: int) -> PreparedLaunch:
+def _prepare(call: Call | Transition, first_row: int) -> PreparedLaunch:
     batch, rows, length, channels = call.x.shape
     per_row = triton.cdiv(length, _TILE)
     residual = call.residual

@@ -30,6 +30,7 @@ from ..triton_parts.settings import LaunchConfig
 from .parts import (
     REGISTERS,
     ROWS,
+    STEP,
     Tiles,
     advance,
     barriers,
@@ -44,7 +45,8 @@ from .parts import (
     viewed,
 )
 
-_STEP = gl.constexpr(64)  # summed channels of a step, and columns of a part of the output
+_STEP = gl.constexpr(STEP)
+_WIDTHS = range(128, 513, 64)  # of the output
 
 
 @gluon.jit
@@ -239,7 +241,7 @@ def _row_linear_hopper_kernel(
 def takes(rows: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
     """Whether `row_linear` of rows [M, K] can run here; rows are contiguous."""
     return (
-        weight.shape[0] % ROWS == 0
+        weight.shape[0] in _WIDTHS
         and has_descriptor(weight)
         and (residual is None or has_descriptor(residual))
     )
@@ -262,7 +264,7 @@ def prepare(
     if columns == 1:
         residual_strides[2] = residual_strides[1]
     tiles = Tiles.of(batch, count, columns, one_row)
-    values, part = tiles.values(2), 64
+    values, part = tiles.values(2), STEP
     of_rows = [count * columns * width, columns * width, width, 1]
     block = [config.block_n, part]
     blocks = -(-channels // config.block_n)

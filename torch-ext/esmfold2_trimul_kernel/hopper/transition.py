@@ -38,6 +38,7 @@ from .padding import fill_padding
 from .parts import (
     REGISTERS,
     ROWS,
+    STEP,
     Tiles,
     advance,
     barriers,
@@ -57,7 +58,6 @@ from .parts import (
     viewed,
 )
 
-STEP = 64  # hidden channels of a step, and channels of a part of x and of the output
 _STEP = gl.constexpr(STEP)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -470,9 +470,19 @@ def takes(call: Transition) -> bool:
 
 
 def prepare(call: Transition, config: LaunchConfig) -> PreparedLaunch:
-    """The launch for calls like this one."""
+    """The launch for calls like this one.
+
+    Raises:
+        ValueError: a setting whose ring is too short, or with half a stage left of outputs.
+    """
     x, residual, weights = call.x, call.residual, call.weights
     batch, rows, columns, channels = x.shape
+    parts, consumers = channels // STEP, config.block_m // ROWS
+    if config.num_stages < parts + (parts + 1) // 2 or parts * consumers % 2:
+        raise ValueError(
+            f"the setting must have as many stages as a turn's products take, and an even number "
+            f"of parts for {channels} channels; got {config}"
+        )
     made = [rows * columns * channels, columns * channels, channels, 1]
     all_strides = [strides(x), made if residual is None else strides(residual)]
     one_row = call.lengths is None and all([
@@ -482,7 +492,6 @@ def prepare(call: Transition, config: LaunchConfig) -> PreparedLaunch:
         for stride in all_strides:
             stride[2] = stride[1]
     tiles = Tiles.of(batch, rows, columns, one_row)
-    consumers = config.block_m // ROWS
     values = tiles.values(consumers)
 
     def weight_tile(weight: Tensor, rows: int):

@@ -40,7 +40,8 @@ class LaunchConfig:
     maxnreg: int | None = None  # NVIDIA only
     persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
     # Stages 1 and 3, forward: programs that share the output channels of a tile. Hopper's kernels:
-    # stages of the ring of outputs (stage 3), and of the planes' gradients (stage 1's backward).
+    # stages of the ring of outputs (stage 3), of the planes' gradients (stage 1's backward), of a
+    # consumer's rows (row_linear). What a variant has no use for is as in the stage's own entry.
     split: int = 1
     fp32_dot: str = ""  # the fp32-accurate word for dots, if not the target's first
     kernel: str = ""  # the variant of the stage; "" is the stage's own
@@ -113,10 +114,10 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def class_lengths(target: str, device_name: str) -> list[int]:
-    """One length of each class that the forwards' settings for a device distinguish."""
+    """One length of each class that the settings for a device distinguish."""
     bounds = {
         entry["max_length"]
-        for stage in (*FORWARD_STAGES, "swiglu_hidden")
+        for stage in STAGES
         for entries in settings_of(target, device_name)[stage].values()
         for entry in entries
         if "max_length" in entry

@@ -69,8 +69,8 @@ from .row_products import RowParts, prepare_row_products, row_products
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
 # smaller ones don't fill a GPU.
 _CHUNK_PAIRS = 16_384
-# Pairs of a program's tile in stage 1: a chunk is whole waves of programs, as a last wave of few
-# takes as long as one of all.
+# Pairs of a program's tile in dx, about those in stage 1: a chunk is whole waves of programs, as a
+# last wave of few takes as long as one of all.
 _TILE_PAIRS = 128
 # The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then. Where a
 # and b were kept there are two chunks at most; the others are of calls that save memory.
@@ -289,7 +289,9 @@ class Sequence(NamedTuple):
             small, most, few = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN, chunks
         if hidden * length * pitch * x.element_size() < small:
             chunks = min(few, -(-length * length * width * x.element_size() // most))
-        step = self._whole_waves(max(self._least_rows(), -(-length // chunks)))
+        step = max(self._least_rows(), -(-length // chunks))
+        if not least:  # those that save memory take no more rows
+            step = self._whole_waves(step)
         count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
         return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
 

@@ -61,7 +61,8 @@ def table(
     """A settings table: `base` with the settings of a kind that were fastest in `results`.
 
     Of two neighbouring classes of one width with the same settings only the longer is written. The
-    `shipped` settings for wider tensors than those tuned stay, and so do the backward's.
+    `shipped` settings of other widths than those tuned stay, as do the backward's and, above all
+    others, those down to the whole transition's, which is not timed.
     """
     environment_, kind = results["environment"], results["kind"]
     what = "Settings of float32's split operands" if kind == "split" else "16-bit settings"
@@ -88,10 +89,22 @@ def table(
             for longest, settings in of_width:
                 length = {} if longest is None else {"max_length": longest}
                 entries += [{"max_width": width, **length, **setting} for setting in settings]
-        widest = max(widths, default=0)
-        kept = [e for e in shipped[stage][kind] if e.get("max_width", math.inf) > widest]
-        tuned[stage] = {**base.get(stage, {}), kind: entries + kept}
+        ahead, rest = _untimed(shipped[stage][kind])
+        entries += [entry for entry in rest if _widest(entry) not in widths]
+        entries.sort(key=_widest)  # of equal widths the tuned ones first
+        tuned[stage] = {**base.get(stage, {}), kind: ahead + entries}
     return base | tuned
+
+
+def _widest(entry: dict) -> float:
+    return entry.get("max_width", math.inf)
+
+
+def _untimed(entries: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The variants' entries down to the last that is no candidate, and all others."""
+    last = [at for at, entry in enumerate(entries, 1) if entry.get("kernel") == "whole"]
+    ahead = [entry for entry in entries[: max(last, default=0)] if "kernel" in entry]
+    return ahead, [entry for entry in entries if entry not in ahead]
 
 
 def _shortest(config: dict) -> dict:
