@@ -21,7 +21,7 @@ WIDE = tuple(case for case in CASES if case.width == 256 and case.length == 512 
 QUICK = {
     "sm_90": tuple(case for case in CASES if case.dtype == torch.bfloat16 or case in WIDE),
     "sm_89": WIDE,
-    "gfx942": WIDE,
+    "gfx942": WIDE[:1],  # others take the compiler longest
 }
 TARGETS = sorted(
     path.stem

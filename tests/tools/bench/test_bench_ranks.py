@@ -16,7 +16,9 @@ def command(*arguments, **environment):
     path = os.pathsep.join([str(ROOT / "tools" / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "esmfold2_trimul_tools", "bench", "--device", "cpu", *arguments],
-        env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        env=os.environ
+        | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "0"}
+        | environment,
         capture_output=True, text=True, timeout=HUNG_SECONDS,
     )  # fmt: skip
 
