@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_bf8e690b0e"
+_NAMESPACE = "_esmfold2_trimul_kernel_7321862d5f"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

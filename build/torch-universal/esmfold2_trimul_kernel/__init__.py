@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_bf8e690b0e"
+_BUILD_ID = "_esmfold2_trimul_kernel_7321862d5f"
 
 
 def _load_package() -> ModuleType:

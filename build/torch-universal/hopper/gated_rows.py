@@ -49,15 +49,14 @@ from .parts import (
     halves,
     load_tile,
     load_weights,
-    next_tile,
     part_of,
+    place_of,
     ready,
     reciprocal,
     shared_layout,
     statistics,
     statistics_of_wide,
     store_tile,
-    tile_at,
     tma_descriptor,
     viewed,
     weight_tiles,
@@ -99,14 +98,11 @@ def _consume(
     at = 0
     base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        if lengths_ptr is None:
-            entry, i, start = tile_at(tile * CONSUMERS + ME, R, per_row)
-        else:
-            entry, i, start, base, length = next_tile(
-                tile * CONSUMERS + ME, at, base, lengths_ptr, first, B, R,
-                pitch if PLANES else J, _PADDING if PLANES else 1,
-            )  # fmt: skip
-            at = entry
+        entry, i, start, base, length = place_of(
+            tile * CONSUMERS + ME, at, base, lengths_ptr, first, B, R,
+            pitch if PLANES else J, per_row, _PADDING if PLANES else 1,
+        )  # fmt: skip
+        at = entry
         # The mask arrives while the statistics are computed.
         j = start + gl.arange(0, 64, layout=AT_ROWS)
         if PLANES:
@@ -195,14 +191,11 @@ def load_rows(
     base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for me in range(CONSUMERS):
-            if lengths_ptr is None:
-                entry, i, start = tile_at(tile * CONSUMERS + me, R, per_row)
-            else:
-                entry, i, start, base, _ = next_tile(
-                    tile * CONSUMERS + me, at, base, lengths_ptr, first, B, R,
-                    pitch if PLANES else J, _PADDING if PLANES else 1,
-                )  # fmt: skip
-                at = entry
+            entry, i, start, base, _ = place_of(
+                tile * CONSUMERS + me, at, base, lengths_ptr, first, B, R,
+                pitch if PLANES else J, per_row, _PADDING if PLANES else 1,
+            )  # fmt: skip
+            at = entry
             place = me if SLOTS == CONSUMERS else 0
             mbarrier.wait(x_empty.index(place), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)

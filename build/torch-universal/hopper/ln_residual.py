@@ -50,14 +50,13 @@ from .parts import (
     load_tile,
     load_weights,
     lower,
-    next_tile,
     part_of,
+    place_of,
     ready,
     reciprocal,
     shared_layout,
     statistics,
     store_tile,
-    tile_at,
     tma_descriptor,
     upper,
     viewed,
@@ -95,13 +94,10 @@ def _consume(
     at = 0
     base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        if lengths_ptr is None:
-            entry, i, start = tile_at(tile * 2 + ME, R, per_row)
-        else:
-            entry, i, start, base, length = next_tile(
-                tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, 1
-            )
-            at = entry
+        entry, i, start, base, length = place_of(
+            tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, per_row, 1
+        )
+        at = entry
         j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
         inside = (j < J) & (entry < B)
         if lengths_ptr is None:
@@ -215,13 +211,10 @@ def load_rows(
     base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for me in range(2):
-            if lengths_ptr is None:
-                entry, i, start = tile_at(tile * 2 + me, R, per_row)
-            else:
-                entry, i, start, base, _ = next_tile(
-                    tile * 2 + me, at, base, lengths_ptr, first, B, R, J, 1
-                )
-                at = entry
+            entry, i, start, base, _ = place_of(
+                tile * 2 + me, at, base, lengths_ptr, first, B, R, J, per_row, 1
+            )
+            at = entry
             PART: gl.constexpr = x_slots.shape[2]
             mbarrier.wait(x_empty.index(me), phase)
             mbarrier.expect(x_full.index(me), 64 * C * 2)
@@ -250,17 +243,13 @@ def load_residual(
         at = 0
         base = 0
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            if lengths_ptr is None:
-                entry0, i0, start0 = tile_at(tile * 2, R, per_row)
-                entry1, i1, start1 = tile_at(tile * 2 + 1, R, per_row)
-            else:
-                entry0, i0, start0, base, _ = next_tile(
-                    tile * 2, at, base, lengths_ptr, first, B, R, J, 1
-                )
-                entry1, i1, start1, base, _ = next_tile(
-                    tile * 2 + 1, entry0, base, lengths_ptr, first, B, R, J, 1
-                )
-                at = entry1
+            entry0, i0, start0, base, _ = place_of(
+                tile * 2, at, base, lengths_ptr, first, B, R, J, per_row, 1
+            )
+            entry1, i1, start1, base, _ = place_of(
+                tile * 2 + 1, entry0, base, lengths_ptr, first, B, R, J, per_row, 1
+            )
+            at = entry1
             for step in range(C // BLOCK_N):
                 place = count % OUT_SLOTS
                 phase = ((count // OUT_SLOTS) & 1) ^ 1

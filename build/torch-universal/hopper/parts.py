@@ -172,6 +172,18 @@ def next_tile(index, entry, base, lengths_ptr, first, B, R, J, MULTIPLE: gl.cons
 
 
 @gluon.jit
+def place_of(
+    index, entry, base, lengths_ptr, first, B, R, J, per_row, MULTIPLE: gl.constexpr
+):  # fmt: skip
+    """`next_tile`; without lengths, whose place may be None, `tile_at`, and J for the length."""
+    if lengths_ptr is None:
+        entry, row, start = tile_at(index, R, per_row)
+        return entry, row, start, base, J
+    else:
+        return next_tile(index, entry, base, lengths_ptr, first, B, R, J, MULTIPLE)
+
+
+@gluon.jit
 def slot_of(slots, place: gl.constexpr, k, C: gl.constexpr, PLANES: gl.constexpr):
     """The k-th part of the channels of rows in slot `place` of memory for rows, or for planes."""
     PART: gl.constexpr = slots.shape[1 if PLANES else 2]

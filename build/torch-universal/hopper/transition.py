@@ -48,6 +48,7 @@ from .parts import (
     lower,
     next_tile,
     parts_of,
+    place_of,
     reciprocal,
     shared_layout,
     statistics,
@@ -144,16 +145,6 @@ def _free(empty, stage, START: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.con
 def _half(slot, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
     """The lower or upper 64 rows of a stage of the ring."""
     return viewed(slot, [2, _STEP, _STEP], LAYOUT).index(WHICH)
-
-
-@gluon.jit
-def _place(index, entry, base, lengths_ptr, B, R, J, per_row):
-    """(entry, row, first column, base, length) of a tile; see `next_tile`."""
-    if lengths_ptr is None:
-        entry, i, start = tile_at(index, R, per_row)
-        return entry, i, start, base, J
-    else:
-        return next_tile(index, entry, base, lengths_ptr, (0, 0), B, R, J, 1)
 
 
 @gluon.jit
@@ -352,9 +343,10 @@ def _load_weights(
                 if piece % 2 == 0:
                     mbarrier.wait(empty.index(stage), phase)
                     mbarrier.expect(full.index(stage), 2 * _STEP * _STEP * 2)
-                entry, i, start, first, _ = _place(
-                    tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, B, R, J, per_row
-                )
+                entry, i, start, first, _ = place_of(
+                    tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, (0, 0),
+                    B, R, J, per_row, 1,
+                )  # fmt: skip
                 made = _half(ring.index(stage), piece % 2, HALF_LAYOUT)
                 load_tile(
                     residual, [entry, i, start, piece // CONSUMERS * _STEP], full.index(stage),

@@ -36,11 +36,10 @@ from .parts import (
     barriers,
     count_tiles,
     load_tile,
-    next_tile,
     parts_of,
+    place_of,
     shared_layout,
     store_tile,
-    tile_at,
     tma_descriptor,
     viewed,
 )
@@ -75,13 +74,10 @@ def _consume(
     for index in range(gl.program_id(0), tiles * BLOCKS, gl.num_programs(0)):
         tile = index // BLOCKS
         column = (index - tile * BLOCKS) * BLOCK_N
-        if lengths_ptr is None:
-            entry, i, start = tile_at(tile * 2 + ME, R, per_row)
-        else:
-            entry, i, start, base, length = next_tile(
-                tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, 1
-            )
-            at = entry
+        entry, i, start, base, length = place_of(
+            tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, per_row, 1
+        )
+        at = entry
         acc = zero
         for step in range(STEPS):
             mbarrier.wait(rows_full.index(slot), slot_phase)
@@ -148,13 +144,10 @@ def _load_rows(
     for index in range(gl.program_id(0), tiles * BLOCKS, gl.num_programs(0)):
         tile = index // BLOCKS
         column = (index - tile * BLOCKS) * BLOCK_N
-        if lengths_ptr is None:
-            entry, i, start = tile_at(tile * 2 + ME, R, per_row)
-        else:
-            entry, i, start, base, _ = next_tile(
-                tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, 1
-            )
-            at = entry
+        entry, i, start, base, _ = place_of(
+            tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, per_row, 1
+        )
+        at = entry
         for step in range(STEPS):
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), 64 * _STEP * 2)
