@@ -148,6 +148,12 @@ def _half(slot, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _place(index, entry, base, lengths_ptr, B, R, J, per_row):
+    """(entry, row, first column, base, length) of a tile; see `place_of`."""
+    return place_of(index, entry, base, lengths_ptr, (0, 0), B, R, J, per_row, 1)
+
+
+@gluon.jit
 def _count(tiles, lengths_ptr, pairs, CONSUMERS: gl.constexpr):
     """How many times all consumers have a tile. Each warp counts: a number from outside spills."""
     if lengths_ptr is None:
@@ -343,10 +349,9 @@ def _load_weights(
                 if piece % 2 == 0:
                     mbarrier.wait(empty.index(stage), phase)
                     mbarrier.expect(full.index(stage), 2 * _STEP * _STEP * 2)
-                entry, i, start, first, _ = place_of(
-                    tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, (0, 0),
-                    B, R, J, per_row, 1,
-                )  # fmt: skip
+                entry, i, start, first, _ = _place(
+                    tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, B, R, J, per_row
+                )
                 made = _half(ring.index(stage), piece % 2, HALF_LAYOUT)
                 load_tile(
                     residual, [entry, i, start, piece // CONSUMERS * _STEP], full.index(stage),
