@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_91b75a34f5"
+_NAMESPACE = "_esmfold2_trimul_kernel_04a164bd25"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -48,6 +48,7 @@ from .parts import (
     halves,
     load_block,
     load_tile,
+    place_in_rows,
     ready,
     reciprocal,
     shared_layout,
@@ -81,13 +82,6 @@ def _share(blocks):
     """This program's blocks of `blocks`, which are (all, those of a program): from, to."""
     begin = gl.program_id(0) * blocks[1]
     return begin, gl.minimum(begin + blocks[1], blocks[0])
-
-
-@gluon.jit
-def _place(tile, per_row):
-    """(row, first column) of a tile; beyond the last tile the row is beyond the last."""
-    row = tile // per_row
-    return row, (tile - row * per_row) * 64
 
 
 @gluon.jit
@@ -157,7 +151,7 @@ def _consume(
     for group in range(begin // STEPS, (end + STEPS - 1) // STEPS):
         lo = gl.maximum(begin - group * STEPS, 0)
         hi = gl.minimum(end - group * STEPS, STEPS)
-        i, start = _place(group * CONSUMERS + ME, per_row)
+        i, start = place_in_rows(group * CONSUMERS + ME, per_row)
         j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
         inside = (j < J) & (i < R)
         offs = i.to(gl.int64) * moments_strides[1] + j.to(gl.int64) * moments_strides[2]
@@ -251,7 +245,7 @@ def _load_rows(
     phase = 1
     for group in range(begin // STEPS, (end + STEPS - 1) // STEPS):
         for me in range(CONSUMERS):
-            i, start = _place(group * CONSUMERS + me, per_row)
+            i, start = place_in_rows(group * CONSUMERS + me, per_row)
             mbarrier.wait(empty.index(me), phase)
             mbarrier.expect(full.index(me), 64 * C * 2)
             slot = viewed(x_slots.index(me), [1, 1, 64, C], LAYOUT)
@@ -278,7 +272,7 @@ def _load_grads(
         # G channels of a, then those of b, and so on; a block lies within one such group.
         plane = (channel // G * 2 + half) * G + channel % G
         for me in range(CONSUMERS):
-            i, start = _place(group * CONSUMERS + me, per_row)
+            i, start = place_in_rows(group * CONSUMERS + me, per_row)
             place = me * GRAD_STAGES + stage
             mbarrier.wait(empty.index(place), phase)
             mbarrier.expect(full.index(place), 64 * BLOCK_N * 2)

@@ -119,6 +119,13 @@ def upper(both):
 
 
 @gluon.jit
+def place_in_rows(index, per_row):
+    """(row, first column) of a tile; beyond the last tile the row is beyond the last."""
+    row = index // per_row
+    return row, (index - row * per_row) * _ROWS
+
+
+@gluon.jit
 def tile_at(index, rows, per_row):
     """(entry, row, first column) of a tile; beyond the last tile the entry is beyond the last."""
     row = index // per_row
@@ -423,6 +430,22 @@ class Tiles(NamedTuple):
         if one_row:
             rows, columns = 1, rows * columns
         return cls(batch, rows, columns, -(-columns // ROWS))
+
+    @classmethod
+    def over(
+        cls, batch: int, rows: int, columns: int, all_strides: Sequence[list[int]], padded: bool
+    ) -> "Tiles":
+        """Over whole entries, if tensors with all these strides, and lengths, allow it; or rows.
+
+        In rows of one pair the strides along columns become those along rows.
+        """
+        one_row = not padded and all([
+            rows == 1 or columns == 1 or stride[1] == columns * stride[2] for stride in all_strides
+        ])
+        if columns == 1:
+            for stride in all_strides:
+                stride[2] = stride[1]
+        return cls.of(batch, rows, columns, one_row)
 
     def values(self, consumers: int) -> dict[str, int]:
         """The kernels' parameters."""

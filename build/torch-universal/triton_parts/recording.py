@@ -9,7 +9,6 @@ It is made on the meta device, as a rehearsal. A schedule that has torch compute
 recorded; it runs as it is.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import device_target, standing_in
 from .launch import Launches, Place, PlacedLaunch, PreparedLaunch
-from .rehearsal import twin
+from .rehearsal import WrittenLaunches, twin
 
 _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ALIGNMENT = 256  # bytes, of each buffer in the workspace
@@ -198,21 +197,13 @@ def _identity(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Recorder(Launches):
+class _Recorder(WrittenLaunches):
     """Launches that are prepared, and written down in their order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[tuple[PreparedLaunch, dict[str, Place | None]]] = []
         self.memories: _Memories
-
-    def of(
-        self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
-    ) -> PreparedLaunch:
-        if key not in self:
-            prepared = super().of(key, prepare, *arguments)
-            prepared.launch = functools.partial(self._write_down, prepared)
-        return self[key]
 
     def _write_down(self, prepared: PreparedLaunch, **tensors: Tensor | None) -> None:
         place_of = self.memories.place_of

@@ -21,9 +21,11 @@ from ..triton_parts.launch import Launches, PreparedLaunch, pointers
 from ..triton_parts.tiles import load_channels, load_tile, store_tile
 from .row_products import RowParts
 
+# Small tiles, as the sums have many parts, of which a program loads _AHEAD at a time.
 _BLOCK_N = 16
-_NORM_BLOCK_K = 16
+_BLOCK_K = 16
 _BLOCK_R = 32
+_AHEAD = 32
 
 
 @triton.jit(do_not_specialize=["P", "last_P", "other_P"])
@@ -327,8 +329,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     counts = [weight.shape[0] for weight in one.weights]
     counts = counts[:-1] + [0] * absent + counts[-1:]
     three = one.weights[:-1] + one.weights[-1:] * (1 + absent)
-    block_k, ahead = 16, 32  # of many parts small tiles, whose programs load as many at a time
-    programs = one.blocks * triton.cdiv(width, block_k)
+    programs = one.blocks * triton.cdiv(width, _BLOCK_K)
     values = dict(
         P=parts.products.shape[0], last_P=last_sums.shape[0], other_P=0,
         stride_sums=parts.sums.stride(0), last_stride_sums=last_sums.stride(0),
@@ -339,7 +340,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
     if other is not None:
         (weight,), sums = other.weights, _last_sums(other)
         count, other_width = weight.shape
-        programs += other.blocks * triton.cdiv(other_width, block_k)
+        programs += other.blocks * triton.cdiv(other_width, _BLOCK_K)
         values |= dict(
             other_P=sums.shape[0], other_stride_sums=sums.stride(0), stride_other=weight.stride(0)
         )
@@ -358,7 +359,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
         constants=dict(
             FIRST=counts[0], SECOND=counts[1], LAST=counts[2], K=width,
             OTHER=count, OTHER_K=other_width,
-            BLOCK_N=_BLOCK_N, BLOCK_K=block_k, BLOCK_R=_BLOCK_R, AHEAD=ahead,
+            BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R, AHEAD=_AHEAD,
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip
@@ -369,7 +370,7 @@ def _prepare_norm_gradients(norms: list[_Set]) -> PreparedLaunch:
     blocks = [of_set.blocks for of_set in norms]
     return PreparedLaunch(
         _norm_gradients_kernel,
-        sum([triton.cdiv(width, _NORM_BLOCK_K) for width in widths]),
+        sum([triton.cdiv(width, _BLOCK_K) for width in widths]),
         tensors=pointers(
             "parts_ptr", "grad_weight_ptr", "grad_bias_ptr", "other_parts_ptr",
             "other_grad_weight_ptr", "other_grad_bias_ptr",
@@ -377,7 +378,7 @@ def _prepare_norm_gradients(norms: list[_Set]) -> PreparedLaunch:
         values=dict(R=blocks[0], other_R=blocks[1] if len(norms) == 2 else 0),
         constants=dict(
             K=widths[0], OTHER_K=widths[1] if len(norms) == 2 else 0,
-            BLOCK_K=_NORM_BLOCK_K, BLOCK_R=_BLOCK_R,
+            BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R,
         ),
         options=dict(num_warps=4, num_stages=2),
     )  # fmt: skip

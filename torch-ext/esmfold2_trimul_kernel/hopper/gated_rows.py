@@ -382,13 +382,8 @@ def prepare_hidden(
 ) -> PreparedLaunch:
     """The launch of `swiglu_hidden` for calls like this one."""
     batch, rows, columns, channels = call.x.shape
-    stride_b, stride_i, stride_j, _ = strides(call.x)
-    one_row = rows == 1 or columns == 1 or stride_i == columns * stride_j
-    one_row = one_row and call.lengths is None
-    if columns == 1:
-        stride_j = stride_i
-    tiles = Tiles.of(batch, rows, columns, one_row)
-    x_strides = [stride_b, stride_i, stride_j, 1]
+    x_strides = strides(call.x)
+    tiles = Tiles.over(batch, rows, columns, [x_strides], call.lengths is not None)
     x_tile = tiles.descriptor(call.x, x_strides, channels, part_of(channels))
     width, columns = call.hidden, tiles.columns
     out = tma_descriptor(

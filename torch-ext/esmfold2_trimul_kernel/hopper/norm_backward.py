@@ -34,6 +34,7 @@ from .parts import (
     barriers,
     load_tile,
     parts_of,
+    place_in_rows,
     shared_layout,
     store_tile,
     tma_descriptor,
@@ -41,13 +42,6 @@ from .parts import (
 )
 
 _STEP = gl.constexpr(STEP)
-
-
-@gluon.jit
-def _place(tile, per_row):
-    """(row, first column) of a tile."""
-    row = tile // per_row
-    return row, (tile - row * per_row) * 64
 
 
 @gluon.jit
@@ -69,7 +63,7 @@ def _consume(
     programs = gl.num_programs(0)
     R, J, per_row, tiles = pairs
     for tile in range(gl.program_id(0) + ME * programs, tiles, 2 * programs):
-        i, start = _place(tile, per_row)
+        i, start = place_in_rows(tile, per_row)
         column = start + gl.arange(0, 64, layout=AT_ROWS)
         inside = column < J
         pairs_of_plane = R.to(gl.int64) * J
@@ -140,7 +134,7 @@ def _load_rows(
     phase = 1
     programs = gl.num_programs(0)
     for tile in range(gl.program_id(0) + ME * programs, tiles, 2 * programs):
-        i, start = _place(tile, per_row)
+        i, start = place_in_rows(tile, per_row)
         for step in range(C // _STEP):
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), phase)

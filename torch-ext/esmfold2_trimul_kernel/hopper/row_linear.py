@@ -252,11 +252,7 @@ def prepare(
     (batch, count, columns), (channels, width) = pairs, weight.shape
     made = [count * columns * channels, columns * channels, channels, 1]
     residual_strides = made if residual is None else strides(residual)
-    one_row = count == 1 or columns == 1 or residual_strides[1] == columns * residual_strides[2]
-    one_row = one_row and first_row is None
-    if columns == 1:
-        residual_strides[2] = residual_strides[1]
-    tiles = Tiles.of(batch, count, columns, one_row)
+    tiles = Tiles.over(batch, count, columns, [residual_strides], first_row is not None)
     values, part = tiles.values(2), STEP
     of_rows = [count * columns * width, columns * width, width, 1]
     block = [config.block_n, part]

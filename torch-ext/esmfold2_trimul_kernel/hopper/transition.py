@@ -482,13 +482,7 @@ def prepare(call: Transition, config: LaunchConfig) -> PreparedLaunch:
         )
     made = [rows * columns * channels, columns * channels, channels, 1]
     all_strides = [strides(x), made if residual is None else strides(residual)]
-    one_row = call.lengths is None and all([
-        rows == 1 or columns == 1 or stride[1] == columns * stride[2] for stride in all_strides
-    ])
-    if columns == 1:
-        for stride in all_strides:
-            stride[2] = stride[1]
-    tiles = Tiles.of(batch, rows, columns, one_row)
+    tiles = Tiles.over(batch, rows, columns, all_strides, call.lengths is not None)
     values = tiles.values(consumers)
 
     def weight_tile(weight: Tensor, rows: int):

@@ -19,7 +19,22 @@ from .launch import Launches, PreparedLaunch
 _ADDRESSES = 2**62  # bytes, above any address; none is allocated
 
 
-class Rehearsal(Launches):
+class WrittenLaunches(Launches):
+    """Launches that are prepared, and given to `_write_down` with their tensors, not launched."""
+
+    def of(
+        self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
+    ) -> PreparedLaunch:
+        if key not in self:
+            prepared = super().of(key, prepare, *arguments)
+            prepared.launch = functools.partial(self._write_down, prepared)
+        return self[key]
+
+    def _write_down(self, prepared: PreparedLaunch, **tensors: Tensor | None) -> None:
+        raise NotImplementedError
+
+
+class Rehearsal(WrittenLaunches):
     """Launches that are only prepared, and memory that is only counted.
 
     Its tensors must be on the meta device; `twin` makes them.
@@ -31,14 +46,6 @@ class Rehearsal(Launches):
         self.buffers: dict[str, int] = {}  # bytes by name, the most at once
         self.peak = 0  # bytes
         self._now: dict[str, int] = {}
-
-    def of(
-        self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
-    ) -> PreparedLaunch:
-        if key not in self:
-            prepared = super().of(key, prepare, *arguments)
-            prepared.launch = functools.partial(self._write_down, prepared)
-        return self[key]
 
     def _write_down(self, prepared: PreparedLaunch, **tensors: Tensor | None) -> None:
         if all(prepared is not earlier for earlier, _ in self.launched):
