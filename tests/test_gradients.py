@@ -268,9 +268,12 @@ def test_equal_bits_from_equal_calls(kernel, device, recompute):
 
 def test_recomputed_is_saved(kernel, device):
     """All choices give the same bits: what is recomputed equals what was saved."""
-    for dtype in (BF16, torch.float32):
+    for dtype, precision in ((BF16, None), (torch.float32, "TF32x3")):
         problem = make_problem(11, 16, dtype=dtype, mask="soft", drop_mask=True)
-        saved, *others = (gradients(kernel, problem, device, recompute=w) for w in RECOMPUTE)
+        saved, *others = (
+            gradients(kernel, problem, device, recompute=word, precision=precision)
+            for word in RECOMPUTE
+        )
         for again in others:
             assert_equal(again, saved)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_04a164bd25"
+_NAMESPACE = "_esmfold2_trimul_kernel_502ae8823e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

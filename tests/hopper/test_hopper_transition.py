@@ -152,7 +152,8 @@ def test_constant_rows_are_the_bias_and_overflow_is_infinite(kernel, submodule, 
     use(kind)
     problem = make_transition((3, 130, 256), 512, dtype=HALF, residual="own").to("cuda")
     problem.x[0], problem.x[1] = 0.0, 1000.0
-    got = run(kernel, problem, "cuda") - problem.residual
+    problem.residual[:2] = 0.0
+    got = run(kernel, problem, "cuda")
     assert ran(submodule, kind)
     assert relative_error(got[1], got[0].cpu().double()) <= 2e-3
     problem.residual = torch.full_like(problem.residual, 65000.0)

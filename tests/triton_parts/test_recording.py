@@ -33,7 +33,7 @@ def add(submodule):
         )  # fmt: skip
 
     def add(launches, out, x, y=None):
-        launches.of(("add",), prepare).launch(out_ptr=out, x_ptr=x, y_ptr=y)
+        launches.of(("add", y is None), prepare).launch(out_ptr=out, x_ptr=x, y_ptr=y)
 
     return add
 

@@ -208,14 +208,13 @@ def test_which_calls_split_their_operands(kernel, on_split):
 
     for split in (
         {}, {"mask": "float"}, {"mask": "expanded"}, {"channels": 256, "hidden": 48},
-        {"memory": "lean"}, {"grad": "product"}, {"grad": "all"},
+        {"memory": "lean"}, {"grad": "none"}, {"grad": "product"}, {"grad": "all"},
     ):  # fmt: skip
         found = explained(**split)
         assert found.precision == "fp16x3" and "is run as" not in str(found), split
     for whole, reason in (
         ({"channels": 24}, "multiples of 16"),
         ({"hidden": 8}, "multiples of 16"), ({"channels": 272}, "at most 256"),
-        ({"grad": "none"}, "a and b are kept"),
     ):  # fmt: skip
         found = explained(**whole)
         assert found.precision in ("ieee", "tf32x3"), whole
@@ -243,13 +242,15 @@ def test_which_calls_split_by_default(kernel, on_split, default_of_sm_90):
         update = kernel.triangle_multiplicative_update
         return kernel.explain(update, p.x, **p.weights, **options)
 
-    for options in ({}, {"memory": "lean"}, {"precision": "none"}, {"recompute": "product"}):
+    for options in (
+        {}, {"memory": "lean"}, {"precision": "none"}, {"recompute": "none"},
+        {"recompute": "product"},
+    ):  # fmt: skip
         found = explained(**options)
         assert found.precision == "fp16x3", options
         assert any("in three of float16: nothing allowed TF32" in n for n in found.notes), options
-    kept = explained(recompute="none")
-    assert kept.precision in ("ieee", "tf32x3")
-    assert any("not the default's, 'fp16x3': a and b are kept" in n for n in kept.notes)
+        of_planes = [n for n in found.notes if "which the backward does not take" in n]
+        assert len(of_planes) == (options.get("recompute") == "none"), options
     for word in ("IEEE", "TF32x3", "TF32", "bfloat16"):
         assert explained(precision=word).precision != "fp16x3", word
     before = torch.get_float32_matmul_precision()
@@ -293,13 +294,16 @@ def test_16_bits_and_transitions_have_no_use_for_it(kernel, on_split):
 
 @pytest.mark.parametrize("recompute", ["none", "product", "all"])
 def test_gradients(kernel, on_split, recompute):
-    """A backward splits nothing; a forward that keeps a and b doesn't either."""
+    """A backward splits nothing; the forward has the bits that it has without one."""
     problem = make_problem(9, 16, mask="bool")
     wanted = reference_gradients(problem, 2 * reference(problem))
     p = problem.to(on_split)
+    alone = p.run(kernel, precision="fp16x3")
     leaves = {name: p.weights[name].requires_grad_() for name in ("p_in_weight", "g_out_weight")}
     leaves["x"] = p.x.requires_grad_()
-    p.run(kernel, precision="fp16x3", recompute=recompute).square().sum().backward()
+    out = p.run(kernel, precision="fp16x3", recompute=recompute)
+    assert torch.equal(out, alone)
+    out.square().sum().backward()
     for name, leaf in leaves.items():
         assert relative_error(leaf.grad, wanted[name]) <= 2e-5, name
 

@@ -171,8 +171,8 @@ class TriangleMultiplication(Function):
             out, *saved = ops.trimul_fwd_saving(*flat)
         ctx.mark_non_differentiable(*saved)
         call = Call.of(flat)
-        kept = call.keeps_product, call.keeps_product, call.keeps_planes
-        keep(ctx, call, *[t if keeps else None for t, keeps in zip(saved, kept, strict=True)])
+        # What is not kept is of shape (0,).
+        keep(ctx, call, *[tensor if tensor.dim() > 1 else None for tensor in saved])
         return out, *saved
 
     @staticmethod

@@ -51,13 +51,11 @@ def is_default(device: torch.device) -> bool:
     return settings_of(target.target, target.name).get("fp32_forward") == FP16X3
 
 
-def refusal(call: Call, keeps_planes: bool) -> str | None:
+def refusal(call: Call) -> str | None:
     """Why a forward in float32 can't have these products; None if it can."""
     device, widths = device_target(call.x.device), (call.x.shape[-1], call.hidden)
     if "split" not in settings_of(device.target, device.name)["fused_dual_gemm"]:
         return f"{device.target} has no settings for it"
-    if keeps_planes:
-        return "a and b are kept for a backward, which takes no split numbers"
     if max(widths) > _MAX_WIDTH or any([width % 16 for width in widths]):
         return f"C and D must be multiples of 16, at most {_MAX_WIDTH}; got C, D = {widths}"
     return None

@@ -39,6 +39,7 @@ from .launches import current_device as current_device
 from .launches import (
     for_forward,
     for_kernels,
+    keeps_planes,
     launches_of,
     twin_of,
     wants_split,
@@ -70,8 +71,8 @@ def forward(call: Call) -> Tensor:
 
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes) of the default mode, see `_run_saving`."""
-    keeps = call.keeps_planes
-    call = for_forward(call, keeps)
+    keeps = keeps_planes(call)
+    call = for_forward(call)
     launches = launches_of(call, "saving", keeps)
 
     def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
@@ -121,7 +122,7 @@ def _sequences_together(call: Call) -> int:
 
 
 def _run_saving(
-    call: Call, launches: Launches, keeps_planes: bool
+    call: Call, launches: Launches, keeps: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes).
 
@@ -136,7 +137,7 @@ def _run_saving(
     planes = launches.empty("a and b", (batch, 2, *shape[1:]), x.dtype, x.device)
     product = launches.empty("product", shape, x.dtype, x.device)
     moments = _multiply(call, launches, planes, product, scales)
-    if not keeps_planes:
+    if not keeps:
         planes = None
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
     by_rows = with_axes_of_x(moments, call.direction)
@@ -161,7 +162,7 @@ def saved_shapes(call: Call) -> tuple[tuple[int, ...], ...]:
     """The shapes of product, moments and planes."""
     batch, length = call.x.shape[:2]
     size = length, padded_pitch(length)
-    planes = (batch, 2, call.hidden, *size) if call.keeps_planes else (0,)
+    planes = (batch, 2, call.hidden, *size) if keeps_planes(call) else (0,)
     return (batch, call.hidden, *size), (batch, 2, *size), planes
 
 
@@ -200,25 +201,27 @@ def plan(call: Call) -> Plan:
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        kernels_call = for_forward(twin_of(call), keeps and call.keeps_planes)
+        kernels_call = for_forward(twin_of(call))
         if keeps:
-            _run_saving(kernels_call, launches, call.keeps_planes)
+            _run_saving(kernels_call, launches, keeps_planes(kernels_call))
         elif lean:
             run_lean(kernels_call, launches)
         else:
             _run_default(kernels_call, launches, _sequences_together(kernels_call))
-        reason = refusal(kernels_call, keeps and call.keeps_planes)
+        reason = refusal(kernels_call)
+        planes = keeps and keeps_planes(kernels_call)
     buffers, notes = launches.buffers, []
-    keeps_planes = keeps and call.keeps_planes
     kept = buffers["product"] + buffers["moments"] if keeps else 0
-    kept += buffers["a and b"] if keeps_planes else 0
+    kept += buffers["a and b"] if planes else 0
     mode = "lean" if lean else "default"
     found = Plan(mode, None, launches.launched, buffers, launches.peak, kept, notes)
     if call.memory == "auto" and not keeps:
         notes.append("lean mode would run where an allocation of this one fails")
     elif call.memory == "lean" and keeps:
         notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
-    notes.append(note_on_gradients(call, keeps_planes))
+    notes.append(note_on_gradients(call, planes))
+    if keeps and call.keeps_planes and not planes:
+        notes.append("a and b are split numbers, which the backward does not take")
     if call.precision == FP16X3 and reason is not None:
         notes.append(f"precision 'fp16x3' is run as TF32x3: {reason}")
     elif wants_split(call) and reason is not None:
@@ -255,16 +258,15 @@ def plan_training(call: Call) -> list:
 
 def _plan_backward(call: Call) -> list:
     """The launches of `backward` after `forward_saving`."""
+    shapes, keeps = saved_shapes(call), keeps_planes(call)
     call = for_kernels(twin_of(call))
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:
         product, moments, planes = (
             torch.empty(shape, dtype=dtype, device="meta")
-            for shape, dtype in zip(
-                saved_shapes(call), (x.dtype, torch.float32, x.dtype), strict=True
-            )
+            for shape, dtype in zip(shapes, (x.dtype, torch.float32, x.dtype), strict=True)
         )
-        planes = planes if call.keeps_planes else None
+        planes = planes if keeps else None
         run_backward(call, x, product, moments, planes, frozenset({"x", *needs}), launches)
     return launches.launched

@@ -97,12 +97,20 @@ def wants_split(call: Call) -> bool:
     return call.precision == FP16X3
 
 
-def for_forward(call: Call, keeps_planes: bool = False) -> Call:
-    """As `for_kernels`; where "fp16x3" is wanted and can be had, the precision is that."""
+def splits(call: Call) -> bool:
+    """Whether "fp16x3" is wanted and can be had."""
+    return wants_split(call) and refusal(call) is None
+
+
+def keeps_planes(call: Call) -> bool:
+    """Whether a and b are kept for a backward; it takes no split numbers."""
+    return call.keeps_planes and not splits(call)
+
+
+def for_forward(call: Call) -> Call:
+    """As `for_kernels`; the precision is "fp16x3" for a call that splits its operands."""
     made = for_kernels(call)
-    if not wants_split(call) or refusal(call, keeps_planes) is not None:
-        return made
-    return made._replace(precision=FP16X3)
+    return made._replace(precision=FP16X3) if splits(call) else made
 
 
 def current_device(x: Tensor) -> contextlib.AbstractContextManager:
