@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_502ae8823e"
+_NAMESPACE = "_esmfold2_trimul_kernel_4e5fa17775"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -389,10 +389,15 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     """
     subject = submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
-    monkeypatch.setattr(subject, "_TILE_PAIRS", 1)
     for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
         monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
+    # Parts of sums, and whole waves of programs, are as many as a device has multiprocessors.
+    recording = submodule("triton_parts.recording")
+    target = recording.device_target
+    monkeypatch.setattr(
+        recording, "device_target", lambda device: target(device)._replace(multiprocessors=1)
+    )
     launch = submodule("triton_parts.launch").PreparedLaunch
     monkeypatch.setattr(launch, "launch", lambda *_, **tensors: None)
     launches = submodule("triton_path.launches")._launches

@@ -82,7 +82,6 @@ def _consume(
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
-    OUT_LAYOUT: gl.constexpr = out.layout
     DTYPE: gl.constexpr = out_slots.dtype
     PLACE: gl.constexpr = ME % SLOTS
     x_slots, ring, extras = memory
@@ -90,6 +89,9 @@ def _consume(
     x_empty, ring_empty = freed
     B, R, J, pitch, per_row, tiles = pairs
     lengths_ptr, first = lengths
+    slot = out_slots.index(ME)
+    # With lengths too few registers are left; up to 128 channels there is little to gain.
+    LATER: gl.constexpr = C > 128 and lengths_ptr is None
     zero = gl.zeros([64, 2 * BLOCK_N], gl.float32, ACC)
     stage = 0
     phase = 0
@@ -152,6 +154,8 @@ def _consume(
                 weight = ring.index(stage * PARTS + k).permute((1, 0))
                 acc = warpgroup_mma(rows[k], weight, acc, is_async=True)
             mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
+            if LATER and step > 0:
+                _store(out, slot, entry, i, start, step - 1, R, N, BLOCK_N, PLANES)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
@@ -163,19 +167,32 @@ def _consume(
                 gated = gated * (power * -_LN_2)
             elif lengths_ptr is not None:
                 gated = gl.where(within.expand_dims(1), gated, 0.0)
-            slot = out_slots.index(ME)
             tma.store_wait(0)  # the block before has left the slot
             if PLANES:
                 slot.permute((1, 0)).store(gated.to(DTYPE))
-                fence_async_shared()
-                made = viewed(slot, [BLOCK_N, 1, 64], OUT_LAYOUT)
-                store_tile(out, [entry * N + step * BLOCK_N, i, start], made)
             else:
                 slot.store(gated.to(DTYPE))
-                fence_async_shared()
-                made = viewed(slot, [1, 64, BLOCK_N], OUT_LAYOUT)
-                store_tile(out, [entry * R + i, start, step * BLOCK_N], made)
+            if not LATER:
+                _store(out, slot, entry, i, start, step, R, N, BLOCK_N, PLANES)
+        if LATER:
+            _store(out, slot, entry, i, start, N // BLOCK_N - 1, R, N, BLOCK_N, PLANES)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store(
+    out, slot, entry, i, start, step, R,
+    N: gl.constexpr, BLOCK_N: gl.constexpr, PLANES: gl.constexpr,
+):  # fmt: skip
+    """Stores the block of a step."""
+    OUT_LAYOUT: gl.constexpr = out.layout
+    fence_async_shared()
+    if PLANES:
+        made = viewed(slot, [BLOCK_N, 1, 64], OUT_LAYOUT)
+        store_tile(out, [entry * N + step * BLOCK_N, i, start], made)
+    else:
+        made = viewed(slot, [1, 64, BLOCK_N], OUT_LAYOUT)
+        store_tile(out, [entry * R + i, start, step * BLOCK_N], made)
 
 
 @gluon.jit

@@ -123,14 +123,16 @@ def _consume(
             made = rows_ring.index(place)
             hat = (made.load(PART).to(gl.float32) - mean) * scale
             made.store((parts[part] * scale + shift + hat * slope).to(gl.bfloat16))
-            fence_async_shared()
-            store_tile(grad_x, [tile * ROWS, part * _STEP], made)
-            if part > 0:  # the part before has left its memory
-                tma.store_wait(1)
-                before = gl.where(place == 0, SLOTS - 1, place - 1)
-                mbarrier.arrive(rows_empty.index(before), count=1)
-        tma.store_wait(0)
-        mbarrier.arrive(rows_empty.index(gl.where(slot == 0, SLOTS - 1, slot - 1)), count=1)
+        fence_async_shared()  # which waits for what was written: once for all parts
+        for part in gl.static_range(C // _STEP):
+            place = first + part
+            place = gl.where(place >= SLOTS, place - SLOTS, place)
+            store_tile(grad_x, [tile * ROWS, part * _STEP], rows_ring.index(place))
+        for part in gl.static_range(C // _STEP):
+            place = first + part
+            place = gl.where(place >= SLOTS, place - SLOTS, place)
+            tma.store_wait(C // _STEP - 1 - part)
+            mbarrier.arrive(rows_empty.index(place), count=1)
 
 
 @gluon.jit

@@ -78,13 +78,14 @@ def _consume(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
-    OUT_LAYOUT: gl.constexpr = out.layout
     DTYPE: gl.constexpr = out_slots.dtype
     x_slots, t_slots, ring, extras = memory
     x_full, t_full, ring_full = loaded
     x_empty, t_empty, ring_empty = freed
     B, R, J, per_row, tiles = pairs
     lengths_ptr, first = lengths
+    # With lengths too few registers are left; up to 128 channels there is little to gain.
+    LATER: gl.constexpr = C > 128 and lengths_ptr is None
     zero = gl.zeros([64, BLOCK_N], gl.float32, ACC)
     stage = 0
     tile_phase = 0
@@ -148,6 +149,8 @@ def _consume(
                 delta = warpgroup_mma(ts[k], low, delta, is_async=True)
                 gate = warpgroup_mma(xs[k], high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
+            if LATER and step > 0:
+                _store(out, out_slots, out_empty, entry, i, start, step - 1, count - 1, RESIDUAL)
             delta, gate = warpgroup_mma_wait(0, deps=(delta, gate))
             mbarrier.arrive(ring_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
@@ -175,19 +178,28 @@ def _consume(
             else:
                 tma.store_wait(OUT_SLOTS - 1)
             made.store(update.to(DTYPE))
-            fence_async_shared()
-            store_tile(
-                out, [entry, i, start, step * BLOCK_N],
-                viewed(made, [1, 1, 64, BLOCK_N], OUT_LAYOUT),
-            )  # fmt: skip
-            if RESIDUAL:
-                # The tile before this one has left its memory.
-                tma.store_wait(1)
-                mbarrier.arrive(
-                    out_empty.index((count + OUT_SLOTS - 1) % OUT_SLOTS), count=1, pred=count > 0
-                )
+            if not LATER:
+                _store(out, out_slots, out_empty, entry, i, start, step, count, RESIDUAL)
             count += 1
+        if LATER:
+            last = C // BLOCK_N - 1
+            _store(out, out_slots, out_empty, entry, i, start, last, count - 1, RESIDUAL)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store(out, out_slots, out_empty, entry, i, start, step, count, RESIDUAL: gl.constexpr):
+    """Stores the count-th block, of a step, and frees the memory of the block before it."""
+    OUT_LAYOUT: gl.constexpr = out.layout
+    OUT_SLOTS: gl.constexpr = out_slots.shape[0]
+    BLOCK_N: gl.constexpr = out_slots.shape[2]
+    made = viewed(out_slots.index(count % OUT_SLOTS), [1, 1, 64, BLOCK_N], OUT_LAYOUT)
+    fence_async_shared()
+    store_tile(out, [entry, i, start, step * BLOCK_N], made)
+    if RESIDUAL:
+        tma.store_wait(1)
+        before = (count + OUT_SLOTS - 1) % OUT_SLOTS
+        mbarrier.arrive(out_empty.index(before), count=1, pred=count > 0)
 
 
 @gluon.jit

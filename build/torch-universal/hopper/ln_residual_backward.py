@@ -183,10 +183,7 @@ def _consume(
     x_slots, t_slots, ring, extras = memory
     x_full, t_full, ring_full = loaded
     x_empty, t_empty, ring_empty = freed
-    grad_emit_out, grad_gate_out = outs
     BLOCKS: gl.constexpr = C // BLOCK_N
-    EMIT_LAYOUT: gl.constexpr = grad_emit_out.layout
-    GATE_LAYOUT: gl.constexpr = grad_gate_out.layout
     moments_ptr, drop_ptr, rows_ptr, sums_ptr = pointers
     B, R, J, per_row, tiles = pairs
     zero = gl.zeros([64, BLOCK_N], gl.float32, ACC)
@@ -239,7 +236,10 @@ def _consume(
             emit = warpgroup_mma(ts, low, emit, is_async=True)
             gate = warpgroup_mma(xs, high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
-            # Meanwhile the blocks before this one have left their memory.
+            before = slots.index((count + SLOTS - 1) % SLOTS)
+            if step > 0:
+                _store(outs, before, made_gate, i, start, step - 1)
+            # Meanwhile the blocks before this one leave their memory.
             tma.store_wait(0)
             mbarrier.arrive(empty.index((count + SLOTS - 1) % SLOTS), count=1, pred=count > 0)
             emit, gate = warpgroup_mma_wait(0, deps=(emit, gate))
@@ -287,20 +287,13 @@ def _consume(
                     gate_sums = gate_sums + (_column_sums(grad_gate),)
             made.store(_whole(out_emits))
             made_gate.store(_whole(out_gates))
-            fence_async_shared()
-            store_tile(
-                grad_emit_out, [0, i, start, step * BLOCK_N],
-                viewed(made, [1, 1, 64, BLOCK_N], EMIT_LAYOUT),
-            )  # fmt: skip
-            store_tile(
-                grad_gate_out, [0, i, start, step * BLOCK_N],
-                viewed(made_gate, [1, 1, 64, BLOCK_N], GATE_LAYOUT),
-            )  # fmt: skip
             if SUMMED:
                 sums = sums_ptr + (gl.program_id(0) * 2 + ME) * (8 * C) + step * BLOCK_N
                 _add_column_sums(sums, emit_sums, count >= BLOCKS, C)
                 _add_column_sums(sums + C, gate_sums, count >= BLOCKS, C)
             count += 1
+        before = slots.index((count + SLOTS - 1) % SLOTS)
+        _store(outs, before, made_gate, i, start, BLOCKS - 1)
         first = i.to(gl.int64) * J + start
         mean_grad = gl.convert_layout(gl.sum(mean_grad, 1), gl.SliceLayout(1, A))
         mean_grad_hat = gl.convert_layout(gl.sum(mean_grad_hat, 1), gl.SliceLayout(1, A))
@@ -308,6 +301,18 @@ def _consume(
         mean_grad_hat = mean_grad_hat * scale_hat
         gl.store(rows_ptr + (first + 4 * pairs_of_plane) + row, mean_grad_hat, mask=inside)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store(outs, emit, gate, i, start, step):
+    """Stores the blocks of a step, during the next one's products: see `gated_rows`."""
+    BLOCK_N: gl.constexpr = emit.shape[1]
+    EMIT_LAYOUT: gl.constexpr = outs[0].layout
+    GATE_LAYOUT: gl.constexpr = outs[1].layout
+    fence_async_shared()
+    at = [0, i, start, step * BLOCK_N]
+    store_tile(outs[0], at, viewed(emit, [1, 1, 64, BLOCK_N], EMIT_LAYOUT))
+    store_tile(outs[1], at, viewed(gate, [1, 1, 64, BLOCK_N], GATE_LAYOUT))
 
 
 @gluon.jit(

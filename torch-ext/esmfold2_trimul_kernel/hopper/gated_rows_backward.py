@@ -131,10 +131,11 @@ def _consume(
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
     AT_COLUMNS: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
     STEPS: gl.constexpr = N // BLOCK_N
-    GRADS_LAYOUT: gl.constexpr = grads.layout
     C: gl.constexpr = memory[0].shape[2]
     x_slots, grad_slots, ring, extras = memory
     value_slots, gate_slots, partial_sums = made
+    of_values = value_slots.index(ME)
+    of_gates = gate_slots.index(ME)
     x_full, grad_full, ring_full = loaded
     x_empty, grad_empty, ring_empty = freed
     R, J, per_row = pairs
@@ -189,6 +190,9 @@ def _consume(
             mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
             mbarrier.arrive(grad_empty.index(place), count=1)
             grad_stage, grad_phase = advance(grad_stage, grad_phase, GRAD_STAGES)
+            if step > lo:
+                _store(grads, of_values, of_gates, i, start, step - 1, N)
+                mbarrier.arrive(x_empty.index(ME), count=1, pred=step == lo + 1)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring_empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
@@ -202,23 +206,27 @@ def _consume(
             scaled = scale.expand_dims(1)
             grad_gate = grad_value * value * (scaled - scaled * gate)
             tma.store_wait(0)  # the block before has left the slots, and x^ that of x
-            of_values = value_slots.index(ME)
-            of_gates = gate_slots.index(ME)
             of_values.store(grad_value.to(gl.bfloat16))
             of_gates.store(grad_gate.to(gl.bfloat16))
             if PARAMETERS:
                 partial_sums.index(ME).store(_sums_of_warps(grad_value, grad_gate))
-            fence_async_shared()
-            mbarrier.arrive(x_empty.index(ME), count=1, pred=step == lo)
-            of_values = viewed(of_values, [1, 64, BLOCK_N], GRADS_LAYOUT)
-            store_tile(grads, [i, start, step * BLOCK_N], of_values)
-            of_gates = viewed(of_gates, [1, 64, BLOCK_N], GRADS_LAYOUT)
-            store_tile(grads, [i, start, N + step * BLOCK_N], of_gates)
             if PARAMETERS:
                 sums = gl.sum(partial_sums.index(ME).load(AT_COLUMNS), 0)
                 row = (group * CONSUMERS + ME).to(gl.int64) * (2 * N)
                 gl.store(sums_ptr + row + step * BLOCK_N + column, sums)
+        _store(grads, of_values, of_gates, i, start, hi - 1, N)
+        mbarrier.arrive(x_empty.index(ME), count=1, pred=hi == lo + 1)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store(grads, of_values, of_gates, i, start, step, N: gl.constexpr):
+    """Stores the blocks of a step, during the next one's products: see `gated_rows`."""
+    BLOCK_N: gl.constexpr = of_values.shape[1]
+    LAYOUT: gl.constexpr = grads.layout
+    fence_async_shared()
+    store_tile(grads, [i, start, step * BLOCK_N], viewed(of_values, [1, 64, BLOCK_N], LAYOUT))
+    store_tile(grads, [i, start, N + step * BLOCK_N], viewed(of_gates, [1, 64, BLOCK_N], LAYOUT))
 
 
 @gluon.jit

@@ -6,6 +6,9 @@ and "empty", its memory may be overwritten. A ring has several stages, which are
 Consumers also take turns at the matrix unit, so that while one multiplies another computes its
 gates.
 
+A store by TMA needs a fence ahead of it, which waits for what the warps wrote to shared memory: a
+seventh of a step with 256 channels. There a block is stored during the next step's products.
+
 Folded norms. A consumer multiplies rows of x as they are. With W' = W diag(g), s the sums of its
 rows over k, and c = W b + bias,
 
