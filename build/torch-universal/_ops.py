@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4e5fa17775"
+_NAMESPACE = "_esmfold2_trimul_kernel_c8a2481dc9"
 
 ops = getattr(torch.ops, _NAMESPACE)
 
