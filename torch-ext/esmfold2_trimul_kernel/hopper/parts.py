@@ -153,14 +153,16 @@ def _tiles_within(length, first, R, J, MULTIPLE: gl.constexpr):
 
 
 @gluon.jit
-def count_tiles(lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr):
-    """How many tiles `next_tile` finds; J is the end of a row's tiles."""
+def count_tiles(
+    lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr, CONSUMERS: gl.constexpr
+):  # fmt: skip
+    """How many times CONSUMERS tiles `next_tile` finds; J is the end of a row's tiles."""
     total = 0
     for entry in range(B):
         length = length_of(lengths_ptr, entry, B, R, J)
         rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
         total += rows * per_row
-    return total
+    return (total + CONSUMERS - 1) // CONSUMERS
 
 
 @gluon.jit
