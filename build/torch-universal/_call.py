@@ -94,7 +94,7 @@ class Call(NamedTuple):
 
     @property
     def keeps_planes(self) -> bool:
-        """Whether a and b are kept for a backward, on the Triton path."""
+        """Whether a and b are kept for a backward, on the Triton path if they can be."""
         return self.recompute == "none"
 
 

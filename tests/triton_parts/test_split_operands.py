@@ -308,6 +308,16 @@ def test_gradients(kernel, on_split, recompute):
         assert relative_error(leaf.grad, wanted[name]) <= 2e-5, name
 
 
+def test_no_planes_are_kept(submodule, on_split):
+    """Though asked for; and an op's fake outputs are of the same shapes."""
+    path, problem = submodule("triton_path"), make_problem(9, 16).to(on_split)
+    for precision, kept in (("fp16x3", False), ("tf32x3", True)):
+        call = as_call(submodule("_call"), problem, precision=precision, recompute="none")
+        _, product, moments, planes = path.forward_saving(call)
+        shapes = product.shape, moments.shape, planes.shape if kept else (0,)
+        assert (planes is not None) == kept and path.saved_shapes(call) == shapes
+
+
 INFINITE = {
     "gate": ("g_in_weight", [(3, 7, "inf")]),
     "last gate": ("g_in_weight", [(-1, 0, "-inf")]),

@@ -272,7 +272,7 @@ def test_nothing_else_is_computed(backward, submodule, monkeypatch, needs, kerne
         launch(prepared, **tensors)
 
     def play_by_tensors(placed, *memories):
-        placed._prepared._run = None
+        placed._prepared._run = None  # on a GPU a recording would not call `launch`
         play(placed, *memories)
 
     monkeypatch.setattr(parts.PreparedLaunch, "launch", record)

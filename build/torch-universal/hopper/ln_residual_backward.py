@@ -236,12 +236,12 @@ def _consume(
             emit = warpgroup_mma(ts, low, emit, is_async=True)
             gate = warpgroup_mma(xs, high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
-            before = slots.index((count + SLOTS - 1) % SLOTS)
+            before = (count + SLOTS - 1) % SLOTS
             if step > 0:
-                _store(outs, before, made_gate, i, start, step - 1)
+                _store(outs, slots.index(before), made_gate, i, start, step - 1)
             # Meanwhile the blocks before this one leave their memory.
             tma.store_wait(0)
-            mbarrier.arrive(empty.index((count + SLOTS - 1) % SLOTS), count=1, pred=count > 0)
+            mbarrier.arrive(empty.index(before), count=1, pred=count > 0)
             emit, gate = warpgroup_mma_wait(0, deps=(emit, gate))
             mbarrier.arrive(ring_empty.index(stage), count=1)
             place = count % SLOTS
@@ -292,8 +292,8 @@ def _consume(
                 _add_column_sums(sums, emit_sums, count >= BLOCKS, C)
                 _add_column_sums(sums + C, gate_sums, count >= BLOCKS, C)
             count += 1
-        before = slots.index((count + SLOTS - 1) % SLOTS)
-        _store(outs, before, made_gate, i, start, BLOCKS - 1)
+        before = (count + SLOTS - 1) % SLOTS
+        _store(outs, slots.index(before), made_gate, i, start, BLOCKS - 1)
         first = i.to(gl.int64) * J + start
         mean_grad = gl.convert_layout(gl.sum(mean_grad, 1), gl.SliceLayout(1, A))
         mean_grad_hat = gl.convert_layout(gl.sum(mean_grad_hat, 1), gl.SliceLayout(1, A))
@@ -305,7 +305,7 @@ def _consume(
 
 @gluon.jit
 def _store(outs, emit, gate, i, start, step):
-    """Stores the blocks of a step, during the next one's products: see `gated_rows`."""
+    """Stores the blocks of a step, during the next one's products: see `parts`."""
     BLOCK_N: gl.constexpr = emit.shape[1]
     EMIT_LAYOUT: gl.constexpr = outs[0].layout
     GATE_LAYOUT: gl.constexpr = outs[1].layout

@@ -6,8 +6,9 @@ and "empty", its memory may be overwritten. A ring has several stages, which are
 Consumers also take turns at the matrix unit, so that while one multiplies another computes its
 gates.
 
-A store by TMA needs a fence ahead of it, which waits for what the warps wrote to shared memory: a
-seventh of a step with 256 channels. There a block is stored during the next step's products.
+A store by TMA needs a fence ahead of it, which waits for what the warps wrote to shared memory: up
+to an eighth of a step. So a block is stored during the next step's products, in the forward's
+stages where there are more than 128 channels and no lengths.
 
 Folded norms. A consumer multiplies rows of x as they are. With W' = W diag(g), s the sums of its
 rows over k, and c = W b + bias,

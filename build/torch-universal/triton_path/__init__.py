@@ -202,14 +202,14 @@ def plan(call: Call) -> Plan:
     lean = call.memory == "lean" and not keeps
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
         kernels_call = for_forward(twin_of(call))
+        planes = keeps and keeps_planes(kernels_call)
         if keeps:
-            _run_saving(kernels_call, launches, keeps_planes(kernels_call))
+            _run_saving(kernels_call, launches, planes)
         elif lean:
             run_lean(kernels_call, launches)
         else:
             _run_default(kernels_call, launches, _sequences_together(kernels_call))
         reason = refusal(kernels_call)
-        planes = keeps and keeps_planes(kernels_call)
     buffers, notes = launches.buffers, []
     kept = buffers["product"] + buffers["moments"] if keeps else 0
     kept += buffers["a and b"] if planes else 0

@@ -263,8 +263,8 @@ def _gated_rows_hopper_kernel(
     lengths = lengths_ptr, (first_i, first_j)
     if lengths_ptr is not None:
         columns = pitch if PLANES else J
-        multiple = _PADDING if PLANES else 1
-        tiles = count_tiles(lengths_ptr, lengths[1], B, R, columns, multiple, CONSUMERS)
+        tiles = count_tiles(lengths_ptr, lengths[1], B, R, columns, _PADDING if PLANES else 1)
+        tiles = (tiles + CONSUMERS - 1) // CONSUMERS
     pairs = B, R, J, pitch, per_row, tiles
     strides = stride_mask_b, stride_mask_i, stride_mask_j
     if CONSUMERS == 2:

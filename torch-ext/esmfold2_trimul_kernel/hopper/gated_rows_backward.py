@@ -210,7 +210,6 @@ def _consume(
             of_gates.store(grad_gate.to(gl.bfloat16))
             if PARAMETERS:
                 partial_sums.index(ME).store(_sums_of_warps(grad_value, grad_gate))
-            if PARAMETERS:
                 sums = gl.sum(partial_sums.index(ME).load(AT_COLUMNS), 0)
                 row = (group * CONSUMERS + ME).to(gl.int64) * (2 * N)
                 gl.store(sums_ptr + row + step * BLOCK_N + column, sums)
@@ -221,7 +220,7 @@ def _consume(
 
 @gluon.jit
 def _store(grads, of_values, of_gates, i, start, step, N: gl.constexpr):
-    """Stores the blocks of a step, during the next one's products: see `gated_rows`."""
+    """Stores the blocks of a step, during the next one's products: see `parts`."""
     BLOCK_N: gl.constexpr = of_values.shape[1]
     LAYOUT: gl.constexpr = grads.layout
     fence_async_shared()

@@ -318,7 +318,7 @@ def _ln_residual_hopper_kernel(
     memory = x_slots, t_slots, ring, extras
     lengths = lengths_ptr, (first_i, 0)
     if lengths_ptr is not None:
-        tiles = count_tiles(lengths_ptr, lengths[1], B, R, J, 1, 2)
+        tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + 1) // 2
     pairs = B, R, J, per_row, tiles
     moments_strides = stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j
     drop_strides = stride_drop_b, stride_drop_j, stride_drop_c

@@ -6,8 +6,9 @@ and "empty", its memory may be overwritten. A ring has several stages, which are
 Consumers also take turns at the matrix unit, so that while one multiplies another computes its
 gates.
 
-A store by TMA needs a fence ahead of it, which waits for what the warps wrote to shared memory: a
-seventh of a step with 256 channels. There a block is stored during the next step's products.
+A store by TMA needs a fence ahead of it, which waits for what the warps wrote to shared memory: up
+to an eighth of a step. So a block is stored during the next step's products, in the forward's
+stages where there are more than 128 channels and no lengths.
 
 Folded norms. A consumer multiplies rows of x as they are. With W' = W diag(g), s the sums of its
 rows over k, and c = W b + bias,
@@ -153,16 +154,14 @@ def _tiles_within(length, first, R, J, MULTIPLE: gl.constexpr):
 
 
 @gluon.jit
-def count_tiles(
-    lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr, CONSUMERS: gl.constexpr
-):  # fmt: skip
-    """How many times CONSUMERS tiles `next_tile` finds; J is the end of a row's tiles."""
+def count_tiles(lengths_ptr, first, B, R, J, MULTIPLE: gl.constexpr):
+    """How many tiles `next_tile` finds; J is the end of a row's tiles."""
     total = 0
     for entry in range(B):
         length = length_of(lengths_ptr, entry, B, R, J)
         rows, per_row = _tiles_within(length, first, R, J, MULTIPLE)
         total += rows * per_row
-    return (total + CONSUMERS - 1) // CONSUMERS
+    return total
 
 
 @gluon.jit

@@ -210,7 +210,7 @@ def _row_linear_hopper_kernel(
     fence_async_shared()
     lengths = lengths_ptr, (first_i, 0)
     if lengths_ptr is not None:
-        tiles = count_tiles(lengths_ptr, lengths[1], B, R, J, 1, 2)
+        tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + 1) // 2
     pairs = B, R, J, per_row, tiles
     gl.warp_specialize([
         (_consume, (

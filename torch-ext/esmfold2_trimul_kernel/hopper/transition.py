@@ -159,7 +159,8 @@ def _count(tiles, lengths_ptr, pairs, CONSUMERS: gl.constexpr):
     if lengths_ptr is None:
         return tiles
     else:
-        return count_tiles(lengths_ptr, (0, 0), pairs[0], pairs[1], pairs[2], 1, CONSUMERS)
+        found = count_tiles(lengths_ptr, (0, 0), pairs[0], pairs[1], pairs[2], 1)
+        return (found + CONSUMERS - 1) // CONSUMERS
 
 
 @gluon.jit
