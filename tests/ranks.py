@@ -1,7 +1,7 @@
 """Cases that run on four processes at once, ranks of gloo groups, and what became of each.
 
-One start of the processes serves all cases of a test file, because their imports take longer than
-the cases.
+One start of the processes serves all cases of a test file, and they are forks of one that has
+imported torch, because imports take longer than the cases.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def reports_of(cases: list[Callable], tmp_path_factory) -> dict[str, dict[int, o
 
 
 def _run(cases: list[Callable], folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "pytest"])
     processes = [
         context.Process(target=_work, args=(rank, cases, folder)) for rank in range(RANKS)
     ]
