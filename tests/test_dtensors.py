@@ -62,10 +62,9 @@ def as_a_whole(on: Rank):
             assert got.placements == tuple(placements) and got.device_mesh == mesh
             assert got.shape == wanted.shape
             same_values(got.to_local(), distribute(wanted, mesh, placements).to_local())
-            if length > 3:  # the next operation takes it, too; torch takes long to plan one
-                same_values(
-                    (got + problem.x).to_local(), got.to_local() + problem.x.to_local()
-                )
+            same_values(
+                (got + problem.x).to_local(), got.to_local() + problem.x.to_local()
+            )  # the next operation takes it, too
 
 
 def of_any_rank(on: Rank):

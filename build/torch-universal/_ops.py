@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d9a05f4039"
+_NAMESPACE = "_esmfold2_trimul_kernel_77d943e901"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

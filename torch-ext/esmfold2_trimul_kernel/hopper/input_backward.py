@@ -118,21 +118,23 @@ def _consume(
         shift = (mean_grad * (-1.0 / C) * rstd).expand_dims(1)
         slope = (mean_grad_hat * (-1.0 / C) * rstd).expand_dims(1)
         for part in gl.static_range(C // _STEP):
-            place = first + part
-            place = gl.where(place >= SLOTS, place - SLOTS, place)
-            made = rows_ring.index(place)
+            made = rows_ring.index(_behind(first, part, SLOTS))
             hat = (made.load(PART).to(gl.float32) - mean) * scale
             made.store((parts[part] * scale + shift + hat * slope).to(gl.bfloat16))
         fence_async_shared()  # which waits for what was written: once for all parts
         for part in gl.static_range(C // _STEP):
-            place = first + part
-            place = gl.where(place >= SLOTS, place - SLOTS, place)
-            store_tile(grad_x, [tile * ROWS, part * _STEP], rows_ring.index(place))
+            made = rows_ring.index(_behind(first, part, SLOTS))
+            store_tile(grad_x, [tile * ROWS, part * _STEP], made)
         for part in gl.static_range(C // _STEP):
-            place = first + part
-            place = gl.where(place >= SLOTS, place - SLOTS, place)
             tma.store_wait(C // _STEP - 1 - part)
-            mbarrier.arrive(rows_empty.index(place), count=1)
+            mbarrier.arrive(rows_empty.index(_behind(first, part, SLOTS)), count=1)
+
+
+@gluon.jit
+def _behind(slot, count: gl.constexpr, SLOTS: gl.constexpr):
+    """The slot of a ring so many behind another, fewer than there are."""
+    place = slot + count
+    return gl.where(place >= SLOTS, place - SLOTS, place)
 
 
 @gluon.jit
