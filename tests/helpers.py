@@ -291,8 +291,9 @@ def assert_no_worse(draws: Iterable[tuple[Results, Results, Results]], factor: f
     """The errors of the first are at most `factor` times the second's, and room for chance.
 
     Each of the draws is two computations' results and the wanted ones, each a tensor or several by
-    name. Errors of a name are taken together over all draws. So that an ill-conditioned draw counts
-    no more than another, each is divided by the sum of its two errors.
+    name. Errors of a name are taken together over all draws, each as often as it has values. So
+    that an ill-conditioned draw counts no more than another, each is divided by the sum of its two
+    errors.
     """
     sums: dict[str, tuple[int, float, float]] = {}
     for draw in draws:
@@ -302,11 +303,11 @@ def assert_no_worse(draws: Iterable[tuple[Results, Results, Results]], factor: f
             mine, its = (relative_error(value, exact) ** 2 for value in values)
             assert math.isfinite(mine), name
             values, of_mine, of_its = sums.get(name, (0, 0.0, 0.0))
-            both = mine + its or 1.0
-            sums[name] = values + exact.numel(), of_mine + mine / both, of_its + its / both
+            share = exact.numel() / (mine + its or 1.0)
+            sums[name] = values + exact.numel(), of_mine + mine * share, of_its + its * share
     for name, (values, of_mine, of_its) in sums.items():
         limit = factor * room(values)
-        assert of_mine <= limit**2 * of_its, f"{name}: {of_mine**.5:.3g} of {of_its**.5:.3g}"
+        assert of_mine <= limit**2 * of_its, (name, of_mine**0.5, of_its**0.5)
 
 
 def in_tree_module(problem: Problem) -> torch.nn.Module:

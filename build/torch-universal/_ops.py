@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_77d943e901"
+_NAMESPACE = "_esmfold2_trimul_kernel_1a8cdc84a2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import hopper
 from ._call import Call
+from .hopper.folded_norm import Folds
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
     Launches,
@@ -308,6 +309,7 @@ def fused_dual_gemm_fwd(
     config: LaunchConfig | None = None,
     first_row: int = 0,
     scales: Scales | None = None,
+    folds: Folds | None = None,
 ) -> Tensor:
     """Stage 1 of a call, whose x is [B, R, L, C]; returns the moments [B, 2, Q, pitch].
 
@@ -320,6 +322,7 @@ def fused_dual_gemm_fwd(
         first_row: the row of the sequences that x begins with.
         scales: of a call with split weights, see `split_weights`. A row of the planes then holds
             its high numbers [pitch], and behind them its low ones, in float16.
+        folds: what launches of this call share, by default made for this one.
     """
     read = moments is not None
     prepared = launches.of(
@@ -331,7 +334,8 @@ def fused_dual_gemm_fwd(
         moments = launches.empty("moments", (batch, 2, rows, pitch), torch.float32, call.x.device)
     if prepared.variant == "hopper":
         variant = hopper.kernels("gated_rows")
-        variant.launch_planes(call, launches, prepared, planes, moments, group)
+        folds = folds or Folds(launches, call.weights)
+        variant.launch_planes(call, prepared, planes, moments, group, folds)
         return moments
     weights, (a, b) = call.weights, planes
     if scales is not None:

@@ -26,14 +26,14 @@ def folded(submodule, on_triton):
     """folded(first, second): W', its further channels, and factors, on the CPU, of two `make`s."""
 
     def fold(*both, group=None):
-        launches = submodule("triton_parts.launch").Launches()
+        module = submodule("hopper.folded_norm")
         weights, norms, norm_biases, biases = (
             [None if t is None else t.to(on_triton) for t in two] for two in zip(*both, strict=True)
         )
-        found = submodule("hopper.folded_norm").fold_norms(
-            launches, "test", weights, list(zip(norms, norm_biases, strict=True)), biases, BLOCK,
-            group,
-        )  # fmt: skip
+        pair = module.Pair(weights, list(zip(norms, norm_biases, strict=True)), biases)
+        launches = submodule("triton_parts.launch").Launches()
+        found, others = module.fold_norms(launches, "test", pair, BLOCK, group)
+        assert others is None
         return [None if tensor is None else tensor.cpu() for tensor in found]
 
     return fold
@@ -145,40 +145,74 @@ def test_the_sum_is_the_norm_and_the_projection(folded, dtype, far):
     assert (got - wanted).norm() / wanted.norm() <= limit
 
 
-@pytest.mark.parametrize("biases", [False, True])
-def test_all_that_a_backward_folds(submodule, on_triton, folded, biases):
-    """The bits of a launch each, and the means."""
-    channels, hidden = 40, 24
-    (emit, out, out_bias, _), (gate, norm, norm_bias, gate_bias) = (
-        make(channels, channels, which) for which in range(2)
-    )
-    pair = [make(2 * hidden, channels, which) for which in (2, 3)]
-    given = dict(
-        norm_in_weight=norm, norm_in_bias=norm_bias, p_in_weight=pair[0][0],
-        p_in_bias=pair[0][3], g_in_weight=pair[1][0], g_in_bias=pair[1][3],
-        norm_out_weight=out, norm_out_bias=out_bias, p_out_weight=emit, p_out_bias=None,
-        g_out_weight=gate, g_out_bias=gate_bias,
-    )  # fmt: skip
+def make_weights(submodule, device, channels, hidden, biases, dtype=BF16):
+    """(weights, those of We, Wo, Wp and Wg as `folded` takes them)."""
+    emit, gate = make(channels, hidden, 0, dtype), make(channels, channels, 1, dtype)
+    pair = [make(2 * hidden, channels, which, dtype) for which in (2, 3)]
     if not biases:
-        given = {name: None if "bias" in name else value for name, value in given.items()}
-        norm_bias = gate_bias = None
-        pair = [(*one[:3], None) for one in pair]
+        emit, gate, *pair = [(*one[:2], None, None) for one in (emit, gate, *pair)]
+    norm = gate[1:3]
+    pair = [(one[0], *norm, one[3]) for one in pair]
+    given = dict(
+        norm_in_weight=norm[0], norm_in_bias=norm[1], p_in_weight=pair[0][0], p_in_bias=pair[0][3],
+        g_in_weight=pair[1][0], g_in_bias=pair[1][3], norm_out_weight=emit[1],
+        norm_out_bias=emit[2], p_out_weight=emit[0], p_out_bias=emit[3], g_out_weight=gate[0],
+        g_out_bias=gate[3],
+    )  # fmt: skip
     weights = submodule("_call").Weights(
-        **{name: None if value is None else value.to(on_triton) for name, value in given.items()}
+        **{name: None if value is None else value.to(device) for name, value in given.items()}
     )
-    launches = submodule("triton_parts.launch").Launches()
-    means, *got = submodule("hopper.folded_norm").fold_norms_bwd(launches, weights)
-    wanted = (
-        folded((emit, out, None, None), (gate, norm, norm_bias, gate_bias)),
-        folded(*[(one[0], norm, norm_bias, one[3]) for one in pair]),
+    return weights, (emit, gate, *pair)
+
+
+@pytest.fixture
+def folds(submodule):
+    """folds(weights): `Folds` of them, and the launches that they have made."""
+
+    def make_folds(weights):
+        launches = submodule("triton_parts.launch").Launches()
+        return submodule("hopper.folded_norm").Folds(launches, weights), launches
+
+    return make_folds
+
+
+def same(mine, its):
+    return all(
+        (a is None and b is None) or torch.equal(a.cpu(), b) for a, b in zip(mine, its, strict=True)
     )
-    for mine, its in zip(got, wanted, strict=True):
-        assert mine.factors is None
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(mine[:2], its[:2], strict=True))
-    exact = emit.double() @ out.double() / channels
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("dtype, hidden, count", [(BF16, 40, 1), (HALF, 40, 2), (BF16, 24, 1)])
+def test_all_that_a_forward_folds(
+    submodule, on_triton, folded, folds, dtype, hidden, count, biases
+):
+    """The bits of a launch each; in bfloat16 with C = D by one, which later stages don't repeat."""
+    weights, (emit, gate, *pair) = make_weights(submodule, on_triton, 40, hidden, biases, dtype)
+    made, launches = folds(weights)
+    planes = made.planes(BLOCK)
+    assert same(planes, folded(*pair))
+    group = made.planes(BLOCK, (8, 8))
+    assert same(group, folded(*pair, group=(8, 8)))
+    if hidden == 40:
+        assert same(made.residual(BLOCK), folded(emit, gate))
+        assert made.residual(BLOCK) is made.residual(BLOCK)
+    assert made.planes(BLOCK) is planes and made.planes(BLOCK, (8, 8)) is group
+    assert len(launches) == count + 1
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_all_that_a_backward_folds(submodule, on_triton, folded, folds, biases):
+    """The bits of a launch each, and the means."""
+    weights, (emit, gate, *pair) = make_weights(submodule, on_triton, 40, 40, biases)
+    made, launches = folds(weights)
+    means, residual = made.of_backward()
+    assert same(residual, folded((*emit[:2], None, None), gate))
+    assert same(made.planes(BLOCK), folded(*pair)) and len(launches) == 1
+    exact = emit[0].double() @ emit[1].double() / 40
     torch.testing.assert_close(means[0].cpu().double(), exact, rtol=0, atol=1e-6)
     if biases:
-        exact = emit.double() @ out_bias.double()
+        exact = emit[0].double() @ emit[2].double()
         torch.testing.assert_close(means[1].cpu().double(), exact, rtol=0, atol=1e-6)
     else:
         assert means[1] is None

@@ -43,8 +43,9 @@ def everywhere(submodule, monkeypatch):
     original, table = settings._table, copy.deepcopy(settings._table("sm_90"))
     for stage in STAGES:
         entries = table[stage]["2"]
-        entries.sort(key=lambda entry: entry.get("kernel", "") != "hopper")
-        if stage == "fused_dual_gemm":  # the setting with three consumers
+        # Three consumers before two.
+        entries.sort(key=lambda entry: (entry.get("kernel", "") != "hopper", -entry["block_m"]))
+        if stage in ("fused_dual_gemm", "fused_ln_residual"):
             assert entries[0]["block_m"] == 192
     monkeypatch.setattr(
         settings, "_table", lambda name: table if name == "sm_90" else original(name)
@@ -88,6 +89,21 @@ def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name, dtype
     assert_no_worse([(got, plain, reference(problem))], 1.0)
 
 
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("length, consumers", [(200, 2), (800, 3)])
+def test_settings_of_128_channels(kernel, submodule, hopper, length, consumers, dtype):
+    """As they are shipped, on both sides of the length where stage 3 has one consumer more."""
+    problem = make_problem(length, 128, dtype=dtype, residual=True, mask="bool").to("cuda")
+    config = submodule("triton_parts.launch").setting_of(
+        "fused_ln_residual", problem.x, 128, length, 1, frozenset({"hopper"})
+    )
+    assert config.kernel == "hopper" and config.block_m == 64 * consumers
+    got = run(kernel, problem, "cuda")
+    with hopper.without_variants():
+        plain = run(kernel, problem, "cuda")
+    assert_no_worse([(got, plain, problem.formula(torch.float64).cpu())], 1.0)
+
+
 WIDE = {
     "three parts": dict(length=70, channels=192, mask="soft", residual=True),
     "two large parts": dict(length=65, channels=512, batch=2, mask="bool", direction="incoming"),
@@ -95,6 +111,9 @@ WIDE = {
     "five parts": dict(length=64, channels=320, residual=True),
     "seven parts, few hidden": dict(length=50, channels=448, hidden=128),
     "many hidden": dict(length=40, channels=128, hidden=512, residual=True),
+    "rows apart": dict(length=71, channels=384, batch=2, residual=True, drop_mask=True),
+    "drop mask": dict(length=128, channels=512, residual=True, drop_mask=True, biases=True),
+    "one pair": dict(length=1, channels=448, residual=True),
 }
 
 
@@ -122,8 +141,9 @@ def test_constant_rows_of_other_widths_are_zeros(kernel, everywhere, channels, d
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
 
 
-def test_lengths_of_wide_rows(kernel, submodule, hopper, everywhere):
-    problem = make_problem(140, 512, batch=2, dtype=BF16, residual=True)
+@pytest.mark.parametrize("channels, dtype", [(512, BF16), (320, HALF)])
+def test_lengths_of_wide_rows(kernel, submodule, hopper, everywhere, channels, dtype):
+    problem = make_problem(140, channels, batch=2, dtype=dtype, residual=True)
     lengths = torch.tensor([140, 67])
     within = submodule("validation").pairs_within(lengths, 140)
     wanted = reference(dataclasses.replace(problem, mask=within))
@@ -148,9 +168,11 @@ def test_strides(kernel, hopper, everywhere, layout):
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
 
 
-@pytest.mark.parametrize("own, dtype", [(False, BF16), (True, BF16), (False, HALF)])
-def test_in_place(kernel, everywhere, own, dtype):
-    problem = make_problem(90, 256, dtype=dtype, mask="bool", residual=True).to("cuda")
+@pytest.mark.parametrize("own, dtype, channels", [
+    (False, BF16, 256), (True, BF16, 256), (False, HALF, 256), (False, BF16, 512), (True, HALF, 320)
+])  # fmt: skip
+def test_in_place(kernel, everywhere, own, dtype, channels):
+    problem = make_problem(90, channels, dtype=dtype, mask="bool", residual=True).to("cuda")
     if not own:
         problem.residual = problem.x
     wanted = run(kernel, problem, "cuda")
@@ -266,7 +288,8 @@ def test_constant_rows_are_zeros(kernel, everywhere, channels, dtype):
 
 
 @pytest.mark.parametrize("channels, length, dtype", [
-    (128, 70, BF16), (256, 64, BF16), (128, 64, HALF), (256, 70, HALF)
+    (128, 70, BF16), (256, 64, BF16), (128, 64, HALF), (256, 70, HALF),
+    (320, 70, BF16), (512, 64, BF16), (384, 70, HALF),
 ])  # fmt: skip
 def test_constant_rows_of_the_product_are_zeros(submodule, everywhere, channels, length, dtype):
     problem = make_problem(length, channels, dtype=dtype).to("cuda")
@@ -559,7 +582,8 @@ def test_stage_1_backward(submodule, hopper, everywhere, name, groups, parameter
             nan(stage.rows_of_sums(prepared), 4 * hidden, dtype=torch.float32)
             if parameters else None,
         )  # fmt: skip
-        stage.fused_dual_gemm_bwd(call, make(), *given, prepared, out)
+        folds = stage.Folds(make(), call.weights)
+        stage.fused_dual_gemm_bwd(call, *given, prepared, out, folds)
         found = [out.grads] + ([out.hat_x, out.sums.sum(0)] if parameters else [])
         return [tensor.cpu() for tensor in found], prepared.variant
 

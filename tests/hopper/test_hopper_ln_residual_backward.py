@@ -147,8 +147,8 @@ class Problem:
             nan(stage.partial_sums(prepared), 2, channels) if "sums" in outputs else None,
         )  # fmt: skip
         if prepared.variant:
-            fold = stage.hopper.kernels("folded_norm").fold_norms_bwd
-            means, folded, _ = fold(launches, self.weights)
+            folds = stage.hopper.kernels("folded_norm").Folds(launches, self.weights)
+            means, folded = folds.of_backward()
         else:
             made = stage.prepare_emit_means(self.weights, "fp32")
             means, folded = stage.emit_means(self.weights, made), None

@@ -46,7 +46,7 @@ BACKWARD = {
 }  # fmt: skip
 
 WITHOUT_PRODUCT = {
-    "fold_norm", "fold_norms_bwd", "padding", "split_weights", "mask_exponents", "emit_means",
+    "fold_norms", "fold_norms_bwd", "padding", "split_weights", "mask_exponents", "emit_means",
     "projection_gradients", "norm_gradients",
 }  # fmt: skip
 # Those of which stages have variants for Hopper GPUs.
@@ -118,7 +118,7 @@ def assert_settings_fit(target, cases, **options):
         kernels = [row["kernel"] for row in rows if row["case"] == str(case)]
         wanted = FORWARD | BACKWARD if case in BACKWARD_CASES else FORWARD
         if target == "sm_90" and case in HOPPER:
-            wanted = wanted | {"fold_norm"} | ({"padding"} if case.padded else set())
+            wanted = wanted | {"fold_norms"} | ({"padding"} if case.padded else set())
             if case in BACKWARD_CASES and case.width <= 256 and not case.padded:
                 wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
         if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= widest:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import hopper
 from ._call import Call
+from .hopper.folded_norm import Folds
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
     Launches,
@@ -342,6 +343,7 @@ def fused_ln_residual_fwd(
     config: LaunchConfig | None = None,
     first_row: int = 0,
     scales: Scales | None = None,
+    folds: Folds | None = None,
 ) -> None:
     """Stage 3 of a call: all rows of its x, or `rows`, of `out` like x, contiguous.
 
@@ -354,6 +356,7 @@ def fused_ln_residual_fwd(
         config: a setting in place of the shipped one.
         first_row: the row of the sequences that x begins with; it matters only with lengths.
         scales: of a call with split weights, see `split_weights`.
+        folds: what launches of this call share, by default made for this one.
     """
     key = ("fused_ln_residual", first_row)
     if rows is not None:
@@ -376,14 +379,15 @@ def fused_ln_residual_fwd(
                 at = slice(entry, entry + 1)
                 fused_ln_residual_by_steps(
                     call.of_entry(entry), launches, product[at], moments[at], out[at], first_row,
-                    scales,
+                    scales, folds,
                 )  # fmt: skip
             return
         made = launches.empty("output", out.shape, out.dtype, out.device)
     weights = call.weights
     if prepared.variant == "hopper":
         variant = hopper.kernels("ln_residual")
-        variant.launch(call, launches, prepared, product, moments, made, first_row)
+        folds = folds or Folds(launches, weights)
+        variant.launch(call, launches, prepared, product, moments, made, first_row, folds)
     else:
         prepared.launch(
             product_ptr=product,
@@ -416,16 +420,20 @@ def fused_ln_residual_by_steps(
     out: Tensor,
     first_row: int = 0,
     scales: Scales | None = None,
+    folds: Folds | None = None,
 ) -> None:
     """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows.
 
     Only the first step can fail to allocate: the next steps reuse its memory.
     """
     length = call.x.shape[1]
+    folds = folds or Folds(launches, call.weights)
     step = rows_of_step(length)
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
-        fused_ln_residual_fwd(call, launches, product, moments, out, rows, None, first_row, scales)
+        fused_ln_residual_fwd(
+            call, launches, product, moments, out, rows, None, first_row, scales, folds
+        )
 
 
 def rows_of_step(length: int) -> int:

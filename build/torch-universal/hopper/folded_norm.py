@@ -16,8 +16,6 @@ W' is rounded where otherwise the normalised rows are, to as many bits; the rows
 they are. x W'^T and mean s are both of the size of mean, so that their difference loses digits
 where |mean| rstd is large: see docs/numerics.md.
 
-The backward's are all made by one launch, with the means that its stage 3 needs.
-
 float16 has few exponents: W', s and c of a block of channels are made 2^e times as large, so that
 the block's largest W' is between 2^14 and 2^15. The factors 2^-e are returned.
 """
@@ -38,10 +36,19 @@ _BLOCK = 16
 EXTRA = 16  # further channels
 _EXTRA = tl.constexpr(EXTRA)
 _ELEMENTS = 8192  # of a block, for four warps
+_NAMES = "first", "second", "third", "fourth"
+
+
+class Pair(NamedTuple):
+    """Two projections [N, K] with unit last stride, the norms before them, and their biases."""
+
+    weights: tuple[Tensor, Tensor]
+    norms: tuple[tuple[Tensor | None, Tensor | None], ...]  # (weight, bias) of each
+    biases: tuple[Tensor | None, Tensor | None]
 
 
 class Folded(NamedTuple):
-    """What `fold_norms` makes of two projections [N, K]."""
+    """What `fold_norms` makes of a pair."""
 
     weights: Tensor  # W' [2, N, K], of float16 times 2^e
     further: Tensor  # its further channels [2, N, 16] in bfloat16, likewise
@@ -49,80 +56,67 @@ class Folded(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["first_row"])
-def _fold_norm_kernel(
-    first_ptr, second_ptr, first_norm_ptr, first_norm_bias_ptr, second_norm_ptr,
-    second_norm_bias_ptr, first_bias_ptr, second_bias_ptr, folded_ptr, extra_ptr, factors_ptr,
-    stride_first, stride_second, first_row,
-    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+def _fold_norms_kernel(
+    first_ptr, first_norm_ptr, first_norm_bias_ptr, first_bias_ptr,
+    second_ptr, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
+    third_ptr, third_norm_ptr, third_norm_bias_ptr, third_bias_ptr,
+    fourth_ptr, fourth_norm_ptr, fourth_norm_bias_ptr, fourth_bias_ptr,
+    folded_ptr, extra_ptr, factors_ptr, others_ptr, others_extra_ptr, scale_ptr, shift_ptr,
+    stride_first, stride_second, stride_third, stride_fourth, first_row,
+    ROWS: tl.constexpr, N: tl.constexpr, OTHERS: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """W' and the further channels of BLOCK_N channels of one of two projections [ROWS, K].
+    """W' and the further channels of BLOCK_N channels of a projection.
 
-    Of N channels: all, or N / 2 of either half of the rows, from `first_row` of the half on.
+    The first two are [ROWS, K], of which N channels: all, or N / 2 of either half of the rows, from
+    `first_row` of the half on. The other two are [OTHERS, K]. With a `scale_ptr` the third's norm
+    is without its bias, and it has its means too.
     """
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    second = tl.program_id(0) // TILES
-    start_n = (tl.program_id(0) - second * TILES) * BLOCK_N
-    start_row = start_n
-    if N < ROWS:
-        start_row += first_row + tl.where(start_n < N // 2, 0, (ROWS - N) // 2)
-    if second == 0:
-        _fold(
-            first_ptr, stride_first, first_norm_ptr, first_norm_bias_ptr, first_bias_ptr,
-            folded_ptr, extra_ptr, factors_ptr, 0, start_n, start_row,
-            ROWS, N, K, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        _fold(
-            second_ptr, stride_second, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
-            folded_ptr, extra_ptr, factors_ptr, 1, start_n, start_row,
-            ROWS, N, K, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
-@triton.jit
-def _fold_norms_bwd_kernel(
-    emit_ptr, gate_ptr, first_ptr, second_ptr, norm_out_ptr, norm_out_bias_ptr,
-    norm_in_ptr, norm_in_bias_ptr, gate_bias_ptr, first_bias_ptr, second_bias_ptr,
-    scale_ptr, shift_ptr, residual_ptr, residual_extra_ptr, planes_ptr, planes_extra_ptr,
-    stride_emit, stride_gate, stride_first, stride_second,
-    C: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """W' and the further channels of BLOCK_N channels of We and Wo [C, C], or of Wp and Wg [N, C].
-
-    Of We, whose norm is without its bias here, also We g2 / C and We b2.
-    """
-    OF_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    OF_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    OF_OTHERS: tl.constexpr = (OTHERS + BLOCK_N - 1) // BLOCK_N
     block = tl.program_id(0)
-    if block < OF_C:
-        start = block * BLOCK_N
-        _fold(
-            emit_ptr, stride_emit, norm_out_ptr, None, None, residual_ptr, residual_extra_ptr,
-            None, 0, start, start, C, C, C, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        store_means_of_projection(
-            emit_ptr, norm_out_ptr, norm_out_bias_ptr, scale_ptr, shift_ptr, start, stride_emit,
-            C, C, BLOCK_N, BLOCK_K, "bf16",
-        )  # fmt: skip
-    elif block < 2 * OF_C:
-        start = (block - OF_C) * BLOCK_N
-        _fold(
-            gate_ptr, stride_gate, norm_in_ptr, norm_in_bias_ptr, gate_bias_ptr, residual_ptr,
-            residual_extra_ptr, None, 1, start, start, C, C, C, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    elif block < 2 * OF_C + OF_N:
-        start = (block - 2 * OF_C) * BLOCK_N
-        _fold(
-            first_ptr, stride_first, norm_in_ptr, norm_in_bias_ptr, first_bias_ptr, planes_ptr,
-            planes_extra_ptr, None, 0, start, start, N, N, C, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-    else:
-        start = (block - 2 * OF_C - OF_N) * BLOCK_N
-        _fold(
-            second_ptr, stride_second, norm_in_ptr, norm_in_bias_ptr, second_bias_ptr, planes_ptr,
-            planes_extra_ptr, None, 1, start, start, N, N, C, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    if block < 2 * TILES:
+        start_n = block % TILES * BLOCK_N
+        start_row = start_n
+        if N < ROWS:
+            start_row += first_row + tl.where(start_n < N // 2, 0, (ROWS - N) // 2)
+        if block < TILES:
+            _fold(
+                first_ptr, stride_first, first_norm_ptr, first_norm_bias_ptr, first_bias_ptr,
+                folded_ptr, extra_ptr, factors_ptr, 0, start_n, start_row,
+                ROWS, N, K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _fold(
+                second_ptr, stride_second, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
+                folded_ptr, extra_ptr, factors_ptr, 1, start_n, start_row,
+                ROWS, N, K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    elif OTHERS > 0:
+        block -= 2 * TILES
+        start = block % OF_OTHERS * BLOCK_N
+        if block >= OF_OTHERS:
+            _fold(
+                fourth_ptr, stride_fourth, fourth_norm_ptr, fourth_norm_bias_ptr, fourth_bias_ptr,
+                others_ptr, others_extra_ptr, None, 1, start, start,
+                OTHERS, OTHERS, K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        elif scale_ptr is None:
+            _fold(
+                third_ptr, stride_third, third_norm_ptr, third_norm_bias_ptr, third_bias_ptr,
+                others_ptr, others_extra_ptr, None, 0, start, start,
+                OTHERS, OTHERS, K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _fold(
+                third_ptr, stride_third, third_norm_ptr, None, None,
+                others_ptr, others_extra_ptr, None, 0, start, start,
+                OTHERS, OTHERS, K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            store_means_of_projection(
+                third_ptr, third_norm_ptr, third_norm_bias_ptr, scale_ptr, shift_ptr, start,
+                stride_third, OTHERS, K, BLOCK_N, BLOCK_K, "bf16",
+            )  # fmt: skip
 
 
 @triton.jit
@@ -182,129 +176,162 @@ def _powers_of_two(folded):
 def fold_norms(
     launches: Launches,
     stage: str,
-    projections: tuple[Tensor, Tensor],
-    norms: tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]],
-    biases: tuple[Tensor | None, Tensor | None],
+    pair: Pair,
     block_n: int,
     group: tuple[int, int] | None = None,
-) -> Folded:
-    """Two projections [N, K] with the norms before them; `block_n` divides N.
+    others: Pair | None = None,
+    means: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Folded, Folded | None]:
+    """What the projections of a pair, and of others in bfloat16, become by one launch.
 
-    Of a `group`, (first row, size), of either half of their rows, the two halves one behind the
-    other; `block_n` divides the size.
+    Args:
+        stage: with the group, the key of the launch among those of a call.
+        block_n: divides N; in float16 so many channels share a factor.
+        group: (first row, size) of either half of the pair's rows, which come one behind the other;
+            `block_n` divides the size.
+        means: for `emit_means` of the others' first, whose bias and norm's bias are then left out.
     """
-    first, second = projections
+    first = pair.weights[0]
     rows, width = first.shape
-    count = rows if group is None else 2 * group[1]
-    folded = launches.empty("folded weights", (2, count, width), first.dtype, first.device)
-    extra = launches.empty("folded norms", (2, count, EXTRA), torch.bfloat16, first.device)
-    factors = None
-    if first.dtype == torch.float16:
-        shape = (2, count // block_n)
-        factors = launches.empty("folded factors", shape, torch.float32, first.device)
-    prepared = launches.of(
-        ("fold_norm", stage, group), prepare_fold_norms, first, second, block_n, group
-    )
+    folded = _memory(launches, first, rows if group is None else 2 * group[1], block_n)
+    of_others = None if others is None else _memory(launches, others.weights[0], None, 0)
+    name = "fold_norms" if means[0] is None else "fold_norms_bwd"
+    prepared = launches.of((name, stage, group), _prepare, name, pair, others, block_n, group)
+    given = {}
+    four = [*_projections(pair), *([(None,) * 4] * 2 if others is None else _projections(others))]
+    for name, tensors in zip(_NAMES, four, strict=True):
+        given |= zip(_pointers(name), tensors, strict=True)
     prepared.launch(
-        first_ptr=first,
-        second_ptr=second,
-        first_norm_ptr=norms[0][0],
-        first_norm_bias_ptr=norms[0][1],
-        second_norm_ptr=norms[1][0],
-        second_norm_bias_ptr=norms[1][1],
-        first_bias_ptr=biases[0],
-        second_bias_ptr=biases[1],
-        folded_ptr=folded,
-        extra_ptr=extra,
-        factors_ptr=factors,
+        **given,
+        folded_ptr=folded.weights,
+        extra_ptr=folded.further,
+        factors_ptr=folded.factors,
+        others_ptr=None if of_others is None else of_others.weights,
+        others_extra_ptr=None if of_others is None else of_others.further,
+        scale_ptr=means[0],
+        shift_ptr=means[1],
     )
-    return Folded(folded, extra, factors)
+    return folded, of_others
 
 
-def prepare_fold_norms(
-    first: Tensor, second: Tensor, block_n: int, group: tuple[int, int] | None = None
+def _memory(launches: Launches, weight: Tensor, count: int | None, block_n: int) -> Folded:
+    """For the `count` channels of two projections like this one, or for all."""
+    rows, width = weight.shape
+    count = rows if count is None else count
+    factors = None
+    if weight.dtype == torch.float16:
+        shape = (2, count // block_n)
+        factors = launches.empty("folded factors", shape, torch.float32, weight.device)
+    return Folded(
+        launches.empty("folded weights", (2, count, width), weight.dtype, weight.device),
+        launches.empty("folded norms", (2, count, EXTRA), torch.bfloat16, weight.device),
+        factors,
+    )
+
+
+def _projections(pair: Pair) -> list[tuple[Tensor | None, ...]]:
+    """(weight, norm's weight, norm's bias, bias) of both."""
+    return [
+        (weight, *norm, bias)
+        for weight, norm, bias in zip(pair.weights, pair.norms, pair.biases, strict=True)
+    ]
+
+
+def _pointers(name: str) -> list[str]:
+    """The parameters of a projection of this name, in the order of `_projections`."""
+    return [f"{name}{part}_ptr" for part in ("", "_norm", "_norm_bias", "_bias")]
+
+
+def _prepare(
+    name: str, pair: Pair, others: Pair | None, block_n: int, group: tuple[int, int] | None
 ) -> PreparedLaunch:
-    """The launch of `fold_norms` for projections like these, both [N, K] with unit last stride."""
+    first = pair.weights[0]
     rows, width = first.shape
     first_row, count = (0, rows) if group is None else (group[0], 2 * group[1])
     block = block_n if first.dtype == torch.float16 else _BLOCK
     block_k = max(16, triton.next_power_of_2(width))
+    more = (None, None) if others is None else others.weights
+    of_others = 0 if others is None else more[0].shape[0]
     return PreparedLaunch(
-        _fold_norm_kernel,
-        2 * triton.cdiv(count, block),
+        _fold_norms_kernel,
+        2 * (triton.cdiv(count, block) + triton.cdiv(of_others, block)),
         tensors=pointers(
-            "first_ptr", "second_ptr", "first_norm_ptr", "first_norm_bias_ptr", "second_norm_ptr",
-            "second_norm_bias_ptr", "first_bias_ptr", "second_bias_ptr", "folded_ptr", "extra_ptr",
-            "factors_ptr",
+            *[pointer for name in _NAMES for pointer in _pointers(name)], "folded_ptr",
+            "extra_ptr", "factors_ptr", "others_ptr", "others_extra_ptr", "scale_ptr", "shift_ptr",
         ),
-        values=dict(
-            stride_first=first.stride(0), stride_second=second.stride(0), first_row=first_row
+        values=dict(first_row=first_row) | {
+            f"stride_{name}": 0 if weight is None else weight.stride(0)
+            for name, weight in zip(_NAMES, (*pair.weights, *more), strict=True)
+        },
+        constants=dict(
+            ROWS=rows, N=count, OTHERS=of_others, K=width, BLOCK_N=block, BLOCK_K=block_k
         ),
-        constants=dict(ROWS=rows, N=count, K=width, BLOCK_N=block, BLOCK_K=block_k),
         options=dict(num_warps=4 if block * block_k <= _ELEMENTS else 8, num_stages=2),
+        stage=name,
     )  # fmt: skip
 
 
-def fold_norms_bwd(
-    launches: Launches, weights: Weights
-) -> tuple[tuple[Tensor, Tensor | None], Folded, Folded]:
-    """For a backward in bfloat16 with C = D: `emit_means`, and what stages 3 and 1 fold.
+class Folds:
+    """What a call's stages take of its weights, each made at its first use, and kept.
 
-    Stage 3's are We, whose norm is without its bias, and Wo; stage 1's Wp and Wg.
+    In bfloat16 one launch makes all that a forward takes, and one all that a backward does.
     """
-    emit, first = weights.p_out_weight, weights.p_in_weight
-    channels, device = emit.shape[0], emit.device
-    means = launches.empty("means", (2, channels), torch.float32, device).unbind()
-    if weights.norm_out_bias is None:
-        means = means[0], None
-    residual, planes = (
-        Folded(
-            launches.empty("folded weights", (2, count, channels), emit.dtype, device),
-            launches.empty("folded norms", (2, count, EXTRA), torch.bfloat16, device),
-            None,
+
+    def __init__(self, launches: Launches, weights: Weights) -> None:
+        self._launches, self._weights = launches, weights
+        self._planes: dict[tuple[int, int] | None, Folded] = {}
+        self._residual: Folded | None = None
+
+    def planes(self, block_n: int, group: tuple[int, int] | None = None) -> Folded:
+        """Stage 1's, of all channels or of a `group`."""
+        if group not in self._planes:
+            pair, others = self._of_stage_1(), None
+            width = pair.weights[0].shape[1]
+            emit = self._weights.p_out_weight
+            if group is None and emit.dtype == torch.bfloat16 and emit.shape[1] == width:
+                others = self._of_stage_3()
+            self._planes[group], of_stage_3 = fold_norms(
+                self._launches, "planes", pair, block_n, group, others
+            )
+            self._residual = self._residual or of_stage_3
+        return self._planes[group]
+
+    def residual(self, block_n: int) -> Folded:
+        """Stage 3's."""
+        if self._residual is None:
+            pair = self._of_stage_3()
+            self._residual, _ = fold_norms(self._launches, "residual", pair, block_n)
+        return self._residual
+
+    def of_backward(self) -> tuple[tuple[Tensor, Tensor | None], Folded]:
+        """`emit_means`, and what stage 3's backward takes, in bfloat16 with C = D.
+
+        Of We, whose norm is without its bias, and Wo.
+        """
+        channels, device = self._weights.p_out_weight.shape[0], self._weights.p_out_weight.device
+        means = self._launches.empty("means", (2, channels), torch.float32, device).unbind()
+        if self._weights.norm_out_bias is None:
+            means = means[0], None
+        self._planes[None], residual = fold_norms(
+            self._launches, "backward", self._of_stage_1(), _BLOCK, None, self._of_stage_3(), means
         )
-        for count in (channels, first.shape[0])
-    )
-    prepared = launches.of(("fold_norms_bwd",), _prepare_fold_norms_bwd, weights)
-    prepared.launch(
-        emit_ptr=emit,
-        gate_ptr=weights.g_out_weight,
-        first_ptr=first,
-        second_ptr=weights.g_in_weight,
-        norm_out_ptr=weights.norm_out_weight,
-        norm_out_bias_ptr=weights.norm_out_bias,
-        norm_in_ptr=weights.norm_in_weight,
-        norm_in_bias_ptr=weights.norm_in_bias,
-        gate_bias_ptr=weights.g_out_bias,
-        first_bias_ptr=weights.p_in_bias,
-        second_bias_ptr=weights.g_in_bias,
-        scale_ptr=means[0],
-        shift_ptr=means[1],
-        residual_ptr=residual.weights,
-        residual_extra_ptr=residual.further,
-        planes_ptr=planes.weights,
-        planes_extra_ptr=planes.further,
-    )
-    return means, residual, planes
+        return means, residual
 
+    def _of_stage_1(self) -> Pair:
+        weights = self._weights
+        norm = weights.norm_in_weight, weights.norm_in_bias
+        return Pair(
+            (weights.p_in_weight, weights.g_in_weight), (norm, norm),
+            (weights.p_in_bias, weights.g_in_bias),
+        )  # fmt: skip
 
-def _prepare_fold_norms_bwd(weights: Weights) -> PreparedLaunch:
-    channels, count = weights.p_out_weight.shape[0], weights.p_in_weight.shape[0]
-    block_k = max(16, triton.next_power_of_2(channels))
-    return PreparedLaunch(
-        _fold_norms_bwd_kernel,
-        2 * (triton.cdiv(channels, _BLOCK) + triton.cdiv(count, _BLOCK)),
-        tensors=pointers(
-            "emit_ptr", "gate_ptr", "first_ptr", "second_ptr", "norm_out_ptr", "norm_out_bias_ptr",
-            "norm_in_ptr", "norm_in_bias_ptr", "gate_bias_ptr", "first_bias_ptr",
-            "second_bias_ptr", "scale_ptr", "shift_ptr", "residual_ptr", "residual_extra_ptr",
-            "planes_ptr", "planes_extra_ptr",
-        ),
-        values=dict(
-            stride_emit=weights.p_out_weight.stride(0), stride_gate=weights.g_out_weight.stride(0),
-            stride_first=weights.p_in_weight.stride(0),
-            stride_second=weights.g_in_weight.stride(0),
-        ),
-        constants=dict(C=channels, N=count, BLOCK_N=_BLOCK, BLOCK_K=block_k),
-        options=dict(num_warps=4, num_stages=2),
-    )  # fmt: skip
+    def _of_stage_3(self) -> Pair:
+        weights = self._weights
+        norms = (
+            (weights.norm_out_weight, weights.norm_out_bias),
+            (weights.norm_in_weight, weights.norm_in_bias),
+        )
+        return Pair(
+            (weights.p_out_weight, weights.g_out_weight), norms,
+            (weights.p_out_bias, weights.g_out_bias),
+        )  # fmt: skip

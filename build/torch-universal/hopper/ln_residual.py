@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._call import Call
 from ..triton_parts.device import device_target
@@ -38,15 +39,15 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, fold_norms
+from .folded_norm import EXTRA, Folds
 from .padding import fill_padding
 from .parts import (
     REGISTERS,
     ROWS,
     Tiles,
-    advance,
     barriers,
     count_tiles,
+    free_weights,
     load_tile,
     load_weights,
     lower,
@@ -69,17 +70,19 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _consume(
-    memory, out_slots, out_full, out_empty, loaded, freed, turns, out, moments_ptr, drop_ptr,
+    memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr,
     factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
-    RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
+    CONSUMERS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """One consumer: all C channels of every other tile of 64 pairs."""
+    """One consumer: all C channels of every CONSUMERS-th tile of 64 pairs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
-    DTYPE: gl.constexpr = out_slots.dtype
     x_slots, t_slots, ring, extras = memory
+    out_slots, out_full, out_empty = made
+    DTYPE: gl.constexpr = out_slots.dtype
+    FIRST: gl.constexpr = ME * OUT_SLOTS
     x_full, t_full, ring_full = loaded
     x_empty, t_empty, ring_empty = freed
     B, R, J, per_row, tiles = pairs
@@ -96,7 +99,7 @@ def _consume(
     base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         entry, i, start, base, length = place_of(
-            tile * 2 + ME, at, base, lengths_ptr, first, B, R, J, per_row, 1
+            tile * CONSUMERS + ME, at, base, lengths_ptr, first, B, R, J, per_row, 1
         )
         at = entry
         j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
@@ -111,11 +114,11 @@ def _consume(
             rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
         else:
             # Without signs they need fewer registers, of which padding leaves none.
-            offs = _wide(entry) * _wide(moments_strides[0])
-            offs = offs + _wide(i) * _wide(moments_strides[2])
-            offs = offs + _wide(j) * _wide(moments_strides[3])
+            offs = wide(entry) * wide(moments_strides[0])
+            offs = offs + wide(i) * wide(moments_strides[2])
+            offs = offs + wide(j) * wide(moments_strides[3])
             mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-            offs = offs + _wide(moments_strides[1])
+            offs = offs + wide(moments_strides[1])
             rstd_x = gl.load(moments_ptr + offs, mask=inside, other=1.0)
         # The moments of x arrive while those of the product are computed.
         mbarrier.wait(t_full.index(ME), tile_phase)
@@ -148,12 +151,13 @@ def _consume(
                 high = upper(ring.index(stage * PARTS + k)).permute((1, 0))
                 delta = warpgroup_mma(ts[k], low, delta, is_async=True)
                 gate = warpgroup_mma(xs[k], high, gate, is_async=True)
-            mbarrier.arrive(turns.index(1 - ME), count=1)
+            mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
             if LATER and step > 0:
-                _store(out, out_slots, out_empty, entry, i, start, step - 1, count - 1, RESIDUAL)
+                _store(
+                    out, made, entry, i, start, step - 1, count - 1, OUT_SLOTS, RESIDUAL, ME
+                )
             delta, gate = warpgroup_mma_wait(0, deps=(delta, gate))
-            mbarrier.arrive(ring_empty.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
+            stage, phase = free_weights(ring_empty, stage, phase, STAGES, C // BLOCK_N)
             # exp2 of this is exp of the negative argument of the sigmoid.
             power = gate * power_scale.expand_dims(1)
             update = delta * update_scale.expand_dims(1) * reciprocal(1.0 + gl.exp2(power))
@@ -170,40 +174,44 @@ def _consume(
                 # Beyond the length the operands may be NaN.
                 columns = start + gl.arange(0, 64, layout=AT_ROWS)
                 update = gl.where((first[1] + columns < length).expand_dims(1), update, 0.0)
-            place = count % OUT_SLOTS
-            made = out_slots.index(place)
+            place = FIRST + count % OUT_SLOTS
+            slot = out_slots.index(place)
             if RESIDUAL:
                 mbarrier.wait(out_full.index(place), (count // OUT_SLOTS) & 1)
-                update = update + made.load(ACC).to(gl.float32)
+                update = update + slot.load(ACC).to(gl.float32)
             else:
                 tma.store_wait(OUT_SLOTS - 1)
-            made.store(update.to(DTYPE))
+            slot.store(update.to(DTYPE))
             if not LATER:
-                _store(out, out_slots, out_empty, entry, i, start, step, count, RESIDUAL)
+                _store(out, made, entry, i, start, step, count, OUT_SLOTS, RESIDUAL, ME)
             count += 1
         if LATER:
             last = C // BLOCK_N - 1
-            _store(out, out_slots, out_empty, entry, i, start, last, count - 1, RESIDUAL)
+            _store(out, made, entry, i, start, last, count - 1, OUT_SLOTS, RESIDUAL, ME)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _store(out, out_slots, out_empty, entry, i, start, step, count, RESIDUAL: gl.constexpr):
+def _store(
+    out, made, entry, i, start, step, count,
+    OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
     """Stores the count-th block, of a step, and frees the memory of the block before it."""
+    out_slots, _, out_empty = made
     OUT_LAYOUT: gl.constexpr = out.layout
-    OUT_SLOTS: gl.constexpr = out_slots.shape[0]
     BLOCK_N: gl.constexpr = out_slots.shape[2]
-    made = viewed(out_slots.index(count % OUT_SLOTS), [1, 1, 64, BLOCK_N], OUT_LAYOUT)
+    FIRST: gl.constexpr = ME * OUT_SLOTS
+    slot = viewed(out_slots.index(FIRST + count % OUT_SLOTS), [1, 1, 64, BLOCK_N], OUT_LAYOUT)
     fence_async_shared()
-    store_tile(out, [entry, i, start, step * BLOCK_N], made)
+    store_tile(out, [entry, i, start, step * BLOCK_N], slot)
     if RESIDUAL:
         tma.store_wait(1)
-        before = (count + OUT_SLOTS - 1) % OUT_SLOTS
+        before = FIRST + (count + OUT_SLOTS - 1) % OUT_SLOTS
         mbarrier.arrive(out_empty.index(before), count=1, pred=count > 0)
 
 
 @gluon.jit
-def _wide(x):
+def wide(x):
     """A number that is not negative, in 64 bits."""
     return x.to(gl.uint32).to(gl.int64)
 
@@ -211,9 +219,9 @@ def _wide(x):
 @gluon.jit
 def load_rows(
     x, product, x_slots, t_slots, x_full, t_full, x_empty, t_empty, lengths, pairs,
-    C: gl.constexpr,
+    C: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Both consumers' tiles of x, and of the product's planes."""
+    """All consumers' tiles of x, and of the product's planes."""
     B, R, J, per_row, tiles = pairs
     lengths_ptr, first = lengths
     X_LAYOUT: gl.constexpr = x.layout
@@ -222,9 +230,9 @@ def load_rows(
     at = 0
     base = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for me in range(2):
+        for me in range(CONSUMERS):
             entry, i, start, base, _ = place_of(
-                tile * 2 + me, at, base, lengths_ptr, first, B, R, J, per_row, 1
+                tile * CONSUMERS + me, at, base, lengths_ptr, first, B, R, J, per_row, 1
             )
             at = entry
             PART: gl.constexpr = x_slots.shape[2]
@@ -243,10 +251,11 @@ def load_rows(
 
 @gluon.jit
 def load_residual(
-    residual, out_slots0, out_slots1, full0, full1, empty0, empty1, lengths, pairs,
-    C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, RESIDUAL: gl.constexpr,
+    residual, slots, full, empty, lengths, pairs,
+    C: gl.constexpr, BLOCK_N: gl.constexpr, OUT_SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """Both consumers' blocks of the residual, into the memory of the output."""
+    """All consumers' blocks of the residual, into the memory of the output."""
     if RESIDUAL:
         LAYOUT: gl.constexpr = residual.layout
         B, R, J, per_row, tiles = pairs
@@ -255,24 +264,22 @@ def load_residual(
         at = 0
         base = 0
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            entry0, i0, start0, base, _ = place_of(
-                tile * 2, at, base, lengths_ptr, first, B, R, J, per_row, 1
-            )
-            entry1, i1, start1, base, _ = place_of(
-                tile * 2 + 1, entry0, base, lengths_ptr, first, B, R, J, per_row, 1
-            )
-            at = entry1
+            places = ()
+            for me in gl.static_range(CONSUMERS):
+                entry, i, start, base, _ = place_of(
+                    tile * CONSUMERS + me, at, base, lengths_ptr, first, B, R, J, per_row, 1
+                )
+                at = entry
+                places = places + ((entry, i, start),)
             for step in range(C // BLOCK_N):
-                place = count % OUT_SLOTS
                 phase = ((count // OUT_SLOTS) & 1) ^ 1
-                mbarrier.wait(empty0.index(place), phase)
-                mbarrier.expect(full0.index(place), 64 * BLOCK_N * 2)
-                made = viewed(out_slots0.index(place), [1, 1, 64, BLOCK_N], LAYOUT)
-                load_tile(residual, [entry0, i0, start0, step * BLOCK_N], full0.index(place), made)
-                mbarrier.wait(empty1.index(place), phase)
-                mbarrier.expect(full1.index(place), 64 * BLOCK_N * 2)
-                made = viewed(out_slots1.index(place), [1, 1, 64, BLOCK_N], LAYOUT)
-                load_tile(residual, [entry1, i1, start1, step * BLOCK_N], full1.index(place), made)
+                for me in gl.static_range(CONSUMERS):
+                    entry, i, start = places[me]
+                    place = me * OUT_SLOTS + count % OUT_SLOTS
+                    mbarrier.wait(empty.index(place), phase)
+                    mbarrier.expect(full.index(place), 64 * BLOCK_N * 2)
+                    made = viewed(slots.index(place), [1, 1, 64, BLOCK_N], LAYOUT)
+                    load_tile(residual, [entry, i, start, step * BLOCK_N], full.index(place), made)
                 count += 1
 
 
@@ -290,61 +297,88 @@ def _ln_residual_hopper_kernel(
     stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j,
     stride_drop_b, stride_drop_j, stride_drop_c,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
-    RESIDUAL: gl.constexpr, DROPS: gl.constexpr, REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr, REGISTERS: gl.constexpr,
     ROWS_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """All C channels of B * R * per_row tiles of 64 pairs, two at a time.
+    """All C channels of B * R * per_row tiles of 64 pairs, CONSUMERS at a time.
 
     With lengths, of those that are not padding alone; row i is row first_i + i of its sequence.
     """
     DTYPE: gl.constexpr = x.dtype
     PART: gl.constexpr = x.block_shape[3]
     PARTS: gl.constexpr = C // PART
-    x_slots = gl.allocate_shared_memory(DTYPE, [2 * PARTS, 64, PART], ROWS_LAYOUT)
-    t_slots = gl.allocate_shared_memory(DTYPE, [2 * PARTS, PART, 64], PLANES_LAYOUT)
+    x_slots = gl.allocate_shared_memory(DTYPE, [CONSUMERS * PARTS, 64, PART], ROWS_LAYOUT)
+    t_slots = gl.allocate_shared_memory(DTYPE, [CONSUMERS * PARTS, PART, 64], PLANES_LAYOUT)
     ring = gl.allocate_shared_memory(DTYPE, [STAGES * PARTS, 2 * BLOCK_N, PART], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
-    out0 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
-    out1 = gl.allocate_shared_memory(DTYPE, [OUT_SLOTS, 64, BLOCK_N], OUT_LAYOUT)
-    loaded = barriers(2, 1), barriers(2, 1), barriers(STAGES, 1)
-    freed = barriers(2, 1), barriers(2, 1), barriers(STAGES, 2)
-    turns = barriers(2, 1)
-    full0 = barriers(OUT_SLOTS, 1)
-    full1 = barriers(OUT_SLOTS, 1)
-    empty0 = barriers(OUT_SLOTS, 1)
-    empty1 = barriers(OUT_SLOTS, 1)
+    outs: gl.constexpr = CONSUMERS * OUT_SLOTS
+    out_slots = gl.allocate_shared_memory(DTYPE, [outs, 64, BLOCK_N], OUT_LAYOUT)
+    made = out_slots, barriers(outs, 1), barriers(outs, 1)
+    loaded = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1), barriers(STAGES, 1)
+    freed = barriers(CONSUMERS, 1), barriers(CONSUMERS, 1), barriers(STAGES, CONSUMERS)
+    turns = barriers(CONSUMERS, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     memory = x_slots, t_slots, ring, extras
     lengths = lengths_ptr, (first_i, 0)
     if lengths_ptr is not None:
-        tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + 1) // 2
+        tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + CONSUMERS - 1) // CONSUMERS
     pairs = B, R, J, per_row, tiles
     moments_strides = stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j
     drop_strides = stride_drop_b, stride_drop_j, stride_drop_c
-    gl.warp_specialize([
-        (_consume, (
-            memory, out0, full0, empty0, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-            C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 0,
-        )),
-        (_consume, (
-            memory, out1, full1, empty1, loaded, freed, turns, out, moments_ptr, drop_ptr,
-            factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-            C, BLOCK_N, STAGES, OUT_SLOTS, RESIDUAL, DROPS, 1,
-        )),
-        (load_weights, (
-            weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
-        )),
-        (load_rows, (
-            x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], lengths,
-            pairs, C,
-        )),
-        (load_residual, (
-            residual, out0, out1, full0, full1, empty0, empty1, lengths, pairs,
-            C, BLOCK_N, OUT_SLOTS, RESIDUAL,
-        )),
-    ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_consume, (
+                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
+                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
+                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 0,
+            )),
+            (_consume, (
+                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
+                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
+                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 1,
+            )),
+            (load_weights, (
+                weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
+            )),
+            (load_rows, (
+                x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], lengths,
+                pairs, C, CONSUMERS,
+            )),
+            (load_residual, (
+                residual, made[0], made[1], made[2], lengths, pairs,
+                C, BLOCK_N, OUT_SLOTS, CONSUMERS, RESIDUAL,
+            )),
+        ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (
+                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
+                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
+                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 0,
+            )),
+            (_consume, (
+                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
+                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
+                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 1,
+            )),
+            (_consume, (
+                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
+                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
+                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 2,
+            )),
+            (load_weights, (
+                weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
+            )),
+            (load_rows, (
+                x, product, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], lengths,
+                pairs, C, CONSUMERS,
+            )),
+            (load_residual, (
+                residual, made[0], made[1], made[2], lengths, pairs,
+                C, BLOCK_N, OUT_SLOTS, CONSUMERS, RESIDUAL,
+            )),
+        ], [4, 4, 1, 1, 1], [REGISTERS, REGISTERS, 24, 24, 24])  # fmt: skip
 
 
 def takes(call: Call, product: Tensor) -> bool:
@@ -357,38 +391,47 @@ def takes(call: Call, product: Tensor) -> bool:
     )
 
 
+def tiles_of(call: Call, product: Tensor, moments: Tensor) -> Tiles:
+    """The tiles of a call: over whole entries where its tensors allow it, or over rows."""
+    batch, rows, length, _ = call.x.shape
+    x_strides = strides(call.x)
+    residual_strides = x_strides if call.residual is None else strides(call.residual)
+    one_row = (
+        call.drop_mask is None
+        and call.lengths is None
+        and product.shape[3] == product.stride(2) == length
+        and x_strides[1] == length * x_strides[2]
+        and residual_strides[1] == length * residual_strides[2]
+        and moments.stride(2) == length * moments.stride(3)
+    )
+    return Tiles.of(batch, rows, length, one_row)
+
+
+def planes_of(product: Tensor, tiles: Tiles, part: int) -> TensorDescriptor:
+    """Of the product's planes, `part` channels of a tile."""
+    batch, channels, rows, pitch = product.shape
+    stride_b, stride_d, stride_i, _ = product.stride()
+    if tiles.rows != rows:
+        pitch = tiles.columns
+    return tma_descriptor(
+        product, [batch, tiles.rows, channels, pitch], [stride_b, stride_i, stride_d, 1],
+        [1, 1, part, ROWS],
+    )  # fmt: skip
+
+
 def prepare(
     call: Call, product: Tensor, moments: Tensor, first_row: int, config: LaunchConfig
 ) -> PreparedLaunch:
     """The launch of stage 3 for calls like this one; see `fused_ln_residual`."""
     x, residual, drop_mask = call.x, call.residual, call.drop_mask
-    batch, rows, length, channels = x.shape
-    stride_b, stride_d, stride_i, _ = product.stride()
-    x_strides = strides(x)
-    moment_strides = list(moments.stride())
+    rows, length, channels = x.shape[1:]
     made = [rows * length * channels, length * channels, channels, 1]
-    residual_strides = made if residual is None else strides(residual)
-    one_row = (
-        drop_mask is None
-        and call.lengths is None
-        and product.shape[3] == stride_i == length
-        and x_strides[1] == length * x_strides[2]
-        and residual_strides[1] == length * residual_strides[2]
-        and moment_strides[2] == length * moment_strides[3]
-    )
-    tiles = Tiles.of(batch, rows, length, one_row)
-    block_n = config.block_n
-    pitch = tiles.columns if one_row else product.shape[3]
-    part = part_of(channels)
-    x_tile = tiles.descriptor(x, x_strides, channels, part)
-    planes = tma_descriptor(
-        product, [batch, tiles.rows, channels, pitch], [stride_b, stride_i, stride_d, 1],
-        [1, 1, part, ROWS],
-    )  # fmt: skip
+    tiles, part, block_n = tiles_of(call, product, moments), part_of(channels), config.block_n
     residual_tile = None
     if residual is not None:
-        residual_tile = tiles.descriptor(residual, residual_strides, channels, block_n)
-    values = tiles.values(2)
+        residual_tile = tiles.descriptor(residual, strides(residual), channels, block_n)
+    consumers = config.block_m // ROWS
+    values = tiles.values(consumers)
     drop_strides = (0, 0, 1) if drop_mask is None else strides(drop_mask)
     return PreparedLaunch(
         _ln_residual_hopper_kernel,
@@ -396,24 +439,26 @@ def prepare(
         tensors={
             **pointers("moments_ptr", "drop_ptr", "factors_ptr", "lengths_ptr"),
             **weight_tiles(x, channels, block_n),
-            "x": x_tile, "product": planes, "residual": residual_tile,
+            "x": tiles.descriptor(x, strides(x), channels, part),
+            "product": planes_of(product, tiles, part), "residual": residual_tile,
             "out": tiles.descriptor(x, made, channels, block_n),
         },
         values=dict(
             eps_in=call.eps_in, eps_out=call.eps_out,
             first_i=None if call.lengths is None else first_row,
             **values,
-            **named_strides("moments", "bnij", moment_strides),
+            **named_strides("moments", "bnij", moments.stride()),
             **named_strides("drop", "bjc", drop_strides),
         ),
         constants=dict(
             C=channels, BLOCK_N=block_n, STAGES=config.num_stages, OUT_SLOTS=config.split,
-            RESIDUAL=residual is not None, DROPS=drop_mask is not None, REGISTERS=REGISTERS[2][1],
+            CONSUMERS=consumers, RESIDUAL=residual is not None, DROPS=drop_mask is not None,
+            REGISTERS=REGISTERS[consumers][1],
             ROWS_LAYOUT=shared_layout([ROWS, part]),
             PLANES_LAYOUT=shared_layout([part, ROWS]),
             OUT_LAYOUT=shared_layout([ROWS, block_n]),
         ),
-        options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
+        options=dict(num_warps=4, maxnreg=REGISTERS[consumers][0]),
         stage="fused_ln_residual",
         variant="hopper",
     )  # fmt: skip
@@ -427,16 +472,10 @@ def launch(
     moments: Tensor,
     out: Tensor,
     first_row: int,
+    folds: Folds,
 ) -> None:
     """Fills out; `prepared` is from `prepare`."""
-    weights = call.weights
-    folded = fold_norms(
-        launches, "residual", (weights.p_out_weight, weights.g_out_weight),
-        (
-            (weights.norm_out_weight, weights.norm_out_bias),
-            (weights.norm_in_weight, weights.norm_in_bias),
-        ), (weights.p_out_bias, weights.g_out_bias), prepared.constants["BLOCK_N"],
-    )  # fmt: skip
+    folded = folds.residual(prepared.constants["BLOCK_N"])
     prepared.launch(
         x=call.x,
         product=product,

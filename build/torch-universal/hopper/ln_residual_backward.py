@@ -188,6 +188,7 @@ def _consume(
     B, R, J, per_row, tiles = pairs
     zero = gl.zeros([64, BLOCK_N], gl.float32, ACC)
     made_gate = gate_slots.index(ME)
+    FIRST: gl.constexpr = ME * SLOTS
     count = 0  # of blocks: all phases follow from it
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         i = (tile * 2 + ME) // per_row
@@ -225,7 +226,7 @@ def _consume(
         mean_grad_hat = mean_grad
         for step in range(BLOCKS):
             stage = count % STAGES
-            mbarrier.wait(ring_full.index(stage), count // STAGES & 1)
+            mbarrier.wait(ring_full.index(stage), 0 if STAGES == BLOCKS else count // STAGES & 1)
             mbarrier.wait(turns.index(ME), count & 1)
             low = lower(extras.index(stage)).permute((1, 0))
             high = upper(extras.index(stage)).permute((1, 0))
@@ -236,15 +237,16 @@ def _consume(
             emit = warpgroup_mma(ts, low, emit, is_async=True)
             gate = warpgroup_mma(xs, high, gate, is_async=True)
             mbarrier.arrive(turns.index(1 - ME), count=1)
-            before = (count + SLOTS - 1) % SLOTS
+            before = FIRST + (count + SLOTS - 1) % SLOTS
             if step > 0:
                 _store(outs, slots.index(before), made_gate, i, start, step - 1)
             # Meanwhile the blocks before this one leave their memory.
             tma.store_wait(0)
             mbarrier.arrive(empty.index(before), count=1, pred=count > 0)
             emit, gate = warpgroup_mma_wait(0, deps=(emit, gate))
-            mbarrier.arrive(ring_empty.index(stage), count=1)
-            place = count % SLOTS
+            if STAGES != BLOCKS:
+                mbarrier.arrive(ring_empty.index(stage), count=1)
+            place = FIRST + count % SLOTS
             made = slots.index(place)
             mbarrier.wait(full.index(place), (count // SLOTS) & 1)
             grads = _parts(made.load(ACC))
@@ -292,7 +294,7 @@ def _consume(
                 _add_column_sums(sums, emit_sums, count >= BLOCKS, C)
                 _add_column_sums(sums + C, gate_sums, count >= BLOCKS, C)
             count += 1
-        before = (count + SLOTS - 1) % SLOTS
+        before = FIRST + (count + SLOTS - 1) % SLOTS
         _store(outs, slots.index(before), made_gate, i, start, BLOCKS - 1)
         first = i.to(gl.int64) * J + start
         mean_grad = gl.convert_layout(gl.sum(mean_grad, 1), gl.SliceLayout(1, A))
@@ -336,17 +338,14 @@ def _ln_residual_bwd_hopper_kernel(
     t_slots = gl.allocate_shared_memory(gl.bfloat16, [2, C, 64], PLANES_LAYOUT)
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, C], weights.layout)
     extras = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK_N, _EXTRA], further.layout)
-    slots0 = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 64, BLOCK_N], OUT_LAYOUT)
-    slots1 = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 64, BLOCK_N], OUT_LAYOUT)
+    slots = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, 64, BLOCK_N], OUT_LAYOUT)
     gate_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BLOCK_N], OUT_LAYOUT)
     table = _table_of_channels(scale_ptr, shift_ptr, bias_ptr, C, BIASED)
     loaded = barriers(2, 1), barriers(2, 1), barriers(STAGES, 1)
     freed = barriers(2, 1), barriers(2, 1), barriers(STAGES, 2)
     turns = barriers(2, 1)
-    full0 = barriers(SLOTS, 1)
-    full1 = barriers(SLOTS, 1)
-    empty0 = barriers(SLOTS, 1)
-    empty1 = barriers(SLOTS, 1)
+    full = barriers(2 * SLOTS, 1)
+    empty = barriers(2 * SLOTS, 1)
     fence_async_shared()
     mbarrier.arrive(turns.index(0), count=1)
     memory = x_slots, t_slots, ring, extras
@@ -357,12 +356,12 @@ def _ln_residual_bwd_hopper_kernel(
     drop_strides = stride_drop_j, stride_drop_c
     gl.warp_specialize([
         (_consume, (
-            memory, table, slots0, gate_slots, full0, empty0, loaded, freed, turns, outs, pointers,
+            memory, table, slots, gate_slots, full, empty, loaded, freed, turns, outs, pointers,
             eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, SLOTS, BIASED, DROPS, SUMMED, 0,
         )),
         (_consume, (
-            memory, table, slots1, gate_slots, full1, empty1, loaded, freed, turns, outs, pointers,
+            memory, table, slots, gate_slots, full, empty, loaded, freed, turns, outs, pointers,
             eps_in, eps_out, pairs, moments_strides, drop_strides,
             C, BLOCK_N, STAGES, SLOTS, BIASED, DROPS, SUMMED, 1,
         )),
@@ -371,11 +370,10 @@ def _ln_residual_bwd_hopper_kernel(
         )),
         (load_rows, (
             x, t, x_slots, t_slots, loaded[0], loaded[1], freed[0], freed[1], (None, None), pairs,
-            C,
+            C, 2,
         )),
         (load_residual, (
-            grad_out, slots0, slots1, full0, full1, empty0, empty1, (None, None), pairs,
-            C, BLOCK_N, SLOTS, True,
+            grad_out, slots, full, empty, (None, None), pairs, C, BLOCK_N, SLOTS, 2, True,
         )),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 

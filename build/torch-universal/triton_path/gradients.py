@@ -38,9 +38,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import hopper
 from .._call import Call, Weights
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
+from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch
@@ -216,15 +216,14 @@ class Norms:
         self._launches, self._weights, self._precision = launches, weights, precision
         self._means: tuple[Tensor, Tensor | None] | None = None
         self._folded: tuple | None = None
-        self.planes: tuple | None = None  # for stage 1's variant
+        self.folds = Folds(launches, weights)
 
     def of_stage_3(self, prepared: PreparedLaunch) -> tuple[tuple, tuple | None]:
         """`emit_means` for a launch of stage 3, and what its variant takes."""
         if prepared.variant == "hopper":
             if self._folded is None:
-                fold = hopper.kernels("folded_norm").fold_norms_bwd
-                *self._folded, self.planes = fold(self._launches, self._weights)
-            return tuple(self._folded)
+                self._folded = self.folds.of_backward()
+            return self._folded
         if self._means is None:
             prepared = self._launches.of(
                 ("emit_means",), prepare_emit_means, self._weights, self._precision
@@ -319,7 +318,9 @@ class Sequence(NamedTuple):
         """Fills planes [2, G, L, pitch] with a and b, channels `first` on; returns the moments."""
         group = first, planes.shape[1]
         both = planes[None, 0], planes[None, 1]
-        return fused_dual_gemm_fwd(self.call, self.launches, both, group, moments)
+        return fused_dual_gemm_fwd(
+            self.call, self.launches, both, group, moments, folds=self.norms.folds
+        )
 
     def _chunks(self, memory: Tensor, width: int) -> tuple[Tensor, list[slice]]:
         """Cuts the rows i into chunks whose pairs, with `width` elements each, fit the memory.
@@ -461,8 +462,8 @@ class Sequence(NamedTuple):
             if wanted.parameters:
                 sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
-            self.norms.planes = fused_dual_gemm_bwd(
-                call, self.launches, x, mask, x_moments, grad_h, prepared, out, self.norms.planes
+            fused_dual_gemm_bwd(
+                call, x, mask, x_moments, grad_h, prepared, out, self.norms.folds
             )
             if not wanted.projections:
                 continue

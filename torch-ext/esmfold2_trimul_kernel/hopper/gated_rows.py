@@ -38,14 +38,14 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.settings import LaunchConfig, settings_of
 from ..triton_parts.tiles import PADDING_MULTIPLE
-from .folded_norm import EXTRA, Folded, fold_norms
+from .folded_norm import EXTRA, Folded, Folds, Pair, fold_norms
 from .parts import (
     REGISTERS,
     ROWS,
     Tiles,
-    advance,
     barriers,
     count_tiles,
+    free_weights,
     halves,
     load_tile,
     load_weights,
@@ -119,7 +119,7 @@ def _consume(
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         if C > 256:
-            mean, rstd = statistics_of_wide(x_slots, PLACE, eps, C, A)
+            mean, rstd = statistics_of_wide(x_slots, PLACE, eps, C, False, A)
         else:
             mean, rstd = statistics(x_slots, PLACE, eps, C, False, A)
         rows, further, scale = ready(x_slots, PLACE, mean, rstd, eps, C, False, A)
@@ -157,8 +157,7 @@ def _consume(
             if LATER and step > 0:
                 _store(out, slot, entry, i, start, step - 1, R, N, BLOCK_N, PLANES)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(ring_empty.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
+            stage, phase = free_weights(ring_empty, stage, phase, STAGES, N // BLOCK_N)
             value, gate = halves(acc, HALF)
             # exp2 of this is exp of the negative argument of the sigmoid.
             power = gate * power_scale.expand_dims(1)
@@ -364,19 +363,14 @@ def prepare_planes(
 
 def launch_planes(
     call: Call,
-    launches: Launches,
     prepared: PreparedLaunch,
     planes: tuple[Tensor, Tensor],
     moments: Tensor,
     group: tuple[int, int] | None,
+    folds: Folds,
 ) -> None:
     """Fills a, b and the moments, which a group makes anew; `prepared` is from `prepare_planes`."""
-    weights = call.weights
-    norm = weights.norm_in_weight, weights.norm_in_bias
-    folded = fold_norms(
-        launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
-        (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"], group,
-    )  # fmt: skip
+    folded = folds.planes(prepared.constants["BLOCK_N"], group)
     prepared.launch(
         x=call.x,
         weights=folded.weights,
@@ -425,10 +419,11 @@ def launch_hidden(
     weights = call.weights
     if folded is None:
         norm = weights.norm_weight, weights.norm_bias
-        folded = fold_norms(
-            launches, "hidden", (weights.up_weight, weights.gate_weight), (norm, norm),
-            (weights.up_bias, weights.gate_bias), prepared.constants["BLOCK_N"],
+        pair = Pair(
+            (weights.up_weight, weights.gate_weight), (norm, norm),
+            (weights.up_bias, weights.gate_bias),
         )  # fmt: skip
+        folded, _ = fold_norms(launches, "hidden", pair, prepared.constants["BLOCK_N"])
     prepared.launch(
         x=call.x,
         weights=folded.weights,

@@ -31,14 +31,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .._call import Call
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
-    Launches,
     PreparedLaunch,
     named_strides,
     pointers,
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import EXTRA, Folded, fold_norms
+from .folded_norm import EXTRA, Folds
 from .parts import (
     REGISTERS,
     ROWS,
@@ -460,24 +459,16 @@ def rows_of_sums(prepared: PreparedLaunch) -> int:
 
 
 def launch(
-    call: Call,
-    launches: Launches,
     prepared: PreparedLaunch,
     tensors: tuple[Tensor, Tensor | None, Tensor, Tensor],
     out: tuple[Tensor, Tensor | None, Tensor | None],
-    folded: Folded | None,
-) -> Folded:
+    folds: Folds,
+) -> None:
     """Fills `out`, which is (grads, x^, sums), from (x, mask, moments, planes).
 
-    `prepared` is from `prepare`, `folded` what an earlier chunk got.
+    `prepared` is from `prepare`.
     """
-    weights = call.weights
-    if folded is None:
-        norm = weights.norm_in_weight, weights.norm_in_bias
-        folded = fold_norms(
-            launches, "planes", (weights.p_in_weight, weights.g_in_weight), (norm, norm),
-            (weights.p_in_bias, weights.g_in_bias), prepared.constants["BLOCK_N"],
-        )  # fmt: skip
+    folded = folds.planes(prepared.constants["BLOCK_N"])
     x, mask, moments, planes = tensors
     grads, hat, sums = out
     prepared.launch(
@@ -491,4 +482,3 @@ def launch(
         moments_ptr=moments,
         sums_ptr=sums,
     )
-    return folded

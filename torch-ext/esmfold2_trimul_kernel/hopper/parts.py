@@ -79,10 +79,13 @@ def load_weights(
 ):  # fmt: skip
     """Two projections [N, C] and their further channels, BLOCK_N channels a stage, for each tile.
 
-    The first's channels are the lower half of a stage, the second's the upper.
+    The first's channels are the lower half of a stage, the second's the upper. If there is a stage
+    for all channels, they are loaded once, and stay: see `free_weights`.
     """
     stage = 0
     phase = 1
+    if STAGES == N // BLOCK_N:
+        tiles = gl.minimum(tiles, gl.program_id(0) + 1)
     for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for step in range(N // BLOCK_N):
             load_block(weights, further, ring, extras, full, empty, stage, phase, step, N, BLOCK_N)
@@ -108,6 +111,16 @@ def load_block(
         low, high = lower(both), upper(both)
         load_tile(weights, [step * BLOCK_N, k * PART], bar, low)
         load_tile(weights, [N + step * BLOCK_N, k * PART], bar, high)
+
+
+@gluon.jit
+def free_weights(empty, stage, phase, STAGES: gl.constexpr, BLOCKS: gl.constexpr):
+    """Gives a consumer's stage back to `load_weights`, unless it stays; the next one."""
+    if STAGES == BLOCKS:
+        return (stage + 1) % STAGES, phase
+    else:
+        mbarrier.arrive(empty.index(stage), count=1)
+        return advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -235,18 +248,20 @@ def statistics(
 
 
 @gluon.jit
-def statistics_of_wide(slots, place: gl.constexpr, eps, C: gl.constexpr, A: gl.constexpr):
+def statistics_of_wide(
+    slots, place: gl.constexpr, eps, C: gl.constexpr, PLANES: gl.constexpr, A: gl.constexpr
+):  # fmt: skip
     """`statistics` of rows of more than 256 channels, part by part, for which registers suffice."""
-    PART: gl.constexpr = slots.shape[2]
+    PART: gl.constexpr = slots.shape[1 if PLANES else 2]
     sums = gl.zeros([64, 64], gl.float32, A)
     for part in range(C // PART):
-        slot = slots.index(place * (C // PART) + part)
+        slot = slot_of(slots, place, part, C, PLANES)
         for k in gl.static_range(PART // 64):
             sums = sums + slot.slice(k * 64, 64, dim=1).load(A).to(gl.float32) * _SUM_SCALE
     mean = _mean_of(gl.sum(sums, 1), C)
     squares = gl.zeros([64, 64], gl.float32, A)
     for part in range(C // PART):
-        slot = slots.index(place * (C // PART) + part)
+        slot = slot_of(slots, place, part, C, PLANES)
         for k in gl.static_range(PART // 64):
             d = slot.slice(k * 64, 64, dim=1).load(A).to(gl.float32) - mean.expand_dims(1)
             squares = squares + d * d

@@ -23,6 +23,7 @@ from .._call import DIFFERENTIABLE, Call
 from .._plan import Plan, note_on_gradients
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_fwd
+from ..hopper.folded_norm import Folds
 from ..paths import say_once
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.device import device_target
@@ -97,13 +98,15 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
     planes = launches.empty("a and b", (size, 2, *shape[1:]), x.dtype, x.device)
     product = launches.empty("product", shape, x.dtype, x.device)
     call, scales = split_weights(call, launches)
+    folds = Folds(launches, call.weights)
     for first in range(0, batch, size):
         entries = slice(first, first + size)
         part = call.of_entries(entries)
         of_part = None if scales is None else scales.of_entries(entries)
-        moments = _multiply(part, launches, planes, product, of_part)
+        moments = _multiply(part, launches, planes, product, of_part, folds)
         by_rows = with_axes_of_x(moments, call.direction)
-        fused_ln_residual_fwd(part, launches, product, by_rows, out[entries], scales=scales)
+        made = out[entries]
+        fused_ln_residual_fwd(part, launches, product, by_rows, made, scales=scales, folds=folds)
         del moments, by_rows  # freed before the next group's are allocated
     return out
 
@@ -136,21 +139,27 @@ def _run_saving(
     shape = (batch, hidden, length, padded_pitch(length))
     planes = launches.empty("a and b", (batch, 2, *shape[1:]), x.dtype, x.device)
     product = launches.empty("product", shape, x.dtype, x.device)
-    moments = _multiply(call, launches, planes, product, scales)
+    folds = Folds(launches, call.weights)
+    moments = _multiply(call, launches, planes, product, scales, folds)
     if not keeps:
         planes = None
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
     by_rows = with_axes_of_x(moments, call.direction)
-    fused_ln_residual_fwd(call, launches, product, by_rows, out, scales=scales)
+    fused_ln_residual_fwd(call, launches, product, by_rows, out, scales=scales, folds=folds)
     return out, product, moments, planes
 
 
 def _multiply(
-    call: Call, launches: Launches, planes: Tensor, product: Tensor, scales: Scales | None
+    call: Call,
+    launches: Launches,
+    planes: Tensor,
+    product: Tensor,
+    scales: Scales | None,
+    folds: Folds,
 ) -> Tensor:
     """Stages 1 and 2: fills planes and product; returns the moments."""
     a, b = planes.unbind(1)
-    moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales)
+    moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales, folds=folds)
     exponents = masks = None
     if scales is not None:
         exponents, masks = scales.of_planes(call.hidden, slice(None)), scales.masks

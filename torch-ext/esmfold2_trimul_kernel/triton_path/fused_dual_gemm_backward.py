@@ -25,9 +25,9 @@ import triton.language as tl
 from .. import hopper
 from .._call import Call
 from ..fused_dual_gemm import lowest, project_pair, projection_pair
+from ..hopper.folded_norm import Folds
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
-    Launches,
     PreparedLaunch,
     block_of,
     dot_precision,
@@ -192,25 +192,25 @@ class Stage1Gradients(NamedTuple):
 
 def fused_dual_gemm_bwd(
     call: Call,
-    launches: Launches,
     x: torch.Tensor,
     mask: torch.Tensor | None,
     moments: torch.Tensor,
     planes: torch.Tensor,
     prepared: PreparedLaunch,
     out: Stage1Gradients,
-    folded: tuple[torch.Tensor | None, ...] | None = None,
-) -> tuple[torch.Tensor | None, ...] | None:
+    folds: Folds,
+) -> None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
     These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for
-    tensors like these. Returns what a variant can be given as `folded` for other rows.
+    tensors like these.
     """
     weights = call.weights
     if prepared.variant == "hopper":
         variant = hopper.kernels("gated_rows_backward")
         tensors, made = (x, mask, moments, planes), (out.grads, out.hat_x, out.sums)
-        return variant.launch(call, launches, prepared, tensors, made, folded)
+        variant.launch(prepared, tensors, made, folds)
+        return
     prepared.launch(
         x_ptr=x,
         mask_ptr=mask,
@@ -227,7 +227,6 @@ def fused_dual_gemm_bwd(
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
     )
-    return folded
 
 
 def rows_of_sums(prepared: PreparedLaunch) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._call import Call
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_by_steps, rows_of_step
+from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
 from ..triton_parts.split_operands import Scales, split_weights
@@ -44,13 +45,16 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
     else:
         out = memory[: x.numel()].view(x.shape)
     call, scales = split_weights(call, launches)
+    folds = Folds(launches, call.weights)
     for entry in range(batch):
         of_entry, product = call.of_entry(entry), products[0 if apart else entry][None]
         product = product.transpose(1, 2)  # [1, D, L, pitch]
         part = None if scales is None else scales.of_entries(slice(entry, entry + 1))
-        moments = _product_by_groups(of_entry, launches, product, sizes.slots, part)
+        moments = _product_by_groups(of_entry, launches, product, sizes.slots, part, folds)
         made = out[entry : entry + 1]
-        fused_ln_residual_by_steps(of_entry, launches, product, moments, made, scales=scales)
+        fused_ln_residual_by_steps(
+            of_entry, launches, product, moments, made, scales=scales, folds=folds
+        )
         del moments  # freed before the next sequence's are allocated
     return out
 
@@ -80,7 +84,12 @@ def _sizes_of(call: Call, together: int, apart: bool) -> _Sizes:
 
 
 def _product_by_groups(
-    call: Call, launches: Launches, product: Tensor, slots: int, scales: Scales | None
+    call: Call,
+    launches: Launches,
+    product: Tensor,
+    slots: int,
+    scales: Scales | None,
+    folds: Folds,
 ) -> Tensor:
     """Fills the product of one sequence; returns the moments [1, 2, i, j] of x.
 
@@ -98,7 +107,7 @@ def _product_by_groups(
         else:
             a, b = own[: 2 * count * plane].view(1, 2, count, length, pitch).unbind(1)
         moments = fused_dual_gemm_fwd(
-            call, launches, (a, b), (first, count), moments, scales=scales
+            call, launches, (a, b), (first, count), moments, scales=scales, folds=folds
         )
         exponents = masks = None
         if scales is not None:

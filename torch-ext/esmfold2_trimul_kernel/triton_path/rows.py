@@ -12,6 +12,7 @@ from torch import Tensor
 from .._call import Call
 from ..fused_dual_gemm import fused_dual_gemm_fwd
 from ..fused_ln_residual import fused_ln_residual_fwd
+from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.tiles import padded_pitch
 from .launches import current_device, for_kernels, launches_of, wants_split
@@ -32,6 +33,7 @@ class Rows:
 
     def __init__(self, call: Call, first_row: int) -> None:
         self._call = for_kernels(call)
+        self._folds = Folds(launches_of(call, "folds"), self._call.weights)
         self.would_split = wants_split(call)  # in a call of one process
         self.moments: Tensor | None = None  # [1, 2, R, pitch] in fp32, of x, from stage 1
         self._first_row = 0 if call.lengths is None else first_row
@@ -48,7 +50,7 @@ class Rows:
             moments = self.moments if channels.start else None
         self.moments = fused_dual_gemm_fwd(
             call, launches_of(call, "rows"), planes[None].unbind(1), group, moments,
-            first_row=self._first_row,
+            first_row=self._first_row, folds=self._folds,
         )  # fmt: skip
 
     def multiply(self, index: int, a: Tensor, b: Tensor, product: Tensor) -> None:
@@ -65,5 +67,5 @@ class Rows:
         call = self._call.of_entry(index)
         fused_ln_residual_fwd(
             call, launches_of(call, "rows", out.data_ptr() % 16), product[None], self.moments,
-            out[None], first_row=self._first_row,
+            out[None], first_row=self._first_row, folds=self._folds,
         )  # fmt: skip

@@ -20,11 +20,11 @@ _SHARED_OF_TWO_BLOCKS = 113 * 1024  # bytes of shared memory if a multiprocessor
 # By width: block_m, which is 64 for each consumer; block_n; block_k; stages of the ring; split, the
 # slots for the output of stage 3.
 _HOPPER_GATED = {
-    128: ((128, 64, 128, 4, 1), (192, 32, 128, 8, 1), (192, 64, 128, 3, 1)),
+    128: ((128, 64, 128, 4, 1), (192, 32, 128, 8, 1), (192, 64, 128, 4, 1)),
     256: ((128, 64, 256, 2, 1), (128, 32, 256, 4, 1), (192, 32, 256, 3, 1)),
 }
 _HOPPER_RESIDUAL = {
-    128: ((128, 64, 128, 3, 2), (128, 64, 128, 2, 3), (128, 32, 128, 6, 4)),
+    128: ((128, 64, 128, 2, 3), (128, 64, 128, 3, 2), (192, 32, 128, 4, 3)),
     256: ((128, 32, 256, 2, 3), (128, 32, 256, 2, 2)),
 }
 # The transition's second stage: `split` are the slots of a consumer's rows.
