@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_1a8cdc84a2"
+_NAMESPACE = "_esmfold2_trimul_kernel_ca37cc37f3"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

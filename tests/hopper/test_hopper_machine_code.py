@@ -45,7 +45,10 @@ print(json.dumps(found))
 """
 SHARED_BYTES = 232448
 STAGES = {"fused_dual_gemm", "fused_ln_residual", "transition"}
-WIDE = {"fused_dual_gemm", "swiglu_hidden", "row_linear"}
+WIDE = {
+    "fused_dual_gemm", "fused_ln_residual_gates", "fused_ln_residual", "swiglu_hidden",
+    "row_linear",
+}  # fmt: skip
 CASES = {
     "float16": [("float16", 256, 512, False)],
     "narrow float16": [("float16", 128, 512, False)],
@@ -56,7 +59,7 @@ CASES = {
     "widths between": [("bfloat16", width, 512, False) for width in (320, 384, 448)],
 }
 QUICK = {"float16"}
-# Stage 3 has no registers for wide rows, and a whole transition none for their outputs.
+# A whole transition has no registers for wide rows' outputs.
 STAGES_OF = {
     "wide": WIDE, "widths between": WIDE, "short": {"fused_ln_residual", "transition"},
 }
@@ -80,8 +83,9 @@ def test_products_and_copies_without_spills(name):
         where = f"{stage} {case}"
         assert traits["shared_bytes"] <= SHARED_BYTES, where
         assert traits["spill_bytes"] <= MAX_LOOP_SPILL_BYTES, where
-        # A whole transition's are read once a tile, which is the outer loop.
-        assert not traits["spills_in_loop"] or stage == "transition", where
+        # Some are read once a tile, which is the outer loop.
+        once = stage == "transition" or (stage == "fused_ln_residual" and name.startswith("wid"))
+        assert not traits["spills_in_loop"] or once, where
         # A wait for an accumulator a consumer, of which there are two or three: not one a product.
         assert count(r"\bHGMMA\b") >= 8, where
         assert count(r"\bWARPGROUP\.DEPBAR\b") <= WAITS.get(stage, 3), where

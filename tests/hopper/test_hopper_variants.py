@@ -98,7 +98,7 @@ def planned(call):
 
 # Pointers that Triton compiles for by their alignment.
 found["specialised"] = {
-    launch.stage: [
+    launch.kernel.__name__: [
         parameter.name
         for parameter in launch.kernel.params
         if parameter.name.endswith("_ptr") and not parameter.do_not_specialize
@@ -106,6 +106,7 @@ found["specialised"] = {
     for launch in (
         planned(call(padded=True))
         + planned(transition(padded=True))
+        + planned(call(width=512, padded=True))
         + planned(transition(width=512))
     )
 }
@@ -156,6 +157,8 @@ print(json.dumps(found))
 """
 
 BOTH = ["fused_dual_gemm", "fused_ln_residual"]
+# With more than 256 channels its gates have a launch of their own.
+STAGE_3_APART = ["fused_dual_gemm", "fused_ln_residual", "fused_ln_residual_gates"]
 WANTED = {
     "bfloat16": BOTH,
     "float16": BOTH,
@@ -167,9 +170,8 @@ WANTED = {
     "padded": BOTH,
     "padded transition": ["transition"],
     "three parts": BOTH,
-    # Rows of x and of the product don't fit stage 3's registers.
-    "wide": ["fused_dual_gemm"],
-    "wide, padded": ["fused_dual_gemm"],
+    "wide": STAGE_3_APART,
+    "wide, padded": STAGE_3_APART,
     "wide transition": ["row_linear", "swiglu_hidden"],
     "no residual": BOTH,
     # There a group's a and b lie apart.
@@ -210,11 +212,11 @@ def test_a_whole_transition(plans):
 def test_pointers_into_slices_have_any_alignment(plans):
     """One launch serves all entries of a batch, and all rows of a step, of mask and moments."""
     assert plans["specialised"] == {
-        "fused_dual_gemm": ["moments_ptr"],  # memory of its own
-        "fused_ln_residual": [],
-        "swiglu_hidden": ["moments_ptr"],
-        "row_linear": [],
-        "transition": [],
+        "_gated_rows_hopper_kernel": ["moments_ptr"],  # memory of its own
+        "_ln_residual_hopper_kernel": [],
+        "_wide_ln_residual_hopper_kernel": ["residual_ptr"],  # aligned as for a descriptor
+        "_row_linear_hopper_kernel": [],
+        "_transition_hopper_kernel": [],
     }
 
 

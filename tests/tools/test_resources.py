@@ -119,6 +119,8 @@ def assert_settings_fit(target, cases, **options):
         wanted = FORWARD | BACKWARD if case in BACKWARD_CASES else FORWARD
         if target == "sm_90" and case in HOPPER:
             wanted = wanted | {"fold_norms"} | ({"padding"} if case.padded else set())
+            if case.width > 256:
+                wanted = wanted | {"fused_ln_residual_gates"}
             if case in BACKWARD_CASES and case.width <= 256 and not case.padded:
                 wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
         if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= widest:

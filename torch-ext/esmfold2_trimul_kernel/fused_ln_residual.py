@@ -385,7 +385,7 @@ def fused_ln_residual_fwd(
         made = launches.empty("output", out.shape, out.dtype, out.device)
     weights = call.weights
     if prepared.variant == "hopper":
-        variant = hopper.kernels("ln_residual")
+        variant = hopper.kernels(_variant_of(call.x))
         folds = folds or Folds(launches, weights)
         variant.launch(call, launches, prepared, product, moments, made, first_row, folds)
     else:
@@ -454,6 +454,11 @@ def _may_overwrite(call: Call, prepared: PreparedLaunch) -> bool:
     return whole_rows or call.residual.data_ptr() != call.x.data_ptr()
 
 
+def _variant_of(x: Tensor) -> str:
+    """The module of the variant for rows like x."""
+    return "ln_residual" if x.shape[-1] <= 256 else "wide_ln_residual"
+
+
 def prepare_ln_residual(
     call: Call,
     product: Tensor,
@@ -466,14 +471,14 @@ def prepare_ln_residual(
     batch, hidden, rows, pitch = product.shape
     length, channels = x.shape[2:]
     device = device_target(x.device)
-    variants = hopper.variants("ln_residual", "takes", x, call, product)
+    variants = hopper.variants(_variant_of(x), "takes", x, call, product)
     if config is None:
         width = max(channels, hidden)
         config = setting_of(
             "fused_ln_residual", x, width, length, batch, variants, call.precision == FP16X3
         )
     if hopper.is_variant(config, variants):
-        module = hopper.kernels("ln_residual")
+        module = hopper.kernels(_variant_of(x))
         return module.prepare(call, product, moments, first_row, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, channels)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_1a8cdc84a2"
+_BUILD_ID = "_esmfold2_trimul_kernel_ca37cc37f3"
 
 
 def _load_package() -> ModuleType:

@@ -6,6 +6,7 @@
     gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
     input_backward          and from there to dx; the transition's too
     ln_residual             stage 3
+    wide_ln_residual        with more than 256 channels
     padding                 the tiles that it and the transition's kernels leave out
     ln_residual_backward    its backward, to de and dq
     norm_backward           and from de to dt
@@ -43,6 +44,7 @@ _TAKEN = {
     "input_backward": (_BFLOAT16, (128, 256)),
     "ln_residual_backward": (_BFLOAT16, (128, 256)),
     "ln_residual": (_16_BITS, (128, 192, 256)),
+    "wide_ln_residual": (_16_BITS, (320, 384, 448, 512)),
     "norm_backward": (_BFLOAT16, (128, 256)),
     "row_products": (_16_BITS, range(128, 2049, 128)),
     "row_linear": (_16_BITS, range(64, 8193, 64)),
