@@ -307,7 +307,8 @@ def assert_no_worse(draws: Iterable[tuple[Results, Results, Results]], factor: f
             sums[name] = values + exact.numel(), of_mine + mine * share, of_its + its * share
     for name, (values, of_mine, of_its) in sums.items():
         limit = factor * room(values)
-        assert of_mine <= limit**2 * of_its, (name, of_mine**0.5, of_its**0.5)
+        errors = [math.sqrt(of / values) for of in (of_mine, of_its)]
+        assert of_mine <= limit**2 * of_its, (name, errors)
 
 
 def in_tree_module(problem: Problem) -> torch.nn.Module:

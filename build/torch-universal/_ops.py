@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_75c122a0f4"
+_NAMESPACE = "_esmfold2_trimul_kernel_86516b38b8"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -49,6 +49,7 @@ from .triton_parts.tiles import (
     within_length,
 )
 
+_WIDE = "wide_ln_residual"  # the variant above 256 channels
 _STEPS = 16  # of an output that overwrites a tensor which is still to be read
 
 
@@ -344,6 +345,7 @@ def fused_ln_residual_fwd(
     first_row: int = 0,
     scales: Scales | None = None,
     folds: Folds | None = None,
+    scratch: Tensor | None = None,
 ) -> None:
     """Stage 3 of a call: all rows of its x, or `rows`, of `out` like x, contiguous.
 
@@ -357,6 +359,7 @@ def fused_ln_residual_fwd(
         first_row: the row of the sequences that x begins with; it matters only with lengths.
         scales: of a call with split weights, see `split_weights`.
         folds: what launches of this call share, by default made for this one.
+        scratch: memory of x's size at least, for what `writes_gates`; by default allocated.
     """
     key = ("fused_ln_residual", first_row)
     if rows is not None:
@@ -387,7 +390,7 @@ def fused_ln_residual_fwd(
     if prepared.variant == "hopper":
         variant = hopper.kernels(_variant_of(call.x))
         folds = folds or Folds(launches, weights)
-        variant.launch(call, launches, prepared, product, moments, made, first_row, folds)
+        variant.launch(call, launches, prepared, product, moments, made, first_row, folds, scratch)
     else:
         prepared.launch(
             product_ptr=product,
@@ -456,7 +459,12 @@ def _may_overwrite(call: Call, prepared: PreparedLaunch) -> bool:
 
 def _variant_of(x: Tensor) -> str:
     """The module of the variant for rows like x."""
-    return "ln_residual" if x.shape[-1] <= 256 else "wide_ln_residual"
+    return "ln_residual" if x.shape[-1] <= 256 else _WIDE
+
+
+def writes_gates(call: Call, product: Tensor) -> bool:
+    """Whether stage 3 may write gates to memory of x's size."""
+    return bool(hopper.variants(_WIDE, "takes", call.x, call, product))
 
 
 def prepare_ln_residual(

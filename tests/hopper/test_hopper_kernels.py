@@ -36,17 +36,24 @@ STAGES = ("fused_dual_gemm", "fused_ln_residual", "swiglu_hidden", "fused_dual_g
 
 
 @pytest.fixture
-def everywhere(submodule, monkeypatch):
-    """The variants run whatever the length, where they take the call."""
+def everywhere(submodule, monkeypatch, request):
+    """The variants run whatever the length, where they take the call.
+
+    With 128 channels stage 3 has three consumers, or the parameter `consumers` of the test.
+    """
+    called = getattr(request.node, "callspec", None)  # of a test with parameters
+    narrow = 64 * (called.params.get("consumers", 3) if called else 3)
     settings = submodule("triton_parts.settings")
     launches = submodule("triton_path.launches")._launches
     original, table = settings._table, copy.deepcopy(settings._table("sm_90"))
     for stage in STAGES:
         entries = table[stage]["2"]
-        # Three consumers before two.
-        entries.sort(key=lambda entry: (entry.get("kernel", "") != "hopper", -entry["block_m"]))
-        if stage in ("fused_dual_gemm", "fused_ln_residual"):
+        entries.sort(key=lambda entry: entry.get("kernel", "") != "hopper")
+        if stage == "fused_dual_gemm":  # the setting with three consumers
             assert entries[0]["block_m"] == 192
+        if stage == "fused_ln_residual":
+            entries.sort(key=lambda entry: entry["block_m"] != narrow or "kernel" not in entry)
+            assert entries[0]["max_width"] == 128 and entries[0]["block_m"] == narrow
     monkeypatch.setattr(
         settings, "_table", lambda name: table if name == "sm_90" else original(name)
     )
@@ -60,6 +67,15 @@ def everywhere(submodule, monkeypatch):
 @pytest.fixture
 def hopper(submodule):
     return submodule("hopper")
+
+
+def both_settings(calls):
+    """(name, consumers of stage 3) of all calls: of those with 128 channels both."""
+    return [
+        (name, consumers)
+        for name, call in calls.items()
+        for consumers in ((2, 3) if "128" in str(call) else (3,))
+    ]
 
 
 CALLS = {
@@ -78,8 +94,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("dtype", BITS)
-@pytest.mark.parametrize("name", CALLS)
-def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name, dtype):
+@pytest.mark.parametrize("name, consumers", both_settings(CALLS))
+def test_no_worse_than_the_plain_kernels(kernel, hopper, everywhere, name, consumers, dtype):
     problem = make_problem(dtype=dtype, **CALLS[name])
     got = run(kernel, problem, "cuda")
     assert torch.equal(got, run(kernel, problem, "cuda"))
@@ -168,10 +184,11 @@ def test_strides(kernel, hopper, everywhere, layout):
     assert torch.equal(run(kernel, problem, "cuda"), wanted)
 
 
-@pytest.mark.parametrize("own, dtype, channels", [
-    (False, BF16, 256), (True, BF16, 256), (False, HALF, 256), (False, BF16, 512), (True, HALF, 320)
+@pytest.mark.parametrize("own, dtype, channels, consumers", [
+    (False, BF16, 256, 3), (True, BF16, 256, 3), (False, HALF, 256, 3), (False, BF16, 512, 3),
+    (True, HALF, 320, 3), (False, BF16, 128, 2), (True, BF16, 128, 3),
 ])  # fmt: skip
-def test_in_place(kernel, everywhere, own, dtype, channels):
+def test_in_place(kernel, everywhere, own, dtype, channels, consumers):
     problem = make_problem(90, channels, dtype=dtype, mask="bool", residual=True).to("cuda")
     if not own:
         problem.residual = problem.x
@@ -416,8 +433,8 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("dtype", BITS)
-@pytest.mark.parametrize("name", LENGTHS)
-def test_lengths(kernel, submodule, hopper, everywhere, name, dtype):
+@pytest.mark.parametrize("name, consumers", both_settings(LENGTHS))
+def test_lengths(kernel, submodule, hopper, everywhere, name, consumers, dtype):
     """Padding, which is NaN here, has the residual or zeros; memory that isn't written is NaN."""
     options, lengths = LENGTHS[name]
     problem, lengths = make_problem(dtype=dtype, **options), torch.tensor(lengths)

@@ -111,6 +111,36 @@ found["specialised"] = {
     )
 }
 
+def pair_tensors(call):
+    with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
+        return path.plan(call).peak / call.x.nbytes
+
+
+x = torch.empty(8, 256, 256, 512, dtype=bf16, device="meta")
+batch = call(width=512, x=x, mask=None, residual=None)
+found["peaks"] = [pair_tensors(batch), pair_tensors(call(width=512))]
+with hopper.without_variants():
+    found["plain peaks"] = [pair_tensors(batch), pair_tensors(call(width=512))]
+
+
+def gates_of_a_rank(channels):
+    # In tensors of the rows' size, after stage 1 of all channels or of some.
+    rows = submodule(package, "triton_path.rows")
+    launches = submodule(package, "triton_parts.rehearsal").Rehearsal()
+    rows.launches_of = lambda *_: launches
+    with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
+        x = torch.empty(1, 32, 256, 512, dtype=bf16, device="meta")
+        stages = rows.Rows(call(width=512, x=x, mask=None, residual=None), 0)
+        group = slice(0, 512) if channels is None else channels
+        planes = torch.empty(2, group.stop, 32, 256, dtype=bf16, device="meta")
+        stages.project(0, planes, channels)
+        product = torch.empty(512, 32, 256, dtype=bf16, device="meta")
+        stages.emit(0, product, torch.empty_like(x[0]))
+    return launches.buffers.get("gates", 0) / x.nbytes
+
+
+found["gates of a rank"] = [gates_of_a_rank(None), gates_of_a_rank(slice(0, 128))]
+
 with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
     found["buffers"] = list(path.transition.plan(transition()).buffers)
     whole = submodule(package, "hopper.transition").prepare
@@ -191,7 +221,10 @@ def test_what_they_take(plans, case):
 
 
 def test_what_they_leave_to_the_plain_kernels(plans):
-    apart = [*WANTED, "messages", "specialised", "refused", "backward", "buffers", "odd"]
+    apart = [
+        *WANTED, "messages", "specialised", "refused", "backward", "buffers", "odd", "peaks",
+        "plain peaks", "gates of a rank",
+    ]  # fmt: skip
     others = {name: found for name, found in plans.items() if name not in apart}
     assert len(others) == 9 and not any(others.values()), others
 
@@ -201,6 +234,13 @@ def test_stage_1_backward(plans):
     for case, (theirs, all_of_them) in plans["backward"].items():
         taken = case in ("bfloat16", "narrow", "ragged")
         assert all_of_them > 0 and theirs == (all_of_them if taken else 0), case
+
+
+def test_memory_of_gates(plans):
+    """They lie where a and b were, but for few of a rank's rows at a time in lean mode."""
+    for mine, plain in zip(plans["peaks"], plans["plain peaks"], strict=True):
+        assert plain <= mine <= plain + 0.06  # the folded weights
+    assert plans["gates of a rank"] == [0, 1 / 16]
 
 
 def test_a_whole_transition(plans):

@@ -136,10 +136,12 @@ def assert_settings_fit(target, cases, **options):
         assert row["matrix_instructions"] > 0, f"{row['kernel']} {row['case']}: no matrix units"
         if row["config"].get("VARIANT") == "hopper":
             # Few waits for accumulators, and nothing leaves the registers in a loop: of a whole
-            # transition, whose registers are all taken, in the loop within that over tiles.
+            # transition and of stage 3 with wide rows, in the loop within that over tiles.
             assert row["pipelined"] and row["bulk_copies"] > 0, row
             # The newest Triton may spill what `problems` allows.
-            assert not row["spills_in_loop"] or row["kernel"] == "transition" or options, row
+            wide = row["kernel"] == "fused_ln_residual" and "C=512" in row["case"]
+            once = row["kernel"] == "transition" or wide
+            assert not row["spills_in_loop"] or once or options, row
         elif target == "sm_90" and row["kernel"] in BY_DESCRIPTORS and not options:
             assert row["config"]["DESCRIPTORS"] or "bfloat16 C=256 L=512" not in row["case"], row
         if target == "sm_90" and row["config"].get("DESCRIPTORS"):

@@ -7,7 +7,7 @@
     input_backward          and from there to dx; the transition's too
     ln_residual             stage 3
     wide_ln_residual        with more than 256 channels
-    padding                 the tiles that it and the transition's kernels leave out
+    padding                 the tiles that stage 3's and the transition's kernels leave out
     ln_residual_backward    its backward, to de and dq
     norm_backward           and from de to dt
     row_products            sums over pairs of the gradients' products with normalised rows

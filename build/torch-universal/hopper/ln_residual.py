@@ -7,9 +7,10 @@ Both norms are folded into the weights (see `folded_norm`): the product is multi
 that it is, and x as it came. The moments of x are stage 1's, those of the product are computed
 here.
 
-A program has two consumers, each for a tile of 64 pairs of one row. Warps of their own load the
-weights, which stream past once for both; x and the product's planes; and tiles of the residual,
-into the memory from which the output is stored. A consumer keeps x and the product in registers.
+A program has two or three consumers, each for a tile of 64 pairs of one row. Warps of their own
+load the weights, which stream past once for all, or stay; x and the product's planes; and tiles of
+the residual, into the memory from which the output is stored. A consumer keeps x and the product in
+registers.
 All of a tile's x has been read before any of its output is written, so that the output may be the
 memory of x.
 
@@ -422,7 +423,13 @@ def planes_of(product: Tensor, tiles: Tiles, part: int) -> TensorDescriptor:
 def prepare(
     call: Call, product: Tensor, moments: Tensor, first_row: int, config: LaunchConfig
 ) -> PreparedLaunch:
-    """The launch of stage 3 for calls like this one; see `fused_ln_residual`."""
+    """The launch of stage 3 for calls like this one; see `fused_ln_residual`.
+
+    Raises:
+        ValueError: a setting with one block of the output, which a residual could not replace.
+    """
+    if config.split < 2:
+        raise ValueError(f"the setting must have two blocks of the output or more; got {config}")
     x, residual, drop_mask = call.x, call.residual, call.drop_mask
     rows, length, channels = x.shape[1:]
     made = [rows * length * channels, length * channels, channels, 1]
@@ -473,8 +480,9 @@ def launch(
     out: Tensor,
     first_row: int,
     folds: Folds,
+    scratch: Tensor | None,
 ) -> None:
-    """Fills out; `prepared` is from `prepare`."""
+    """Fills out; `prepared` is from `prepare`. It has no use for the scratch memory."""
     folded = folds.residual(prepared.constants["BLOCK_N"])
     prepared.launch(
         x=call.x,

@@ -456,7 +456,7 @@ def launch(
 ) -> None:
     """Fills `out`, of `Stage3Gradients`; `prepared` is from `prepare`.
 
-    `emit_means` and `folded` are from `fold_norms_bwd`.
+    `emit_means` and `folded` are from `Folds.of_backward`.
     """
     prepared.launch(
         x=rows.x,

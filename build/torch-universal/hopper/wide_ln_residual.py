@@ -395,15 +395,19 @@ def launch(
     out: Tensor,
     first_row: int,
     folds: Folds,
+    scratch: Tensor | None,
 ) -> None:
-    """Fills out; `prepared` is from `prepare`."""
+    """Fills out; `prepared` is from `prepare`. The gates lie in the scratch memory, if there is."""
     setting = {name: prepared.constants[name] for name in ("BLOCK_N", "STAGES", "SLOTS")}
     folded = folds.residual(setting["BLOCK_N"])
     emit, gate = (
         (weights, further, None if folded.factors is None else folded.factors[which])
         for which, (weights, further) in enumerate(zip(folded.weights, folded.further, strict=True))
     )
-    gates = launches.empty("gates", call.x.shape, call.x.dtype, call.x.device)
+    if scratch is None:
+        gates = launches.empty("gates", call.x.shape, call.x.dtype, call.x.device)
+    else:
+        gates = scratch.view(-1)[: call.x.numel()].view(call.x.shape)
     of_gates = launches.of(
         ("gates", prepared), _prepare, call, product, moments, first_row, setting, False
     )

@@ -2,8 +2,9 @@
 
 Peak memory beyond the arguments, in tensors of the pair's size where C = D:
 
-    default   a, b and the product, 3.0; then the product and the output, 2.0. Of a batch, 3.0 for
-              each of the sequences that are run at once, and the output.
+    default   a, b and the product, 3.0; then the product and the output, 2.0, and the gates of
+              stage 3 where it `writes_gates`, 1.0. Of a batch, 3.0 for each of the sequences that
+              are run at once, and the output. With a and b kept for a backward, 4.0 and the gates.
     lean      1 + 3/8 + 1/16: the product; planes of one group of channels (others lie in the part
               of the product that is not yet written); and room ahead of the product, so that the
               output can overwrite the rows already read. Over the residual: 1 + 3/8. Of a batch
@@ -105,8 +106,10 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
         of_part = None if scales is None else scales.of_entries(entries)
         moments = _multiply(part, launches, planes, product, of_part, folds)
         by_rows = with_axes_of_x(moments, call.direction)
-        made = out[entries]
-        fused_ln_residual_fwd(part, launches, product, by_rows, made, scales=scales, folds=folds)
+        fused_ln_residual_fwd(
+            part, launches, product, by_rows, out[entries], scales=scales, folds=folds,
+            scratch=planes,
+        )  # fmt: skip
         del moments, by_rows  # freed before the next group's are allocated
     return out
 

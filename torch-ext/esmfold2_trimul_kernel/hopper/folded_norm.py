@@ -188,7 +188,7 @@ def fold_norms(
         stage: with the group, the key of the launch among those of a call.
         block_n: divides N; in float16 so many channels share a factor.
         group: (first row, size) of either half of the pair's rows, which come one behind the other;
-            `block_n` divides the size.
+            `block_n` divides the size, in bfloat16 16.
         means: for `emit_means` of the others' first, whose bias and norm's bias are then left out.
     """
     first = pair.weights[0]
@@ -196,11 +196,12 @@ def fold_norms(
     folded = _memory(launches, first, rows if group is None else 2 * group[1], block_n)
     of_others = None if others is None else _memory(launches, others.weights[0], None, 0)
     name = "fold_norms" if means[0] is None else "fold_norms_bwd"
-    prepared = launches.of((name, stage, group), _prepare, name, pair, others, block_n, group)
+    key = ("fold_norms", stage, group, block_n)
+    prepared = launches.of(key, _prepare, name, pair, others, block_n, group)
     given = {}
     four = [*_projections(pair), *([(None,) * 4] * 2 if others is None else _projections(others))]
-    for name, tensors in zip(_NAMES, four, strict=True):
-        given |= zip(_pointers(name), tensors, strict=True)
+    for projection, tensors in zip(_NAMES, four, strict=True):
+        given |= zip(_pointers(projection), tensors, strict=True)
     prepared.launch(
         **given,
         folded_ptr=folded.weights,
@@ -274,34 +275,39 @@ def _prepare(
 class Folds:
     """What a call's stages take of its weights, each made at its first use, and kept.
 
-    In bfloat16 one launch makes all that a forward takes, and one all that a backward does.
+    In bfloat16 with C = D one launch makes all that a forward takes, unless stage 1 runs in groups,
+    and one all that a backward does.
     """
 
     def __init__(self, launches: Launches, weights: Weights) -> None:
         self._launches, self._weights = launches, weights
-        self._planes: dict[tuple[int, int] | None, Folded] = {}
-        self._residual: Folded | None = None
+        # In float16 by the block that shares a factor too.
+        self._planes: dict[tuple, Folded] = {}
+        self._residual: dict[int, Folded] = {}
 
     def planes(self, block_n: int, group: tuple[int, int] | None = None) -> Folded:
         """Stage 1's, of all channels or of a `group`."""
-        if group not in self._planes:
+        block_n, emit = self._block(block_n), self._weights.p_out_weight
+        key = group, block_n
+        if key not in self._planes:
             pair, others = self._of_stage_1(), None
             width = pair.weights[0].shape[1]
-            emit = self._weights.p_out_weight
             if group is None and emit.dtype == torch.bfloat16 and emit.shape[1] == width:
                 others = self._of_stage_3()
-            self._planes[group], of_stage_3 = fold_norms(
+            self._planes[key], of_stage_3 = fold_norms(
                 self._launches, "planes", pair, block_n, group, others
             )
-            self._residual = self._residual or of_stage_3
-        return self._planes[group]
+            if of_stage_3 is not None:
+                self._residual[block_n] = of_stage_3
+        return self._planes[key]
 
     def residual(self, block_n: int) -> Folded:
         """Stage 3's."""
-        if self._residual is None:
+        block_n = self._block(block_n)
+        if block_n not in self._residual:
             pair = self._of_stage_3()
-            self._residual, _ = fold_norms(self._launches, "residual", pair, block_n)
-        return self._residual
+            self._residual[block_n], _ = fold_norms(self._launches, "residual", pair, block_n)
+        return self._residual[block_n]
 
     def of_backward(self) -> tuple[tuple[Tensor, Tensor | None], Folded]:
         """`emit_means`, and what stage 3's backward takes, in bfloat16 with C = D.
@@ -312,10 +318,14 @@ class Folds:
         means = self._launches.empty("means", (2, channels), torch.float32, device).unbind()
         if self._weights.norm_out_bias is None:
             means = means[0], None
-        self._planes[None], residual = fold_norms(
+        self._planes[None, _BLOCK], residual = fold_norms(
             self._launches, "backward", self._of_stage_1(), _BLOCK, None, self._of_stage_3(), means
         )
         return means, residual
+
+    def _block(self, block_n: int) -> int:
+        """In bfloat16 a fold serves any."""
+        return _BLOCK if self._weights.p_in_weight.dtype == torch.bfloat16 else block_n
 
     def _of_stage_1(self) -> Pair:
         weights = self._weights

@@ -10,8 +10,8 @@ The same arithmetic as in the plain kernels, but for the norm, which is folded i
 `folded_norm`), so that the rows are multiplied as they came.
 
 A program has two or three consumers, each for a tile of 64 pairs of one row, and two warps that
-load: one the rows of x, one the weights, which stream past once for all consumers' tiles. A
-consumer keeps its rows in registers and frees their memory at once for its next tile's, or, where
+load: one the rows of x, one the weights, which stream past once for all consumers' tiles, or stay.
+A consumer keeps its rows in registers and frees their memory at once for its next tile's, or, where
 there is not room for all consumers' rows, for the next consumer's.
 """
 

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from .._call import Call
 from ..fused_dual_gemm import fused_dual_gemm_fwd
-from ..fused_ln_residual import fused_ln_residual_fwd
+from ..fused_ln_residual import (
+    fused_ln_residual_by_steps,
+    fused_ln_residual_fwd,
+    writes_gates,
+)
 from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.tiles import padded_pitch
@@ -37,12 +41,15 @@ class Rows:
         self.would_split = wants_split(call)  # in a call of one process
         self.moments: Tensor | None = None  # [1, 2, R, pitch] in fp32, of x, from stage 1
         self._first_row = 0 if call.lengths is None else first_row
+        self._scratch: Tensor | None = None
         self.pitch = padded_pitch(call.x.shape[2])
 
     def project(self, index: int, planes: Tensor, channels: slice | None = None) -> None:
         """Stage 1: planes [2, D, R, pitch] of a and b, or of some channels, of which the first come
-        first; the moments are kept for the others and for `emit`.
+        first; the moments are kept for the others and for `emit`. It may write to all planes of b,
+        which nobody needs then.
         """
+        self._scratch = planes[1] if channels is None else None
         call = self._call.of_entry(index)._replace(direction="outgoing")
         group, moments = None, None
         if channels is not None:
@@ -64,8 +71,15 @@ class Rows:
 
     def emit(self, index: int, product: Tensor, out: Tensor) -> None:
         """Stage 3: `out` [R, L, C] of the product [D, R, pitch]."""
-        call = self._call.of_entry(index)
+        call, scratch = self._call.of_entry(index), self._scratch
+        launches, product = launches_of(call, "rows", out.data_ptr() % 16), product[None]
+        if scratch is None and writes_gates(call, product):  # few rows at a time need little memory
+            fused_ln_residual_by_steps(
+                call, launches, product, self.moments, out[None], self._first_row,
+                folds=self._folds,
+            )  # fmt: skip
+            return
         fused_ln_residual_fwd(
-            call, launches_of(call, "rows", out.data_ptr() % 16), product[None], self.moments,
-            out[None], first_row=self._first_row, folds=self._folds,
+            call, launches, product, self.moments, out[None], first_row=self._first_row,
+            folds=self._folds, scratch=scratch,
         )  # fmt: skip
