@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_86516b38b8"
+_NAMESPACE = "_esmfold2_trimul_kernel_8ad8e27174"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

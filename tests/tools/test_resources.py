@@ -119,7 +119,7 @@ def assert_settings_fit(target, cases, **options):
         wanted = FORWARD | BACKWARD if case in BACKWARD_CASES else FORWARD
         if target == "sm_90" and case in HOPPER:
             wanted = wanted | {"fold_norms"} | ({"padding"} if case.padded else set())
-            if case.width > 256:
+            if case.width > 256 and not options:
                 wanted = wanted | {"fused_ln_residual_gates"}
             if case in BACKWARD_CASES and case.width <= 256 and not case.padded:
                 wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
