@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8ad8e27174"
+_NAMESPACE = "_esmfold2_trimul_kernel_605983c01c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

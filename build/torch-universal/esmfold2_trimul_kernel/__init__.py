@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_8ad8e27174"
+_BUILD_ID = "_esmfold2_trimul_kernel_605983c01c"
 
 
 def _load_package() -> ModuleType:

@@ -49,6 +49,7 @@ from .parts import (
     barriers,
     count_tiles,
     free_weights,
+    load_parts,
     load_tile,
     load_weights,
     lower,
@@ -71,12 +72,15 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _consume(
-    memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr,
-    factors_ptr, lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-    C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_SLOTS: gl.constexpr,
-    CONSUMERS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr, ME: gl.constexpr,
+    common, C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    OUT_SLOTS: gl.constexpr, CONSUMERS: gl.constexpr, RESIDUAL: gl.constexpr, DROPS: gl.constexpr,
+    ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: all C channels of every CONSUMERS-th tile of 64 pairs."""
+    (
+        memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr, lengths,
+        eps_in, eps_out, pairs, moments_strides, drop_strides,
+    ) = common  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     AT_ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
@@ -114,13 +118,7 @@ def _consume(
             mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
             rstd_x = gl.load(moments_ptr + moments_strides[1] + offs, mask=inside, other=1.0)
         else:
-            # Without signs they need fewer registers, of which padding leaves none.
-            offs = wide(entry) * wide(moments_strides[0])
-            offs = offs + wide(i) * wide(moments_strides[2])
-            offs = offs + wide(j) * wide(moments_strides[3])
-            mean_x = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-            offs = offs + wide(moments_strides[1])
-            rstd_x = gl.load(moments_ptr + offs, mask=inside, other=1.0)
+            mean_x, rstd_x = load_moments(moments_ptr, moments_strides, entry, i, j, inside)
         # The moments of x arrive while those of the product are computed.
         mbarrier.wait(t_full.index(ME), tile_phase)
         mean_t, rstd_t = statistics(t_slots, ME, eps_out, C, True, A)
@@ -165,12 +163,10 @@ def _consume(
             if DROPS:
                 columns = start + gl.arange(0, 64, layout=AT_ROWS)
                 channels = step * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ACC))
-                offs_drop = entry.to(gl.int64) * drop_strides[0]
-                offs_drop = (offs_drop + columns.to(gl.int64) * drop_strides[1]).expand_dims(1)
-                offs_drop = offs_drop + (channels * drop_strides[2]).expand_dims(0)
                 within = ((columns < J) & (entry < B)).expand_dims(1)
-                drop = gl.load(drop_ptr + offs_drop, mask=within, other=0.0)
-                update = update * drop.to(gl.float32)
+                update = update * load_drop(
+                    drop_ptr, drop_strides, entry, columns, channels, within
+                )
             if lengths_ptr is not None:
                 # Beyond the length the operands may be NaN.
                 columns = start + gl.arange(0, 64, layout=AT_ROWS)
@@ -212,7 +208,30 @@ def _store(
 
 
 @gluon.jit
-def wide(x):
+def load_moments(moments_ptr, strides, entry, i, j, inside):
+    """Mean and 1 / deviation of pairs.
+
+    Offsets without signs need fewer registers, of which padding and wide rows leave none.
+    """
+    offs = _wide(entry) * _wide(strides[0])
+    offs = offs + _wide(i) * _wide(strides[2])
+    offs = offs + _wide(j) * _wide(strides[3])
+    mean = gl.load(moments_ptr + offs, mask=inside, other=0.0)
+    offs = offs + _wide(strides[1])
+    return mean, gl.load(moments_ptr + offs, mask=inside, other=1.0)
+
+
+@gluon.jit
+def load_drop(drop_ptr, strides, entry, columns, channels, within):
+    """The drop mask [64, channels] of a row's pairs in fp32."""
+    offs = entry.to(gl.int64) * strides[0]
+    offs = (offs + columns.to(gl.int64) * strides[1]).expand_dims(1)
+    offs = offs + (channels * strides[2]).expand_dims(0)
+    return gl.load(drop_ptr + offs, mask=within, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _wide(x):
     """A number that is not negative, in 64 bits."""
     return x.to(gl.uint32).to(gl.int64)
 
@@ -225,8 +244,6 @@ def load_rows(
     """All consumers' tiles of x, and of the product's planes."""
     B, R, J, per_row, tiles = pairs
     lengths_ptr, first = lengths
-    X_LAYOUT: gl.constexpr = x.layout
-    T_LAYOUT: gl.constexpr = product.layout
     phase = 1
     at = 0
     base = 0
@@ -236,17 +253,10 @@ def load_rows(
                 tile * CONSUMERS + me, at, base, lengths_ptr, first, B, R, J, per_row, 1
             )
             at = entry
-            PART: gl.constexpr = x_slots.shape[2]
             mbarrier.wait(x_empty.index(me), phase)
-            mbarrier.expect(x_full.index(me), 64 * C * 2)
-            for k in gl.static_range(C // PART):
-                slot = viewed(x_slots.index(me * (C // PART) + k), [1, 1, 64, PART], X_LAYOUT)
-                load_tile(x, [entry, i, start, k * PART], x_full.index(me), slot)
+            load_parts(x, x_slots, me, x_full.index(me), entry, i, start, C, False)
             mbarrier.wait(t_empty.index(me), phase)
-            mbarrier.expect(t_full.index(me), 64 * C * 2)
-            for k in gl.static_range(C // PART):
-                slot = viewed(t_slots.index(me * (C // PART) + k), [1, 1, PART, 64], T_LAYOUT)
-                load_tile(product, [entry, i, k * PART, start], t_full.index(me), slot)
+            load_parts(product, t_slots, me, t_full.index(me), entry, i, start, C, True)
         phase ^= 1
 
 
@@ -327,18 +337,14 @@ def _ln_residual_hopper_kernel(
     pairs = B, R, J, per_row, tiles
     moments_strides = stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j
     drop_strides = stride_drop_b, stride_drop_j, stride_drop_c
+    common = (
+        memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr, lengths,
+        eps_in, eps_out, pairs, moments_strides, drop_strides,
+    )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (
-                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
-                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 0,
-            )),
-            (_consume, (
-                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
-                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 1,
-            )),
+            (_consume, (common, C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 0)),
+            (_consume, (common, C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 1)),
             (load_weights, (
                 weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
             )),
@@ -353,21 +359,9 @@ def _ln_residual_hopper_kernel(
         ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (
-                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
-                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 0,
-            )),
-            (_consume, (
-                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
-                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 1,
-            )),
-            (_consume, (
-                memory, made, loaded, freed, turns, out, moments_ptr, drop_ptr, factors_ptr,
-                lengths, eps_in, eps_out, pairs, moments_strides, drop_strides,
-                C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 2,
-            )),
+            (_consume, (common, C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 0)),
+            (_consume, (common, C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 1)),
+            (_consume, (common, C, BLOCK_N, STAGES, OUT_SLOTS, CONSUMERS, RESIDUAL, DROPS, 2)),
             (load_weights, (
                 weights, further, ring, extras, loaded[2], freed[2], tiles, C, BLOCK_N, STAGES,
             )),

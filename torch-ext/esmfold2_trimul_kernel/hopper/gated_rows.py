@@ -47,7 +47,7 @@ from .parts import (
     count_tiles,
     free_weights,
     halves,
-    load_tile,
+    load_parts,
     load_weights,
     part_of,
     place_of,
@@ -71,13 +71,15 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _consume(
-    memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr, lengths, eps,
-    pairs, mask_strides,
-    C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    common, C: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, PLANES: gl.constexpr, MASKED: gl.constexpr,
     ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: N channels of every CONSUMERS-th tile of 64 pairs."""
+    (
+        memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+        lengths, eps, pairs, mask_strides,
+    ) = common  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -201,7 +203,6 @@ def load_rows(
 ):  # fmt: skip
     B, R, J, pitch, per_row, tiles = pairs
     lengths_ptr, first = lengths
-    X_LAYOUT: gl.constexpr = x.layout
     phase = 1
     at = 0
     base = 0
@@ -214,11 +215,7 @@ def load_rows(
             at = entry
             place = me if SLOTS == CONSUMERS else 0
             mbarrier.wait(x_empty.index(place), phase)
-            mbarrier.expect(x_full.index(me), 64 * C * 2)
-            PART: gl.constexpr = x_slots.shape[2]
-            for k in gl.static_range(C // PART):
-                slot = viewed(x_slots.index(place * (C // PART) + k), [1, 1, 64, PART], X_LAYOUT)
-                load_tile(x, [entry, i, start, k * PART], x_full.index(me), slot)
+            load_parts(x, x_slots, place, x_full.index(me), entry, i, start, C, False)
             if SLOTS != CONSUMERS:
                 phase ^= 1
         if SLOTS == CONSUMERS:
@@ -266,18 +263,14 @@ def _gated_rows_hopper_kernel(
         tiles = (tiles + CONSUMERS - 1) // CONSUMERS
     pairs = B, R, J, pitch, per_row, tiles
     strides = stride_mask_b, stride_mask_i, stride_mask_j
+    common = (
+        memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
+        lengths, eps, pairs, strides,
+    )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
-                MASKED, 0,
-            )),
-            (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
-                MASKED, 1,
-            )),
+            (_consume, (common, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES, MASKED, 0)),
+            (_consume, (common, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES, MASKED, 1)),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),
@@ -287,21 +280,9 @@ def _gated_rows_hopper_kernel(
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
-                MASKED, 0,
-            )),
-            (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
-                MASKED, 1,
-            )),
-            (_consume, (
-                memory, out_slots, loaded, freed, turns, out, mask_ptr, moments_ptr, factors_ptr,
-                lengths, eps, pairs, strides, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES,
-                MASKED, 2,
-            )),
+            (_consume, (common, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES, MASKED, 0)),
+            (_consume, (common, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES, MASKED, 1)),
+            (_consume, (common, C, N, BLOCK_N, STAGES, CONSUMERS, SLOTS, PLANES, MASKED, 2)),
             (load_weights, (
                 weights, further, ring, extras, loaded[1], freed[1], tiles, N, BLOCK_N, STAGES,
             )),

@@ -216,6 +216,24 @@ def slot_of(slots, place: gl.constexpr, k, C: gl.constexpr, PLANES: gl.constexpr
 
 
 @gluon.jit
+def load_parts(
+    rows, slots, place, bar, entry, i, start, C: gl.constexpr, PLANES: gl.constexpr
+):  # fmt: skip
+    """A tile of 64 rows, or of planes, part by part into slot `place`; `bar` waits for all."""
+    LAYOUT: gl.constexpr = rows.layout
+    PART: gl.constexpr = slots.shape[1 if PLANES else 2]
+    mbarrier.expect(bar, 64 * C * 2)
+    for k in gl.static_range(C // PART):
+        slot = slots.index(place * (C // PART) + k)
+        if PLANES:
+            slot = viewed(slot, [1, 1, PART, 64], LAYOUT)
+            load_tile(rows, [entry, i, k * PART, start], bar, slot)
+        else:
+            slot = viewed(slot, [1, 1, 64, PART], LAYOUT)
+            load_tile(rows, [entry, i, start, k * PART], bar, slot)
+
+
+@gluon.jit
 def _channels(
     slots, place: gl.constexpr, k: gl.constexpr, C: gl.constexpr, PLANES: gl.constexpr
 ):  # fmt: skip

@@ -42,7 +42,7 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.settings import LaunchConfig
 from .folded_norm import EXTRA, Folds
-from .ln_residual import planes_of, tiles_of, wide
+from .ln_residual import load_drop, load_moments, planes_of, tiles_of
 from .ln_residual import takes as takes
 from .padding import fill_padding
 from .parts import (
@@ -52,6 +52,7 @@ from .parts import (
     count_tiles,
     free_weights,
     halves,
+    load_parts,
     load_tile,
     load_weights,
     part_of,
@@ -72,11 +73,11 @@ _GATE_SCALE = gl.constexpr(2.0**15)
 
 @gluon.jit
 def _consume(
-    memory, blocks, loaded, freed, turns, out, further_ptrs, lengths, eps, pairs, all_strides,
-    C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    common, C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     EMITS: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: all C channels of every other tile of 64 pairs."""
+    memory, blocks, loaded, freed, turns, out, further_ptrs, lengths, eps, pairs, strides = common
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -88,7 +89,7 @@ def _consume(
     rows_full, ring_full = loaded
     rows_empty, ring_empty = freed
     moments_ptr, residual_ptr, drop_ptr, factors_ptr = further_ptrs
-    moments_strides, residual_strides, drop_strides = all_strides
+    moments_strides, residual_strides, drop_strides = strides
     B, R, J, per_row, tiles = pairs
     lengths_ptr, first = lengths
     zero = gl.zeros([64, 2 * BLOCK_N], gl.float32, ACC)
@@ -110,12 +111,7 @@ def _consume(
         else:
             j = start + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
             inside = (j < J) & (entry < B)
-            offs = _offsets(
-                entry, i, j, moments_strides[0], moments_strides[2], moments_strides[3]
-            )
-            mean = gl.load(moments_ptr + offs, mask=inside, other=0.0)
-            offs = offs + wide(moments_strides[1])
-            rstd = gl.load(moments_ptr + offs, mask=inside, other=1.0)
+            mean, rstd = load_moments(moments_ptr, moments_strides, entry, i, j, inside)
             mbarrier.wait(rows_full.index(ME), tile_phase)
         tile_phase ^= 1
         rows, further, scale = ready(slots, 0, mean, rstd, eps, C, EMITS, A)
@@ -169,13 +165,11 @@ def _consume(
                 if EMITS:
                     made = made * slot.load(HALF).to(gl.float16, bitcast=True).to(gl.float32)
                     if drop_ptr is not None:
-                        offs = entry.to(gl.int64) * drop_strides[0]
-                        offs = (offs + columns.to(gl.int64) * drop_strides[1]).expand_dims(1)
                         channels = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, HALF))
                         channels = half * N + step * BLOCK_N + channels
-                        offs = offs + (channels * drop_strides[2]).expand_dims(0)
-                        drop = gl.load(drop_ptr + offs, mask=within, other=0.0)
-                        made = made * drop.to(gl.float32)
+                        made = made * load_drop(
+                            drop_ptr, drop_strides, entry, columns, channels, within
+                        )
                     if lengths_ptr is not None:
                         # Beyond the length the operands may be NaN.
                         made = gl.where((first[1] + columns < length).expand_dims(1), made, 0.0)
@@ -195,20 +189,12 @@ def _consume(
 
 
 @gluon.jit
-def _offsets(entry, i, columns, stride_b, stride_i, stride_j):
-    """Of pairs (entry, i, columns), which are not negative: without signs fewer registers serve."""
-    return wide(entry) * wide(stride_b) + wide(i) * wide(stride_i) + wide(columns) * wide(stride_j)
-
-
-@gluon.jit
 def _load_rows(
     rows, slots, full, empty, lengths, pairs, C: gl.constexpr, EMITS: gl.constexpr
 ):  # fmt: skip
     """Both consumers' tiles, of x or of the product's planes, through one slot."""
     B, R, J, per_row, tiles = pairs
     lengths_ptr, first = lengths
-    LAYOUT: gl.constexpr = rows.layout
-    PART: gl.constexpr = slots.shape[1 if EMITS else 2]
     phase = 1
     at = 0
     base = 0
@@ -220,14 +206,7 @@ def _load_rows(
             at = entry
             mbarrier.wait(empty.index(0), phase)
             phase ^= 1
-            mbarrier.expect(full.index(me), 64 * C * 2)
-            for k in gl.static_range(C // PART):
-                if EMITS:
-                    slot = viewed(slots.index(k), [1, 1, PART, 64], LAYOUT)
-                    load_tile(rows, [entry, i, k * PART, start], full.index(me), slot)
-                else:
-                    slot = viewed(slots.index(k), [1, 1, 64, PART], LAYOUT)
-                    load_tile(rows, [entry, i, start, k * PART], full.index(me), slot)
+            load_parts(rows, slots, 0, full.index(me), entry, i, start, C, EMITS)
 
 
 @gluon.jit
@@ -308,20 +287,15 @@ def _wide_ln_residual_hopper_kernel(
         tiles = (count_tiles(lengths_ptr, lengths[1], B, R, J, 1) + 1) // 2
     pairs = B, R, J, per_row, tiles
     further_ptrs = moments_ptr, residual_ptr, drop_ptr, factors_ptr
-    all_strides = (
+    strides = (
         (stride_moments_b, stride_moments_n, stride_moments_i, stride_moments_j),
         (stride_residual_b, stride_residual_i, stride_residual_j),
         (stride_drop_b, stride_drop_j, stride_drop_c),
     )
+    common = memory, blocks, loaded, freed, turns, out, further_ptrs, lengths, eps, pairs, strides
     gl.warp_specialize([
-        (_consume, (
-            memory, blocks, loaded, freed, turns, out, further_ptrs, lengths, eps, pairs,
-            all_strides, C, BLOCK_N, STAGES, SLOTS, EMITS, 0,
-        )),
-        (_consume, (
-            memory, blocks, loaded, freed, turns, out, further_ptrs, lengths, eps, pairs,
-            all_strides, C, BLOCK_N, STAGES, SLOTS, EMITS, 1,
-        )),
+        (_consume, (common, C, BLOCK_N, STAGES, SLOTS, EMITS, 0)),
+        (_consume, (common, C, BLOCK_N, STAGES, SLOTS, EMITS, 1)),
         (load_weights, (
             weights, further, ring, extras, loaded[1], freed[1], tiles, C // 2, BLOCK_N, STAGES,
         )),
