@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_605983c01c"
+_NAMESPACE = "_esmfold2_trimul_kernel_6c0b41900b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

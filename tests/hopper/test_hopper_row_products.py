@@ -78,7 +78,7 @@ print(json.dumps({
 WANTED = {
     "into": [130, 13], "narrow": [130, 26], "out": [132, 66], "wide": [120, 3],
     "three blocks": [132, 66], "columns of wider rows": [130, 13], "float16": [130, 13],
-    "few rows": [30, 3], "more parts": [290, 29],
+    "few rows": [30, 3], "more parts": [290, 29], "without sums": [130, 13],
 }  # fmt: skip
 
 
@@ -91,20 +91,25 @@ def test_what_it_takes():
 
 @pytest.fixture
 def product(submodule):
-    """The parts of rows left, right, partial and last, by a setting, chunk after chunk."""
+    """The parts of rows left, right, partial and last, by a setting, chunk after chunk.
+
+    Without `partial` the sums are those of left and last.
+    """
     stage = submodule("triton_path.row_products")
     made = submodule("triton_parts.settings").LaunchConfig
 
     def compute(left, right, partial, last, blocks, chunks=1):
         parts, config = None, made(64, *blocks, num_warps=4, num_stages=4, kernel="hopper")
         nothing = [None] * chunks
+        own_sums = partial is None
         for some in zip(
-            left.chunk(chunks), right.chunk(chunks), partial.chunk(chunks),
+            left.chunk(chunks), right.chunk(chunks),
+            nothing if own_sums else partial.chunk(chunks),
             nothing if last is None else last.chunk(chunks), strict=True,
         ):  # fmt: skip
             left, right, partial, last = some
             prepared = stage.prepare_row_products(
-                left, right, "bf16", None, False, parts, partial, last, config
+                left, right, "bf16", None, own_sums, parts, partial, last, config
             )
             parts = stage.row_products(left, right, prepared, parts, partial, last)
         return parts
@@ -143,8 +148,11 @@ def test_every_row_counts_once(product, name, dtype):
     with memory_of_no_numbers():
         parts = product(left, right, partial, last, blocks, chunks)
         again = product(left, right, partial, last, blocks, chunks)
+        own = product(left, right, None, last, blocks, chunks)
     assert torch.equal(parts.products, again.products) and torch.equal(parts.sums, again.sums)
     both = (left if last is None else torch.cat([left, last], 1)).double().cpu()
     got = parts.products.double().sum(0).cpu()
     assert relative_error(got, both.T @ right.double().cpu()) <= BUDGET
     assert relative_error(parts.sums.double().sum(0), partial.double().sum(0).cpu()) <= BUDGET
+    assert torch.equal(own.products, parts.products)
+    assert relative_error(own.sums.double().sum(0), both.sum(0)) <= BUDGET

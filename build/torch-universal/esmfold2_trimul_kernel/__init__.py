@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_605983c01c"
+_BUILD_ID = "_esmfold2_trimul_kernel_6c0b41900b"
 
 
 def _load_package() -> ModuleType:

@@ -3,6 +3,7 @@
     gated_rows              stage 1, and the first stage of the transition
     row_linear              the second stage of the transition
     transition              both in one
+    swiglu_backward         the transition's backward as far as dp, du
     gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
     input_backward          and from there to dx; the transition's too
     ln_residual             stage 3
@@ -49,6 +50,7 @@ _TAKEN = {
     "row_products": (_16_BITS, range(128, 2049, 128)),
     "row_linear": (_16_BITS, range(64, 8193, 64)),
     "transition": (_16_BITS, (128, 192, 256)),
+    "swiglu_backward": (_16_BITS, (128, 192, 256)),
 }
 _plain_only = False
 

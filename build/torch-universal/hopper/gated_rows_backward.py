@@ -77,7 +77,7 @@ _BY_16, _BY_8, _BY_4 = _exchange(16), _exchange(8), _exchange(4)
 
 
 @gluon.jit
-def _share(blocks):
+def share_of(blocks):
     """This program's blocks of `blocks`, which are (all, those of a program): from, to."""
     begin = gl.program_id(0) * blocks[1]
     return begin, gl.minimum(begin + blocks[1], blocks[0])
@@ -138,7 +138,7 @@ def _consume(
     x_full, grad_full, ring_full = loaded
     x_empty, grad_empty, ring_empty = freed
     R, J, per_row = pairs
-    begin, end = _share(blocks)
+    begin, end = share_of(blocks)
     zero = gl.zeros([64, 2 * BLOCK_N], gl.float32, ACC)
     column = gl.arange(0, 2 * BLOCK_N, layout=gl.SliceLayout(0, AT_COLUMNS))
     column = gl.where(column < BLOCK_N, column, column - BLOCK_N + N)
@@ -232,7 +232,7 @@ def _load_weights(
     weights, further, ring, extras, full, empty, blocks,
     N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    begin, end = _share(blocks)
+    begin, end = share_of(blocks)
     stage = 0
     phase = 1
     for block in range(begin, end):
@@ -247,7 +247,7 @@ def _load_rows(
     C: gl.constexpr, STEPS: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = x.layout
-    begin, end = _share(blocks)
+    begin, end = share_of(blocks)
     phase = 1
     for group in range(begin // STEPS, (end + STEPS - 1) // STEPS):
         for me in range(CONSUMERS):
@@ -267,7 +267,7 @@ def _load_grads(
 ):  # fmt: skip
     LAYOUT: gl.constexpr = planes.layout
     STEPS: gl.constexpr = N // BLOCK_N
-    begin, end = _share(blocks)
+    begin, end = share_of(blocks)
     stage = 0
     phase = 1
     for block in range(begin, end):

@@ -64,16 +64,29 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _normalise(
-    x_slots, eps, norm_weight_ptr, norm_bias_ptr, C: gl.constexpr, ME: gl.constexpr
+def normalise(
+    x_slots, eps, norm_weight_ptr, norm_bias_ptr, hat_ptr, moments, row, inside,
+    C: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """z over the rows of x of a consumer."""
+    """z over the rows of x of a consumer.
+
+    If there are `moments`, (pointer to means, to rstds), those of the first `inside` rows are
+    stored as row `row` and following, and x^ [..., C] too if there is a `hat_ptr`.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     mean, rstd = statistics(x_slots, ME, eps, C, False, LAYOUT)
+    if moments is not None:
+        offs = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+        stored = offs < inside
+        gl.store(moments[0] + row + offs, mean, mask=stored)
+        gl.store(moments[1] + row + offs, rstd, mask=stored)
     for k in gl.static_range(C // _STEP):
         slot = x_slots.index(ME * (C // _STEP) + k)
         z = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
         channels = k * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, LAYOUT))
+        if hat_ptr is not None:
+            ptrs = hat_ptr + (row + offs).expand_dims(1) * C + channels.expand_dims(0)
+            gl.store(ptrs, z.to(x_slots.dtype), mask=stored.expand_dims(1))
         if norm_weight_ptr is not None:
             z = z * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
         if norm_bias_ptr is not None:
@@ -142,7 +155,7 @@ def _free(empty, stage, START: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def _half(slot, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+def half(slot, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
     """The lower or upper 64 rows of a stage of the ring."""
     return viewed(slot, [2, _STEP, _STEP], LAYOUT).index(WHICH)
 
@@ -200,7 +213,7 @@ def _consume(
             columns = start * 2 + gl.minimum(gl.maximum(length - start, 0), 64)
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
-        _normalise(x_slots, eps, norm_weight_ptr, norm_bias_ptr, C, ME)
+        normalise(x_slots, eps, norm_weight_ptr, norm_bias_ptr, None, None, 0, 0, C, ME)
         mbarrier.wait(turns.index(ME), turn_phase)
         turn_phase ^= 1
         begun = stage
@@ -265,7 +278,7 @@ def _consume(
                         # Beyond the length the operands may be NaN.
                         j = gl.arange(0, 64, layout=gl.SliceLayout(1, PART))
                         update = gl.where((j < columns % 128).expand_dims(1), update, 0.0)
-                    made = _half(ring.index(stage), (part * CONSUMERS + ME) % 2, LAYOUT)
+                    made = half(ring.index(stage), (part * CONSUMERS + ME) % 2, LAYOUT)
                     if RESIDUAL:
                         update = update + made.load(PART).to(gl.float32)
                     made.store(update.to(DTYPE))
@@ -285,7 +298,7 @@ def _consume(
 
 
 @gluon.jit
-def _load_projections(
+def load_projections(
     up_weight, gate_weight, ring, full, empty, stage, phase, step, C: gl.constexpr
 ):  # fmt: skip
     """The rows of both projections for a step's hidden channels, 64 summed channels a stage."""
@@ -302,7 +315,7 @@ def _load_projections(
 
 
 @gluon.jit
-def _load_down(down_weight, ring, full, empty, stage, phase, step, BLOCKS: gl.constexpr):
+def load_down(down_weight, ring, full, empty, stage, phase, step, BLOCKS: gl.constexpr):
     """Their columns of the last projection, 128 rows a stage."""
     for n in gl.static_range(BLOCKS):
         mbarrier.wait(empty.index(stage), phase)
@@ -335,11 +348,11 @@ def _load_weights(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for step in range(STEPS + 1):
             if step > 0:
-                stage, phase = _load_down(
+                stage, phase = load_down(
                     down_weight, ring, full, empty, stage, phase, step - 1, BLOCKS
                 )
             if step < STEPS:
-                stage, phase = _load_projections(
+                stage, phase = load_projections(
                     up_weight, gate_weight, ring, full, empty, stage, phase, step, C
                 )
         if RESIDUAL:
@@ -352,7 +365,7 @@ def _load_weights(
                 entry, i, start, first, _ = _place(
                     tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, B, R, J, per_row
                 )
-                made = _half(ring.index(stage), piece % 2, HALF_LAYOUT)
+                made = half(ring.index(stage), piece % 2, HALF_LAYOUT)
                 load_tile(
                     residual, [entry, i, start, piece // CONSUMERS * _STEP], full.index(stage),
                     viewed(made, [1, 1, 64, _STEP], LAYOUT),
@@ -382,8 +395,8 @@ def _load_rows(
 
 @gluon.jit(
     do_not_specialize=[
-        "norm_weight_ptr", "norm_bias_ptr", "up_bias_ptr", "gate_bias_ptr", "down_bias_ptr",
-        "lengths_ptr", "eps", "B", "R", "J", "per_row", "tiles",
+        "up_bias_ptr", "gate_bias_ptr", "down_bias_ptr", "lengths_ptr", "eps", "B", "R", "J",
+        "per_row", "tiles",
     ]
 )  # fmt: skip
 def _transition_hopper_kernel(

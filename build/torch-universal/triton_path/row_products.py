@@ -187,7 +187,7 @@ def prepare_row_products(
     width_n += width_last
     device = device_target(left.device)
     stage = "row_products_and_sums" if with_sums else "row_products"
-    variants = hopper.variants("row_products", "takes", right, left, right, last, partial)
+    variants = hopper.variants("row_products", "takes", right, left, right, last)
     if config is None:
         width = max(width_n, width_k)
         config = setting_of(stage, left, width, math.isqrt(rows), 1, variants)
@@ -195,7 +195,7 @@ def prepare_row_products(
         programs = device.multiprocessors
     if hopper.is_variant(config, variants):
         variant, count = hopper.kernels("row_products"), 0 if parts is None else len(parts.products)
-        return variant.prepare(left, right, programs, count, partial, last, config)
+        return variant.prepare(left, right, programs, count, with_sums, partial, last, config)
     block_m = config.block_m
     block_n = block_of(config.block_n, width_n)
     block_k = block_of(config.block_k, width_k)

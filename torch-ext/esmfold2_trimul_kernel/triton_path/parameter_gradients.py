@@ -45,8 +45,8 @@ def _projection_gradients_kernel(
 
     The three have FIRST, SECOND, LAST rows: parts [P, FIRST + SECOND + LAST, K]; sums [P, ...] of
     the rows of the first two, and last_sums [last_P, ...] of the last. That of other rows has
-    OTHER: parts [other_P, OTHER, OTHER_K]. The shares of dg and db are norm_parts [blocks, 2, K].
-    Gradients of biases are optional.
+    OTHER: parts [other_P, OTHER, OTHER_K], and sums where its bias or norm has a gradient. The
+    shares of dg and db are norm_parts [blocks, 2, K]. Gradients of biases are optional.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     OTHER_BLOCKS_K: tl.constexpr = (OTHER_K + BLOCK_K - 1) // BLOCK_K
@@ -121,11 +121,12 @@ def _projection_gradients_tile(
     valid_n = offs_n < count
     row = (base + offs_n).to(tl.int64)
     sums = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, end, BLOCK_R):
-        part = start + tl.arange(0, BLOCK_R)
-        valid = (part < end)[:, None] & valid_n[None, :]
-        ptrs = sums_ptr + (part.to(tl.int64) * stride_sums)[:, None] + offs_n[None, :]
-        sums += tl.sum(tl.load(ptrs, mask=valid, other=0.0), 0)
+    if sums_ptr is not None:
+        for start in range(0, end, BLOCK_R):
+            part = start + tl.arange(0, BLOCK_R)
+            valid = (part < end)[:, None] & valid_n[None, :]
+            ptrs = sums_ptr + (part.to(tl.int64) * stride_sums)[:, None] + offs_n[None, :]
+            sums += tl.sum(tl.load(ptrs, mask=valid, other=0.0), 0)
     products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, P, AHEAD):
         for ahead in tl.static_range(AHEAD):  # loaded together, added in order
@@ -199,7 +200,9 @@ class Sums(NamedTuple):
     """What the gradients of projections are made of."""
 
     names: Projections
-    parts: RowParts  # of the rows' gradient: its products with the normalised rows, its sums [P, N]
+    # Of the rows' gradient: its products with the normalised rows, and its sums [P, N], which a
+    # second set with no bias and no norm may lack.
+    parts: RowParts
     last_sums: Tensor | None = None  # [P', N] of the last projection's rows, if not in `parts`
 
 
@@ -316,9 +319,9 @@ def _set_of(sums: Sums, weights: NamedTuple, dtype: torch.dtype | None) -> _Set:
     return _Set(sums, given, grads, biases, norm, norm_grads, norm_parts, blocks)
 
 
-def _last_sums(of_set: _Set) -> Tensor:
+def _last_sums(of_set: _Set) -> Tensor | None:
     parts, last_sums = of_set.sums.parts, of_set.sums.last_sums
-    if last_sums is not None:
+    if last_sums is not None or parts.sums is None:
         return last_sums
     return parts.sums[:, parts.products.shape[1] - of_set.weights[-1].shape[0] :]
 
@@ -342,8 +345,9 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
         count, other_width = weight.shape
         programs += other.blocks * triton.cdiv(other_width, _BLOCK_K)
         values |= dict(
-            other_P=sums.shape[0], other_stride_sums=sums.stride(0), stride_other=weight.stride(0)
-        )
+            other_P=other.sums.parts.products.shape[0], stride_other=weight.stride(0),
+            other_stride_sums=0 if sums is None else sums.stride(0),
+        )  # fmt: skip
     return PreparedLaunch(
         _projection_gradients_kernel,
         programs,

@@ -15,7 +15,9 @@ The backward keeps nothing of the forward. In chunks of rows, with G the output'
     row_products        dWd += G^T h, and P += [dp, du]^T x^, from which the other gradients come
     input_bwd           dz = dp Wg + du Wu, and dx
 
-Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 256 MiB). Sums
+On Hopper GPUs the setting of `swiglu_bwd` may be one kernel for it and `swiglu_hidden`.
+
+Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 512 MiB). Sums
 over rows are in fp32, in a fixed order.
 """
 
@@ -34,6 +36,7 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, setting_of
 from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
+from ..triton_parts.settings import LaunchConfig
 from ..validation import pairs_within
 from .gradients import likeness
 from .input_backward import input_bwd, prepare_input_bwd
@@ -48,7 +51,7 @@ from .swiglu_hidden import swiglu_hidden
 # L = 512, forward chunks of 64 MiB took 7 % longer than no chunks, of 128 MiB 3 %. A backward's
 # chunks make more, with more launches.
 _FORWARD_CHUNK = (1.0, 2**26, 2**28)
-_BACKWARD_CHUNK = (2.8, 2**28, 2**30)
+_BACKWARD_CHUNK = (2.8, 2**29, 2**30)
 # The kernels find a row's pair by a division in fp32, exact up to this many columns.
 _MOST_COLUMNS = 2**17
 _SETS = {
@@ -173,7 +176,10 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
 
     with current_device(call.x):
         launches = launches_of(call, "transition_bwd", needs, likeness(grad_out))
-        arguments = (*call.flat(), grad_out, _turned(call.weights.down_weight))
+        turned = None
+        if _fused_setting(call) is None:
+            turned = _turned(call.weights.down_weight)
+        arguments = (*call.flat(), grad_out, turned)
         found = dict(zip(names, run_recorded(launches, schedule, arguments), strict=True))
     if "x" in needs:
         found["x"] = found["x"].view(shape)
@@ -185,28 +191,39 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
+def _fused_setting(call: Transition) -> LaunchConfig | None:
+    """The setting of one kernel for the projections and their backward, if that is the setting."""
+    x = call.x
+    variants = hopper.variants("swiglu_backward", "takes", x, call)
+    length = math.isqrt(x.shape[:3].numel())
+    config = setting_of("swiglu_bwd", x, x.shape[3], length, 1, variants)
+    return config if hopper.is_variant(config, variants) else None
+
+
 def _run_backward(
     call: Transition,
     grad_out: Tensor,
-    down_turned: Tensor,
+    down_turned: Tensor | None,
     needs: frozenset[str],
     launches: Launches,
 ) -> dict[str, Tensor]:
+    """`backward` in chunks; `down_turned` is Wd^T, or None where one kernel needs no such."""
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
     into = weights.gate_weight, weights.up_weight
+    fused = _fused_setting(call) if down_turned is None else None
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
 
     parts: dict[str, RowParts] = {}
 
-    def add_products(which: str, left: Tensor, right: Tensor) -> None:
+    def add_products(which: str, left: Tensor, right: Tensor, with_sums: bool) -> None:
         earlier = parts.get(which)
         prepared = launches.of(
             ("row_products", which, left.shape[0], left.data_ptr() % 16, earlier is None),
-            prepare_row_products, left, right, call.precision, None, True, earlier,
+            prepare_row_products, left, right, call.precision, None, with_sums, earlier,
         )  # fmt: skip
         parts[which] = row_products(left, right, prepared, earlier)
 
@@ -229,17 +246,24 @@ def _run_backward(
         pair = empty(count, 2 * hidden)
         moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
         hat_x = empty(count, channels) if of_parameters else None
-        swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
         hidden_rows = empty(count, hidden) if of_down else None
-        prepared = launches.of(
-            ("swiglu_bwd", count, grad.data_ptr() % 16),
-            prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
-        )  # fmt: skip
-        swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
+        if fused is not None:
+            variant = hopper.kernels("swiglu_backward")
+            prepared = launches.of(
+                ("swiglu_bwd", *kind), variant.prepare, part, grad, of_down, fused
+            )
+            variant.launch(part, prepared, grad, pair, moments, hat_x, hidden_rows)
+        else:
+            swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
+            prepared = launches.of(
+                ("swiglu_bwd", count, grad.data_ptr() % 16),
+                prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
+            )  # fmt: skip
+            swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
         if of_parameters:
-            add_products("in", pair, hat_x)
+            add_products("in", pair, hat_x, True)
         if of_down:
-            add_products("down", grad, hidden_rows)
+            add_products("down", grad, hidden_rows, weights.down_bias is not None)
         if "x" in needs:
             grad_x = found["x"][entries, rows]
             # One sequence [R, J, C] to the kernel: the entries of a chunk are whole where several.
@@ -310,7 +334,9 @@ def plan_training(call: Transition) -> list:
     """The launches of `plan` and of `backward`, as `Plan.launches`, for all gradients."""
     names = [name for name, value in call.weights._asdict().items() if value is not None]
     backward_call = for_kernels(_merged(twin_of(call._replace(residual=None))))
-    turned = _turned(backward_call.weights.down_weight)
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
+        turned = None
+        if _fused_setting(backward_call) is None:
+            turned = _turned(backward_call.weights.down_weight)
         _run_backward(backward_call, backward_call.x, turned, frozenset({"x", *names}), launches)
     return plan(call).launches + launches.launched
