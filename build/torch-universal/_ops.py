@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6c0b41900b"
+_NAMESPACE = "_esmfold2_trimul_kernel_02b9065655"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6c0b41900b"
+_BUILD_ID = "_esmfold2_trimul_kernel_02b9065655"
 
 
 def _load_package() -> ModuleType:

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import device_target
+from .direct import direct
 from .settings import LaunchConfig, pick_config, shape_of
 
 _MOST_BASED = 32  # descriptors that a placed launch keeps
@@ -75,6 +76,7 @@ class PreparedLaunch:
             if descriptor is not None
         ]
         self._run: Callable[..., None] | None = None  # launches what is compiled
+        self._based = _BasedDescriptors()
 
     def launch(self, **tensors: Tensor | None) -> None:
         """Launches on the current device and stream; takes every tensor by its parameter's name.
@@ -82,17 +84,21 @@ class PreparedLaunch:
         Raises:
             TypeError: a tensor that the kernel lacks, or a missing one.
         """
-        arguments = self._with(tensors)
         if self._run is None:
             grid = (self.programs, 1, 1)
+            arguments = self._with(tensors)
             compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
             # The interpreter returns None, so that every launch takes this branch.
-            self._run = None if compiled is None else compiled[grid]
+            self._run = None if compiled is None else direct(compiled, grid)
         else:
             # As addresses: of a tensor Triton asks the driver, which takes longer.
+            arguments = self._named(tensors)
             for place in self._pointers:
                 if arguments[place] is not None:
                     arguments[place] = arguments[place].data_ptr()
+            for place, descriptor in self._descriptors:
+                address = arguments[place].data_ptr()
+                arguments[place] = self._based.at(place, descriptor, address)
             self._run(*arguments, *self.constants.values())
 
     def compile(self, **tensors: Tensor | None) -> Any:
@@ -113,14 +119,18 @@ class PreparedLaunch:
 
     def _with(self, tensors: dict[str, Tensor | None]) -> list[Any]:
         """The run-time arguments, in the kernel's order."""
+        arguments = self._named(tensors)
+        for place, descriptor in self._descriptors:
+            arguments[place] = _based(descriptor, arguments[place])
+        return arguments
+
+    def _named(self, tensors: dict[str, Tensor | None]) -> list[Any]:
+        """The same, with tensors in place of descriptors."""
         named = {**self._arguments, **tensors}  # an unknown name makes it longer
         if len(tensors) != len(self._tensors) or len(named) != len(self._arguments):
             wanted = ", ".join(self._tensors)
             raise TypeError(f"tensors must be {wanted}; got {', '.join(tensors)}")
-        arguments = list(named.values())
-        for place, descriptor in self._descriptors:
-            arguments[place] = _based(descriptor, arguments[place])
-        return arguments
+        return list(named.values())
 
 
 def _based(descriptor: TensorDescriptor, tensor: "Tensor | _Address") -> TensorDescriptor:
@@ -138,6 +148,19 @@ class _Address:
 
     def data_ptr(self) -> int:
         return self._address
+
+
+class _BasedDescriptors(dict[tuple[int, int], TensorDescriptor]):
+    """Descriptors by parameter and address: an allocator gives the same memory again and again."""
+
+    def at(self, place: int, descriptor: TensorDescriptor, address: int) -> TensorDescriptor:
+        """The descriptor of a parameter, for a tensor at this address."""
+        based = self.get((place, address))
+        if based is None:
+            if len(self) >= _MOST_BASED:
+                self.clear()
+            based = self[place, address] = _based(descriptor, _Address(address))
+        return based
 
 
 class Place(NamedTuple):
@@ -179,8 +202,7 @@ class PlacedLaunch:
             (at, descriptor, given[at].base.memory, given[at].base.offset)
             for at, descriptor in prepared._descriptors
         ]
-        # Descriptors by parameter and address: an allocator gives the same memory again and again.
-        self._based: dict[tuple[int, int], TensorDescriptor] = {}
+        self._based = _BasedDescriptors()
 
     def launch(self, memories: Sequence[Any], addresses: list[int]) -> None:
         """Launches with tensors of these memories, which begin at these addresses."""
@@ -194,13 +216,7 @@ class PlacedLaunch:
         for at, memory, offset in self._pointers:
             arguments[at] = addresses[memory] + offset
         for at, descriptor, memory, offset in self._descriptors:
-            key = at, addresses[memory] + offset
-            based = self._based.get(key)
-            if based is None:
-                if len(self._based) >= _MOST_BASED:
-                    self._based.clear()
-                based = self._based[key] = _based(descriptor, _Address(key[1]))
-            arguments[at] = based
+            arguments[at] = self._based.at(at, descriptor, addresses[memory] + offset)
         run(*arguments)
 
 
