@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_02b9065655"
+_NAMESPACE = "_esmfold2_trimul_kernel_fdc0fd7d0c"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_02b9065655"
+_BUILD_ID = "_esmfold2_trimul_kernel_fdc0fd7d0c"
 
 
 def _load_package() -> ModuleType:

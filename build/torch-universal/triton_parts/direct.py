@@ -1,8 +1,8 @@
 """Launches of what is compiled, without encoding its tensor descriptors again.
 
 Triton's own launch walks over all arguments in Python, encodes each descriptor, makes what a
-profiler's hooks would get, and calls the hooks, of which there are none as a rule: for a kernel with
-several descriptors that is two thirds of the host's time. Here a descriptor keeps its encoding.
+profiler's hooks would get, and calls the hooks, of which there are none as a rule. With several
+descriptors that is two thirds of the host's time. Here a descriptor keeps its encoding.
 """
 
 import inspect
