@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_fdc0fd7d0c"
+_NAMESPACE = "_esmfold2_trimul_kernel_ddbf01298a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -27,8 +27,9 @@ import json, torch
 from esmfold2_trimul_tools.repository import find_root, load_kernel, submodule
 
 package = load_kernel(find_root())
-path, device, call_ = (
-    submodule(package, name) for name in ("triton_path", "triton_parts.device", "_call")
+path, device, call_, rehearsal = (
+    submodule(package, name)
+    for name in ("triton_path", "triton_parts.device", "_call", "triton_parts.rehearsal")
 )
 
 
@@ -36,8 +37,7 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def taken(channels=256, hidden=None, dtype=torch.bfloat16, pitch=0, bias=False, target="sm_90"):
-    hidden = hidden or 4 * channels
+def call_of(channels, hidden, dtype, pitch, bias):
     weights = {
         "norm_weight": empty(channels, dtype=torch.float32),
         "gate_weight": empty(hidden, channels, dtype=dtype),
@@ -46,16 +46,28 @@ def taken(channels=256, hidden=None, dtype=torch.bfloat16, pitch=0, bias=False, 
         "down_bias": empty(channels, dtype=dtype) if bias else None,
     }
     names = call_.TransitionWeights._fields
-    call = call_.Transition(
+    return call_.Transition(
         x=empty(1, 40, 40, channels, dtype=dtype), residual=None, eps=1e-5, precision="fp32",
         inplace=False, lengths=None,
         weights=call_.TransitionWeights(**{name: weights.get(name) for name in names}),
     )
+
+
+def taken(channels=256, hidden=None, dtype=torch.bfloat16, pitch=0, bias=False, target="sm_90"):
+    call = call_of(channels, hidden or 4 * channels, dtype, pitch, bias)
     with device.standing_in(device.target_of(target, "any", 132)):
         launches = [launch for launch, _ in path.transition.plan_training(call)]
     stages = [launch.stage for launch in launches]
     launches = launches[stages.index("swiglu_bwd") - ("swiglu_bwd" not in stages[:2]) :]
     return [launch.stage + (" hopper" if launch.variant else "") for launch in launches]
+
+
+def unaligned_gradient():
+    call = call_of(256, 1024, torch.bfloat16, 0, False)
+    grad = empty(call.x.numel() + 1)[1:].view(call.x.shape)
+    with rehearsal.rehearsal(device.target_of("sm_90", "any", 132)) as launches, torch.no_grad():
+        path.transition._run_backward(call, grad, None, frozenset({"x", "down_weight"}), launches)
+    return [launch.stage + (" hopper" if launch.variant else "") for launch, _ in launches.launched]
 
 
 print(json.dumps({
@@ -67,6 +79,7 @@ print(json.dumps({
     "fewer hidden channels": taken(hidden=64),
     "ragged hidden channels": taken(hidden=1000),
     "unaligned": taken(pitch=4),
+    "an unaligned gradient": unaligned_gradient(),
     "wider": taken(320),
     "narrower": taken(64),
     "float32": taken(dtype=torch.float32),
@@ -74,7 +87,8 @@ print(json.dumps({
 }))
 """
 TAKEN_BY = {
-    "wide", "narrow", "between", "float16", "a bias of the output", "fewer hidden channels"
+    "wide", "narrow", "between", "float16", "a bias of the output", "fewer hidden channels",
+    "an unaligned gradient",
 }  # fmt: skip
 
 
@@ -83,7 +97,7 @@ def test_what_it_takes():
     path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
     found = json.loads(python_output(TAKEN, PYTHONPATH=path))
     assert {name for name, stages in found.items() if "swiglu_bwd hopper" in stages} == TAKEN_BY
-    assert len(found) == 12
+    assert len(found) == 13
     for name, stages in found.items():
         assert (name in TAKEN_BY) != ("swiglu_hidden" in stages), name
     assert found["wide"].count("row_products hopper") == 2
@@ -208,6 +222,18 @@ def test_gates_that_are_open_or_shut(gradients, dtype):
     assert all(bool(value.isfinite().all()) for value in got.values())
     plain = gradients(problem, plain=True)
     assert_no_worse([(got, plain, reference_gradients(problem, grad_of(problem)))], 1.02)
+
+
+@on_hopper
+def test_a_gradient_of_any_alignment(kernel, gradients):
+    """As the backward of a concatenation gives it."""
+    problem = make_transition((300, 128), 512, dtype=BF16).to("cuda")
+    wanted = gradients(problem)
+    leaf = problem.x.requires_grad_()
+    out = torch.cat([leaf.new_zeros(1), problem.run(kernel).flatten()])
+    grad = torch.cat([leaf.new_zeros(1), grad_of(problem).to("cuda").flatten()])
+    (got,) = torch.autograd.grad(out, leaf, grad)
+    assert torch.equal(got.cpu(), wanted["x"])
 
 
 @on_hopper

@@ -143,7 +143,8 @@ def assert_settings_fit(target, cases, **options):
             assert row["pipelined"] and row["bulk_copies"] > 0, row
             # The newest Triton may spill what `problems` allows.
             wide = row["kernel"] == "fused_ln_residual" and "C=512" in row["case"]
-            once = row["kernel"] in ("transition", "swiglu_bwd") or wide
+            backward = row["kernel"] == "swiglu_bwd" and "C=256" in row["case"]
+            once = row["kernel"] == "transition" or backward or wide
             assert not row["spills_in_loop"] or once or options, row
         elif target == "sm_90" and row["kernel"] in BY_DESCRIPTORS and not options:
             assert row["config"]["DESCRIPTORS"] or "bfloat16 C=256 L=512" not in row["case"], row

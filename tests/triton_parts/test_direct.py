@@ -95,12 +95,10 @@ def arguments_at(address):
 
 
 def comparable(given):
-    """What a launcher got, without what is for hooks, as tuples."""
-    return [
-        tuple(one) if isinstance(one, list) else one
-        for one in given
-        if type(one).__name__ not in ("LazyDict", "HookChain") and one is not None
-    ]
+    """What a launcher got, place by place: None for what hooks get, and for hooks; tuples."""
+    of_hooks = "LazyDict", "HookChain"
+    made = [None if type(one).__name__ in of_hooks else one for one in given]
+    return [tuple(one) if isinstance(one, list) else one for one in made]
 
 
 @pytest.mark.parametrize("signature", [SIGNATURE, {"n": "i32", "y": "*fp32", "C": "constexpr"}])

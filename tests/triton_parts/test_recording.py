@@ -140,6 +140,16 @@ def test_a_descriptor_is_based_on_an_address(submodule, monkeypatch):
     assert all(type(one) is type(descriptor) and one.block_shape == [16, 16] for one in found)
     with pytest.raises(TypeError, match="tensors must be x; got y"):
         launch.PlacedLaunch(prepared, {"y": place})
+    # And in a launch by tensors.
+    seen.clear()
+    one, other = torch.zeros(64, 16), torch.zeros(64, 16)
+    for tensor in (one, other, one):
+        prepared.launch(x=tensor)
+    found = [based for based, _ in seen]
+    assert [based.base.data_ptr() for based in found] == [
+        tensor.data_ptr() for tensor in (one, other, one)
+    ]
+    assert found[2] is found[0] is not found[1] and descriptor.base is None
 
 
 def test_buffers_that_live_together_lie_apart(subject):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_fdc0fd7d0c"
+_BUILD_ID = "_esmfold2_trimul_kernel_ddbf01298a"
 
 
 def _load_package() -> ModuleType:

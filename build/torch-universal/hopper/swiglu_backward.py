@@ -11,9 +11,9 @@ u are not rounded: they never leave the registers.
 The work is cut into blocks: 64 hidden channels for two tiles of 64 pairs, a tile for each consumer.
 A program has an equal share of all blocks, in order, and begins and ends within a tile. The weights
 stream past once for both tiles, through a ring, whose stages are freed while a step's products go
-on; the ring has room for little more than one step, so that turns at the matrix unit, as elsewhere,
-would have one consumer wait for weights that the other still holds. A consumer writes z over x in
-shared memory, and keeps G in registers: G's memory takes the blocks on their way out.
+on. At 256 channels it has room for one step, so that turns at the matrix unit, as elsewhere, would
+have one consumer wait for weights that the other still holds. A consumer writes z over x in shared
+memory, and keeps G in registers: G's memory takes the blocks on their way out.
 """
 
 from typing import Any

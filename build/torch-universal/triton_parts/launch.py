@@ -18,7 +18,7 @@ from .device import device_target
 from .direct import direct
 from .settings import LaunchConfig, pick_config, shape_of
 
-_MOST_BASED = 32  # descriptors that a placed launch keeps
+_MOST_BASED = 512  # descriptors that a launch keeps: several for each layer of a model
 
 
 class PreparedLaunch:

@@ -17,8 +17,8 @@ The backward keeps nothing of the forward. In chunks of rows, with G the output'
 
 On Hopper GPUs the setting of `swiglu_bwd` may be one kernel for it and `swiglu_hidden`.
 
-Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (or 512 MiB). Sums
-over rows are in fp32, in a fixed order.
+Peak beyond the arguments: dx and a chunk's rows, 2.8 more tensors of x's size (at least 512 MiB, at
+most 1 GiB). Sums over rows are in fp32, in a fixed order.
 """
 
 import math
@@ -33,7 +33,7 @@ from .._call import TRANSITION_DIFFERENTIABLE, Transition, TransitionWeights
 from .._plan import Plan
 from ..hopper.padding import fill_padding
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import Launches, setting_of
+from ..triton_parts.launch import Launches, has_descriptor, setting_of
 from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
 from ..triton_parts.settings import LaunchConfig
@@ -241,6 +241,8 @@ def _run_backward(
             part = part._replace(x=torch.where(within, part.x, 0), lengths=None)
             grad = torch.where(within, grad, 0)
         grad = grad.reshape(count, channels).contiguous()
+        if fused is not None and not has_descriptor(grad):
+            grad = grad.clone()
         kind = (part.x.shape, part.x.data_ptr() % 16, grad.data_ptr() % 16)
         # p and u, then dp and du.
         pair = empty(count, 2 * hidden)

@@ -40,8 +40,9 @@ MAX_LOOP_SPILL_BYTES = 24
 # tiles of half the width, which spill nothing, 1.31.
 MAX_SPLIT_LOOP_SPILL_BYTES = 200
 # In Hopper's kernel of the transition's backward with 256 channels: read once a tile, outside of
-# the loop over hidden channels. With 216 bytes, read in that loop too, it took 1.7 ms for 1.4.
-MAX_TILE_SPILL_BYTES = 56
+# the loop over hidden channels (with biases, of which no case has any, one register in it). With
+# 216 bytes, read in that loop too, it took 1.7 ms for 1.4.
+MAX_TILE_SPILL_BYTES = 64
 _INSTRUCTION_BYTES = 16  # of NVIDIA's machine code
 
 
@@ -428,7 +429,7 @@ def problems(rows: list[dict]) -> list[str]:
         most = MAX_LOOP_SPILL_BYTES
         if row["kernel"] == "fused_ln_residual" and "fp16x3" in row["case"]:
             most = MAX_SPLIT_LOOP_SPILL_BYTES
-        elif row["kernel"] == "swiglu_bwd" and row.get("config", {}).get("VARIANT") == "hopper":
+        elif row["kernel"] == "swiglu_bwd" and "C=256" in row["case"]:
             most = MAX_TILE_SPILL_BYTES
         if row["spills_in_loop"] and row["spill_bytes"] > most:
             found.append(f"{where}: registers spill inside a loop")

@@ -2,7 +2,7 @@
 
 Triton's own launch walks over all arguments in Python, encodes each descriptor, makes what a
 profiler's hooks would get, and calls the hooks, of which there are none as a rule. With several
-descriptors that is two thirds of the host's time. Here a descriptor keeps its encoding.
+descriptors that is most of the host's time. Here a descriptor keeps its encoding.
 """
 
 import inspect
@@ -80,6 +80,8 @@ def _parts_of(compiled: Any) -> _Parts | None:
     ]
     launcher, metas = run.launch, []
     if places:
+        if not inspect.isfunction(launcher):
+            return None
         inside = inspect.getclosurevars(launcher).nonlocals
         launcher, metas = inside.get("launcher"), inside.get("tensordesc_meta") or []
     if (
