@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_ddbf01298a"
+_NAMESPACE = "_esmfold2_trimul_kernel_8db5c04b7b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

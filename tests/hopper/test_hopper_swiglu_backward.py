@@ -1,16 +1,17 @@
 """The Hopper variant of the transition's backward: what it takes; on a GPU, its gradients."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 from fresh_process import ROOT, python_output
+from gradients_of_calls import grad_of_output
 from helpers import (
     assert_no_worse,
     leaves_of,
     memory_of_no_numbers,
     reference_gradients,
-    seeded,
     with_leaves,
 )
 from transitions import BIASES, NORMS, make_transition
@@ -66,7 +67,8 @@ def unaligned_gradient():
     call = call_of(256, 1024, torch.bfloat16, 0, False)
     grad = empty(call.x.numel() + 1)[1:].view(call.x.shape)
     with rehearsal.rehearsal(device.target_of("sm_90", "any", 132)) as launches, torch.no_grad():
-        path.transition._run_backward(call, grad, None, frozenset({"x", "down_weight"}), launches)
+        fused, needs = path.transition._fused_setting(call), frozenset({"x", "down_weight"})
+        path.transition._run_backward(call, grad, None, fused, needs, launches)
     return [launch.stage + (" hopper" if launch.variant else "") for launch, _ in launches.launched]
 
 
@@ -115,13 +117,11 @@ def gradients(kernel, submodule):
         launches = submodule("triton_path.launches")._launches
         launches.clear()
         problem = with_leaves(problem, leaves)
-        grad = grad_of(problem).to("cuda")
-        if plain:
-            with submodule("hopper").without_variants():
-                found = torch.autograd.grad(problem.run(kernel), list(leaves.values()), grad)
-        else:
+        grad = grad_of_output(problem).to("cuda")
+        hopper = submodule("hopper")
+        with hopper.without_variants() if plain else contextlib.nullcontext():
             found = torch.autograd.grad(problem.run(kernel), list(leaves.values()), grad)
-            assert any(ran_fused(one) for one in launches.values())
+        assert plain != any(ran_fused(one) for one in launches.values())
         return {name: value.cpu() for name, value in zip(leaves, found, strict=True)}
 
     return compute
@@ -132,10 +132,6 @@ def ran_fused(launches):
     steps = getattr(launches.recording, "_steps", [])
     prepared = [*launches.values(), *[step._prepared for step in steps]]
     return any(one.stage == "swiglu_bwd" and one.variant == "hopper" for one in prepared)
-
-
-def grad_of(problem):
-    return torch.randn(problem.x.shape, generator=seeded(5)).to(problem.x.dtype)
 
 
 CALLS = {
@@ -162,7 +158,7 @@ def test_no_worse_than_the_plain_kernels(gradients, name, dtype):
         got, again = gradients(problem), gradients(problem)
         plain = gradients(problem, plain=True)
     assert all(torch.equal(got[name], again[name]) for name in got)
-    assert_no_worse([(got, plain, reference_gradients(problem, grad_of(problem)))], 1.02)
+    assert_no_worse([(got, plain, reference_gradients(problem, grad_of_output(problem)))], 1.02)
 
 
 @on_hopper
@@ -179,7 +175,7 @@ def test_chunks(gradients, submodule, monkeypatch, channels):
         monkeypatch.setattr(path, "_BACKWARD_CHUNK", (1e-9, size, size))
         got = gradients(problem)
         monkeypatch.undo()
-        exact = reference_gradients(problem, grad_of(problem))
+        exact = reference_gradients(problem, grad_of_output(problem))
         assert_no_worse([(got, whole, exact)], 1.02)
 
 
@@ -203,7 +199,7 @@ def test_lengths(gradients, channels, lengths):
     problem = make_transition(
         (len(lengths), side, side, channels), 2 * channels, dtype=BF16, lengths=lengths
     )
-    exact = reference_gradients(problem, grad_of(problem))
+    exact = reference_gradients(problem, grad_of_output(problem))
     within = torch.arange(side) < torch.tensor(lengths)[:, None]
     within = within[:, :, None] & within[:, None, :]
     problem.x = torch.where(within[..., None], problem.x, torch.nan)
@@ -221,7 +217,7 @@ def test_gates_that_are_open_or_shut(gradients, dtype):
     got = gradients(problem)
     assert all(bool(value.isfinite().all()) for value in got.values())
     plain = gradients(problem, plain=True)
-    assert_no_worse([(got, plain, reference_gradients(problem, grad_of(problem)))], 1.02)
+    assert_no_worse([(got, plain, reference_gradients(problem, grad_of_output(problem)))], 1.02)
 
 
 @on_hopper
@@ -231,7 +227,7 @@ def test_a_gradient_of_any_alignment(kernel, gradients):
     wanted = gradients(problem)
     leaf = problem.x.requires_grad_()
     out = torch.cat([leaf.new_zeros(1), problem.run(kernel).flatten()])
-    grad = torch.cat([leaf.new_zeros(1), grad_of(problem).to("cuda").flatten()])
+    grad = torch.cat([leaf.new_zeros(1), grad_of_output(problem).to("cuda").flatten()])
     (got,) = torch.autograd.grad(out, leaf, grad)
     assert torch.equal(got.cpu(), wanted["x"])
 
@@ -245,4 +241,4 @@ def test_constant_rows_with_and_without_parameters_of_the_norm(gradients, norm):
         problem.weights |= dict.fromkeys(NORMS)
     got, plain = gradients(problem), gradients(problem, plain=True)
     assert set(got) == set(leaves_of(problem))
-    assert_no_worse([(got, plain, reference_gradients(problem, grad_of(problem)))], 1.02)
+    assert_no_worse([(got, plain, reference_gradients(problem, grad_of_output(problem)))], 1.02)

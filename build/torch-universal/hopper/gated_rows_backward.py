@@ -39,6 +39,7 @@ from ..triton_parts.launch import (
 from ..triton_parts.settings import LaunchConfig
 from .folded_norm import EXTRA, Folds
 from .parts import (
+    LOG2_E,
     REGISTERS,
     ROWS,
     Tiles,
@@ -60,7 +61,6 @@ from .parts import (
 
 _LEAST_BLOCK = 32  # of channels
 _EXTRA = gl.constexpr(EXTRA)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 def _exchange(lane: int) -> gl.constexpr:
@@ -175,7 +175,7 @@ def _consume(
                 HAT_LAYOUT: gl.constexpr = hat.layout
                 store_tile(hat, [0, i, start, 0], viewed(slot, [1, 1, 64, C], HAT_LAYOUT))
         scale = gl.convert_layout(scale, AT_ROWS)
-        gate_scale = scale * -_LOG2_E
+        gate_scale = scale * -LOG2_E
         for step in range(lo, hi):
             place = ME * GRAD_STAGES + grad_stage
             mbarrier.wait(grad_full.index(place), grad_phase)

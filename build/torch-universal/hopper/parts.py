@@ -37,6 +37,7 @@ ROWS = 64  # of a consumer's tile
 _ROWS = gl.constexpr(ROWS)
 STEP = 64  # of rings of rows: summed channels of a step, and channels of a part of the output
 _STEP = gl.constexpr(STEP)
+LOG2_E = gl.constexpr(1.4426950408889634)
 # Keeps a row's sum from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = gl.constexpr(2.0**-16)
 
@@ -396,6 +397,12 @@ def reciprocal(x):
     return gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), in two of the special function unit's instructions."""
+    return reciprocal(1.0 + gl.exp2(x * -LOG2_E))
 
 
 @gluon.jit

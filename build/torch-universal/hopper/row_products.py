@@ -45,6 +45,12 @@ _REGISTERS = 232  # of a consumer: the warp that adds up has more than one that 
 
 
 @gluon.jit
+def _columns(tile_n, BLOCK_N: gl.constexpr, ME: gl.constexpr, LAYOUT: gl.constexpr):
+    """A consumer's columns of left."""
+    return (tile_n * 2 + ME) * BLOCK_N + gl.arange(0, BLOCK_N, layout=LAYOUT)
+
+
+@gluon.jit
 def _addresses(
     parts_ptr, number, tile,
     N: gl.constexpr, K: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -53,8 +59,7 @@ def _addresses(
     """Those of a consumer's block of a part's products, and which of them exist."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     BLOCKS_K: gl.constexpr = K // BLOCK_K
-    n = (tile // BLOCKS_K * 2 + ME) * BLOCK_N
-    n = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))
+    n = _columns(tile // BLOCKS_K, BLOCK_N, ME, gl.SliceLayout(1, ACC))
     k = tile % BLOCKS_K * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ACC))
     first = parts_ptr + number.to(gl.int64) * (N * K)
     return first + (n * K).expand_dims(1) + k.expand_dims(0), (n < N).expand_dims(1)
@@ -95,8 +100,7 @@ def _consume(
     gl.store(ptrs, acc, mask=valid)
     if OWN_SUMS:
         BLOCKS_K: gl.constexpr = K // BLOCK_K
-        n = (tile // BLOCKS_K * 2 + ME) * BLOCK_N
-        n = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
+        n = _columns(tile // BLOCKS_K, BLOCK_N, ME, gl.SliceLayout(1, SUMS))
         valid = (n < N) & (tile % BLOCKS_K == 0)
         total = gl.sum(sums, 1) * (1.0 / _ONES)  # the columns are equal
         ptrs = sums_ptr + number.to(gl.int64) * N + n

@@ -16,8 +16,6 @@ have one consumer wait for weights that the other still holds. A consumer writes
 memory, and keeps G in registers: G's memory takes the blocks on their way out.
 """
 
-from typing import Any
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._call import Transition
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import PreparedLaunch, has_descriptor, pointers, strides
+from ..triton_parts.launch import PreparedLaunch, pointers, strides
 from ..triton_parts.settings import LaunchConfig
 from .gated_rows_backward import share_of
 from .parts import (
@@ -39,73 +37,68 @@ from .parts import (
     ROWS,
     STEP,
     Tiles,
+    advance,
     barriers,
-    halves,
     load_tile,
-    reciprocal,
     shared_layout,
+    sigmoid,
     store_tile,
     tile_at,
-    tma_descriptor,
     viewed,
 )
-from .transition import half, load_down, load_projections, normalise
+from .transition import (
+    descriptors_of,
+    free,
+    half,
+    load_down,
+    load_projections,
+    normalise,
+    projections,
+    takes_weights,
+)
 
 _STEP = gl.constexpr(STEP)
 _CONSUMERS = gl.constexpr(2)
 _AHEAD = gl.constexpr(2)  # groups of products that are not waited for when the next are issued
-_LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _behind(begun, phase, COUNT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):
-    """The stage COUNT behind the stage `begun`, where a step begins, and the phase there."""
-    if STAGES == PARTS + (PARTS + 1) // 2:  # all steps begin at the first
-        return COUNT % STAGES, phase ^ (COUNT // STAGES)
-    else:
-        stage = begun + COUNT
-        wraps = stage >= STAGES
-        return gl.where(wraps, stage - STAGES, stage), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
 def _issue(
-    x_slots, rows, acc, grad, ring, full, begun, phase,
+    x_slots, rows, acc, grad, ring, full, stage, phase,
     GROUP: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """Issues one group of a step's products, of 64 summed channels.
+    """Issues one group of a step's products, of 64 summed channels; the next stage.
 
     The first C / 64 groups are the product of z with both projections to the step's hidden
     channels, side by side, with a stage for each. The others are dh, the product of G with 64
     columns of Wd, 128 of whose rows are a stage.
     """
     PARTS: gl.constexpr = C // _STEP
-    LAYOUT: gl.constexpr = x_slots.layout
-    COUNT: gl.constexpr = GROUP if GROUP < PARTS else PARTS + (GROUP - PARTS) // 2
-    stage, phase = _behind(begun, phase, COUNT, ring.shape[0], PARTS)
     if GROUP < PARTS:
         mbarrier.wait(full.index(stage), phase)
         weight = ring.index(stage).permute((1, 0))
         slot = x_slots.index(ME * PARTS + GROUP)
         acc = warpgroup_mma(slot, weight, acc, use_acc=GROUP > 0, is_async=True)
+        stage, phase = advance(stage, phase, ring.shape[0])
     else:
         PART: gl.constexpr = GROUP - PARTS
+        LAYOUT: gl.constexpr = x_slots.layout
         if PART % 2 == 0:
             mbarrier.wait(full.index(stage), phase)
         weight = half(ring.index(stage), PART % 2, LAYOUT)
         grad = warpgroup_mma(rows[PART], weight, grad, use_acc=PART > 0, is_async=True)
-    return acc, grad
+        if (PART % 2 == 1) | (PART == PARTS - 1):
+            stage, phase = advance(stage, phase, ring.shape[0])
+    return acc, grad, stage, phase
 
 
 @gluon.jit
-def _free_read(
-    empty, begun, phase, GROUP: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr
-):
-    """Frees the stage that a group of a step's products was the last to read."""
-    COUNT: gl.constexpr = GROUP if GROUP < PARTS else PARTS + (GROUP - PARTS) // 2
-    if GROUP < PARTS or (GROUP - PARTS) % 2 == 1 or GROUP == 2 * PARTS - 1:
-        stage, _ = _behind(begun, phase, COUNT, STAGES, PARTS)
-        mbarrier.arrive(empty.index(stage), count=1)
+def _free_read(empty, begun, GROUP: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    """Frees the stage that a group, of a step begun at a stage, was the last to read."""
+    if GROUP < PARTS:
+        free(empty, begun, GROUP, 1, STAGES)
+    elif (GROUP - PARTS) % 2 == 1 or GROUP == 2 * PARTS - 1:
+        free(empty, begun, PARTS + (GROUP - PARTS) // 2, 1, STAGES)
 
 
 @gluon.jit
@@ -126,7 +119,7 @@ def _consume(common, C: gl.constexpr, H: gl.constexpr, SLOTS: gl.constexpr, ME: 
     STEPS: gl.constexpr = H // _STEP
     PARTS: gl.constexpr = C // _STEP
     begin, end = share_of(blocks)
-    begun = 0
+    stage = 0
     phase = 0
     tile_phase = 0
     for group in range(begin // STEPS, (end + STEPS - 1) // STEPS):
@@ -146,31 +139,25 @@ def _consume(common, C: gl.constexpr, H: gl.constexpr, SLOTS: gl.constexpr, ME: 
         for k in gl.static_range(PARTS):
             rows = rows + (made_slots.index(ME * SLOTS + k).load(A),)
         for step in range(lo, hi):
+            begun = stage
             acc = gl.zeros([64, 2 * _STEP], gl.float32, ACC)
             grad = gl.zeros([64, _STEP], gl.float32, HALF)
             for one in gl.static_range(2 * PARTS):
-                acc, grad = _issue(
-                    x_slots, rows, acc, grad, ring, full, begun, phase, one, C, ME
+                acc, grad, stage, phase = _issue(
+                    x_slots, rows, acc, grad, ring, full, stage, phase, one, C, ME
                 )
                 if one == 1:
                     if step > lo:
                         _store(pair, hidden, made_slots, entry, i, start, step - 1, H, SLOTS, ME)
                 if one >= _AHEAD:
                     acc, grad = warpgroup_mma_wait(_AHEAD, deps=(acc, grad))
-                    _free_read(empty, begun, phase, one - _AHEAD, PARTS, STAGES)
+                    _free_read(empty, begun, one - _AHEAD, PARTS, STAGES)
             acc, grad = warpgroup_mma_wait(0, deps=(acc, grad))
             for one in gl.static_range(2 * PARTS - _AHEAD, 2 * PARTS):
-                _free_read(empty, begun, phase, one, PARTS, STAGES)
-            begun, phase = _behind(begun, phase, PARTS + (PARTS + 1) // 2, STAGES, PARTS)
+                _free_read(empty, begun, one, PARTS, STAGES)
             mbarrier.arrive(x_empty.index(ME), count=1, pred=step == hi - 1)
-            up, gate = halves(acc, HALF)
-            channels = step * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, HALF))
-            if up_bias_ptr is not None:
-                up = up + gl.load(up_bias_ptr + channels).to(gl.float32).expand_dims(0)
-            if gate_bias_ptr is not None:
-                gate = gate + gl.load(gate_bias_ptr + channels).to(gl.float32).expand_dims(0)
-            # exp2 of this is exp of the negative argument of the sigmoid.
-            share = reciprocal(1.0 + gl.exp2(gate * -_LOG2_E))
+            up, gate = projections(acc, up_bias_ptr, gate_bias_ptr, step)
+            share = sigmoid(gate)
             silu = gate * share
             grad_up = grad * silu
             grad_gate = grad * up * (share + silu * (1.0 - share))
@@ -281,11 +268,7 @@ def _swiglu_bwd_hopper_kernel(
 
 def takes(call: Transition) -> bool:
     """Whether the backward of rows without padding can run here; x is among `variants`'s."""
-    weights = call.weights
-    return call.hidden % STEP == 0 and all([
-        has_descriptor(weight)
-        for weight in (weights.up_weight, weights.gate_weight, weights.down_weight)
-    ])
+    return takes_weights(call)
 
 
 def prepare(
@@ -298,12 +281,12 @@ def prepare(
     Raises:
         ValueError: a setting whose ring is too short.
     """
-    x, weights = call.x, call.weights
+    x = call.x
     batch, rows, columns, channels = x.shape
     parts = channels // STEP
     if config.num_stages < parts + (parts + 1) // 2:
         raise ValueError(
-            f"the setting must have as many stages as a turn's products take for {channels} "
+            f"the setting must have as many stages as a step's products take for {channels} "
             f"channels; got {config}"
         )
 
@@ -315,9 +298,6 @@ def prepare(
     blocks = tiles.values(_CONSUMERS.value)["tiles"] * (call.hidden // STEP)
     share = -(-blocks // device_target(x.device).multiprocessors)
 
-    def weight_tile(weight: Tensor, rows: int) -> Any:
-        return tma_descriptor(weight, weight.shape, weight.stride(), [rows, STEP])
-
     return PreparedLaunch(
         _swiglu_bwd_hopper_kernel,
         -(-blocks // share),
@@ -328,9 +308,7 @@ def prepare(
             ),
             "x": tiles.descriptor(x, all_strides[0], channels, STEP),
             "grad": tiles.descriptor(grad, all_strides[1], channels, STEP),
-            "up_weight": weight_tile(weights.up_weight, STEP),
-            "gate_weight": weight_tile(weights.gate_weight, STEP),
-            "down_weight": weight_tile(weights.down_weight, 2 * STEP),
+            **descriptors_of(call.weights),
             "pair": tiles.descriptor(grad, all_strides[2], 2 * call.hidden, STEP),
             "hidden": tiles.descriptor(grad, all_strides[3], call.hidden, STEP) if hidden else None,
         },

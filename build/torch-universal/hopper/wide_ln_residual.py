@@ -46,6 +46,7 @@ from .ln_residual import load_drop, load_moments, planes_of, tiles_of
 from .ln_residual import takes as takes
 from .padding import fill_padding
 from .parts import (
+    LOG2_E,
     REGISTERS,
     ROWS,
     barriers,
@@ -67,7 +68,6 @@ from .parts import (
 )
 
 _EXTRA = gl.constexpr(EXTRA)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 _GATE_SCALE = gl.constexpr(2.0**15)
 
 
@@ -117,7 +117,7 @@ def _consume(
         rows, further, scale = ready(slots, 0, mean, rstd, eps, C, EMITS, A)
         fence_async_shared()
         mbarrier.arrive(rows_empty.index(0), count=1)
-        scale = gl.convert_layout(scale, AT_ROWS) * (1.0 / _GATE_SCALE if EMITS else -_LOG2_E)
+        scale = gl.convert_layout(scale, AT_ROWS) * (1.0 / _GATE_SCALE if EMITS else -LOG2_E)
         columns = start + gl.arange(0, 64, layout=AT_ROWS)
         within = ((columns < J) & (entry < B)).expand_dims(1)
         at_residual = entry.to(gl.int64) * residual_strides[0]

@@ -225,6 +225,18 @@ class Launches(dict[tuple, PreparedLaunch]):
 
     recording: Any = None  # of `recording`, if one was asked for
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._settings: dict[str, LaunchConfig | None] = {}
+
+    def setting(
+        self, stage: str, choose: Callable[..., LaunchConfig | None], *arguments: Any
+    ) -> LaunchConfig | None:
+        """What a schedule chose for a stage; the first time, `choose(*arguments)`."""
+        if stage not in self._settings:
+            self._settings[stage] = choose(*arguments)
+        return self._settings[stage]
+
     def of(
         self, key: tuple, prepare: Callable[..., PreparedLaunch], *arguments: Any
     ) -> PreparedLaunch:

@@ -171,24 +171,24 @@ def backward(call: Transition, grad_out: Tensor, needs: frozenset[str]) -> dict[
         *flat, grad_out, down_turned = arguments
         # Autocast would choose dtypes for what torch itself computes.
         with torch.autocast(call.x.device.type, enabled=False):
-            found = _run_backward(Transition.of(flat), grad_out, down_turned, needs, launches)
+            found = _run_backward(
+                Transition.of(flat), grad_out, down_turned, fused, needs, launches
+            )
         return [found[name] for name in names]
 
     with current_device(call.x):
         launches = launches_of(call, "transition_bwd", needs, likeness(grad_out))
-        turned = None
-        if _fused_setting(call) is None:
-            turned = _turned(call.weights.down_weight)
-        arguments = (*call.flat(), grad_out, turned)
+        fused = launches.setting("swiglu_bwd", _fused_setting, call)
+        arguments = (*call.flat(), grad_out, _turned(call, fused))
         found = dict(zip(names, run_recorded(launches, schedule, arguments), strict=True))
     if "x" in needs:
         found["x"] = found["x"].view(shape)
     return found
 
 
-def _turned(weight: Tensor) -> Tensor:
-    """The transpose of a projection, contiguous."""
-    return weight.t().contiguous()
+def _turned(call: Transition, fused: LaunchConfig | None) -> Tensor | None:
+    """Wd^T, contiguous; None where one kernel runs, which reads Wd as it lies."""
+    return call.weights.down_weight.t().contiguous() if fused is None else None
 
 
 def _fused_setting(call: Transition) -> LaunchConfig | None:
@@ -204,15 +204,15 @@ def _run_backward(
     call: Transition,
     grad_out: Tensor,
     down_turned: Tensor | None,
+    fused: LaunchConfig | None,
     needs: frozenset[str],
     launches: Launches,
 ) -> dict[str, Tensor]:
-    """`backward` in chunks; `down_turned` is Wd^T, or None where one kernel needs no such."""
+    """`backward` in chunks; of `fused`, see `_fused_setting`, and of `down_turned`, `_turned`."""
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
     into = weights.gate_weight, weights.up_weight
-    fused = _fused_setting(call) if down_turned is None else None
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -337,8 +337,9 @@ def plan_training(call: Transition) -> list:
     names = [name for name, value in call.weights._asdict().items() if value is not None]
     backward_call = for_kernels(_merged(twin_of(call._replace(residual=None))))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        turned = None
-        if _fused_setting(backward_call) is None:
-            turned = _turned(backward_call.weights.down_weight)
-        _run_backward(backward_call, backward_call.x, turned, frozenset({"x", *names}), launches)
+        fused = _fused_setting(backward_call)
+        _run_backward(
+            backward_call, backward_call.x, _turned(backward_call, fused), fused,
+            frozenset({"x", *names}), launches,
+        )  # fmt: skip
     return plan(call).launches + launches.launched

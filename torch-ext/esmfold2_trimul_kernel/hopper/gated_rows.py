@@ -40,6 +40,7 @@ from ..triton_parts.settings import LaunchConfig, settings_of
 from ..triton_parts.tiles import PADDING_MULTIPLE
 from .folded_norm import EXTRA, Folded, Folds, Pair, fold_norms
 from .parts import (
+    LOG2_E,
     REGISTERS,
     ROWS,
     Tiles,
@@ -65,7 +66,6 @@ from .parts import (
 _EXTRA = gl.constexpr(EXTRA)
 _BARRIERS = 1024  # bytes, and more than they need
 _PADDING = gl.constexpr(PADDING_MULTIPLE)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -128,7 +128,7 @@ def _consume(
         fence_async_shared()
         mbarrier.arrive(x_empty.index(PLACE), count=1)
         scale = gl.convert_layout(scale, AT_ROWS)
-        gate_scale = scale * -_LOG2_E
+        gate_scale = scale * -LOG2_E
         if PLANES:
             scale = scale * mask.to(gl.float32)
             offs = (entry.to(gl.int64) * 2 * R + i) * pitch + j

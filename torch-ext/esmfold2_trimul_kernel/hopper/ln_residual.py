@@ -43,6 +43,7 @@ from ..triton_parts.settings import LaunchConfig
 from .folded_norm import EXTRA, Folds
 from .padding import fill_padding
 from .parts import (
+    LOG2_E,
     REGISTERS,
     ROWS,
     Tiles,
@@ -67,7 +68,6 @@ from .parts import (
 )
 
 _EXTRA = gl.constexpr(EXTRA)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
@@ -130,7 +130,7 @@ def _consume(
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
         tile_phase ^= 1
-        scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
+        scale_x = gl.convert_layout(scale_x, AT_ROWS) * -LOG2_E
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
         for step in range(C // BLOCK_N):
             update_scale, power_scale = scale_t, scale_x

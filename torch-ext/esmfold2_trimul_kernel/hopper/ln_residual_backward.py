@@ -40,6 +40,7 @@ from ..triton_parts.settings import LaunchConfig
 from .folded_norm import EXTRA, Folded
 from .ln_residual import load_residual, load_rows
 from .parts import (
+    LOG2_E,
     REGISTERS,
     ROWS,
     Tiles,
@@ -60,7 +61,6 @@ from .parts import (
 
 SUMS = 8  # a program's partial sums: of the four warps of both consumers
 _EXTRA = gl.constexpr(EXTRA)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
@@ -219,7 +219,7 @@ def _consume(
         xs, further_x, scale_x = ready_at_once(x_slots.index(ME), mean_x, rstd_x, eps_in, A)
         fence_async_shared()
         mbarrier.arrive(x_empty.index(ME), count=1)
-        scale_x = gl.convert_layout(scale_x, AT_ROWS) * -_LOG2_E
+        scale_x = gl.convert_layout(scale_x, AT_ROWS) * -LOG2_E
         scale_hat = scale_t * (1.0 / C)
         scale_t = gl.convert_layout(scale_t, AT_ROWS)
         mean_grad = _row_sums(_parts(zero)[0])

@@ -28,8 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._call import Transition
+from .._call import Transition, TransitionWeights
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch, has_descriptor, pointers, strides
 from ..triton_parts.settings import LaunchConfig
@@ -49,8 +50,8 @@ from .parts import (
     next_tile,
     parts_of,
     place_of,
-    reciprocal,
     shared_layout,
+    sigmoid,
     statistics,
     store_tile,
     tile_at,
@@ -60,7 +61,6 @@ from .parts import (
 )
 
 _STEP = gl.constexpr(STEP)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
@@ -112,9 +112,8 @@ def _project(
 
 
 @gluon.jit
-def _gate(acc, held, up_bias_ptr, gate_bias_ptr, step, HELD: gl.constexpr, DTYPE: gl.constexpr):
-    """A step's hidden channels, as a left operand in registers, or in the memory `held`."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _STEP, 16])
+def projections(acc, up_bias_ptr, gate_bias_ptr, step):
+    """u and p at a step's hidden channels, of z's products with both projections."""
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
     up, gate = halves(acc, HALF)
     channels = step * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, HALF))
@@ -122,8 +121,15 @@ def _gate(acc, held, up_bias_ptr, gate_bias_ptr, step, HELD: gl.constexpr, DTYPE
         up = up + gl.load(up_bias_ptr + channels).to(gl.float32).expand_dims(0)
     if gate_bias_ptr is not None:
         gate = gate + gl.load(gate_bias_ptr + channels).to(gl.float32).expand_dims(0)
-    # exp2 of this is exp of the negative argument of the sigmoid.
-    gated = up * gate * reciprocal(1.0 + gl.exp2(gate * -_LOG2_E))
+    return up, gate
+
+
+@gluon.jit
+def _gate(acc, held, up_bias_ptr, gate_bias_ptr, step, HELD: gl.constexpr, DTYPE: gl.constexpr):
+    """A step's hidden channels, as a left operand in registers, or in the memory `held`."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _STEP, 16])
+    up, gate = projections(acc, up_bias_ptr, gate_bias_ptr, step)
+    gated = up * gate * sigmoid(gate)
     if not HELD:
         A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
         return gl.convert_layout(gated.to(DTYPE), A, assert_trivial=True)
@@ -147,7 +153,7 @@ def _add(hidden, out, ring, full, stage, phase, use_out):
 
 
 @gluon.jit
-def _free(empty, stage, START: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):
+def free(empty, stage, START: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):
     """COUNT stages of the ring, from the START-th behind `stage` on, may be overwritten."""
     for k in gl.static_range(START, START + COUNT):
         one = stage + k
@@ -220,7 +226,7 @@ def _consume(
         acc, stage, phase = _project(x_slots, ring, full, stage, phase, C, ME)
         mbarrier.arrive(turns.index(NEXT), count=1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _free(empty, begun, 0, PARTS, STAGES)
+        free(empty, begun, 0, PARTS, STAGES)
         hidden = _gate(acc, held, up_bias_ptr, gate_bias_ptr, 0, CONSUMERS == 3, DTYPE)
         parts = ()
         for _n in gl.static_range(BLOCKS):
@@ -233,11 +239,11 @@ def _consume(
             acc, stage, phase = _project(x_slots, ring, full, stage, phase, C, ME)
             mbarrier.arrive(turns.index(NEXT), count=1)
             found = warpgroup_mma_wait(PARTS, deps=(acc,) + parts)
-            _free(empty, begun, 0, BLOCKS, STAGES)
+            free(empty, begun, 0, BLOCKS, STAGES)
             found = warpgroup_mma_wait(PARTS // 2, deps=found)
-            _free(empty, begun, BLOCKS, PARTS - PARTS // 2, STAGES)
+            free(empty, begun, BLOCKS, PARTS - PARTS // 2, STAGES)
             found = warpgroup_mma_wait(0, deps=found)
-            _free(empty, begun, BLOCKS + PARTS - PARTS // 2, PARTS // 2, STAGES)
+            free(empty, begun, BLOCKS + PARTS - PARTS // 2, PARTS // 2, STAGES)
             acc = found[0]
             parts = found[1:]
             made = _gate(acc, held, up_bias_ptr, gate_bias_ptr, step, CONSUMERS == 3, DTYPE)
@@ -253,7 +259,7 @@ def _consume(
             parts = (warpgroup_mma_wait(0, deps=parts),)
         else:
             parts = warpgroup_mma_wait(0, deps=parts)
-        _free(empty, begun, 0, BLOCKS, STAGES)
+        free(empty, begun, 0, BLOCKS, STAGES)
         if lengths_ptr is None:
             entry, i, start = tile_at(tile * CONSUMERS + ME, R, per_row)
         else:
@@ -289,12 +295,12 @@ def _consume(
                     )  # fmt: skip
                     if part > 0:  # the part before has left its memory
                         tma.store_wait(1)
-                        _free(empty, begun, ((part - 1) * CONSUMERS + ME) // 2, 1, STAGES)
+                        free(empty, begun, ((part - 1) * CONSUMERS + ME) // 2, 1, STAGES)
             if (one * 2 % CONSUMERS != ME) & ((one * 2 + 1) % CONSUMERS != ME):
-                _free(empty, begun, one, 1, STAGES)
+                free(empty, begun, one, 1, STAGES)
             stage, phase = advance(stage, phase, STAGES)
         tma.store_wait(0)
-        _free(empty, begun, ((PARTS - 1) * CONSUMERS + ME) // 2, 1, STAGES)
+        free(empty, begun, ((PARTS - 1) * CONSUMERS + ME) // 2, 1, STAGES)
 
 
 @gluon.jit
@@ -468,15 +474,26 @@ def _transition_hopper_kernel(
 
 def takes(call: Transition) -> bool:
     """Whether a whole transition can run here; x is among `hopper.variants`'s."""
+    return takes_weights(call) and (call.residual is None or has_descriptor(call.residual))
+
+
+def takes_weights(call: Transition) -> bool:
+    """Whether the weights can be loaded in steps of hidden channels."""
     weights = call.weights
-    return (
-        call.hidden % STEP == 0
-        and all([
-            has_descriptor(weight)
-            for weight in (weights.up_weight, weights.gate_weight, weights.down_weight)
-        ])
-        and (call.residual is None or has_descriptor(call.residual))
-    )
+    return call.hidden % STEP == 0 and all([
+        has_descriptor(weight)
+        for weight in (weights.up_weight, weights.gate_weight, weights.down_weight)
+    ])
+
+
+def descriptors_of(weights: TransitionWeights) -> dict[str, TensorDescriptor]:
+    """For `load_projections` and `load_down`."""
+    tiles = {"up_weight": STEP, "gate_weight": STEP, "down_weight": 2 * STEP}
+    made = {}
+    for name, rows in tiles.items():
+        weight = getattr(weights, name)
+        made[name] = tma_descriptor(weight, weight.shape, weight.stride(), [rows, STEP])
+    return made
 
 
 def prepare(call: Transition, config: LaunchConfig) -> PreparedLaunch:
@@ -498,9 +515,6 @@ def prepare(call: Transition, config: LaunchConfig) -> PreparedLaunch:
     tiles = Tiles.over(batch, rows, columns, all_strides, call.lengths is not None)
     values = tiles.values(consumers)
 
-    def weight_tile(weight: Tensor, rows: int):
-        return tma_descriptor(weight, weight.shape, weight.stride(), [rows, STEP])
-
     return PreparedLaunch(
         _transition_hopper_kernel,
         min(values["tiles"], device_target(x.device).multiprocessors),
@@ -510,9 +524,7 @@ def prepare(call: Transition, config: LaunchConfig) -> PreparedLaunch:
                 "down_bias_ptr", "lengths_ptr",
             ),
             "x": tiles.descriptor(x, all_strides[0], channels, STEP),
-            "up_weight": weight_tile(weights.up_weight, STEP),
-            "gate_weight": weight_tile(weights.gate_weight, STEP),
-            "down_weight": weight_tile(weights.down_weight, 2 * STEP),
+            **descriptors_of(weights),
             "residual": None if residual is None
             else tiles.descriptor(residual, all_strides[1], channels, STEP),
             "out": tiles.descriptor(x, made, channels, STEP),

@@ -30,7 +30,7 @@ def direct(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
         return usual
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     launcher, options = parts.launcher, (run.launch_cooperative_grid, run.launch_pdl)
-    as_one = _takes_arguments_as_one(run)
+    as_one = hasattr(run, "kernel_signature")  # all arguments, with their types: from Triton 3.7 on
 
     def launch(*arguments: Any) -> None:
         if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
@@ -98,11 +98,6 @@ def _parts_of(compiled: Any) -> _Parts | None:
         return nvidia.make_tensordesc_arg(descriptor, meta, *[None] * others)
 
     return _Parts(launcher, places, metas, encode)
-
-
-def _takes_arguments_as_one(run: Any) -> bool:
-    """Whether a launcher takes the arguments as one list, with their types (from Triton 3.7 on)."""
-    return hasattr(run, "kernel_signature")
 
 
 def _is_set(hook: Any) -> bool:
