@@ -74,6 +74,17 @@ class Call(NamedTuple):
             }
         )
 
+    def merged(self, count: int) -> "Call":
+        """The call with the rows of `count` sequences as those of one.
+
+        x is [B / count, count L, L, C] then. The call has no lengths and no drop mask. What can't be viewed so is copied.
+        """
+        return self._replace(
+            x=merged(self.x, count),
+            mask=None if self.mask is None else merged(self.mask, count),
+            residual=None if self.residual is None else merged(self.residual, count),
+        )
+
     @property
     def hidden(self) -> int:
         """D."""
@@ -96,6 +107,12 @@ class Call(NamedTuple):
     def keeps_planes(self) -> bool:
         """Whether a and b are kept for a backward, on the Triton path if they can be."""
         return self.recompute == "none"
+
+
+def merged(tensor: Tensor, count: int) -> Tensor:
+    """[B, L, ...] as [B / count, count L, ...], a view if it can be one."""
+    batch, length = tensor.shape[:2]
+    return tensor.reshape(batch // count, count * length, *tensor.shape[2:])
 
 
 _WEIGHTS = Call._fields.index("weights")

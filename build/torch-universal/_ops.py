@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8db5c04b7b"
+_NAMESPACE = "_esmfold2_trimul_kernel_c33f26faff"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -28,6 +28,7 @@ from .triton_parts.launch import (
     is_aligned,
     named_strides,
     pointers,
+    sequences_in,
     setting_of,
     shared_by,
     strides,
@@ -482,8 +483,9 @@ def prepare_ln_residual(
     variants = hopper.variants(_variant_of(x), "takes", x, call, product)
     if config is None:
         width = max(channels, hidden)
+        sequences = batch * sequences_in(rows, length)
         config = setting_of(
-            "fused_ln_residual", x, width, length, batch, variants, call.precision == FP16X3
+            "fused_ln_residual", x, width, length, sequences, variants, call.precision == FP16X3
         )
     if hopper.is_variant(config, variants):
         module = hopper.kernels(_variant_of(x))

@@ -245,8 +245,8 @@ def test_peak_memory(
     """
     x, residual = (torch.zeros(batch, length, length, hidden, dtype=torch.float16) for _ in "xr")
     problem = make_problem(1, hidden, dtype=torch.float16)
-    path = submodule("triton_path")
-    monkeypatch.setattr(path, "_FILLING_PAIRS", 2**18 if fills else length**2)
+    path, pairs = submodule("triton_path"), 2**18 if fills else length**2
+    monkeypatch.setattr(submodule("triton_path.launches"), "_FILLING_PAIRS", pairs)
     problem = dataclasses.replace(problem, x=x, direction="incoming", residual=residual)
     call = as_call(submodule("_call"), problem, inplace=inplace, memory=memory)
     # Nothing runs: the interpreter keeps what it has run on alive for a while.
@@ -277,7 +277,7 @@ def test_groups_of_sequences(kernel, submodule, on_triton, monkeypatch, together
         whole = call(kernel, problem, on_triton, lengths=lengths)
         with monkeypatch.context() as patch:
             path = submodule("triton_path")
-            patch.setattr(path, "_FILLING_PAIRS", together * 36)
+            patch.setattr(submodule("triton_path.launches"), "_FILLING_PAIRS", together * 36)
             assert path._sequences_together(as_call(submodule("_call"), problem)) == together
             assert torch.equal(call(kernel, problem, on_triton, lengths=lengths), whole)
             over = dataclasses.replace(problem, residual=problem.residual.clone())

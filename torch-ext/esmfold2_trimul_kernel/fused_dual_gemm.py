@@ -5,11 +5,12 @@
     a[b, d, q, p] = h[b, q, p, d], b[b, d, q, p] = h[b, q, p, D + d]   "outgoing", Q = R, P = L
                   = h[b, p, q, d]                = h[b, p, q, D + d]   "incoming", Q = L, P = R
 
-x has R of a sequence's L rows, usually all. a and b are planes [B, D, Q, pitch] in the dtype of x.
-The axis that stage 2 sums over (k of a[i, k], or of a[k, i]) is contiguous in both directions: for
-"incoming" the two residue strides of x and mask are exchanged. Columns [P, pitch) are zeros. A call
-may make only a group of G of the D channels: a and b [B, G, Q, pitch]. With lengths, the planes are
-written as far as stage 2 reads them: zeros behind the last residue, up to a multiple of 128.
+x has R of a sequence's L rows, usually all; for "outgoing" also those of several sequences. a and b
+are planes [B, D, Q, pitch] in the dtype of x. The axis that stage 2 sums over (k of a[i, k], or of
+a[k, i]) is contiguous in both directions: for "incoming" the two residue strides of x and mask are
+exchanged. Columns [P, pitch) are zeros. A call may make only a group of G of the D channels: a and
+b [B, G, Q, pitch]. With lengths, the planes are written as far as stage 2 reads them: zeros behind
+the last residue, up to a multiple of 128.
 
 The moments [B, 2, Q, pitch] in fp32 have the same (q, p): the mean of each row of x (of an fp32
 row, the mean of its difference from its first channel) and 1 / sqrt(var + eps).
@@ -38,6 +39,7 @@ from .triton_parts.launch import (
     is_aligned,
     named_strides,
     pointers,
+    sequences_in,
     setting_of,
     shared_by,
     strides,
@@ -438,7 +440,8 @@ def prepare_dual_gemm(
     variants = hopper.variants("gated_rows", "takes_planes", x, call, planes)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_dual_gemm", x, width, length, batch, variants, split)
+        sequences = batch * sequences_in(x.shape[1], length)
+        config = setting_of("fused_dual_gemm", x, width, length, sequences, variants, split)
     if hopper.is_variant(config, variants):
         return hopper.kernels("gated_rows").prepare_planes(call, planes, first_row, config)
     block_n = block_of(config.block_n, size)

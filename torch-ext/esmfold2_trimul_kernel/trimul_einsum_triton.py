@@ -263,7 +263,8 @@ def prepare_einsum(
     batch, hidden, length, pitch = product.shape
     device, split = device_target(a.device), call.precision == FP16X3
     if config is None:
-        config = setting_of("trimul_einsum", product, hidden, length, split=split)
+        width = min(hidden, call.hidden)  # `hidden` counts the planes of several sequences too
+        config = setting_of("trimul_einsum", product, width, length, split=split)
     block_m, block_n = config.block_m, config.block_n
     block_k = min(config.block_k, PADDING_MULTIPLE)
     descriptors = pointers("a", "b", "product")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_8db5c04b7b"
+_BUILD_ID = "_esmfold2_trimul_kernel_c33f26faff"
 
 
 def _load_package() -> ModuleType:

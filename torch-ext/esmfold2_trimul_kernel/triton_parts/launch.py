@@ -271,6 +271,11 @@ def setting_of(
     return pick_config(stage, device.target, device.name, shape, triton.__version__, variants)
 
 
+def sequences_in(rows: int, length: int) -> int:
+    """How many sequences of `length` residues have so many rows, for `setting_of`; at least 1."""
+    return max(1, rows // length)
+
+
 def block_of(block: int, size: int) -> int:
     """A setting's block, cut to an axis of `size`, but not below 16, the least of a dot."""
     return min(block, max(16, triton.next_power_of_2(size)))

@@ -43,6 +43,8 @@ from .launches import (
     for_kernels,
     keeps_planes,
     launches_of,
+    sequences_at_once,
+    sequences_merged,
     twin_of,
     wants_split,
     with_precision,
@@ -50,9 +52,6 @@ from .launches import (
 from .lean import run_lean
 from .row_gradients import gradient_stages as gradient_stages
 from .rows import stages as stages
-
-# The pairs of the sequences that are run at once, if a batch has more.
-_FILLING_PAIRS = 2**18
 
 
 def forward(call: Call) -> Tensor:
@@ -115,16 +114,15 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
 
 
 def _sequences_together(call: Call) -> int:
-    """How many sequences to run at once: few, but enough to fill a GPU; a divisor of the batch."""
-    batch, length = call.x.shape[:2]
+    """How many sequences to run at once."""
+    batch = call.x.shape[0]
     if batch == 1:
         return 1
-    size = min(batch, max(1, _FILLING_PAIRS // length**2))
     # One launch serves all groups, whose tensors must be aligned alike.
     for tensor in (call.x, call.residual, call.drop_mask):
         if tensor is not None and tensor.stride(0) * tensor.element_size() % 16:
             return batch
-    return max(divisor for divisor in range(1, size + 1) if batch % divisor == 0)
+    return sequences_at_once(call)
 
 
 def _run_saving(
@@ -136,6 +134,9 @@ def _run_saving(
     [B, 2, L, pitch] of x in fp32. The planes are a and b [B, 2, D, L, pitch], if they are kept.
     Otherwise they are freed before the output is allocated: the peak is a, b and the product.
     """
+    merged = sequences_merged(call) if keeps else 1
+    if merged > 1:
+        return _run_merged(call, launches, merged)
     x, hidden = call.x, call.hidden
     batch, length = x.shape[:2]
     call, scales = split_weights(call, launches)
@@ -150,6 +151,35 @@ def _run_saving(
     by_rows = with_axes_of_x(moments, call.direction)
     fused_ln_residual_fwd(call, launches, product, by_rows, out, scales=scales, folds=folds)
     return out, product, moments, planes
+
+
+def _run_merged(
+    call: Call, launches: Launches, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_run_saving`, with the rows of `count` sequences as those of one.
+
+    The product is [B / count, D, count, L, pitch] in its memory, and planes and moments are alike,
+    with the axes of x in both directions: for "incoming", stage 2 reads a and b transposed.
+    """
+    x, hidden = call.x, call.hidden
+    batch, length = x.shape[:2]
+    rows = call.merged(count)._replace(direction="outgoing")
+    pitch = padded_pitch(length)
+    shape = (batch // count, hidden, count * length, pitch)
+    planes = launches.empty("a and b", (shape[0], 2, *shape[1:]), x.dtype, x.device)
+    product = launches.empty("product", shape, x.dtype, x.device)
+    folds = Folds(launches, call.weights)
+    a, b = planes.unbind(1)
+    moments = fused_dual_gemm_fwd(rows, launches, (a, b), folds=folds)
+    of_sequences = [
+        of_rows.unflatten(2, (count, length)).flatten(1, 2) for of_rows in (a, b, product)
+    ]
+    turned = (call.direction == "incoming",) * 2
+    trimul_einsum_fwd(call, launches, *of_sequences, turned=turned)
+    out = launches.empty("output", x.shape, x.dtype, x.device)
+    fused_ln_residual_fwd(rows, launches, product, moments, out.view(rows.x.shape), folds=folds)
+    shapes = saved_shapes(call)
+    return out, *[t.view(s) for t, s in zip((product, moments, planes), shapes, strict=True)]
 
 
 def _multiply(

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from .._call import Call, Weights
+from .._call import merged as merge
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
@@ -61,7 +62,7 @@ from .fused_ln_residual_backward import (
     prepare_ln_residual_bwd,
 )
 from .input_backward import holds_rows, input_bwd, prepare_input_bwd
-from .launches import launches_of
+from .launches import SMALL_PLANES, launches_of, sequences_merged
 from .norm_backward import norm_out_bwd, prepare_norm_out_bwd
 from .parameter_gradients import Projections, Sums, gradients_of_projections
 from .row_products import RowParts, prepare_row_products, row_products
@@ -72,9 +73,9 @@ _CHUNK_PAIRS = 16_384
 # Pairs of a program's tile in dx, about those in stage 1: a chunk is whole waves of programs, as a
 # last wave of few takes as long as one of all.
 _TILE_PAIRS = 128
-# The bytes of D planes up to which they are small, and of a chunk's rows in stage 1 then. Where a
-# and b were kept there are two chunks at most; the others are of calls that save memory.
-_SMALL_PLANES, _CHUNK_BYTES = 192 << 20, 160 << 20
+# The bytes of a chunk's rows in stage 1 of small planes. Where a and b were kept there are two
+# chunks at most; the others, and what is small then, are of calls that save memory.
+_CHUNK_BYTES = 160 << 20
 _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 80 << 20
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
@@ -165,16 +166,24 @@ def run_backward(
             for name, value in weights._asdict().items()
             if name in needs
         }
-    parts, grad_q = {}, memory_of_grad_q(x, wanted, gradients)
+    parts, by_rows = {}, gradients
+    merged = 1 if planes is None else sequences_merged(call)
+    if merged > 1:
+        call, grad_out = call.merged(merged), merge(grad_out, merged)
+        by_rows = {name: merge(gradient, merged) for name, gradient in gradients.items()}
+        size = batch // merged, -1, merged * length, product.shape[-1]
+        product, moments = product.view(size), moments.view(size)
+        planes = planes.view(batch // merged, 2, *product.shape[1:])
+    grad_q = memory_of_grad_q(call.x, wanted, by_rows)
     norms = Norms(launches, weights, call.precision)
-    for entry in range(batch):
+    for entry in range(batch // merged):
         sequence = slice(entry, entry + 1)
         Sequence(
             call.of_entry(entry),
             launches,
             wanted,
             parts,
-            {name: gradient[entry] for name, gradient in gradients.items()},
+            {name: gradient[entry] for name, gradient in by_rows.items()},
             None if grad_q is None else grad_q[entry],
             norms,
         ).run(
@@ -233,7 +242,10 @@ class Norms:
 
 
 class Sequence(NamedTuple):
-    """The backward of one sequence; in `stage_3` and `stage_1`, of R of its L rows."""
+    """The backward of one sequence; in `stage_3` and `stage_1`, of R of its L rows.
+
+    With a and b kept it may be that of several sequences, whose rows are those of one.
+    """
 
     call: Call  # x [1, R, L, C]
     launches: Launches
@@ -255,9 +267,9 @@ class Sequence(NamedTuple):
         """Fills what is to be written.
 
         grad_out is [L, L, C], product [1, D, L, pitch], moments [1, 2, L, pitch], planes
-        [2, D, L, pitch].
+        [2, D, L, pitch]; or, of several sequences, all have R rows and the axes of x.
         """
-        hidden, length = self.call.hidden, self.call.x.shape[1]
+        hidden, length = self.call.hidden, self.call.x.shape[2]
         size = hidden if planes is not None else group_size(hidden, length)
         memory = self._memory(0 if planes is not None else 3 * size)
         grad_t = memory[hidden + size : 2 * hidden + size]
@@ -267,32 +279,39 @@ class Sequence(NamedTuple):
         if product is None:
             product = grad_t[None]
             moments = self._product_again(product, planes)
-        by_rows = with_axes_of_x(moments, self.call.direction)[0, :, :length, :length]
+        if not self._merged:
+            moments = with_axes_of_x(moments, self.call.direction)
+        by_rows = moments[0, :, : self.call.x.shape[1], :length]
         self.stage_3(product[0], by_rows, grad_out, grad_t, memory[: hidden + size])
         if self.wanted.through_product:
             self._stage_2(memory, grad_t, moments, planes, kept)
             self.stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
 
+    @property
+    def _merged(self) -> bool:
+        """Whether these are several sequences."""
+        return self.call.x.shape[1] > self.call.x.shape[2]
+
     def _memory(self, least: int) -> Tensor:
-        """Planes [2D + `least`, at least D, L, pitch] for da, db, dt, and rows of stages 3 and 1.
+        """Planes [2D + `least`, at least D, R, pitch] for da, db, dt, and rows of stages 3 and 1.
 
         The rows of a chunk of stage 1 lie behind da and db, which may take more than D planes.
         """
         x, hidden = self.call.x, self.call.hidden
-        length, channels = x.shape[2:]
+        rows, length, channels = x.shape[1:]
         pitch = padded_pitch(length)
         width = 4 * hidden + channels
         chunks = -(-width * length // (hidden * pitch))
-        small, most, few = _SMALL_PLANES, _CHUNK_BYTES, 2
+        small, most, few = SMALL_PLANES, _CHUNK_BYTES, 2
         if least:
             small, most, few = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN, chunks
-        if hidden * length * pitch * x.element_size() < small:
-            chunks = min(few, -(-length * length * width * x.element_size() // most))
-        step = max(self._least_rows(), -(-length // chunks))
+        if hidden * rows * pitch * x.element_size() < small:
+            chunks = min(few, -(-rows * length * width * x.element_size() // most))
+        step = max(self._least_rows(), -(-rows // chunks))
         if not least:  # those that save memory take no more rows
             step = self._whole_waves(step)
-        count = 2 * hidden + max(hidden, least, -(-step * width // pitch))
-        return torch.empty(count, length, pitch, dtype=x.dtype, device=x.device)
+        count = 2 * hidden + max(hidden, least, -(-step * length * width // (rows * pitch)))
+        return torch.empty(count, rows, pitch, dtype=x.dtype, device=x.device)
 
     def _whole_waves(self, step: int) -> int:
         """A number of rows i rounded up to whole waves of programs."""
@@ -425,9 +444,14 @@ class Sequence(NamedTuple):
         self, grad: Tensor, first: int, planes: Tensor, grad_planes: Tensor
     ) -> None:
         """Fills grad_planes [2G, L, pitch] with da and db, from dt of G channels, `first` on."""
-        size = grad.shape[0]
+        size, length = grad.shape[0], self.call.x.shape[2]
+        # [G, R, pitch] as whole sequences [G R / L, L, pitch].
+        grad, a, b, grad_a, grad_b = [
+            of_rows.unflatten(1, (-1, length)).flatten(0, 1)
+            for of_rows in (grad, *planes, grad_planes[:size], grad_planes[size:])
+        ]
         multiply_gradients(
-            self.call, self.launches, grad, *planes, grad_planes[:size], grad_planes[size:], first
+            self.call, self.launches, grad, a, b, grad_a, grad_b, first, self._merged
         )
 
     def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:

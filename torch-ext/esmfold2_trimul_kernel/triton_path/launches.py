@@ -11,9 +11,15 @@ from .._plan import Plan
 from ..triton_parts.launch import Launches
 from ..triton_parts.rehearsal import twin
 from ..triton_parts.split_operands import FP16X3, is_default, refusal
+from ..triton_parts.tiles import padded_pitch
 from ..validation import torch_allows_tf32
 
 _MOST_KINDS = 1024
+# The pairs of the sequences that are run at once, if a batch has more.
+_FILLING_PAIRS = 2**18
+# The bytes of D planes up to which a training step has them small: it takes more memory then, for
+# fewer launches.
+SMALL_PLANES = 192 << 20
 _launches: dict[tuple, Launches] = {}
 
 
@@ -105,6 +111,33 @@ def splits(call: Call) -> bool:
 def keeps_planes(call: Call) -> bool:
     """Whether a and b are kept for a backward; it takes no split numbers."""
     return call.keeps_planes and not splits(call)
+
+
+def sequences_at_once(call: Call) -> int:
+    """Few sequences of the batch, but enough to fill a GPU: a divisor of the batch."""
+    batch, length = call.x.shape[:2]
+    return _divisor(batch, _FILLING_PAIRS // length**2)
+
+
+def sequences_merged(call: Call) -> int:
+    """How many sequences a training step runs as one that has all their rows.
+
+    It is the same in forward and backward: their planes are small together. With lengths, drop
+    masks, or a and b made again, each sequence is run alone.
+    """
+    batch, length = call.x.shape[:2]
+    if batch < 2 or not keeps_planes(call):
+        return 1
+    if call.lengths is not None or call.drop_mask is not None:
+        return 1
+    of_one = call.hidden * length * padded_pitch(length) * call.x.element_size()
+    return _divisor(batch, SMALL_PLANES // of_one)
+
+
+def _divisor(batch: int, most: int) -> int:
+    """The largest divisor of `batch` up to `most`, or 1."""
+    sizes = range(1, min(batch, most) + 1)
+    return max([size for size in sizes if batch % size == 0], default=1)
 
 
 def for_forward(call: Call) -> Call:
