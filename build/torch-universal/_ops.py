@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c33f26faff"
+_NAMESPACE = "_esmfold2_trimul_kernel_33f7e21acb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -187,7 +187,7 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
     monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
     launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
-    for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
+    for name in ("SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
         monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     launches._launches.clear()
@@ -389,7 +389,7 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     """
     subject = submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
-    for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
+    for name in ("SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
         monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     # A GPU's programs and folded norms have small buffers that this length would not hide.
@@ -450,7 +450,7 @@ def test_launches_of_a_backward(
     subject, launched = submodule("triton_path.gradients"), []
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
     monkeypatch.setattr(subject, "_TILE_PAIRS", 1)
-    for name in ("_SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
+    for name in ("SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
         monkeypatch.setattr(subject, name, 0)
     monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
     launch = submodule("triton_parts.launch").PreparedLaunch
