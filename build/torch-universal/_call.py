@@ -77,8 +77,8 @@ class Call(NamedTuple):
     def merged(self, count: int) -> "Call":
         """The call with the rows of `count` sequences as those of one.
 
-        x is [B / count, count L, L, C] then. The call has no lengths and no drop mask. What can't be
-        viewed so is copied.
+        x is [B / count, count L, L, C] then. The call has no lengths and no drop mask. What can't
+        be viewed so is copied.
         """
         return self._replace(
             x=merged(self.x, count),

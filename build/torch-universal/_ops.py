@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_33f7e21acb"
+_NAMESPACE = "_esmfold2_trimul_kernel_2b2b597c8d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -22,7 +22,6 @@ from ..triton_parts.launch import (
     dot_precision,
     named_strides,
     pointers,
-    sequences_in,
     setting_of,
 )
 from ..triton_parts.layer_norm import normalise
@@ -172,8 +171,7 @@ def prepare_norm_out_bwd(
     device = device_target(t.device)
     variants = hopper.variants("norm_backward", "takes", weight, t, grad_t, weight, padded)
     if config is None:
-        width, sequences = max(channels, hidden), sequences_in(count, length)
-        config = setting_of("norm_out_bwd", t, width, length, sequences, variants)
+        config = setting_of("norm_out_bwd", t, max(channels, hidden), length, 1, variants)
     if hopper.is_variant(config, variants):
         variant = hopper.kernels("norm_backward")
         return variant.prepare(t, grad_t, length, weight, with_hat, config)
