@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_2b2b597c8d"
+_NAMESPACE = "_esmfold2_trimul_kernel_aa200a970f"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_2b2b597c8d"
+_BUILD_ID = "_esmfold2_trimul_kernel_aa200a970f"
 
 
 def _load_package() -> ModuleType:

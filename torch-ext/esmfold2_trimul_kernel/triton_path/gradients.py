@@ -1,7 +1,8 @@
 """The backward on the Triton path: the stages' backward kernels, sequence by sequence.
 
 The forward keeps x, and may keep the product t with the moments of x, and beside them a and b. What
-it did not keep is made again here. For each sequence:
+it did not keep is made again here. For each sequence, or, with a and b kept, for several short ones
+as if they were one (`launches.sequences_merged`):
 
     stage 3, in chunks of rows         gives dt, and dq, the gradient of the gate before its sigmoid
     stage 2                            gives da and db from dt, a and b
