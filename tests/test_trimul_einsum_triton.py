@@ -22,7 +22,7 @@ def make_planes(length, hidden, batch, dtype, submodule, pads=0.0):
 def multiply(submodule, a, b, config=None, product=None, **others):
     """The product of a and b, into `product` if it is given."""
     product = torch.empty_like(a) if product is None else product
-    call = SimpleNamespace(precision="fp32", lengths=None)
+    call = SimpleNamespace(precision="fp32", lengths=None, hidden=a.shape[1])
     launches = submodule("triton_parts.launch").Launches()
     submodule("trimul_einsum_triton").trimul_einsum_fwd(
         call, launches, a, b, product, config=config, **others

@@ -73,7 +73,7 @@ def test_a_batch_has_the_bits_of_its_sequences(
     """
     exact = direction == "outgoing" or groups == 4 or on_triton == "cuda"
     problem = make_problem(7, 16, batch=4, mask="soft", direction=direction)
-    size = 4 // groups * 16 * 7 * 16 * 4  # planes have rows of 16
+    size = 4 // groups * 16 * 7 * 16 * 4 + 1  # planes have rows of 16
     monkeypatch.setattr(submodule("triton_path.launches"), "SMALL_PLANES", size)
     submodule("triton_path.launches")._launches.clear()
     assert merged(problem) == 4 // groups
@@ -128,7 +128,7 @@ def test_what_runs_alone(merged, why):
 @pytest.mark.parametrize(
     "channels, batch, length, chunks, size",
     [(128, 8, 64, 1, 8), (128, 2, 256, 1, 2), (128, 4, 256, 2, 4), (128, 2, 512, 2, 2),
-     (256, 8, 64, 1, 8), (256, 2, 256, 2, 2), (256, 2, 384, 2, 2), (256, 7, 256, 1, 1)],
+     (256, 8, 64, 1, 8), (256, 2, 256, 2, 2), (256, 2, 384, 2, 2), (256, 6, 256, 2, 3), (256, 7, 256, 1, 1)],
 )  # fmt: skip
 def test_launches_of_a_batch(
     submodule, meta_call, monkeypatch, channels, batch, length, chunks, size
@@ -152,3 +152,19 @@ def test_launches_of_a_batch(
         )  # fmt: skip
     groups, of_all = batch // size, 3  # folded norms, and two for the parameters
     assert len(launched) == of_all + groups * (5 + 3 * chunks)
+
+
+def test_a_broadcast_mask_is_recorded(step, submodule, on_triton):
+    """What a step copies first, a mask and a gradient here, is no part of its schedule."""
+    launches = submodule("triton_path.launches")._launches
+    launches.clear()
+    problem = make_problem(6, 16, batch=2)
+    mask = make_problem(6, 16, mask="soft").mask
+    problem.mask = mask.expand(2, -1, -1)
+    grad_out = torch.ones(1, 6, 6, 16).expand(2, -1, -1, -1)
+    _, got = step(problem, grad_out)
+    kinds = [found.recording for found in launches.values()]
+    assert len(kinds) == 2 and not any(kind is None or isinstance(kind, str) for kind in kinds)
+    wanted = reference_gradients(problem, grad_out)
+    assert all(relative_error(got[name], wanted[name]) <= LIMIT for name in ("x", "p_in_weight"))
+    launches.clear()

@@ -77,8 +77,7 @@ class Call(NamedTuple):
     def merged(self, count: int) -> "Call":
         """The call with the rows of `count` sequences as those of one.
 
-        x is [B / count, count L, L, C] then. The call has no lengths and no drop mask. What can't
-        be viewed so is copied.
+        x is [B / count, count L, L, C] then. The call has no lengths and no drop mask.
         """
         return self._replace(
             x=merged(self.x, count),
@@ -111,9 +110,9 @@ class Call(NamedTuple):
 
 
 def merged(tensor: Tensor, count: int) -> Tensor:
-    """[B, L, ...] as [B / count, count L, ...], a view if it can be one."""
+    """[B, L, ...] as [B / count, count L, ...], a view."""
     batch, length = tensor.shape[:2]
-    return tensor.reshape(batch // count, count * length, *tensor.shape[2:])
+    return tensor.view(batch // count, count * length, *tensor.shape[2:])
 
 
 _WEIGHTS = Call._fields.index("weights")

@@ -43,6 +43,8 @@ from .launches import (
     for_kernels,
     keeps_planes,
     launches_of,
+    mergeable,
+    rows_alike,
     sequences_at_once,
     sequences_merged,
     twin_of,
@@ -73,7 +75,7 @@ def forward(call: Call) -> Tensor:
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes) of the default mode, see `_run_saving`."""
     keeps = keeps_planes(call)
-    call = for_forward(call)
+    call = mergeable(for_forward(call))
     launches = launches_of(call, "saving", keeps)
 
     def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
@@ -158,8 +160,9 @@ def _run_merged(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_run_saving`, with the rows of `count` sequences as those of one.
 
-    The product is [B / count, D, count, L, pitch] in its memory, and planes and moments are alike,
-    with the axes of x in both directions: for "incoming", stage 2 reads a and b transposed.
+    The product has the shape of `saved_shapes`, but is [B / count, D, count, L, pitch] in its
+    memory. Planes and moments are alike, with the axes of x in both directions: for "incoming",
+    stage 2 reads a and b transposed. No output is written over the residual.
     """
     x, hidden = call.x, call.hidden
     batch, length = x.shape[:2]
@@ -218,6 +221,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
     call = for_kernels(call)
+    if planes is not None and sequences_merged(call) > 1:
+        call, grad_out = mergeable(call), rows_alike(grad_out)
     kept = product is not None, planes is not None
     launches = launches_of(call, "backward", needs, kept, likeness(grad_out))
     names = [name for name in DIFFERENTIABLE if name in needs]
@@ -245,6 +250,8 @@ def plan(call: Call) -> Plan:
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
         kernels_call = for_forward(twin_of(call))
         planes = keeps and keeps_planes(kernels_call)
+        if planes:
+            kernels_call = mergeable(kernels_call)
         if keeps:
             _run_saving(kernels_call, launches, planes)
         elif lean:
@@ -301,7 +308,7 @@ def plan_training(call: Call) -> list:
 def _plan_backward(call: Call) -> list:
     """The launches of `backward` after `forward_saving`."""
     shapes, keeps = saved_shapes(call), keeps_planes(call)
-    call = for_kernels(twin_of(call))
+    call = mergeable(for_kernels(twin_of(call)))
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:

@@ -17,7 +17,7 @@ from ..validation import torch_allows_tf32
 _MOST_KINDS = 1024
 # The pairs of the sequences that are run at once, if a batch has more.
 _FILLING_PAIRS = 2**18
-# The bytes of D planes up to which a training step has them small: it takes more memory then, for
+# The bytes of D planes below which a training step has them small: it takes more memory then, for
 # fewer launches.
 SMALL_PLANES = 192 << 20
 _launches: dict[tuple, Launches] = {}
@@ -131,7 +131,26 @@ def sequences_merged(call: Call) -> int:
     if call.lengths is not None or call.drop_mask is not None:
         return 1
     of_one = call.hidden * length * padded_pitch(length) * call.x.element_size()
-    return _divisor(batch, SMALL_PLANES // of_one)
+    return _divisor(batch, (SMALL_PLANES - 1) // of_one)
+
+
+def mergeable(call: Call) -> Call:
+    """The call, whose tensors can be viewed with merged rows if `sequences_merged` of it are.
+
+    A schedule that copied them could not be recorded.
+    """
+    if sequences_merged(call) == 1:
+        return call
+    return call._replace(
+        x=rows_alike(call.x), mask=rows_alike(call.mask), residual=rows_alike(call.residual)
+    )
+
+
+def rows_alike(tensor: Tensor | None) -> Tensor | None:
+    """The tensor [B, L, ...], or a copy if its rows are not one stride apart in the whole batch."""
+    if tensor is None or tensor.stride(0) == tensor.shape[1] * tensor.stride(1):
+        return tensor
+    return tensor.contiguous()
 
 
 def _divisor(batch: int, most: int) -> int:

@@ -245,7 +245,7 @@ class Norms:
 class Sequence(NamedTuple):
     """The backward of one sequence; in `stage_3` and `stage_1`, of R of its L rows.
 
-    With a and b kept it may be that of several sequences, whose rows are those of one.
+    With a and b kept it may be that of several sequences, whose R > L rows are those of one.
     """
 
     call: Call  # x [1, R, L, C]
