@@ -128,7 +128,8 @@ def test_what_runs_alone(merged, why):
 @pytest.mark.parametrize(
     "channels, batch, length, chunks, size",
     [(128, 8, 64, 1, 8), (128, 2, 256, 1, 2), (128, 4, 256, 2, 4), (128, 2, 512, 2, 2),
-     (256, 8, 64, 1, 8), (256, 2, 256, 2, 2), (256, 2, 384, 2, 2), (256, 6, 256, 2, 3), (256, 7, 256, 1, 1)],
+     (256, 8, 64, 1, 8), (256, 2, 256, 2, 2), (256, 2, 384, 2, 2), (256, 6, 256, 2, 3),
+     (256, 7, 256, 1, 1)],
 )  # fmt: skip
 def test_launches_of_a_batch(
     submodule, meta_call, monkeypatch, channels, batch, length, chunks, size
