@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_7ad2f6a0a3"
+_NAMESPACE = "_esmfold2_trimul_kernel_507b07d832"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -251,6 +251,11 @@ def trimul_einsum_fwd(
     )  # fmt: skip
 
 
+def of_sequences(planes: Tensor, length: int) -> Tensor:
+    """Planes [..., G, N L, pitch] of N merged sequences as [..., G N, L, pitch], a view."""
+    return planes.unflatten(-2, (-1, length)).flatten(-4, -3)
+
+
 def prepare_einsum(
     call: Call,
     a: Tensor,

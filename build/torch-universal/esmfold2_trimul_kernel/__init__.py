@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_7ad2f6a0a3"
+_BUILD_ID = "_esmfold2_trimul_kernel_507b07d832"
 
 
 def _load_package() -> ModuleType:

@@ -26,7 +26,7 @@ from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..fused_ln_residual import fused_ln_residual_fwd
 from ..hopper.folded_norm import Folds
 from ..paths import say_once
-from ..trimul_einsum_triton import trimul_einsum_fwd
+from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.recording import run_recorded
@@ -135,54 +135,31 @@ def _run_saving(
     Stage 2 wrote the product [B, D, L, pitch] in the dtype of x, and stage 1 the moments
     [B, 2, L, pitch] of x in fp32. The planes are a and b [B, 2, D, L, pitch], if they are kept.
     Otherwise they are freed before the output is allocated: the peak is a, b and the product.
+
+    Where sequences are merged the product has this shape, but is [B / N, D, N, L, pitch] of N
+    sequences in its memory. Planes and moments are alike, with the axes of x in both directions.
     """
-    merged = sequences_merged(call) if keeps else 1
-    if merged > 1:
-        return _run_merged(call, launches, merged)
     x, hidden = call.x, call.hidden
-    batch, length = x.shape[:2]
+    merged = sequences_merged(call) if keeps else 1
     call, scales = split_weights(call, launches)
-    shape = (batch, hidden, length, padded_pitch(length))
+    # Stage 1 can't exchange the residue axes of merged rows: stage 2 reads a and b transposed.
+    rows = call if merged == 1 else call.merged(merged)._replace(direction="outgoing")
+    batch, height, length = rows.x.shape[:3]
+    shape = (batch, hidden, height, padded_pitch(length))
     planes = launches.empty("a and b", (batch, 2, *shape[1:]), x.dtype, x.device)
     product = launches.empty("product", shape, x.dtype, x.device)
     folds = Folds(launches, call.weights)
-    moments = _multiply(call, launches, planes, product, scales, folds)
+    transposed = call.direction != rows.direction
+    moments = _multiply(rows, launches, planes, product, scales, folds, transposed)
     if not keeps:
         planes = None
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
-    by_rows = with_axes_of_x(moments, call.direction)
-    fused_ln_residual_fwd(call, launches, product, by_rows, out, scales=scales, folds=folds)
+    by_rows, made = with_axes_of_x(moments, rows.direction), out.view(rows.x.shape)
+    fused_ln_residual_fwd(rows, launches, product, by_rows, made, scales=scales, folds=folds)
+    if merged > 1:
+        kept = zip((product, moments, planes), saved_shapes(call), strict=True)
+        product, moments, planes = [tensor.view(shape) for tensor, shape in kept]
     return out, product, moments, planes
-
-
-def _run_merged(
-    call: Call, launches: Launches, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_run_saving`, with the rows of `count` sequences as those of one.
-
-    The product has the shape of `saved_shapes`, but is [B / count, D, count, L, pitch] in its
-    memory. Planes and moments are alike, with the axes of x in both directions: for "incoming",
-    stage 2 reads a and b transposed. No output is written over the residual.
-    """
-    x, hidden = call.x, call.hidden
-    batch, length = x.shape[:2]
-    rows = call.merged(count)._replace(direction="outgoing")
-    pitch = padded_pitch(length)
-    shape = (batch // count, hidden, count * length, pitch)
-    planes = launches.empty("a and b", (shape[0], 2, *shape[1:]), x.dtype, x.device)
-    product = launches.empty("product", shape, x.dtype, x.device)
-    folds = Folds(launches, call.weights)
-    a, b = planes.unbind(1)
-    moments = fused_dual_gemm_fwd(rows, launches, (a, b), folds=folds)
-    of_sequences = [
-        of_rows.unflatten(2, (count, length)).flatten(1, 2) for of_rows in (a, b, product)
-    ]
-    turned = (call.direction == "incoming",) * 2
-    trimul_einsum_fwd(call, launches, *of_sequences, turned=turned)
-    out = launches.empty("output", x.shape, x.dtype, x.device)
-    fused_ln_residual_fwd(rows, launches, product, moments, out.view(rows.x.shape), folds=folds)
-    shapes = saved_shapes(call)
-    return out, *[t.view(s) for t, s in zip((product, moments, planes), shapes, strict=True)]
 
 
 def _multiply(
@@ -192,14 +169,24 @@ def _multiply(
     product: Tensor,
     scales: Scales | None,
     folds: Folds,
+    transposed: bool = False,
 ) -> Tensor:
-    """Stages 1 and 2: fills planes and product; returns the moments."""
+    """Stages 1 and 2: fills planes and product; returns the moments.
+
+    Stage 2 reads a and b `transposed`. Rows may be those of several sequences.
+    """
     a, b = planes.unbind(1)
     moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales, folds=folds)
     exponents = masks = None
     if scales is not None:
         exponents, masks = scales.of_planes(call.hidden, slice(None)), scales.masks
-    trimul_einsum_fwd(call, launches, a, b, product, exponents=exponents, masks=masks)
+    length = call.x.shape[2]
+    if call.x.shape[1] > length:
+        a, b, product = (of_sequences(tensor, length) for tensor in (a, b, product))
+    trimul_einsum_fwd(
+        call, launches, a, b, product, turned=(transposed, transposed), exponents=exponents,
+        masks=masks,
+    )  # fmt: skip
     return moments
 
 

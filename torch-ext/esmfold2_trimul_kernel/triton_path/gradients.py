@@ -43,7 +43,7 @@ from .._call import Call, Weights
 from .._call import merged as merge
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
 from ..hopper.folded_norm import Folds
-from ..trimul_einsum_triton import trimul_einsum_fwd
+from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch
 from ..triton_parts.tiles import padded_pitch
@@ -444,16 +444,12 @@ class Sequence(NamedTuple):
     def _stage_2_of_group(
         self, grad: Tensor, first: int, planes: Tensor, grad_planes: Tensor
     ) -> None:
-        """Fills grad_planes [2G, L, pitch] with da and db, from dt of G channels, `first` on."""
+        """Fills grad_planes [2G, R, pitch] with da and db, from dt of G channels, `first` on."""
         size, length = grad.shape[0], self.call.x.shape[2]
-        # [G, R, pitch] as whole sequences [G R / L, L, pitch].
-        grad, a, b, grad_a, grad_b = [
-            of_rows.unflatten(1, (-1, length)).flatten(0, 1)
-            for of_rows in (grad, *planes, grad_planes[:size], grad_planes[size:])
-        ]
-        multiply_gradients(
-            self.call, self.launches, grad, a, b, grad_a, grad_b, first, self._merged
-        )
+        operands = grad, *planes, grad_planes[:size], grad_planes[size:]
+        if self._merged:
+            operands = [of_sequences(tensor, length) for tensor in operands]
+        multiply_gradients(self.call, self.launches, *operands, first, self._merged)
 
     def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
         """Fills dx and dmask from dq and planes [2D, R, pitch], da and db in groups of `size`.
