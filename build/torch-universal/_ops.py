@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_507b07d832"
+_NAMESPACE = "_esmfold2_trimul_kernel_350d6849cb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -34,7 +34,8 @@ def folded(submodule, on_triton):
         launches = submodule("triton_parts.launch").Launches()
         found, others = module.fold_norms(launches, "test", pair, BLOCK, group)
         assert others is None
-        return [None if tensor is None else tensor.cpu() for tensor in found]
+        assert found.constants is None
+        return [None if tensor is None else tensor.cpu() for tensor in found[:3]]
 
     return fold
 
@@ -177,8 +178,10 @@ def folds(submodule):
 
 
 def same(mine, its):
+    """Of what a forward takes, and a backward too."""
     return all(
-        (a is None and b is None) or torch.equal(a.cpu(), b) for a, b in zip(mine, its, strict=True)
+        (a is None and b is None) or torch.equal(a.cpu(), b)
+        for a, b in zip(mine[:3], its, strict=True)
     )
 
 
@@ -203,12 +206,15 @@ def test_all_that_a_forward_folds(
 
 @pytest.mark.parametrize("biases", [False, True])
 def test_all_that_a_backward_folds(submodule, on_triton, folded, folds, biases):
-    """The bits of a launch each, and the means."""
+    """The bits of a launch each, the means, and what stage 1's norm and biases add."""
     weights, (emit, gate, *pair) = make_weights(submodule, on_triton, 40, 40, biases)
     made, launches = folds(weights)
     means, residual = made.of_backward()
     assert same(residual, folded((*emit[:2], None, None), gate))
     assert same(made.planes(BLOCK), folded(*pair)) and len(launches) == 1
+    for one, constants in zip(pair, made.planes(BLOCK).constants, strict=True):
+        exact = one[0].double() @ one[2].double() + one[3] if biases else torch.zeros(80)
+        torch.testing.assert_close(constants.cpu().double(), exact.double(), rtol=0, atol=1e-6)
     exact = emit[0].double() @ emit[1].double() / 40
     torch.testing.assert_close(means[0].cpu().double(), exact, rtol=0, atol=1e-6)
     if biases:

@@ -76,7 +76,7 @@ def training(call):
     with resources._compiling_for("sm_90"), device.standing_in(device.target_of("sm_90", "any")):
         launches = [launch for launch, _ in path.plan_training(call)]
     of_stage = [one.variant for one in launches if one.stage == "fused_dual_gemm_bwd"]
-    return [of_stage.count("hopper"), len(of_stage)]
+    return [of_stage.count("whole"), len(of_stage)]
 
 
 found["backward"] = {

@@ -6,6 +6,7 @@
     swiglu_backward         the transition's backward as far as dp, du
     gated_rows_backward     stage 1's backward, from the planes' gradients to dp, dg
     input_backward          and from there to dx; the transition's too
+    gated_input_backward    both in one
     ln_residual             stage 3
     wide_ln_residual        with more than 256 channels
     padding                 the tiles that stage 3's and the transition's kernels leave out
@@ -43,6 +44,7 @@ _TAKEN = {
     "gated_rows": (_16_BITS, range(128, 513, 64)),
     "gated_rows_backward": (_BFLOAT16, (128, 256)),
     "input_backward": (_BFLOAT16, (128, 256)),
+    "gated_input_backward": (_BFLOAT16, (128, 256)),
     "ln_residual_backward": (_BFLOAT16, (128, 256)),
     "ln_residual": (_16_BITS, (128, 192, 256)),
     "wide_ln_residual": (_16_BITS, (320, 384, 448, 512)),

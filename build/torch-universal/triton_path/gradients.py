@@ -39,13 +39,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import hopper
 from .._call import Call, Weights
 from .._call import merged as merge
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
-from ..hopper.folded_norm import Folds
+from ..hopper.folded_norm import Folded, Folds
 from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import Launches, PreparedLaunch
+from ..triton_parts.launch import Launches, PreparedLaunch, setting_of
+from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
@@ -76,8 +78,8 @@ _CHUNK_PAIRS = 16_384
 _TILE_PAIRS = 128
 # The bytes of a chunk's rows in stage 1 of small planes. Where a and b were kept there are two
 # chunks at most; the others, and what is small then, are of calls that save memory.
-_CHUNK_BYTES = 160 << 20
-_SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 80 << 20
+_CHUNK_BYTES = 192 << 20
+_SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 96 << 20
 _GROUPS = 4
 _GROUP_ELEMENTS = 1 << 20
 # A group holds whole blocks of the smallest dot.
@@ -231,15 +233,19 @@ class Norms:
     def of_stage_3(self, prepared: PreparedLaunch) -> tuple[tuple, tuple | None]:
         """`emit_means` for a launch of stage 3, and what its variant takes."""
         if prepared.variant == "hopper":
-            if self._folded is None:
-                self._folded = self.folds.of_backward()
-            return self._folded
+            return self.folded()
         if self._means is None:
             prepared = self._launches.of(
                 ("emit_means",), prepare_emit_means, self._weights, self._precision
             )
             self._means = emit_means(self._weights, prepared)
         return self._means, None
+
+    def folded(self) -> tuple[tuple[Tensor, Tensor | None], Folded]:
+        """`Folds.of_backward`, where Hopper's kernels run."""
+        if self._folded is None:
+            self._folded = self.folds.of_backward()
+        return self._folded
 
 
 class Sequence(NamedTuple):
@@ -302,6 +308,8 @@ class Sequence(NamedTuple):
         rows, length, channels = x.shape[1:]
         pitch = padded_pitch(length)
         width = 4 * hidden + channels
+        if self._to_grad_x(hidden) is not None:
+            width = max(1, sum(self._widths(True)))
         chunks = -(-width * length // (hidden * pitch))
         small, most, few = SMALL_PLANES, _CHUNK_BYTES, 2
         if least:
@@ -356,6 +364,22 @@ class Sequence(NamedTuple):
         step = min(most, self._whole_waves(-(-rows // chunks)))
         cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         return memory.view(-1), cuts
+
+    def _to_grad_x(self, size: int) -> LaunchConfig | None:
+        """The setting of the kernel from da and db in groups of `size` to dx, if it takes these."""
+        return self.launches.setting(
+            "to dx", _setting_to_grad_x, self.call, self.wanted, size
+        )
+
+    def _widths(self, to_grad_x: bool) -> tuple[int, int]:
+        """The columns of a chunk's rows in stage 1: of dp, dg, with dx also dq; and of x^."""
+        hidden, channels, wanted = self.call.hidden, self.call.x.shape[3], self.wanted
+        if to_grad_x:
+            return (4 * hidden + channels, channels) if wanted.parameters else (0, 0)
+        return (
+            4 * hidden if wanted.projections else 0,
+            channels if wanted.parameters else 0,
+        )
 
     def _first_row(self, chunk: slice) -> int:
         """The first row of a launch; 0 without lengths, where every chunk can share a launch."""
@@ -460,11 +484,13 @@ class Sequence(NamedTuple):
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
         grad_mask = self.gradients.get("mask")
-        widths = (
-            4 * hidden if wanted.projections else 0,
-            channels if wanted.parameters else 0,
-        )
+        to_grad_x = self._to_grad_x(size)
+        widths = self._widths(to_grad_x is not None)
         memory, chunks = self._chunks(memory, max(1, sum(widths)))
+        if to_grad_x is not None:
+            for chunk in chunks:
+                self._stage_1_to_grad_x(chunk, planes, moments, size, memory, to_grad_x)
+            return
         into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
         outputs = wanted.of_stage_1
         for chunk in chunks:
@@ -503,15 +529,43 @@ class Sequence(NamedTuple):
                     call.lengths,
                 )  # fmt: skip
 
+    def _stage_1_to_grad_x(
+        self, chunk: slice, planes: Tensor, moments: Tensor, size: int, memory: Tensor,
+        config: LaunchConfig,
+    ) -> None:  # fmt: skip
+        """`stage_1` of a chunk by one kernel, and the parameters' sums."""
+        call, variant = self.call, hopper.kernels("gated_input_backward")
+        x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
+        mask = None if call.mask is None else call.mask[0, chunk]
+        count = x.shape[0] * x.shape[1]
+        rows, hat_x = _row_buffers(memory, count, self._widths(True))
+        prepared = self.launches.of(
+            ("gated_input_bwd", count, *_alignments(x)), variant.prepare, x, mask, x_moments,
+            grad_h, size, rows is not None, config,
+        )  # fmt: skip
+        grad_q = self.grad_q[chunk].view(count, x.shape[2])
+        out = rows, hat_x, self.gradients["x"][chunk]
+        folded = self.norms.folded()[1]
+        variant.launch(
+            prepared, (x, mask, x_moments, grad_h, grad_q), out, self.norms.folds, folded
+        )
+        if rows is not None:
+            self._add_product("in", rows, hat_x, None)
+
     def _add_product(
-        self, which: str, left: Tensor, right: Tensor, partial: Tensor, last: Tensor | None = None
-    ) -> None:
-        """Adds left^T right of a chunk's rows [M, N] and [M, K], and partial sums, to the parts."""
-        parts, sums = self.parts.get(which), partial.shape[0]  # a variant may have others
+        self, which: str, left: Tensor, right: Tensor, partial: Tensor | None,
+        last: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Adds left^T right of a chunk's rows [M, N] and [M, K], and sums, to the parts.
+
+        The sums are those of left, or partial ones.
+        """
+        parts = self.parts.get(which)
+        sums = 0 if partial is None else partial.shape[0]  # a variant may have others
         prepared = self.launches.of(
             ("row_products", which, left.shape[0], sums, parts is None, *_alignments(last)),
-            prepare_row_products, left, right, self.call.precision, None, False, parts, partial,
-            last,
+            prepare_row_products, left, right, self.call.precision, None, partial is None, parts,
+            partial, last,
         )  # fmt: skip
         self.parts[which] = row_products(left, right, prepared, parts, partial, last)
 
@@ -544,6 +598,18 @@ def multiply_gradients(
         trimul_einsum_fwd(
             call, launches, left[None], right[None], out[None], (key, turned), turned
         )
+
+
+def _setting_to_grad_x(call: Call, wanted: Wanted, size: int) -> LaunchConfig | None:
+    """The setting of the kernel that makes dx from da and db, of groups of `size`; None without."""
+    x = call.x[0]
+    if not wanted.x or wanted.mask:
+        return None
+    if not hopper.variants("gated_input_backward", "takes", x, call, size):
+        return None
+    variants = frozenset({"whole"})
+    config = setting_of("fused_dual_gemm_bwd", x, x.shape[2], x.shape[1], variants=variants)
+    return config if config.kernel == "whole" else None
 
 
 def group_size(hidden: int, length: int) -> int:

@@ -53,6 +53,7 @@ class Folded(NamedTuple):
     weights: Tensor  # W' [2, N, K], of float16 times 2^e
     further: Tensor  # its further channels [2, N, 16] in bfloat16, likewise
     factors: Tensor | None  # 2^-e [2, N / block_n] in float32, of float16
+    constants: Tensor | None = None  # c [2, N] in float32, for the backward
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -61,7 +62,8 @@ def _fold_norms_kernel(
     second_ptr, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
     third_ptr, third_norm_ptr, third_norm_bias_ptr, third_bias_ptr,
     fourth_ptr, fourth_norm_ptr, fourth_norm_bias_ptr, fourth_bias_ptr,
-    folded_ptr, extra_ptr, factors_ptr, others_ptr, others_extra_ptr, scale_ptr, shift_ptr,
+    folded_ptr, extra_ptr, factors_ptr, constants_ptr, others_ptr, others_extra_ptr,
+    scale_ptr, shift_ptr,
     stride_first, stride_second, stride_third, stride_fourth, first_row,
     ROWS: tl.constexpr, N: tl.constexpr, OTHERS: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -83,13 +85,13 @@ def _fold_norms_kernel(
         if block < TILES:
             _fold(
                 first_ptr, stride_first, first_norm_ptr, first_norm_bias_ptr, first_bias_ptr,
-                folded_ptr, extra_ptr, factors_ptr, 0, start_n, start_row,
+                folded_ptr, extra_ptr, factors_ptr, constants_ptr, 0, start_n, start_row,
                 ROWS, N, K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _fold(
                 second_ptr, stride_second, second_norm_ptr, second_norm_bias_ptr, second_bias_ptr,
-                folded_ptr, extra_ptr, factors_ptr, 1, start_n, start_row,
+                folded_ptr, extra_ptr, factors_ptr, constants_ptr, 1, start_n, start_row,
                 ROWS, N, K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     elif OTHERS > 0:
@@ -98,19 +100,19 @@ def _fold_norms_kernel(
         if block >= OF_OTHERS:
             _fold(
                 fourth_ptr, stride_fourth, fourth_norm_ptr, fourth_norm_bias_ptr, fourth_bias_ptr,
-                others_ptr, others_extra_ptr, None, 1, start, start,
+                others_ptr, others_extra_ptr, None, None, 1, start, start,
                 OTHERS, OTHERS, K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         elif scale_ptr is None:
             _fold(
                 third_ptr, stride_third, third_norm_ptr, third_norm_bias_ptr, third_bias_ptr,
-                others_ptr, others_extra_ptr, None, 0, start, start,
+                others_ptr, others_extra_ptr, None, None, 0, start, start,
                 OTHERS, OTHERS, K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _fold(
                 third_ptr, stride_third, third_norm_ptr, None, None,
-                others_ptr, others_extra_ptr, None, 0, start, start,
+                others_ptr, others_extra_ptr, None, None, 0, start, start,
                 OTHERS, OTHERS, K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             store_means_of_projection(
@@ -122,7 +124,7 @@ def _fold_norms_kernel(
 @triton.jit
 def _fold(
     weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr, folded_ptr, extra_ptr,
-    factors_ptr, which, start_n, start_row,
+    factors_ptr, constants_ptr, which, start_n, start_row,
     ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -138,6 +140,8 @@ def _fold(
     if bias_ptr is not None:
         offs_row = start_row + tl.arange(0, BLOCK_N)
         constant += tl.load(bias_ptr + offs_row, mask=valid, other=0.0).to(tl.float32)
+    if constants_ptr is not None:
+        tl.store(constants_ptr + which * N + offs_n, constant, mask=valid)
     folded = weight * scale
     if factors_ptr is not None:
         factor, inverse = _powers_of_two(folded)
@@ -194,6 +198,9 @@ def fold_norms(
     first = pair.weights[0]
     rows, width = first.shape
     folded = _memory(launches, first, rows if group is None else 2 * group[1], block_n)
+    if means[0] is not None:
+        constants = launches.empty("folded constants", (2, rows), torch.float32, first.device)
+        folded = folded._replace(constants=constants)
     of_others = None if others is None else _memory(launches, others.weights[0], None, 0)
     name = "fold_norms" if means[0] is None else "fold_norms_bwd"
     key = ("fold_norms", stage, group, block_n)
@@ -207,6 +214,7 @@ def fold_norms(
         folded_ptr=folded.weights,
         extra_ptr=folded.further,
         factors_ptr=folded.factors,
+        constants_ptr=folded.constants,
         others_ptr=None if of_others is None else of_others.weights,
         others_extra_ptr=None if of_others is None else of_others.further,
         scale_ptr=means[0],
@@ -258,7 +266,8 @@ def _prepare(
         2 * (triton.cdiv(count, block) + triton.cdiv(of_others, block)),
         tensors=pointers(
             *[pointer for name in _NAMES for pointer in _pointers(name)], "folded_ptr",
-            "extra_ptr", "factors_ptr", "others_ptr", "others_extra_ptr", "scale_ptr", "shift_ptr",
+            "extra_ptr", "factors_ptr", "constants_ptr", "others_ptr", "others_extra_ptr",
+            "scale_ptr", "shift_ptr",
         ),
         values=dict(first_row=first_row) | {
             f"stride_{name}": 0 if weight is None else weight.stride(0)

@@ -1,0 +1,217 @@
+"""The Hopper kernel for stage 1's whole backward: what it takes; on a GPU, the gradients."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from fresh_process import ROOT, python_output
+from gradients_of_calls import grad_of_output, gradients
+from helpers import (
+    SEED,
+    assert_no_worse,
+    leaves_of,
+    make_problem,
+    memory_of_no_numbers,
+    reference_gradients,
+)
+
+pytest.importorskip("triton")
+BF16 = torch.bfloat16
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
+pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("watched")]
+
+# In a process without TRITON_INTERPRET: the variants of the launches of stage 1's backward, and how
+# many launches there are for dx and in all, by case.
+TAKEN = """
+import json, sys, torch
+from esmfold2_trimul_tools.repository import find_root, load_kernel, submodule
+
+package = load_kernel(find_root())
+path, device, call_, rehearsal, settings, whole = (
+    submodule(package, name) for name in (
+        "triton_path", "triton_parts.device", "_call", "triton_parts.rehearsal",
+        "triton_parts.settings", "hopper.gated_input_backward",
+    )
+)
+ALL = {"x", *[name for name in call_.Weights._fields if not name.endswith("bias")]}
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def call_of(channels=256, hidden=None, length=512, dtype=torch.bfloat16, lengths=False, **others):
+    hidden = hidden or channels
+    norms = [empty(width, dtype=torch.float32) for width in (channels, hidden)]
+    shapes = dict(p_in=(2 * hidden, channels), g_in=(2 * hidden, channels),
+                  p_out=(channels, hidden), g_out=(channels, channels))
+    weights = {name + "_weight": empty(*shape, dtype=dtype) for name, shape in shapes.items()}
+    weights |= dict(norm_in_weight=norms[0], norm_out_weight=norms[1])
+    mask = empty(1, length, length, dtype=torch.float32)
+    given = dict(
+        x=empty(1, length, length, channels, dtype=dtype), direction="outgoing", mask=mask,
+        residual=None, drop_mask=None, eps_in=1e-5, eps_out=1e-5, precision="fp32",
+        memory="default", recompute="none", inplace=False,
+        lengths=empty(1, dtype=torch.int32) if lengths else None,
+        weights=call_.Weights(**{name: weights.get(name) for name in call_.Weights._fields}),
+    )
+    return call_.Call(**given | others)
+
+
+def taken(needs=ALL, target="sm_90", **others):
+    call = call_of(**others)
+    shapes, keeps = path.saved_shapes(call), path.keeps_planes(call)
+    with rehearsal.rehearsal(device.target_of(target, "any", 132)) as launches, torch.no_grad():
+        product, moments, planes = (
+            empty(*shape, dtype=kind)
+            for shape, kind in zip(shapes, (call.x.dtype, torch.float32, call.x.dtype))
+        )
+        planes = planes if keeps else None
+        needs = frozenset(needs)
+        path.run_backward(call, call.x, product, moments, planes, needs, launches)
+    made = [launch for launch, _ in launches.launched]
+    of_stage = [one.variant for one in made if one.stage == "fused_dual_gemm_bwd"]
+    return [of_stage, sum(one.stage == "input_bwd" for one in made), len(made)]
+
+
+refused = []
+for stages, split in ((3, 3), (8, 1)):
+    rows = empty(64, 64, 256)
+    config = settings.LaunchConfig(128, 64, 64, 4, stages, split=split, kernel="whole")
+    try:
+        whole.prepare(rows, None, empty(2, 64, 64), empty(512, 64, 64), 256, True, config)
+    except ValueError as error:
+        refused.append(str(error))
+print(json.dumps({
+    "wide": taken(),
+    "narrow": taken(channels=128),
+    "one chunk": taken(length=256),
+    "ragged": taken(length=383),
+    "incoming": taken(direction="incoming"),
+    "a and b again": taken(recompute="product"),
+    "x alone": taken(needs={"x"}),
+    "parameters alone": taken(needs=ALL - {"x"}),
+    "a mask's gradient": taken(needs=ALL | {"mask"}),
+    "other hidden channels": taken(hidden=128),
+    "padded": taken(lengths=True),
+    "float16": taken(dtype=torch.float16),
+    "float32": taken(dtype=torch.float32),
+    "another width": taken(channels=192),
+    "another GPU": taken(target="sm_100"),
+    "refused": refused,
+}))
+"""
+# Stage 1's launches, and all of the backward; chunks of one size share theirs.
+TAKEN_BY = {
+    "wide": (2, 12), "narrow": (2, 12), "one chunk": (1, 10), "ragged": (2, 12),
+    "incoming": (2, 12), "a and b again": (2, None), "x alone": (1, None),
+}  # fmt: skip
+
+
+def test_what_it_takes():
+    """There dx has no launch of its own; without gradients of parameters there is one chunk."""
+    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
+    found = json.loads(python_output(TAKEN, PYTHONPATH=path))
+    refused = found.pop("refused")
+    assert len(refused) == 2 and all("got LaunchConfig" in of for of in refused)
+    assert len(found) == 15
+    for name, (of_stage, for_x, launches) in found.items():
+        if name in TAKEN_BY:
+            count, total = TAKEN_BY[name]
+            assert of_stage == ["whole"] * count and for_x == 0, (name, of_stage)
+            assert launches == total or total is None, (name, launches)
+        else:
+            assert of_stage and "whole" not in of_stage, name
+            assert for_x == (0 if name == "parameters alone" else len(of_stage)), name
+
+
+@pytest.fixture
+def both(kernel, submodule):
+    """both(problem, names=None, **options): the gradients, and the plain kernels'.
+
+    Of all but the mask, whose gradient has another kernel, or of `names`.
+    """
+
+    def compute(problem, names=None, **options):
+        found, names = [], names or [name for name in leaves_of(problem) if name != "mask"]
+        for plain in (False, True):
+            launches = submodule("triton_path.launches")._launches
+            launches.clear()
+            context = submodule("hopper").without_variants() if plain else contextlib.nullcontext()
+            with context:
+                made = gradients(kernel, problem, "cuda", names, **options)
+            assert plain != any(map(ran_whole, launches.values()))
+            found.append({name: value.cpu() for name, value in made.items()})
+        return found
+
+    return compute
+
+
+def ran_whole(launches):
+    """Whether a recorded schedule has the kernel's launch."""
+    steps = getattr(launches.recording, "_steps", [])
+    prepared = [*launches.values(), *[step._prepared for step in steps]]
+    return any(one.stage == "fused_dual_gemm_bwd" and one.variant == "whole" for one in prepared)
+
+
+CALLS = {
+    "whole tiles": dict(length=64, channels=256, mask="bool"),
+    "one pair": dict(length=1, channels=256),
+    "a tile and a pair": dict(length=65, channels=128, mask="soft"),
+    "fewer than a tile": dict(length=17, channels=256, batch=3, direction="incoming", mask="float"),
+    "rows of padding": dict(length=100, channels=256, mask="expanded", direction="incoming"),
+    "biases": dict(length=77, channels=256, biases=True),
+    "bfloat16 norms": dict(length=48, channels=128, norm_dtype=BF16, residual=True),
+    "many tiles": dict(length=300, channels=128, mask="bool"),
+    "many tiles, wide": dict(length=261, channels=256, mask="bool", direction="incoming"),
+    "several sequences": dict(length=70, channels=128, batch=4, drop_mask=True),
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_worse_than_the_plain_kernels(both, name, recompute):
+    """Its weights are rounded with the norm's: a product's operand has one rounding more."""
+    problem = make_problem(dtype=BF16, **CALLS[name])
+    with memory_of_no_numbers():
+        got, plain = both(problem, recompute=recompute)
+    assert_no_worse([(got, plain, exact_of(problem, got))], 1.1)
+
+
+def exact_of(problem, names):
+    exact = reference_gradients(problem, grad_of_output(problem))
+    return {name: exact[name] for name in names}
+
+
+@on_hopper
+@pytest.mark.parametrize("channels, length", [(128, 512), (256, 384)])
+def test_equal_calls_give_equal_bits(kernel, channels, length):
+    """Over programs with many tiles, whose loads run ahead of the products."""
+    problem = make_problem(length, channels, dtype=BF16, mask="bool", seed=SEED).to("cuda")
+    wanted = gradients(kernel, problem, "cuda")
+    for _ in range(20):
+        got = gradients(kernel, problem, "cuda")
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@on_hopper
+@pytest.mark.parametrize("channels", [128, 256])
+def test_dx_alone_has_the_bits_of_all(both, channels):
+    problem = make_problem(130, channels, dtype=BF16, mask="soft")
+    (together, _), (alone, _) = both(problem), both(problem, ("x",))
+    assert torch.equal(alone["x"], together["x"])
+
+
+@on_hopper
+@pytest.mark.parametrize("channels", [128, 256])
+def test_rows_without_a_norm(both, channels):
+    """Constant rows, and rows whose variance overflows."""
+    problem = make_problem(70, channels, dtype=BF16)
+    problem.x[:, ::3] = 3.0
+    problem.x[:, 1, :, 0] = 3e38
+    got, plain = both(problem)
+    assert all(bool(value.isfinite().all()) for value in got.values())
+    assert_no_worse([(got, plain, exact_of(problem, got))], 1.1)

@@ -1,0 +1,515 @@
+"""Stage 1's backward in one kernel: see `fused_dual_gemm_backward` and `input_backward`.
+
+    x^ = (x - mean) rstd                                           x [R, L, C], bfloat16, C = D
+    p = x^ Wp'^T + cp, s = sigmoid(x^ Wg'^T + cg)                  W' and c: see `folded_norm`
+    dp = dh s mask, dg = dh p mask s (1 - s)                       dh planes [2D, R, pitch]
+    dz' = dp Wp' + dg Wg' + dq Wo'                                 g1 dz, in fp32 registers
+    dx = rstd (dz' - mean(dz') - x^ mean(dz' x^))                  [R, L, C]
+
+    rows [R*L, 4D + C] of dp, dg and dq side by side, and x^ [R*L, C], if the parameters'
+    gradients are wanted: then dq has left the memory that dx may overwrite
+
+The same weights make p and dz', and dp and dg go from one to the other in registers. A program has
+two consumers with a tile of 64 pairs each. For a tile it begins with dq, whose products go on while
+x arrives. Then come steps of 64 hidden channels: their products with x^, the gates, and their share
+in dz', of which a consumer holds all channels. The weights stream past once for both tiles, 64
+channels of x a stage; a step's last products free them, and the ring has room for two steps. A
+consumer's rows come in a ring of its own, 32 channels a slot: those of dq, then those of dh, which
+dp overwrites on its way out. x^ is written over x, and dx over x^.
+
+A slot of dh is freed when dp is in its place, or when a product has taken what was made of it: a
+warp that has only issued its loads may be held up behind others.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .._call import Call
+from ..triton_parts.device import device_target
+from ..triton_parts.launch import PreparedLaunch, named_strides, pointers, strides
+from ..triton_parts.settings import LaunchConfig
+from .folded_norm import Folded, Folds
+from .parts import (
+    LOG2_E,
+    REGISTERS,
+    ROWS,
+    STEP,
+    Tiles,
+    advance,
+    barriers,
+    halves,
+    load_tile,
+    lower,
+    place_in_rows,
+    reciprocal,
+    shared_layout,
+    store_tile,
+    tma_descriptor,
+    upper,
+    viewed,
+)
+
+_STEP = gl.constexpr(STEP)
+_SLOT = gl.constexpr(STEP // 2)  # channels of a slot of rows
+_PIECES = gl.constexpr(4)  # of _SLOT rows of weights, in a stage: two of Wp', two of Wg'
+
+
+@gluon.jit
+def _normalise(x_slots, mean, rstd, PARTS: gl.constexpr, ME: gl.constexpr):
+    """x^ over a consumer's rows of x; of rows whose variance overflows, zeros."""
+    LAYOUT: gl.constexpr = mean.type.layout.parent
+    overflows = (rstd == 0.0).expand_dims(1)
+    for k in gl.static_range(PARTS):
+        slot = x_slots.index(ME * PARTS + k)
+        hat = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
+        slot.store(gl.where(overflows, 0.0, hat).to(gl.bfloat16))
+    fence_async_shared()
+
+
+@gluon.jit
+def _of_pairs(pointer, i, start, pairs, strides, LAYOUT: gl.constexpr):
+    """One number of each pair of a tile, in fp32; 0 beyond the last."""
+    j = start + gl.arange(0, 64, layout=LAYOUT)
+    offs = i.to(gl.int64) * strides[0] + j.to(gl.int64) * strides[1]
+    return gl.load(pointer + offs, mask=(j < pairs[1]) & (i < pairs[0]), other=0).to(gl.float32)
+
+
+@gluon.jit
+def _store_half(
+    rows, value_slot, gate_slot, grad_value, grad_gate, i, start, column, N: gl.constexpr
+):
+    """Stores dp and dg of half of a step's channels, dp over their dh."""
+    LAYOUT: gl.constexpr = rows.layout
+    value_slot.store(grad_value)
+    gate_slot.store(grad_gate)
+    fence_async_shared()
+    store_tile(rows, [i, start, column], viewed(value_slot, [1, 64, _SLOT], LAYOUT))
+    store_tile(rows, [i, start, N + column], viewed(gate_slot, [1, 64, _SLOT], LAYOUT))
+
+
+@gluon.jit
+def _store_parts(out, x_slots, i, start, PARTS: gl.constexpr, ME: gl.constexpr):
+    """Stores what has replaced a consumer's rows of x."""
+    LAYOUT: gl.constexpr = out.layout
+    for k in gl.static_range(PARTS):
+        part = viewed(x_slots.index(ME * PARTS + k), [1, 64, _STEP], LAYOUT)
+        store_tile(out, [i, start, k * _STEP], part)
+
+
+@gluon.jit
+def _behind(stage, count: gl.constexpr, STAGES: gl.constexpr):
+    """The stage of a ring so many behind another, fewer than there are."""
+    place = stage + count
+    return gl.where(place >= STAGES, place - STAGES, place)
+
+
+@gluon.jit
+def _add_hidden(grads, grad_z, ring, begun):
+    """dz' and the share of a step, whose first stage is `begun`.
+
+    `grads` are dp and dg of the first half of the step's channels, then of the second.
+    """
+    LAYOUT: gl.constexpr = ring.layout
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, PART, 2)
+    rows = ()
+    for one in gl.static_range(4):
+        rows = rows + (gl.convert_layout(grads[one], A, assert_trivial=True),)
+    made = ()
+    for k in gl.static_range(len(grad_z)):
+        weight = ring.index(_behind(begun, k, ring.shape[0]))
+        weight = viewed(weight, [_PIECES, _SLOT, _STEP], LAYOUT)
+        part = warpgroup_mma(rows[0], weight.index(0), grad_z[k], is_async=True)
+        part = warpgroup_mma(rows[2], weight.index(1), part, is_async=True)
+        part = warpgroup_mma(rows[1], weight.index(2), part, is_async=True)
+        part = warpgroup_mma(rows[3], weight.index(3), part, is_async=True)
+        made = made + (part,)
+    return made
+
+
+@gluon.jit
+def _add_gate(gate, grad_z, weight):
+    """dz' and the share of 32 channels of dq, all of whose weights are a stage."""
+    LAYOUT: gl.constexpr = weight.layout
+    weight = viewed(weight, [_PIECES, _SLOT, _STEP], LAYOUT)
+    made = ()
+    for k in gl.static_range(len(grad_z)):
+        made = made + (warpgroup_mma(gate, weight.index(k), grad_z[k], is_async=True),)
+    return made
+
+
+@gluon.jit
+def _consume(
+    common, C: gl.constexpr, N: gl.constexpr, MASKED: gl.constexpr, PARAMETERS: gl.constexpr,
+    ME: gl.constexpr,
+):  # fmt: skip
+    """One consumer: its tile of each group of this program's."""
+    memory, loaded, freed, made, tensors, pairs, all_strides = common
+    x_slots, slots, gate_slots, ring = memory
+    x_full, slot_full, full = loaded
+    x_empty, slot_empty, empty = freed
+    rows, hat, grad_x = made
+    constants_ptr, mask_ptr, moments_ptr = tensors
+    _, _, per_row, groups = pairs
+    of_mask, of_moments = all_strides
+    rstds_ptr = moments_ptr + of_moments[0]
+    of_moments = of_moments[1], of_moments[2]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _STEP, 16])
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SLOT, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, PART, 2)
+    AT_PART: gl.constexpr = gl.SliceLayout(1, PART)
+    NORM: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    PARTS: gl.constexpr = C // _STEP
+    STEPS: gl.constexpr = N // _STEP
+    SLOTS: gl.constexpr = slots.shape[0] // 2
+    STAGES: gl.constexpr = ring.shape[0]
+    WIDE: gl.constexpr = ring.layout  # of 64 columns
+    NARROW: gl.constexpr = slots.layout
+    column = gl.arange(0, 2 * _STEP, layout=gl.SliceLayout(0, ACC))
+    column = gl.where(column < _STEP, column, column - _STEP + N)
+    stage = 0
+    phase = 0
+    slot = 0
+    slot_phase = 0
+    tile_phase = 0
+    for group in range(gl.program_id(0), groups, gl.num_programs(0)):
+        i, start = place_in_rows(group * 2 + ME, per_row)
+        mean = _of_pairs(moments_ptr, i, start, pairs, of_moments, gl.SliceLayout(1, NORM))
+        scale = _of_pairs(rstds_ptr, i, start, pairs, of_moments, gl.SliceLayout(1, NORM))
+        if MASKED:
+            mask = _of_pairs(mask_ptr, i, start, pairs, of_mask, gl.SliceLayout(1, HALF))
+        grad_z = ()
+        for _k in gl.static_range(PARTS):
+            grad_z = grad_z + (gl.zeros([64, _STEP], gl.float32, PART),)
+        for piece in range(C // _SLOT):
+            at = ME * SLOTS + slot
+            mbarrier.wait(slot_full.index(at), slot_phase)
+            gate = viewed(slots.index(at), [64, _SLOT], NARROW)
+            if PARAMETERS:
+                ROWS_LAYOUT: gl.constexpr = rows.layout
+                store_tile(
+                    rows, [i, start, 2 * N + piece * _SLOT],
+                    viewed(gate, [1, 64, _SLOT], ROWS_LAYOUT),
+                )  # fmt: skip
+            gate = gate.load(A)
+            mbarrier.wait(full.index(stage), phase)
+            added = _add_gate(gate, grad_z, ring.index(stage))
+            if PARAMETERS:
+                tma.store_wait(0)
+            mbarrier.arrive(slot_empty.index(at), count=1)
+            slot, slot_phase = advance(slot, slot_phase, SLOTS)
+            grad_z = warpgroup_mma_wait(0, deps=added)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = advance(stage, phase, STAGES)
+        mbarrier.wait(x_full.index(ME), tile_phase)
+        tile_phase ^= 1
+        _normalise(x_slots, mean, scale, PARTS, ME)
+        if PARAMETERS:
+            _store_parts(hat, x_slots, i, start, PARTS, ME)
+        for step in range(STEPS):
+            constants = gl.load(constants_ptr + column + step * _STEP)
+            acc = gl.zeros([64, 2 * _STEP], gl.float32, ACC) + constants.expand_dims(0)
+            begun = stage
+            for k in gl.static_range(PARTS):
+                mbarrier.wait(full.index(stage), phase)
+                weight = ring.index(stage).permute((1, 0))
+                acc = warpgroup_mma(x_slots.index(ME * PARTS + k), weight, acc, is_async=True)
+                stage, phase = advance(stage, phase, STAGES)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            values, gates = halves(acc, PART)
+            values = halves(values, HALF)
+            gates = halves(gates, HALF)
+            grads = ()
+            first = ME * SLOTS + slot
+            for h in gl.static_range(2):
+                at = ME * SLOTS + slot
+                mbarrier.wait(slot_full.index(at), slot_phase)
+                grad = viewed(slots.index(at), [_SLOT, 64], WIDE).permute((1, 0)).load(HALF)
+                slot, slot_phase = advance(slot, slot_phase, SLOTS)
+                share = reciprocal(1.0 + gl.exp2(gates[h] * -LOG2_E))
+                grad_value = grad.to(gl.float32) * share
+                if MASKED:
+                    grad_value = grad_value * mask.expand_dims(1)
+                grad_gate = grad_value * values[h]
+                grad_gate = grad_gate - grad_gate * share
+                grads = grads + (grad_value.to(gl.bfloat16), grad_gate.to(gl.bfloat16))
+                if PARAMETERS:
+                    tma.store_wait(0)  # the half before has left its memory
+                    if h == 1:
+                        mbarrier.arrive(slot_empty.index(first), count=1)
+                    start_n = step * _STEP + h * _SLOT
+                    _store_half(
+                        rows, slots.index(at), gate_slots.index(ME), grads[2 * h],
+                        grads[2 * h + 1], i, start, start_n, N,
+                    )  # fmt: skip
+            added = _add_hidden(grads, grad_z, ring, begun)
+            if not PARAMETERS:
+                # All warps have dh: it is in the products' operands.
+                mbarrier.arrive(slot_empty.index(first), count=1)
+                mbarrier.arrive(slot_empty.index(at), count=1)
+            for k in gl.static_range(PARTS):
+                added = warpgroup_mma_wait((PARTS - 1 - k) * _PIECES, deps=added)
+                mbarrier.arrive(empty.index(_behind(begun, k, STAGES)), count=1)
+            grad_z = added
+            if PARAMETERS:
+                tma.store_wait(0)
+                mbarrier.arrive(slot_empty.index(at), count=1)
+        rstd = _of_pairs(rstds_ptr, i, start, pairs, of_moments, AT_PART)
+        mean_grad = gl.zeros([64], gl.float32, AT_PART)
+        mean_grad_hat = gl.zeros([64], gl.float32, AT_PART)
+        for k in gl.static_range(PARTS):
+            hats = x_slots.index(ME * PARTS + k).load(PART).to(gl.float32)
+            mean_grad += gl.sum(grad_z[k], 1)
+            mean_grad_hat += gl.sum(grad_z[k] * hats, 1)
+        shift = (mean_grad * (-1.0 / C) * rstd).expand_dims(1)
+        slope = (mean_grad_hat * (-1.0 / C) * rstd).expand_dims(1)
+        tma.store_wait(0)  # x^ has left the slots
+        for k in gl.static_range(PARTS):
+            made_dx = x_slots.index(ME * PARTS + k)
+            hats = made_dx.load(PART).to(gl.float32)
+            made_dx.store((grad_z[k] * rstd.expand_dims(1) + shift + hats * slope).to(gl.bfloat16))
+        fence_async_shared()
+        _store_parts(grad_x, x_slots, i, start, PARTS, ME)
+        tma.store_wait(0)
+        mbarrier.arrive(x_empty.index(ME), count=1)
+
+
+@gluon.jit
+def _load_weights(
+    weights, gate_weight, ring, full, empty, groups, C: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """For each group of tiles Wo', then Wp' and Wg', 64 hidden channels of both a step."""
+    STAGES: gl.constexpr = ring.shape[0]
+    LAYOUT: gl.constexpr = gate_weight.layout
+    stage = 0
+    phase = 1
+    for _ in range(gl.program_id(0), groups, gl.num_programs(0)):
+        for piece in range(C // _SLOT):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, _SLOT * C * 2)
+            parts = viewed(ring.index(stage), [_PIECES, _SLOT, _STEP], LAYOUT)
+            for k in gl.static_range(C // _STEP):
+                load_tile(gate_weight, [C + piece * _SLOT, k * _STEP], bar, parts.index(k))
+            stage, phase = advance(stage, phase, STAGES)
+        for step in range(N // _STEP):
+            for k in gl.static_range(C // _STEP):
+                mbarrier.wait(empty.index(stage), phase)
+                bar = full.index(stage)
+                mbarrier.expect(bar, 2 * _STEP * _STEP * 2)
+                both = ring.index(stage)
+                low, high = lower(both), upper(both)
+                load_tile(weights, [step * _STEP, k * _STEP], bar, low)
+                load_tile(weights, [N + step * _STEP, k * _STEP], bar, high)
+                stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_rows(
+    x, planes, gate, x_slots, slots, full, empty, pairs,
+    C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, ME: gl.constexpr,
+):  # fmt: skip
+    """A consumer's tiles: dq, meanwhile x, and dh."""
+    x_full, slot_full, _ = full
+    x_empty, slot_empty, _ = empty
+    _, _, per_row, groups = pairs
+    X_LAYOUT: gl.constexpr = x.layout
+    PLANES_LAYOUT: gl.constexpr = planes.layout
+    GATE_LAYOUT: gl.constexpr = gate.layout
+    PARTS: gl.constexpr = C // _STEP
+    SLOTS: gl.constexpr = slots.shape[0] // 2
+    slot = 0
+    slot_phase = 1
+    phase = 1
+    for group in range(gl.program_id(0), groups, gl.num_programs(0)):
+        i, start = place_in_rows(group * 2 + ME, per_row)
+        for piece in range(C // _SLOT):
+            if piece == 2:  # the least number of slots
+                mbarrier.wait(x_empty.index(ME), phase)
+                phase ^= 1
+                mbarrier.expect(x_full.index(ME), 64 * C * 2)
+                for k in gl.static_range(PARTS):
+                    part = viewed(x_slots.index(ME * PARTS + k), [1, 1, 64, _STEP], X_LAYOUT)
+                    load_tile(x, [0, i, start, k * _STEP], x_full.index(ME), part)
+            place = ME * SLOTS + slot
+            mbarrier.wait(slot_empty.index(place), slot_phase)
+            mbarrier.expect(slot_full.index(place), 64 * _SLOT * 2)
+            part = viewed(slots.index(place), [1, 64, _SLOT], GATE_LAYOUT)
+            load_tile(gate, [i, start, piece * _SLOT], slot_full.index(place), part)
+            slot, slot_phase = advance(slot, slot_phase, SLOTS)
+        for block in range(N // _SLOT):
+            channel = block * _SLOT
+            half = channel // (N // 2)
+            channel -= half * (N // 2)
+            # G channels of a, then those of b, and so on; a block lies within one such group.
+            plane = (channel // G * 2 + half) * G + channel % G
+            place = ME * SLOTS + slot
+            mbarrier.wait(slot_empty.index(place), slot_phase)
+            mbarrier.expect(slot_full.index(place), 64 * _SLOT * 2)
+            part = viewed(slots.index(place), [_SLOT, 1, 64], PLANES_LAYOUT)
+            load_tile(planes, [plane, i, start], slot_full.index(place), part)
+            slot, slot_phase = advance(slot, slot_phase, SLOTS)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "mask_ptr", "moments_ptr", "R", "J", "per_row",
+        "groups", "stride_mask_i", "stride_mask_j",
+        "stride_moments_n", "stride_moments_i", "stride_moments_j",
+    ]
+)  # fmt: skip
+def _gated_input_bwd_hopper_kernel(
+    x, weights, gate_weight, planes, gate, rows, hat, grad_x,
+    constants_ptr, mask_ptr, moments_ptr,
+    R, J, per_row, groups, stride_mask_i, stride_mask_j,
+    stride_moments_n, stride_moments_i, stride_moments_j,
+    C: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    MASKED: gl.constexpr, PARAMETERS: gl.constexpr, REGISTERS: gl.constexpr,
+    LAYOUT: gl.constexpr, RING_LAYOUT: gl.constexpr, SLOT_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """dx of `groups` groups of two tiles of 64 pairs, and what else is wanted."""
+    N: gl.constexpr = 2 * C
+    PARTS: gl.constexpr = C // _STEP
+    x_slots = gl.allocate_shared_memory(gl.bfloat16, [2 * PARTS, 64, _STEP], LAYOUT)
+    slots = gl.allocate_shared_memory(gl.bfloat16, [2 * SLOTS, 64, _SLOT], SLOT_LAYOUT)
+    gate_slots = slots
+    if PARAMETERS:
+        gate_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, _SLOT], SLOT_LAYOUT)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * _STEP, _STEP], RING_LAYOUT)
+    loaded = barriers(2, 1), barriers(2 * SLOTS, 1), barriers(STAGES, 1)
+    freed = barriers(2, 1), barriers(2 * SLOTS, 1), barriers(STAGES, 2)
+    fence_async_shared()
+    memory = x_slots, slots, gate_slots, ring
+    made = rows, hat, grad_x
+    tensors = constants_ptr, mask_ptr, moments_ptr
+    pairs = R, J, per_row, groups
+    moments = stride_moments_n, stride_moments_i, stride_moments_j
+    all_strides = (stride_mask_i, stride_mask_j), moments
+    common = memory, loaded, freed, made, tensors, pairs, all_strides
+    gl.warp_specialize([
+        (_consume, (common, C, N, MASKED, PARAMETERS, 0)),
+        (_consume, (common, C, N, MASKED, PARAMETERS, 1)),
+        (_load_weights, (weights, gate_weight, ring, loaded[2], freed[2], groups, C, N)),
+        (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, G, 0)),
+        (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, G, 1)),
+    ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+
+
+def takes(call: Call, group: int) -> bool:
+    """Whether stage 1's backward can run here to dx; planes come in groups of `group` channels."""
+    return call.lengths is None and call.hidden == call.x.shape[3] and group % _SLOT.value == 0
+
+
+def prepare(
+    x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, group: int,
+    parameters: bool, config: LaunchConfig,
+) -> PreparedLaunch:  # fmt: skip
+    """The launch for x [R, L, C], mask [R, L], moments [2, R, L] and planes [2D, R, pitch].
+
+    These are some rows of a call. The planes come in groups of `group` channels; `parameters` is
+    whether their gradients are wanted.
+
+    Raises:
+        ValueError: a setting whose rings are too short.
+    """
+    rows, length, channels = x.shape
+    if config.num_stages < channels // STEP or config.split < 2:
+        raise ValueError(
+            f"the setting must have {channels // STEP} stages or more for {channels} channels, and "
+            f"split in 2 or more; got {config}"
+        )
+    pitch = planes.shape[2]
+    stride_i, stride_j, _ = strides(x)
+    moments_strides = list(moments.stride())
+    mask_strides = (0, 0) if mask is None else strides(mask)
+    one_row = (
+        pitch == length
+        and stride_i == length * stride_j
+        and moments_strides[1] == length * moments_strides[2]
+        and mask_strides[0] == length * mask_strides[1]
+    )
+    tiles = Tiles.of(1, rows, length, one_row)
+    slot = _SLOT.value
+
+    def rows_of(width: int, block: int):
+        return tma_descriptor(
+            x, [tiles.rows, tiles.columns, width], [tiles.columns * width, width, 1],
+            [1, ROWS, block],
+        )  # fmt: skip
+
+    def weights_of(count: int, block: int):
+        return tma_descriptor(
+            x.new_empty(0), [count, channels], [channels, 1], [block, STEP]
+        )
+
+    groups = tiles.values(2)["tiles"]
+    return PreparedLaunch(
+        _gated_input_bwd_hopper_kernel,
+        min(groups, device_target(x.device).multiprocessors),
+        tensors={
+            **pointers("constants_ptr", "mask_ptr", "moments_ptr"),
+            "x": tiles.descriptor(x, [0, stride_i, stride_j, 1], channels, STEP),
+            "weights": weights_of(4 * channels, STEP),
+            "gate_weight": weights_of(2 * channels, slot),
+            "planes": tma_descriptor(
+                planes, [2 * channels, tiles.rows, tiles.columns], [planes.stride(0), pitch, 1],
+                [slot, 1, ROWS],
+            ),
+            "gate": rows_of(channels, slot),
+            "rows": rows_of(5 * channels, slot) if parameters else None,
+            "hat": rows_of(channels, STEP) if parameters else None,
+            "grad_x": rows_of(channels, STEP),
+        },
+        values=dict(
+            R=tiles.rows, J=tiles.columns, per_row=tiles.per_row, groups=groups,
+            **named_strides("mask", "ij", mask_strides),
+            **named_strides("moments", "nij", moments_strides),
+        ),
+        constants=dict(
+            C=channels, G=group, STAGES=config.num_stages, SLOTS=config.split,
+            MASKED=mask is not None, PARAMETERS=parameters, REGISTERS=REGISTERS[2][1],
+            LAYOUT=shared_layout([ROWS, STEP]), RING_LAYOUT=shared_layout([2 * STEP, STEP]),
+            SLOT_LAYOUT=shared_layout([ROWS, slot]),
+        ),
+        options=dict(num_warps=4, maxnreg=REGISTERS[2][0]),
+        stage="fused_dual_gemm_bwd",
+        variant="whole",
+    )  # fmt: skip
+
+
+def launch(
+    prepared: PreparedLaunch,
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    out: tuple[Tensor | None, Tensor | None, Tensor],
+    folds: Folds,
+    folded: Folded,
+) -> None:
+    """Fills `out`, (rows, x^, dx), from (x, mask, moments, planes, dq).
+
+    `prepared` is from `prepare`; `folded` is of stage 3, from `Folds.of_backward`.
+    """
+    x, mask, moments, planes, gate = tensors
+    rows, hat, grad_x = out
+    of_stage_1 = folds.planes(STEP)
+    prepared.launch(
+        x=x,
+        weights=of_stage_1.weights,
+        gate_weight=folded.weights,
+        planes=planes,
+        gate=gate,
+        rows=rows,
+        hat=hat,
+        grad_x=grad_x,
+        constants_ptr=of_stage_1.constants,
+        mask_ptr=mask,
+        moments_ptr=moments,
+    )
