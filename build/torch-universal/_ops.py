@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_350d6849cb"
+_NAMESPACE = "_esmfold2_trimul_kernel_d87a370a57"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_350d6849cb"
+_BUILD_ID = "_esmfold2_trimul_kernel_d87a370a57"
 
 
 def _load_package() -> ModuleType:

@@ -187,8 +187,6 @@ def _consume(
             acc = warpgroup_mma(further, extra, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(rows, ring.index(stage).permute((1, 0)), acc, is_async=True)
             mbarrier.arrive(turns.index((ME + 1) % CONSUMERS), count=1)
-            mbarrier.arrive(grad_empty.index(place), count=1)
-            grad_stage, grad_phase = advance(grad_stage, grad_phase, GRAD_STAGES)
             if step > lo:
                 _store(grads, of_values, of_gates, i, start, step - 1, N)
                 mbarrier.arrive(x_empty.index(ME), count=1, pred=step == lo + 1)
@@ -207,6 +205,9 @@ def _consume(
             tma.store_wait(0)  # the block before has left the slots, and x^ that of x
             of_values.store(grad_value.to(gl.bfloat16))
             of_gates.store(grad_gate.to(gl.bfloat16))
+            # All warps have dh: what they made of it is stored.
+            mbarrier.arrive(grad_empty.index(place), count=1)
+            grad_stage, grad_phase = advance(grad_stage, grad_phase, GRAD_STAGES)
             if PARAMETERS:
                 partial_sums.index(ME).store(_sums_of_warps(grad_value, grad_gate))
                 sums = gl.sum(partial_sums.index(ME).load(AT_COLUMNS), 0)

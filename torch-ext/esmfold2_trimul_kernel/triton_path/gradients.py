@@ -21,8 +21,9 @@ that takes, of whole waves of programs, for which stage 1 may take a little more
 not kept lies where dt will be. Of a small sequence, whose planes are not large beside a GPU's
 memory, a chunk of stage 1 takes more of it, for fewer launches: with a and b kept 2 1/2 such
 tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256; where they are made again
-2 1/2 with L = 256. The parameters' gradients come from few products: with t^ and x^ the normalised
-rows without norm weights,
+2 1/2 with L = 256. Where one kernel goes to dx (`hopper/gated_input_backward.py`), dq is in these
+rows too, 3, 6 and 3 tensors; without gradients of parameters there are none. The parameters'
+gradients come from few products: with t^ and x^ the normalised rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
