@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d87a370a57"
+_NAMESPACE = "_esmfold2_trimul_kernel_920069f2cb"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_d87a370a57"
+_BUILD_ID = "_esmfold2_trimul_kernel_920069f2cb"
 
 
 def _load_package() -> ModuleType:

@@ -1,21 +1,22 @@
 """Stage 1's backward in one kernel: see `fused_dual_gemm_backward` and `input_backward`.
 
     x^ = (x - mean) rstd                                           x [R, L, C], bfloat16, C = D
-    p = x^ Wp'^T + cp, s = sigmoid(x^ Wg'^T + cg)                  W' and c: see `folded_norm`
+    p = (x^ g1) Wp^T + cp, s = sigmoid((x^ g1) Wg^T + cg)          c: see `folded_norm`
     dp = dh s mask, dg = dh p mask s (1 - s)                       dh planes [2D, R, pitch]
-    dz' = dp Wp' + dg Wg' + dq Wo'                                 g1 dz, in fp32 registers
-    dx = rstd (dz' - mean(dz') - x^ mean(dz' x^))                  [R, L, C]
+    dz = dp Wp + dg Wg + dq Wo                                     in fp32 registers
+    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^))            [R, L, C]
 
     rows [R*L, 4D + C] of dp, dg and dq side by side, and x^ [R*L, C], if the parameters'
     gradients are wanted: then dq has left the memory that dx may overwrite
 
-The same weights make p and dz', and dp and dg go from one to the other in registers. A program has
+The same weights make p and dz, and dp and dg go from one to the other in registers. A program has
 two consumers with a tile of 64 pairs each. For a tile it begins with dq, whose products go on while
-x arrives. Then come steps of 64 hidden channels: their products with x^, the gates, and their share
-in dz', of which a consumer holds all channels. The weights stream past once for both tiles, 64
+x arrives. Then come steps of 64 hidden channels: their products with x^ g1, the gates, and their
+share in dz, of which a consumer holds all channels. The weights stream past once for both tiles, 64
 channels of x a stage; a step's last products free them, and the ring has room for two steps. A
 consumer's rows come in a ring of its own, 32 channels a slot: those of dq, then those of dh, which
-dp overwrites on its way out. x^ is written over x, and dx over x^.
+dp overwrites on its way out. x^ g1 is written over x, which comes a second time for dx, and dx is
+written over it.
 
 A slot of dh is freed when dp is in its place, or when a product has taken what was made of it: a
 warp that has only issued its loads may be held up behind others.
@@ -34,9 +35,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._call import Call
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import PreparedLaunch, named_strides, pointers, strides
+from ..triton_parts.launch import (
+    PreparedLaunch,
+    has_descriptor,
+    named_strides,
+    pointers,
+    strides,
+)
 from ..triton_parts.settings import LaunchConfig
-from .folded_norm import Folded, Folds
 from .parts import (
     LOG2_E,
     REGISTERS,
@@ -63,14 +69,29 @@ _PIECES = gl.constexpr(4)  # of _SLOT rows of weights, in a stage: two of Wp', t
 
 
 @gluon.jit
-def _normalise(x_slots, mean, rstd, PARTS: gl.constexpr, ME: gl.constexpr):
-    """x^ over a consumer's rows of x; of rows whose variance overflows, zeros."""
+def _normalise(
+    x_slots, mean, rstd, norm_weight_ptr, hat_ptr, row, inside, PARTS: gl.constexpr,
+    ME: gl.constexpr,
+):  # fmt: skip
+    """x^ g1 over a consumer's rows of x; of rows whose variance overflows, zeros.
+
+    If there is a `hat_ptr`, x^ of the first `inside` rows is stored as row `row` and following.
+    """
     LAYOUT: gl.constexpr = mean.type.layout.parent
     overflows = (rstd == 0.0).expand_dims(1)
+    offs = gl.arange(0, 64, layout=mean.type.layout)
     for k in gl.static_range(PARTS):
         slot = x_slots.index(ME * PARTS + k)
-        hat = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
-        slot.store(gl.where(overflows, 0.0, hat).to(gl.bfloat16))
+        hats = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
+        hats = gl.where(overflows, 0.0, hats)
+        channels = k * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, LAYOUT))
+        if hat_ptr is not None:
+            ptrs = hat_ptr + (row + offs).expand_dims(1) * (PARTS * _STEP)
+            ptrs = ptrs + channels.expand_dims(0)
+            gl.store(ptrs, hats.to(gl.bfloat16), mask=(offs < inside).expand_dims(1))
+        if norm_weight_ptr is not None:
+            hats = hats * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
+        slot.store(hats.to(gl.bfloat16))
     fence_async_shared()
 
 
@@ -96,15 +117,6 @@ def _store_half(
 
 
 @gluon.jit
-def _store_parts(out, x_slots, i, start, PARTS: gl.constexpr, ME: gl.constexpr):
-    """Stores what has replaced a consumer's rows of x."""
-    LAYOUT: gl.constexpr = out.layout
-    for k in gl.static_range(PARTS):
-        part = viewed(x_slots.index(ME * PARTS + k), [1, 64, _STEP], LAYOUT)
-        store_tile(out, [i, start, k * _STEP], part)
-
-
-@gluon.jit
 def _behind(stage, count: gl.constexpr, STAGES: gl.constexpr):
     """The stage of a ring so many behind another, fewer than there are."""
     place = stage + count
@@ -113,7 +125,7 @@ def _behind(stage, count: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _add_hidden(grads, grad_z, ring, begun):
-    """dz' and the share of a step, whose first stage is `begun`.
+    """dz and the share of a step, whose first stage is `begun`.
 
     `grads` are dp and dg of the first half of the step's channels, then of the second.
     """
@@ -137,7 +149,7 @@ def _add_hidden(grads, grad_z, ring, begun):
 
 @gluon.jit
 def _add_gate(gate, grad_z, weight):
-    """dz' and the share of 32 channels of dq, all of whose weights are a stage."""
+    """dz and the share of 32 channels of dq, all of whose weights are a stage."""
     LAYOUT: gl.constexpr = weight.layout
     weight = viewed(weight, [_PIECES, _SLOT, _STEP], LAYOUT)
     made = ()
@@ -156,9 +168,9 @@ def _consume(
     x_slots, slots, gate_slots, ring = memory
     x_full, slot_full, full = loaded
     x_empty, slot_empty, empty = freed
-    rows, hat, grad_x = made
-    constants_ptr, mask_ptr, moments_ptr = tensors
-    _, _, per_row, groups = pairs
+    rows, hat_ptr, grad_x = made
+    constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr = tensors
+    R, J, per_row, groups = pairs
     of_mask, of_moments = all_strides
     rstds_ptr = moments_ptr + of_moments[0]
     of_moments = of_moments[1], of_moments[2]
@@ -212,9 +224,9 @@ def _consume(
             stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
-        _normalise(x_slots, mean, scale, PARTS, ME)
-        if PARAMETERS:
-            _store_parts(hat, x_slots, i, start, PARTS, ME)
+        row = i.to(gl.int64) * J + start
+        inside = gl.where(i < R, J - start, 0)
+        _normalise(x_slots, mean, scale, norm_weight_ptr, hat_ptr, row, inside, PARTS, ME)
         for step in range(STEPS):
             constants = gl.load(constants_ptr + column + step * _STEP)
             acc = gl.zeros([64, 2 * _STEP], gl.float32, ACC) + constants.expand_dims(0)
@@ -246,6 +258,8 @@ def _consume(
                     tma.store_wait(0)  # the half before has left its memory
                     if h == 1:
                         mbarrier.arrive(slot_empty.index(first), count=1)
+                        # x^ has been multiplied for the last time.
+                        mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - 1)
                     start_n = step * _STEP + h * _SLOT
                     _store_half(
                         rows, slots.index(at), gate_slots.index(ME), grads[2 * h],
@@ -256,38 +270,58 @@ def _consume(
                 # All warps have dh: it is in the products' operands.
                 mbarrier.arrive(slot_empty.index(first), count=1)
                 mbarrier.arrive(slot_empty.index(at), count=1)
+                mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - 1)
             for k in gl.static_range(PARTS):
                 added = warpgroup_mma_wait((PARTS - 1 - k) * _PIECES, deps=added)
                 mbarrier.arrive(empty.index(_behind(begun, k, STAGES)), count=1)
             grad_z = added
             if PARAMETERS:
-                tma.store_wait(0)
+                tma.store_wait(0)  # so has the second half
                 mbarrier.arrive(slot_empty.index(at), count=1)
+        mean = _of_pairs(moments_ptr, i, start, pairs, of_moments, AT_PART)
         rstd = _of_pairs(rstds_ptr, i, start, pairs, of_moments, AT_PART)
         mean_grad = gl.zeros([64], gl.float32, AT_PART)
         mean_grad_hat = gl.zeros([64], gl.float32, AT_PART)
+        scaled = ()
         for k in gl.static_range(PARTS):
-            hats = x_slots.index(ME * PARTS + k).load(PART).to(gl.float32)
-            mean_grad += gl.sum(grad_z[k], 1)
-            mean_grad_hat += gl.sum(grad_z[k] * hats, 1)
+            # Also keeps the loads of the norm's weights apart, for fewer registers.
+            mbarrier.wait(x_full.index(ME), tile_phase)
+            part = grad_z[k]
+            if norm_weight_ptr is not None:
+                channels = k * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, PART))
+                part = part * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
+            mean_grad += gl.sum(part, 1)
+            mean_grad_hat += gl.sum(part * _hats(x_slots.index(ME * PARTS + k), mean, rstd), 1)
+            scaled = scaled + (part,)
+        tile_phase ^= 1
         shift = (mean_grad * (-1.0 / C) * rstd).expand_dims(1)
         slope = (mean_grad_hat * (-1.0 / C) * rstd).expand_dims(1)
-        tma.store_wait(0)  # x^ has left the slots
+        X_LAYOUT: gl.constexpr = grad_x.layout
         for k in gl.static_range(PARTS):
             made_dx = x_slots.index(ME * PARTS + k)
-            hats = made_dx.load(PART).to(gl.float32)
-            made_dx.store((grad_z[k] * rstd.expand_dims(1) + shift + hats * slope).to(gl.bfloat16))
+            grads_x = scaled[k] * rstd.expand_dims(1) + shift + _hats(made_dx, mean, rstd) * slope
+            made_dx.store(grads_x.to(gl.bfloat16))
         fence_async_shared()
-        _store_parts(grad_x, x_slots, i, start, PARTS, ME)
+        for k in gl.static_range(PARTS):
+            made_dx = viewed(x_slots.index(ME * PARTS + k), [1, 64, _STEP], X_LAYOUT)
+            store_tile(grad_x, [i, start, k * _STEP], made_dx)
         tma.store_wait(0)
         mbarrier.arrive(x_empty.index(ME), count=1)
 
 
 @gluon.jit
+def _hats(slot, mean, rstd):
+    """x^ of 64 channels."""
+    PART: gl.constexpr = mean.type.layout.parent
+    return (slot.load(PART).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
+
+
+@gluon.jit
 def _load_weights(
-    weights, gate_weight, ring, full, empty, groups, C: gl.constexpr, N: gl.constexpr
+    first_weight, second_weight, gate_weight, ring, full, empty, groups,
+    C: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """For each group of tiles Wo', then Wp' and Wg', 64 hidden channels of both a step."""
+    """For each group of tiles Wo, then Wp and Wg, 64 hidden channels of both a step."""
     STAGES: gl.constexpr = ring.shape[0]
     LAYOUT: gl.constexpr = gate_weight.layout
     stage = 0
@@ -299,7 +333,7 @@ def _load_weights(
             mbarrier.expect(bar, _SLOT * C * 2)
             parts = viewed(ring.index(stage), [_PIECES, _SLOT, _STEP], LAYOUT)
             for k in gl.static_range(C // _STEP):
-                load_tile(gate_weight, [C + piece * _SLOT, k * _STEP], bar, parts.index(k))
+                load_tile(gate_weight, [piece * _SLOT, k * _STEP], bar, parts.index(k))
             stage, phase = advance(stage, phase, STAGES)
         for step in range(N // _STEP):
             for k in gl.static_range(C // _STEP):
@@ -308,9 +342,20 @@ def _load_weights(
                 mbarrier.expect(bar, 2 * _STEP * _STEP * 2)
                 both = ring.index(stage)
                 low, high = lower(both), upper(both)
-                load_tile(weights, [step * _STEP, k * _STEP], bar, low)
-                load_tile(weights, [N + step * _STEP, k * _STEP], bar, high)
+                load_tile(first_weight, [step * _STEP, k * _STEP], bar, low)
+                load_tile(second_weight, [step * _STEP, k * _STEP], bar, high)
                 stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_x(x, x_slots, full, empty, phase, i, start, PARTS: gl.constexpr, ME: gl.constexpr):
+    LAYOUT: gl.constexpr = x.layout
+    mbarrier.wait(empty.index(ME), phase)
+    mbarrier.expect(full.index(ME), 64 * PARTS * _STEP * 2)
+    for k in gl.static_range(PARTS):
+        part = viewed(x_slots.index(ME * PARTS + k), [1, 1, 64, _STEP], LAYOUT)
+        load_tile(x, [0, i, start, k * _STEP], full.index(ME), part)
+    return phase ^ 1
 
 
 @gluon.jit
@@ -318,11 +363,10 @@ def _load_rows(
     x, planes, gate, x_slots, slots, full, empty, pairs,
     C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's tiles: dq, meanwhile x, and dh."""
+    """A consumer's tiles: dq, meanwhile x, dh, and x again."""
     x_full, slot_full, _ = full
     x_empty, slot_empty, _ = empty
     _, _, per_row, groups = pairs
-    X_LAYOUT: gl.constexpr = x.layout
     PLANES_LAYOUT: gl.constexpr = planes.layout
     GATE_LAYOUT: gl.constexpr = gate.layout
     PARTS: gl.constexpr = C // _STEP
@@ -334,12 +378,7 @@ def _load_rows(
         i, start = place_in_rows(group * 2 + ME, per_row)
         for piece in range(C // _SLOT):
             if piece == 2:  # the least number of slots
-                mbarrier.wait(x_empty.index(ME), phase)
-                phase ^= 1
-                mbarrier.expect(x_full.index(ME), 64 * C * 2)
-                for k in gl.static_range(PARTS):
-                    part = viewed(x_slots.index(ME * PARTS + k), [1, 1, 64, _STEP], X_LAYOUT)
-                    load_tile(x, [0, i, start, k * _STEP], x_full.index(ME), part)
+                phase = _load_x(x, x_slots, x_full, x_empty, phase, i, start, PARTS, ME)
             place = ME * SLOTS + slot
             mbarrier.wait(slot_empty.index(place), slot_phase)
             mbarrier.expect(slot_full.index(place), 64 * _SLOT * 2)
@@ -358,18 +397,19 @@ def _load_rows(
             part = viewed(slots.index(place), [_SLOT, 1, 64], PLANES_LAYOUT)
             load_tile(planes, [plane, i, start], slot_full.index(place), part)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
+        phase = _load_x(x, x_slots, x_full, x_empty, phase, i, start, PARTS, ME)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "mask_ptr", "moments_ptr", "R", "J", "per_row",
-        "groups", "stride_mask_i", "stride_mask_j",
+        "norm_weight_ptr", "mask_ptr", "moments_ptr", "R", "J", "per_row", "groups",
+        "stride_mask_i", "stride_mask_j",
         "stride_moments_n", "stride_moments_i", "stride_moments_j",
     ]
 )  # fmt: skip
 def _gated_input_bwd_hopper_kernel(
-    x, weights, gate_weight, planes, gate, rows, hat, grad_x,
-    constants_ptr, mask_ptr, moments_ptr,
+    x, first_weight, second_weight, gate_weight, planes, gate, rows, grad_x,
+    hat_ptr, constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr,
     R, J, per_row, groups, stride_mask_i, stride_mask_j,
     stride_moments_n, stride_moments_i, stride_moments_j,
     C: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
@@ -389,8 +429,8 @@ def _gated_input_bwd_hopper_kernel(
     freed = barriers(2, 1), barriers(2 * SLOTS, 1), barriers(STAGES, 2)
     fence_async_shared()
     memory = x_slots, slots, gate_slots, ring
-    made = rows, hat, grad_x
-    tensors = constants_ptr, mask_ptr, moments_ptr
+    made = rows, hat_ptr, grad_x
+    tensors = constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr
     pairs = R, J, per_row, groups
     moments = stride_moments_n, stride_moments_i, stride_moments_j
     all_strides = (stride_mask_i, stride_mask_j), moments
@@ -398,7 +438,9 @@ def _gated_input_bwd_hopper_kernel(
     gl.warp_specialize([
         (_consume, (common, C, N, MASKED, PARAMETERS, 0)),
         (_consume, (common, C, N, MASKED, PARAMETERS, 1)),
-        (_load_weights, (weights, gate_weight, ring, loaded[2], freed[2], groups, C, N)),
+        (_load_weights, (
+            first_weight, second_weight, gate_weight, ring, loaded[2], freed[2], groups, C, N,
+        )),
         (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, G, 0)),
         (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, G, 1)),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
@@ -406,11 +448,26 @@ def _gated_input_bwd_hopper_kernel(
 
 def takes(call: Call, group: int) -> bool:
     """Whether stage 1's backward can run here to dx; planes come in groups of `group` channels."""
-    return call.lengths is None and call.hidden == call.x.shape[3] and group % _SLOT.value == 0
+    return (
+        call.lengths is None
+        and call.hidden == call.x.shape[3]
+        and group % _SLOT.value == 0
+        and all([has_descriptor(weight) for weight in _weights(call).values()])
+    )
+
+
+def _weights(call: Call) -> dict[str, Tensor]:
+    """Wp, Wg and Wo, by the kernel's parameters."""
+    weights = call.weights
+    return dict(
+        first_weight=weights.p_in_weight,
+        second_weight=weights.g_in_weight,
+        gate_weight=weights.g_out_weight,
+    )
 
 
 def prepare(
-    x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, group: int,
+    call: Call, x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, group: int,
     parameters: bool, config: LaunchConfig,
 ) -> PreparedLaunch:  # fmt: skip
     """The launch for x [R, L, C], mask [R, L], moments [2, R, L] and planes [2D, R, pitch].
@@ -446,27 +503,28 @@ def prepare(
             [1, ROWS, block],
         )  # fmt: skip
 
-    def weights_of(count: int, block: int):
-        return tma_descriptor(
-            x.new_empty(0), [count, channels], [channels, 1], [block, STEP]
-        )
-
     groups = tiles.values(2)["tiles"]
     return PreparedLaunch(
         _gated_input_bwd_hopper_kernel,
         min(groups, device_target(x.device).multiprocessors),
         tensors={
-            **pointers("constants_ptr", "mask_ptr", "moments_ptr"),
+            **pointers(
+                "hat_ptr", "constants_ptr", "norm_weight_ptr", "mask_ptr", "moments_ptr"
+            ),
             "x": tiles.descriptor(x, [0, stride_i, stride_j, 1], channels, STEP),
-            "weights": weights_of(4 * channels, STEP),
-            "gate_weight": weights_of(2 * channels, slot),
+            **{
+                name: tma_descriptor(
+                    weight, weight.shape, weight.stride(),
+                    [slot if name == "gate_weight" else STEP, STEP],
+                )
+                for name, weight in _weights(call).items()
+            },
             "planes": tma_descriptor(
                 planes, [2 * channels, tiles.rows, tiles.columns], [planes.stride(0), pitch, 1],
                 [slot, 1, ROWS],
             ),
             "gate": rows_of(channels, slot),
             "rows": rows_of(5 * channels, slot) if parameters else None,
-            "hat": rows_of(channels, STEP) if parameters else None,
             "grad_x": rows_of(channels, STEP),
         },
         values=dict(
@@ -488,28 +546,27 @@ def prepare(
 
 def launch(
     prepared: PreparedLaunch,
+    call: Call,
     tensors: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
     out: tuple[Tensor | None, Tensor | None, Tensor],
-    folds: Folds,
-    folded: Folded,
+    constants: Tensor,
 ) -> None:
     """Fills `out`, (rows, x^, dx), from (x, mask, moments, planes, dq).
 
-    `prepared` is from `prepare`; `folded` is of stage 3, from `Folds.of_backward`.
+    `prepared` is from `prepare`; `constants` are those of `Folded`, of stage 1.
     """
     x, mask, moments, planes, gate = tensors
     rows, hat, grad_x = out
-    of_stage_1 = folds.planes(STEP)
     prepared.launch(
+        **_weights(call),
         x=x,
-        weights=of_stage_1.weights,
-        gate_weight=folded.weights,
         planes=planes,
         gate=gate,
         rows=rows,
-        hat=hat,
         grad_x=grad_x,
-        constants_ptr=of_stage_1.constants,
+        hat_ptr=hat,
+        constants_ptr=constants,
+        norm_weight_ptr=call.weights.norm_in_weight,
         mask_ptr=mask,
         moments_ptr=moments,
     )

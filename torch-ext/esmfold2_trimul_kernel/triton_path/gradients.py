@@ -234,7 +234,7 @@ class Norms:
     def of_stage_3(self, prepared: PreparedLaunch) -> tuple[tuple, tuple | None]:
         """`emit_means` for a launch of stage 3, and what its variant takes."""
         if prepared.variant == "hopper":
-            return self.folded()
+            return self._fold()
         if self._means is None:
             prepared = self._launches.of(
                 ("emit_means",), prepare_emit_means, self._weights, self._precision
@@ -242,8 +242,12 @@ class Norms:
             self._means = emit_means(self._weights, prepared)
         return self._means, None
 
-    def folded(self) -> tuple[tuple[Tensor, Tensor | None], Folded]:
-        """`Folds.of_backward`, where Hopper's kernels run."""
+    def constants(self) -> Tensor:
+        """Of stage 1, where Hopper's kernels run: see `Folded`."""
+        self._fold()
+        return self.folds.planes(0).constants
+
+    def _fold(self) -> tuple[tuple[Tensor, Tensor | None], Folded]:
         if self._folded is None:
             self._folded = self.folds.of_backward()
         return self._folded
@@ -541,15 +545,13 @@ class Sequence(NamedTuple):
         count = x.shape[0] * x.shape[1]
         rows, hat_x = _row_buffers(memory, count, self._widths(True))
         prepared = self.launches.of(
-            ("gated_input_bwd", count, *_alignments(x)), variant.prepare, x, mask, x_moments,
-            grad_h, size, rows is not None, config,
+            ("gated_input_bwd", count, *_alignments(x)), variant.prepare, call, x, mask,
+            x_moments, grad_h, size, rows is not None, config,
         )  # fmt: skip
         grad_q = self.grad_q[chunk].view(count, x.shape[2])
         out = rows, hat_x, self.gradients["x"][chunk]
-        folded = self.norms.folded()[1]
-        variant.launch(
-            prepared, (x, mask, x_moments, grad_h, grad_q), out, self.norms.folds, folded
-        )
+        tensors = x, mask, x_moments, grad_h, grad_q
+        variant.launch(prepared, call, tensors, out, self.norms.constants())
         if rows is not None:
             self._add_product("in", rows, hat_x, None)
 
