@@ -8,7 +8,9 @@ gates.
 
 A store by TMA needs a fence ahead of it, which waits for what the warps wrote to shared memory: up
 to an eighth of a step. So a block is stored during the next step's products, in the forward's
-stages where there are more than 128 channels and no lengths.
+stages where there are more than 128 channels and no lengths. Ahead of an "empty" a fence waits for
+what the warps read to registers: they may only have issued these loads. There is none where
+something made of what was read is stored, or multiplied, by then.
 
 Folded norms. A consumer multiplies rows of x as they are. With W' = W diag(g), s the sums of its
 rows over k, and c = W b + bias,
