@@ -3,10 +3,11 @@
 Nothing of Triton's interprets Gluon. `install` puts modules of its own in the place of Triton's
 Gluon, in a process that has not imported the package, and `run` runs a prepared launch with them:
 tensors are torch's, without layouts, and the partitions of a program are threads that meet at the
-barriers. What runs asynchronously on a GPU runs at the worst time that a kernel allows: a load by
-TMA at once, a store by TMA when it is waited for, a product when it is waited for. So memory that
-is freed too early has other values, memory that nobody wrote is NaN, and a barrier that nobody
-arrives at is an error.
+barriers, one at a time: whoever frees memory lets the others run first. What runs asynchronously on
+a GPU runs at the worst time that a kernel allows: a load by TMA takes its memory at once, and fills
+it when it is waited for, as stores by TMA and products run when they are waited for. So memory that
+is freed or read too early is NaN, as is what nobody wrote, and a barrier that nobody arrives at is
+an error.
 
 What it can't see: layouts, registers, and the proxies' order within a warp.
 """
@@ -15,13 +16,10 @@ import inspect
 import random
 import sys
 import threading
-import time
 import types
 
 import torch
 from torch import Tensor
-
-SECONDS = 30.0  # at a barrier, before it is an error
 
 
 class Scalar(int):
@@ -172,24 +170,96 @@ class Memory:
         self.data.copy_(value.data)
 
 
-class Barrier:
+class Deadlock(Exception):
+    """All partitions wait."""
+
+
+class Schedule:
+    """The threads of a program, of which one runs; it goes on until it waits or frees memory."""
+
     def __init__(self):
         self.condition = threading.Condition()
+        # By thread: whether it can go on, and whether others come first.
+        self.ready, self.running, self.error = {}, None, None
+
+    def run(self, partitions):
+        threads = [threading.Thread(target=self._work, args=one) for one in partitions]
+        self.ready = {thread: (lambda: True, False) for thread in threads}
+        for thread in threads:
+            thread.start()
+        self._go_on(random.choice(threads))
+        for thread in threads:
+            thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _work(self, function, arguments):
+        try:
+            self._wait_for_turn()
+            function(*arguments)
+            assert not _work.stores and not _work.products, "left without a wait"
+        except BaseException as error:
+            self.error = self.error or error
+        del self.ready[threading.current_thread()]
+        if self.ready:
+            self._go_on(self._next() or next(iter(self.ready)))
+
+    def _next(self):
+        """Another thread that can go on."""
+        others = [one for one in self.ready if one is not threading.current_thread()]
+        random.shuffle(others)
+        others.sort(key=lambda one: self.ready[one][1])
+        return next((one for one in others if self.ready[one][0]()), None)
+
+    def _go_on(self, thread):
+        with self.condition:
+            self.running = thread
+            self.condition.notify_all()
+
+    def _wait_for_turn(self):
+        with self.condition:
+            self.condition.wait_for(lambda: self.running is threading.current_thread())
+        if self.error is not None:
+            raise self.error
+
+    def let_others(self, ready, last=False):
+        """Lets others run until this one is `ready`, or, as the last, until they all wait."""
+        self.ready[threading.current_thread()] = ready, last
+        other = self._next()
+        if other is None and not ready():
+            raise Deadlock("nobody arrives at a barrier")
+        if other is not None:
+            self._go_on(other)
+            self._wait_for_turn()
+
+
+class Barrier:
+    def __init__(self):
         self.wanted = self.missing = self.bytes = self.phase = 0
+        self.loads = []  # of slots, that have not arrived
 
     def change(self, arrivals=0, more_bytes=0):
-        with self.condition:
-            self.missing -= arrivals
-            self.bytes += more_bytes
-            assert self.missing >= 0, "more arrivals than a barrier waits for"
-            if self.missing == 0 and self.bytes == 0:
-                self.missing, self.phase = self.wanted, self.phase ^ 1
-                self.condition.notify_all()
+        self.missing -= arrivals
+        self.bytes += more_bytes
+        assert self.missing >= 0, "more arrivals than a barrier waits for"
+        if self.missing == 0 and self.bytes == 0:
+            self.missing, self.phase = self.wanted, self.phase ^ 1
+
+    def load(self, slot, data):
+        slot.data.fill_(torch.nan)
+        self.loads.append((slot, data))
 
     def wait(self, parity):
-        with self.condition:
-            if not self.condition.wait_for(lambda: self.phase != parity, SECONDS):
-                raise TimeoutError("nobody arrives at a barrier")
+        if not self._completed(parity):
+            _place.schedule.let_others(lambda: self._completed(parity))
+
+    def _completed(self, parity):
+        if self.phase == parity:
+            while self.loads:
+                slot, data = self.loads.pop()
+                slot.data.copy_(data)
+                self.change(more_bytes=-data.nbytes)
+        return self.phase != parity
 
 
 class Barriers:
@@ -207,7 +277,8 @@ def _init(barrier, count):
 def _arrive(barrier, count=1, pred=True):
     if pred:
         barrier.change(arrivals=int(count))
-        time.sleep(2e-4)  # whoever waits may go ahead
+        if _place.schedule.running is not None:
+            _place.schedule.let_others(lambda: True, last=True)
 
 
 class Descriptor:
@@ -240,8 +311,7 @@ def _load_tile(descriptor, at, barrier, slot):
     assert list(slot.data.shape) == list(places.shape)
     found = torch.zeros(places.shape, dtype=slot.dtype)
     found[exist] = descriptor.memory[places[exist]]
-    slot.data.copy_(found)
-    barrier.change(more_bytes=-found.nbytes)
+    barrier.load(slot, found)
 
 
 class Work(threading.local):
@@ -297,23 +367,7 @@ def _multiply_wait(outstanding, deps):
 
 
 def _specialise(partitions, warps, registers):
-    errors = []
-
-    def work(function, arguments):
-        try:
-            function(*arguments)
-            assert not _work.stores and not _work.products, "left without a wait"
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=one) for one in partitions]
-    random.shuffle(threads)
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in sorted(errors, key=lambda one: isinstance(one, TimeoutError)):
-        raise error
+    _place.schedule.run(partitions)
 
 
 class Kernel:
@@ -349,7 +403,7 @@ def _allocate(dtype, shape, layout=None):
     return Memory(torch.full([int(size) for size in shape], torch.nan, dtype=dtype), layout)
 
 
-_place = types.SimpleNamespace(program=0, programs=1)
+_place = types.SimpleNamespace(program=0, programs=1, schedule=None)
 
 
 def _language():
@@ -428,5 +482,5 @@ def run(prepared, programs: int, **tensors) -> None:
     given |= {name: constexpr(value) for name, value in prepared.constants.items()}
     _place.programs = programs
     for program in range(programs):
-        _place.program = program
+        _place.program, _place.schedule = program, Schedule()
         prepared.kernel(**given)

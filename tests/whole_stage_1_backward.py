@@ -102,16 +102,15 @@ def _changed(before: str, after: str) -> types.ModuleType:
 def main() -> None:
     """Prints the errors of the cases of the first argument, and of changed kernels of the second.
 
-    The latter are the largest of each, or what was raised.
+    The latter are each one's sum, or what was raised.
     """
     cases, changes = (json.loads(argument) for argument in sys.argv[1:])
     found = {name: errors_of(**case) for name, case in cases.items()}
-    gluon_emulator.SECONDS = 3.0
     seen = {}
     for name, (before, after) in changes.items():
         try:
             errors = errors_of(module=_changed(before, after), **cases[_CHANGED])
-            seen[name] = max(errors.values())
-        except (AssertionError, TimeoutError) as error:
+            seen[name] = sum(errors.values())  # NaN, if one is
+        except (AssertionError, gluon_emulator.Deadlock) as error:
             seen[name] = str(error)
     print(json.dumps([found, seen]))

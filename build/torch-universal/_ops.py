@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6c2b70e6a9"
+_NAMESPACE = "_esmfold2_trimul_kernel_3e105aafb4"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

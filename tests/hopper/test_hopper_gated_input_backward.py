@@ -45,19 +45,27 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def call_of(channels=256, hidden=None, length=512, dtype=torch.bfloat16, lengths=False, **others):
+def call_of(
+    channels=256, hidden=None, length=512, dtype=torch.bfloat16, lengths=False, pitch=0, batch=1,
+    first=0, gap=0, **others
+):
     hidden = hidden or channels
     norms = [empty(width, dtype=torch.float32) for width in (channels, hidden)]
     shapes = dict(p_in=(2 * hidden, channels), g_in=(2 * hidden, channels),
                   p_out=(channels, hidden), g_out=(channels, channels))
-    weights = {name + "_weight": empty(*shape, dtype=dtype) for name, shape in shapes.items()}
+    weights = {
+        name + "_weight": empty(rows, width + pitch, dtype=dtype)[:, :width]
+        for name, (rows, width) in shapes.items()
+    }
     weights |= dict(norm_in_weight=norms[0], norm_out_weight=norms[1])
-    mask = empty(1, length, length, dtype=torch.float32)
+    mask = empty(batch, length, length, dtype=torch.float32)
+    size = length**2 * channels
+    x = empty(batch, size + gap + first, dtype=dtype)[:, first : first + size]
     given = dict(
-        x=empty(1, length, length, channels, dtype=dtype), direction="outgoing", mask=mask,
+        x=x.view(batch, length, length, channels), direction="outgoing", mask=mask,
         residual=None, drop_mask=None, eps_in=1e-5, eps_out=1e-5, precision="fp32",
         memory="default", recompute="none", inplace=False,
-        lengths=empty(1, dtype=torch.int32) if lengths else None,
+        lengths=empty(batch, dtype=torch.int32) if lengths else None,
         weights=call_.Weights(**{name: weights.get(name) for name in call_.Weights._fields}),
     )
     return call_.Call(**given | others)
@@ -105,6 +113,10 @@ print(json.dumps({
     "float32": taken(dtype=torch.float32),
     "another width": taken(channels=192),
     "another GPU": taken(target="sm_100"),
+    "rows of weights apart": taken(pitch=8),
+    "weights anywhere": taken(pitch=4),
+    "x anywhere": taken(first=4),
+    "sequences anywhere": taken(batch=2, gap=4, recompute="product"),
     "refused": refused,
 }))
 """
@@ -112,6 +124,7 @@ print(json.dumps({
 TAKEN_BY = {
     "wide": (2, 12), "narrow": (2, 12), "one chunk": (1, 10), "ragged": (2, 12),
     "incoming": (2, 12), "a and b again": (2, None), "x alone": (1, None),
+    "rows of weights apart": (2, 12),
 }  # fmt: skip
 
 
@@ -121,7 +134,7 @@ def test_what_it_takes():
     found = json.loads(python_output(TAKEN, PYTHONPATH=path))
     refused = found.pop("refused")
     assert len(refused) == 2 and all("got LaunchConfig" in of for of in refused)
-    assert len(found) == 15
+    assert len(found) == 19
     for name, (of_stage, for_x, launches) in found.items():
         if name in TAKEN_BY:
             count, total = TAKEN_BY[name]
@@ -150,12 +163,15 @@ STEPS = {
     "dx alone": dict(length=24, channels=128, parameters=False, programs=2),
     "a norm of zeros": dict(length=17, channels=256, zero_norm=True, stages=5),
 }
-# Frees that come too early, or never: what is replaced in the kernel's text.
+LAST = f"last time.\n{24 * ' '}mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - "
+# Frees that come too early, and waits that are left out: what is replaced in the kernel's text.
 CHANGES = {
     "a half's memory": ("tma.store_wait(0)  # the half before has left its memory", "pass"),
     "a step's memory": ("tma.store_wait(0)  # so has the second half", "pass"),
-    "x before its time": ("if h == 1:", "if h == 0:"),
+    "x before its time": (LAST + "1)", LAST + "2)"),
     "weights": ("mbarrier.wait(full.index(stage), phase)\n            added", "added"),
+    "x": ("mbarrier.wait(x_full.index(ME), tile_phase)\n        tile", "tile"),
+    "x once more": ("registers.\n            mbarrier.wait(x_full.index(ME), tile_phase)", ""),
 }
 
 
@@ -171,7 +187,7 @@ def test_steps_in_an_emulator():
             assert errors["dq"] == 0.0 and errors["hat"] <= 2**-9, name
             assert errors["dp"] <= 2**-8 and errors["dg"] <= 2**-8, name
     for name, error in seen.items():
-        assert isinstance(error, str) or not error <= 1e-2, name
+        assert isinstance(error, str) or not error <= 0.1, name
 
 
 @pytest.fixture

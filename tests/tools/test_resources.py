@@ -123,8 +123,10 @@ def assert_settings_fit(target, cases, **options):
                 wanted = wanted | {"fused_ln_residual_gates"}
             if case in BACKWARD_CASES and case.width <= 256:
                 wanted = wanted - {"swiglu_hidden_bwd"}
-                if not case.padded:  # one kernel makes dx too
-                    wanted = wanted - {"emit_means", "input_bwd"} | {"fold_norms_bwd"}
+                if not case.padded:
+                    wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
+                    if case.width <= widest:  # one kernel makes dx too
+                        wanted = wanted - {"input_bwd"}
         if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= widest:
             wanted = wanted - {"swiglu_hidden", "row_linear"} | {"transition"}
         if target == "sm_90" and case in SPLIT:

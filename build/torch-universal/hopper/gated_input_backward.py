@@ -13,12 +13,12 @@ The same weights make p and dz, and dp and dg go from one to the other in regist
 two consumers with a tile of 64 pairs each. For a tile it begins with dq, whose products go on while
 x arrives. Then come steps of 64 hidden channels: their products with x^ g1, the gates, and their
 share in dz, of which a consumer holds all channels. The weights stream past once for both tiles, 64
-channels of x a stage; a step's last products free them, and the ring has room for two steps. A
-consumer's rows come in a ring of its own, 32 channels a slot: those of dq, then those of dh, which
-dp overwrites on its way out. x^ g1 is written over x, which comes a second time for dx, and dx is
-written over it.
+channels of x a stage; a step's last products free them, so that the ring has room for a step or
+more. A consumer's rows come in a ring of its own, 32 channels a slot: those of dq, then those of
+dh, which dp overwrites on its way out. x^ g1 is written over x, which comes a second time for dx,
+and dx is written over it.
 
-A slot of dh is freed when dp is in its place, or when a product has taken what was made of it: a
+A slot of dh is freed when dp has left it, or else when a product has taken what was made of dh: a
 warp that has only issued its loads may be held up behind others.
 """
 
@@ -217,9 +217,9 @@ def _consume(
             added = _add_gate(gate, grad_z, ring.index(stage))
             if PARAMETERS:
                 tma.store_wait(0)
+            grad_z = warpgroup_mma_wait(0, deps=added)
             mbarrier.arrive(slot_empty.index(at), count=1)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
-            grad_z = warpgroup_mma_wait(0, deps=added)
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(x_full.index(ME), tile_phase)
@@ -266,14 +266,13 @@ def _consume(
                         grads[2 * h + 1], i, start, start_n, N,
                     )  # fmt: skip
             added = _add_hidden(grads, grad_z, ring, begun)
-            if not PARAMETERS:
-                # All warps have dh: it is in the products' operands.
-                mbarrier.arrive(slot_empty.index(first), count=1)
-                mbarrier.arrive(slot_empty.index(at), count=1)
-                mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - 1)
             for k in gl.static_range(PARTS):
                 added = warpgroup_mma_wait((PARTS - 1 - k) * _PIECES, deps=added)
                 mbarrier.arrive(empty.index(_behind(begun, k, STAGES)), count=1)
+                if not PARAMETERS and k == 0:
+                    mbarrier.arrive(slot_empty.index(first), count=1)
+                    mbarrier.arrive(slot_empty.index(at), count=1)
+                    mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - 1)
             grad_z = added
             if PARAMETERS:
                 tma.store_wait(0)  # so has the second half
@@ -446,12 +445,11 @@ def _gated_input_bwd_hopper_kernel(
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 
 
-def takes(call: Call, group: int) -> bool:
-    """Whether stage 1's backward can run here to dx; planes come in groups of `group` channels."""
+def takes(call: Call) -> bool:
+    """Whether stage 1's backward can run here to dx."""
     return (
         call.lengths is None
         and call.hidden == call.x.shape[3]
-        and group % _SLOT.value == 0
         and all([has_descriptor(weight) for weight in _weights(call).values()])
     )
 
@@ -476,13 +474,14 @@ def prepare(
     whether their gradients are wanted.
 
     Raises:
-        ValueError: a setting whose rings are too short.
+        ValueError: a setting with other blocks, or whose rings are too short.
     """
     rows, length, channels = x.shape
-    if config.num_stages < channels // STEP or config.split < 2:
+    blocks = config.block_m, config.block_n, config.block_k
+    if blocks != (2 * ROWS, STEP, STEP) or config.num_stages < channels // STEP or config.split < 2:
         raise ValueError(
-            f"the setting must have {channels // STEP} stages or more for {channels} channels, and "
-            f"split in 2 or more; got {config}"
+            f"the setting must have blocks of {2 * ROWS}, {STEP} and {STEP}, for {channels} "
+            f"channels {channels // STEP} stages or more, and split in 2 or more; got {config}"
         )
     pitch = planes.shape[2]
     stride_i, stride_j, _ = strides(x)

@@ -179,6 +179,7 @@ def run_backward(
         product, moments = product.view(size), moments.view(size)
         planes = planes.view(batch // merged, 2, *product.shape[1:])
     grad_q = memory_of_grad_q(call.x, wanted, by_rows)
+    to_grad_x = setting_to_grad_x(call, wanted, launches)
     norms = Norms(launches, weights, call.precision)
     for entry in range(batch // merged):
         sequence = slice(entry, entry + 1)
@@ -190,6 +191,7 @@ def run_backward(
             {name: gradient[entry] for name, gradient in by_rows.items()},
             None if grad_q is None else grad_q[entry],
             norms,
+            to_grad_x,
         ).run(
             grad_out[entry],
             None if product is None else product[sequence],
@@ -262,11 +264,13 @@ class Sequence(NamedTuple):
     call: Call  # x [1, R, L, C]
     launches: Launches
     wanted: Wanted
-    parts: dict[str, RowParts]  # "out": S, and sums of de and dq; "in": H, and sums of dp and dg
+    # "out": S, and sums of de and dq; "in": H, and sums of dp and dg, or of all three of H's.
+    parts: dict[str, RowParts]
     # Of x [R, L, C], mask [R, L], and drop_mask [L, C] or [R, 1, C], to be written.
     gradients: dict[str, Tensor]
     grad_q: Tensor | None  # memory for dq [R, L, C]: that of dx, if `holds_rows`
     norms: "Norms"
+    to_grad_x: LaunchConfig | None  # `setting_to_grad_x`
     first_row: int = 0  # of x, which matters only with lengths
 
     def run(
@@ -313,8 +317,8 @@ class Sequence(NamedTuple):
         rows, length, channels = x.shape[1:]
         pitch = padded_pitch(length)
         width = 4 * hidden + channels
-        if self._to_grad_x(hidden) is not None:
-            width = max(1, sum(self._widths(True)))
+        if self.to_grad_x is not None:
+            width = max(1, sum(self._widths()))
         chunks = -(-width * length // (hidden * pitch))
         small, most, few = SMALL_PLANES, _CHUNK_BYTES, 2
         if least:
@@ -370,16 +374,10 @@ class Sequence(NamedTuple):
         cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         return memory.view(-1), cuts
 
-    def _to_grad_x(self, size: int) -> LaunchConfig | None:
-        """The setting of the kernel from da and db in groups of `size` to dx, if it takes these."""
-        return self.launches.setting(
-            "to dx", _setting_to_grad_x, self.call, self.wanted, size
-        )
-
-    def _widths(self, to_grad_x: bool) -> tuple[int, int]:
+    def _widths(self) -> tuple[int, int]:
         """The columns of a chunk's rows in stage 1: of dp, dg, with dx also dq; and of x^."""
         hidden, channels, wanted = self.call.hidden, self.call.x.shape[3], self.wanted
-        if to_grad_x:
+        if self.to_grad_x is not None:
             return (4 * hidden + channels, channels) if wanted.parameters else (0, 0)
         return (
             4 * hidden if wanted.projections else 0,
@@ -489,12 +487,11 @@ class Sequence(NamedTuple):
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
         grad_mask = self.gradients.get("mask")
-        to_grad_x = self._to_grad_x(size)
-        widths = self._widths(to_grad_x is not None)
+        widths = self._widths()
         memory, chunks = self._chunks(memory, max(1, sum(widths)))
-        if to_grad_x is not None:
+        if self.to_grad_x is not None:
             for chunk in chunks:
-                self._stage_1_to_grad_x(chunk, planes, moments, size, memory, to_grad_x)
+                self._stage_1_to_grad_x(chunk, planes, moments, size, memory)
             return
         into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
         outputs = wanted.of_stage_1
@@ -535,18 +532,17 @@ class Sequence(NamedTuple):
                 )  # fmt: skip
 
     def _stage_1_to_grad_x(
-        self, chunk: slice, planes: Tensor, moments: Tensor, size: int, memory: Tensor,
-        config: LaunchConfig,
-    ) -> None:  # fmt: skip
+        self, chunk: slice, planes: Tensor, moments: Tensor, size: int, memory: Tensor
+    ) -> None:
         """`stage_1` of a chunk by one kernel, and the parameters' sums."""
         call, variant = self.call, hopper.kernels("gated_input_backward")
         x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
         mask = None if call.mask is None else call.mask[0, chunk]
         count = x.shape[0] * x.shape[1]
-        rows, hat_x = _row_buffers(memory, count, self._widths(True))
+        rows, hat_x = _row_buffers(memory, count, self._widths())
         prepared = self.launches.of(
             ("gated_input_bwd", count, *_alignments(x)), variant.prepare, call, x, mask,
-            x_moments, grad_h, size, rows is not None, config,
+            x_moments, grad_h, size, rows is not None, self.to_grad_x,
         )  # fmt: skip
         grad_q = self.grad_q[chunk].view(count, x.shape[2])
         out = rows, hat_x, self.gradients["x"][chunk]
@@ -603,15 +599,22 @@ def multiply_gradients(
         )
 
 
-def _setting_to_grad_x(call: Call, wanted: Wanted, size: int) -> LaunchConfig | None:
-    """The setting of the kernel that makes dx from da and db, of groups of `size`; None without."""
-    x = call.x[0]
-    if not wanted.x or wanted.mask:
+def setting_to_grad_x(
+    call: Call, wanted: Wanted, launches: Launches
+) -> LaunchConfig | None:
+    """The setting of the kernel from da and db to dx, if it takes all sequences of a call."""
+    return launches.setting("to dx", _setting_to_grad_x, call, wanted)
+
+
+def _setting_to_grad_x(call: Call, wanted: Wanted) -> LaunchConfig | None:
+    x = call.x
+    if not wanted.x or wanted.mask or (len(x) > 1 and x.stride(0) * x.element_size() % 16):
         return None
-    if not hopper.variants("gated_input_backward", "takes", x, call, size):
+    if not hopper.variants("gated_input_backward", "takes", x[0], call):
         return None
+    width, length = x.shape[3], x.shape[2]
     variants = frozenset({"whole"})
-    config = setting_of("fused_dual_gemm_bwd", x, x.shape[2], x.shape[1], variants=variants)
+    config = setting_of("fused_dual_gemm_bwd", x, width, length, variants=variants)
     return config if config.kernel == "whole" else None
 
 

@@ -15,6 +15,7 @@ from .gradients import (
     likeness,
     memory_of_grad_q,
     multiply_gradients,
+    setting_to_grad_x,
 )
 from .launches import current_device, launches_of
 from .rows import Rows
@@ -66,6 +67,7 @@ class RowGradients(Rows):
             {name: grad[index] for name, grad in self._grads.items()},
             None if self._grad_q is None else self._grad_q[index],
             self._norms,
+            setting_to_grad_x(call, self._wanted, launches),
             self._first_row,
         )
 
