@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from esmfold2_trimul_tools.resources import MAX_TILE_SPILL_BYTES
 from fresh_process import ROOT, python_output
 from gradients_of_calls import grad_of_output, gradients
 from helpers import (
@@ -29,6 +30,7 @@ pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("watched")]
 # many launches there are for dx and in all, by case.
 TAKEN = """
 import json, sys, torch
+from esmfold2_trimul_tools import resources
 from esmfold2_trimul_tools.repository import find_root, load_kernel, submodule
 
 package = load_kernel(find_root())
@@ -71,7 +73,7 @@ def call_of(
     return call_.Call(**given | others)
 
 
-def taken(needs=ALL, target="sm_90", **others):
+def launched(needs=ALL, target="sm_90", **others):
     call = call_of(**others)
     shapes, keeps = path.saved_shapes(call), path.keeps_planes(call)
     with rehearsal.rehearsal(device.target_of(target, "any", 132)) as launches, torch.no_grad():
@@ -82,11 +84,23 @@ def taken(needs=ALL, target="sm_90", **others):
         planes = planes if keeps else None
         needs = frozenset(needs)
         path.run_backward(call, call.x, product, moments, planes, needs, launches)
-    made = [launch for launch, _ in launches.launched]
+    return launches.launched
+
+
+def taken(*given, **others):
+    made = [launch for launch, _ in launched(*given, **others)]
     of_stage = [one.variant for one in made if one.stage == "fused_dual_gemm_bwd"]
     return [of_stage, sum(one.stage == "input_bwd" for one in made), len(made)]
 
 
+if sys.argv[1:]:  # what one compiles to
+    case = dict(json.loads(sys.argv[1]))
+    found = launched(ALL - {"x"} if case.pop("parameters") else {"x"}, **case)
+    (launch, tensors), *_ = [one for one in found if one[0].stage == "fused_dual_gemm_bwd"]
+    with resources._compiling_for("sm_90"):
+        (code,) = resources.read_machine_code([launch.compile(**tensors)])
+    print(json.dumps([launch.variant, code.spill_bytes, code.shared_bytes, code.pipelined]))
+    sys.exit()
 refused = []
 for stages, split in ((3, 3), (8, 1)):
     rows = empty(64, 64, 256)
@@ -188,6 +202,19 @@ def test_steps_in_an_emulator():
             assert errors["dp"] <= 2**-8 and errors["dg"] <= 2**-8, name
     for name, error in seen.items():
         assert isinstance(error, str) or not error <= 0.1, name
+
+
+@pytest.mark.parametrize("channels, parameters, variant", [
+    (256, False, "whole"), (256, True, "hopper"), (128, True, "hopper"),
+])  # fmt: skip
+def test_what_the_others_compile_to(channels, parameters, variant):
+    """dx alone, and the kernel of dp and dg: what is no part of a step with all gradients."""
+    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
+    case = json.dumps({"channels": channels, "parameters": parameters})
+    found = json.loads(python_output(TAKEN, case, PYTHONPATH=path))
+    made, spills, shared, pipelined = found
+    assert made == variant and shared <= 232448 and pipelined
+    assert spills <= (MAX_TILE_SPILL_BYTES if variant == "whole" else 0)
 
 
 @pytest.fixture
