@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_3e105aafb4"
+_BUILD_ID = "_esmfold2_trimul_kernel_c44c2595f4"
 
 
 def _load_package() -> ModuleType:

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._call import Call
 from ..triton_parts.device import device_target
@@ -261,6 +262,17 @@ def _load_rows(
 
 
 @gluon.jit
+def plane_of(channel, N: gl.constexpr, G: gl.constexpr):
+    """The plane of dh of one of N channels, those of a and then those of b.
+
+    G channels of a come first, then those of b, and so on; a block lies within one such group.
+    """
+    half = channel // (N // 2)
+    channel -= half * (N // 2)
+    return (channel // G * 2 + half) * G + channel % G
+
+
+@gluon.jit
 def _load_grads(
     planes, grad_slots, full, empty, per_row, blocks,
     N: gl.constexpr, G: gl.constexpr, BLOCK_N: gl.constexpr, GRAD_STAGES: gl.constexpr,
@@ -273,11 +285,7 @@ def _load_grads(
     phase = 1
     for block in range(begin, end):
         group = block // STEPS
-        channel = (block - group * STEPS) * BLOCK_N
-        half = channel // (N // 2)
-        channel -= half * (N // 2)
-        # G channels of a, then those of b, and so on; a block lies within one such group.
-        plane = (channel // G * 2 + half) * G + channel % G
+        plane = plane_of((block - group * STEPS) * BLOCK_N, N, G)
         for me in range(CONSUMERS):
             i, start = place_in_rows(group * CONSUMERS + me, per_row)
             place = me * GRAD_STAGES + stage
@@ -378,6 +386,34 @@ def _gated_rows_bwd_hopper_kernel(
         ], [4, 4, 1, 1, 1], [REGISTERS, REGISTERS, 24, 24, 24])  # fmt: skip
 
 
+def tiles_of(
+    x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor
+) -> tuple[Tiles, dict[str, int]]:
+    """Tiles of 64 pairs over rows like these, and the kernels' strides of mask and moments."""
+    rows, length, _ = x.shape
+    stride_i, stride_j, _ = strides(x)
+    moments_strides = moments.stride()
+    mask_strides = (0, 0) if mask is None else strides(mask)
+    one_row = (
+        planes.shape[2] == length
+        and stride_i == length * stride_j
+        and moments_strides[1] == length * moments_strides[2]
+        and mask_strides[0] == length * mask_strides[1]
+    )
+    return Tiles.of(1, rows, length, one_row), {
+        **named_strides("mask", "ij", mask_strides),
+        **named_strides("moments", "nij", moments_strides),
+    }
+
+
+def planes_of(planes: Tensor, tiles: Tiles, block_n: int) -> TensorDescriptor:
+    """Of planes [2D, R, pitch] in such tiles, `block_n` channels at a time."""
+    return tma_descriptor(
+        planes, [planes.shape[0], tiles.rows, tiles.columns],
+        [planes.stride(0), planes.shape[2], 1], [block_n, 1, ROWS],
+    )  # fmt: skip
+
+
 def takes(planes: Tensor, lengths: Tensor | None, group: int, wanted: frozenset[str]) -> bool:
     """Whether stage 1's backward of rows without padding can run here.
 
@@ -396,23 +432,10 @@ def prepare(
     wanted: frozenset[str], config: LaunchConfig,
 ) -> PreparedLaunch:  # fmt: skip
     """The launch for rows like these; see `prepare_dual_gemm_bwd`."""
-    rows, length, channels = x.shape
-    hidden, pitch = planes.shape[0] // 2, planes.shape[2]
+    channels = x.shape[2]
+    hidden = planes.shape[0] // 2
     consumers, block_n = config.block_m // ROWS, math.gcd(config.block_n, group)
-    stride_i, stride_j, _ = strides(x)
-    moments_strides = list(moments.stride())
-    mask_strides = (0, 0) if mask is None else strides(mask)
-    one_row = (
-        pitch == length
-        and stride_i == length * stride_j
-        and moments_strides[1] == length * moments_strides[2]
-        and mask_strides[0] == length * mask_strides[1]
-    )
-    tiles = Tiles.of(1, rows, length, one_row)
-    of_planes = tma_descriptor(
-        planes, [2 * hidden, tiles.rows, tiles.columns], [planes.stride(0), pitch, 1],
-        [block_n, 1, ROWS],
-    )  # fmt: skip
+    tiles, all_strides = tiles_of(x, mask, moments, planes)
     width = 4 * hidden
     grads = tma_descriptor(
         x, [tiles.rows, tiles.columns, width], [tiles.columns * width, width, 1],
@@ -430,14 +453,12 @@ def prepare(
         tensors={
             **pointers("mask_ptr", "moments_ptr", "sums_ptr"),
             **weight_tiles(x, 2 * hidden, block_n),
-            "x": tiles.descriptor(x, [0, stride_i, stride_j, 1], channels, channels),
-            "planes": of_planes, "grads": grads, "hat": hat,
+            "x": tiles.descriptor(x, [0, *strides(x)], channels, channels),
+            "planes": planes_of(planes, tiles, block_n), "grads": grads, "hat": hat,
         },
         values=dict(
             eps=call.eps_in, R=tiles.rows, J=tiles.columns, per_row=tiles.per_row,
-            blocks=blocks, share=share,
-            **named_strides("mask", "ij", mask_strides),
-            **named_strides("moments", "nij", moments_strides),
+            blocks=blocks, share=share, **all_strides,
         ),
         constants=dict(
             C=channels, D=hidden, G=group, BLOCK_N=block_n, STAGES=config.num_stages,

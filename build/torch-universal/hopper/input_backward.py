@@ -40,6 +40,7 @@ from .parts import (
     STEP,
     advance,
     barriers,
+    behind,
     load_tile,
     parts_of,
     store_tile,
@@ -118,23 +119,16 @@ def _consume(
         shift = (mean_grad * (-1.0 / C) * rstd).expand_dims(1)
         slope = (mean_grad_hat * (-1.0 / C) * rstd).expand_dims(1)
         for part in gl.static_range(C // _STEP):
-            made = rows_ring.index(_behind(first, part, SLOTS))
+            made = rows_ring.index(behind(first, part, SLOTS))
             hat = (made.load(PART).to(gl.float32) - mean) * scale
             made.store((parts[part] * scale + shift + hat * slope).to(gl.bfloat16))
         fence_async_shared()  # which waits for what was written: once for all parts
         for part in gl.static_range(C // _STEP):
-            made = rows_ring.index(_behind(first, part, SLOTS))
+            made = rows_ring.index(behind(first, part, SLOTS))
             store_tile(grad_x, [tile * ROWS, part * _STEP], made)
         for part in gl.static_range(C // _STEP):
             tma.store_wait(C // _STEP - 1 - part)
-            mbarrier.arrive(rows_empty.index(_behind(first, part, SLOTS)), count=1)
-
-
-@gluon.jit
-def _behind(slot, count: gl.constexpr, SLOTS: gl.constexpr):
-    """The slot of a ring so many behind another, fewer than there are."""
-    place = slot + count
-    return gl.where(place >= SLOTS, place - SLOTS, place)
+            mbarrier.arrive(rows_empty.index(behind(first, part, SLOTS)), count=1)
 
 
 @gluon.jit

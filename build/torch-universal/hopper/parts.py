@@ -67,6 +67,13 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def behind(place, count: gl.constexpr, SLOTS: gl.constexpr):
+    """The place of a ring so many behind another, fewer than there are."""
+    place += count
+    return gl.where(place >= SLOTS, place - SLOTS, place)
+
+
+@gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT barriers, each of which waits for ARRIVALS."""
     made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())

@@ -43,6 +43,7 @@ from .parts import (
     Tiles,
     advance,
     barriers,
+    behind,
     count_tiles,
     halves,
     load_tile,
@@ -156,8 +157,7 @@ def _add(hidden, out, ring, full, stage, phase, use_out):
 def free(empty, stage, START: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):
     """COUNT stages of the ring, from the START-th behind `stage` on, may be overwritten."""
     for k in gl.static_range(START, START + COUNT):
-        one = stage + k
-        mbarrier.arrive(empty.index(gl.where(one >= STAGES, one - STAGES, one)), count=1)
+        mbarrier.arrive(empty.index(behind(stage, k, STAGES)), count=1)
 
 
 @gluon.jit

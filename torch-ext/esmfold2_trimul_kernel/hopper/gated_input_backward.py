@@ -38,19 +38,19 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     PreparedLaunch,
     has_descriptor,
-    named_strides,
     pointers,
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
+from .gated_rows_backward import plane_of, planes_of, tiles_of
 from .parts import (
     LOG2_E,
     REGISTERS,
     ROWS,
     STEP,
-    Tiles,
     advance,
     barriers,
+    behind,
     halves,
     load_tile,
     lower,
@@ -117,13 +117,6 @@ def _store_half(
 
 
 @gluon.jit
-def _behind(stage, count: gl.constexpr, STAGES: gl.constexpr):
-    """The stage of a ring so many behind another, fewer than there are."""
-    place = stage + count
-    return gl.where(place >= STAGES, place - STAGES, place)
-
-
-@gluon.jit
 def _add_hidden(grads, grad_z, ring, begun):
     """dz and the share of a step, whose first stage is `begun`.
 
@@ -137,7 +130,7 @@ def _add_hidden(grads, grad_z, ring, begun):
         rows = rows + (gl.convert_layout(grads[one], A, assert_trivial=True),)
     made = ()
     for k in gl.static_range(len(grad_z)):
-        weight = ring.index(_behind(begun, k, ring.shape[0]))
+        weight = ring.index(behind(begun, k, ring.shape[0]))
         weight = viewed(weight, [_PIECES, _SLOT, _STEP], LAYOUT)
         part = warpgroup_mma(rows[0], weight.index(0), grad_z[k], is_async=True)
         part = warpgroup_mma(rows[2], weight.index(1), part, is_async=True)
@@ -268,7 +261,7 @@ def _consume(
             added = _add_hidden(grads, grad_z, ring, begun)
             for k in gl.static_range(PARTS):
                 added = warpgroup_mma_wait((PARTS - 1 - k) * _PIECES, deps=added)
-                mbarrier.arrive(empty.index(_behind(begun, k, STAGES)), count=1)
+                mbarrier.arrive(empty.index(behind(begun, k, STAGES)), count=1)
                 if not PARAMETERS and k == 0:
                     mbarrier.arrive(slot_empty.index(first), count=1)
                     mbarrier.arrive(slot_empty.index(at), count=1)
@@ -385,11 +378,7 @@ def _load_rows(
             load_tile(gate, [i, start, piece * _SLOT], slot_full.index(place), part)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
         for block in range(N // _SLOT):
-            channel = block * _SLOT
-            half = channel // (N // 2)
-            channel -= half * (N // 2)
-            # G channels of a, then those of b, and so on; a block lies within one such group.
-            plane = (channel // G * 2 + half) * G + channel % G
+            plane = plane_of(block * _SLOT, N, G)
             place = ME * SLOTS + slot
             mbarrier.wait(slot_empty.index(place), slot_phase)
             mbarrier.expect(slot_full.index(place), 64 * _SLOT * 2)
@@ -483,17 +472,7 @@ def prepare(
             f"the setting must have blocks of {2 * ROWS}, {STEP} and {STEP}, for {channels} "
             f"channels {channels // STEP} stages or more, and split in 2 or more; got {config}"
         )
-    pitch = planes.shape[2]
-    stride_i, stride_j, _ = strides(x)
-    moments_strides = list(moments.stride())
-    mask_strides = (0, 0) if mask is None else strides(mask)
-    one_row = (
-        pitch == length
-        and stride_i == length * stride_j
-        and moments_strides[1] == length * moments_strides[2]
-        and mask_strides[0] == length * mask_strides[1]
-    )
-    tiles = Tiles.of(1, rows, length, one_row)
+    tiles, all_strides = tiles_of(x, mask, moments, planes)
     slot = _SLOT.value
 
     def rows_of(width: int, block: int):
@@ -510,7 +489,7 @@ def prepare(
             **pointers(
                 "hat_ptr", "constants_ptr", "norm_weight_ptr", "mask_ptr", "moments_ptr"
             ),
-            "x": tiles.descriptor(x, [0, stride_i, stride_j, 1], channels, STEP),
+            "x": tiles.descriptor(x, [0, *strides(x)], channels, STEP),
             **{
                 name: tma_descriptor(
                     weight, weight.shape, weight.stride(),
@@ -518,18 +497,14 @@ def prepare(
                 )
                 for name, weight in _weights(call).items()
             },
-            "planes": tma_descriptor(
-                planes, [2 * channels, tiles.rows, tiles.columns], [planes.stride(0), pitch, 1],
-                [slot, 1, ROWS],
-            ),
+            "planes": planes_of(planes, tiles, slot),
             "gate": rows_of(channels, slot),
             "rows": rows_of(5 * channels, slot) if parameters else None,
             "grad_x": rows_of(channels, STEP),
         },
         values=dict(
             R=tiles.rows, J=tiles.columns, per_row=tiles.per_row, groups=groups,
-            **named_strides("mask", "ij", mask_strides),
-            **named_strides("moments", "nij", moments_strides),
+            **all_strides,
         ),
         constants=dict(
             C=channels, G=group, STAGES=config.num_stages, SLOTS=config.split,
