@@ -427,10 +427,14 @@ def _language():
     language.zeros = lambda shape, dtype, layout=None: Values(
         torch.zeros([int(size) for size in shape], dtype=dtype), layout
     )
+    language.full = lambda shape, value, dtype, layout=None: Values(
+        torch.full([int(size) for size in shape], value, dtype=dtype), layout
+    )
     language.zeros_like = lambda like: Values(torch.zeros_like(like.data))
     language.convert_layout = lambda value, layout, assert_trivial=False: Values(value.data, layout)
     language.sum = lambda value, axis: Values(value.data.sum(axis))
     language.exp2 = lambda value: Values(torch.exp2(value.data))
+    language.abs = lambda value: Values(value.data.abs())
     language.minimum = lambda one, other: Scalar(min(one, other))
     language.maximum = lambda one, other: Scalar(max(one, other))
     language.inline_asm_elementwise = _assembly

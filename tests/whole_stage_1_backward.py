@@ -29,18 +29,20 @@ def _random(*shape: int) -> Tensor:
 
 def errors_of(
     length, channels, groups=1, parameters=True, stages=8, split=3, programs=1, zero_norm=False,
-    module=_WHOLE, **others,
+    overflow=False, module=_WHOLE, **others,
 ) -> dict[str, float]:  # fmt: skip
     """Relative errors of what the kernel makes of some rows of a problem, by name."""
     problem = make_problem(length, channels, dtype=torch.bfloat16, **others)
     if zero_norm:
         problem.weights["norm_in_weight"][::5] = 0.0
+    if overflow:
+        problem.x[:, :, ::3, 7] = 3e38
     call = as_call(submodule(_PACKAGE, "_call"), problem)
     rows = slice(length // 3, length - length // 4)
     x, mask = call.x[0, rows], None if call.mask is None else call.mask[0, rows]
     exact = {name: of.double() for name, of in (problem.weights | problem.biases).items()}
     mean = x.double().mean(-1)
-    rstd = (x.double().var(-1, unbiased=False) + 1e-5).rsqrt()
+    rstd = (x.double().var(-1, unbiased=False).float() + 1e-5).rsqrt().double()
     grad, gate = _random(2, channels, len(x), length), _random(len(x) * length, channels)
     pitch = submodule(_PACKAGE, "triton_parts.tiles").padded_pitch(length)
     planes = _nan(2 * channels, len(x), pitch)
@@ -60,12 +62,12 @@ def errors_of(
             call, x, mask, moments, planes, channels // groups, parameters, config
         )
     prepared.launch = lambda **given: gluon_emulator.run(prepared, programs, **given)
-    made, hats = (None, None)
+    made, normals = (None, None)
     if parameters:
-        made, hats = _nan(len(gate), 5 * channels), _nan(len(gate), channels)
+        made, normals = _nan(len(gate), 5 * channels), _nan(len(gate), channels)
     grad_x = gate.clone().view(x.shape)  # in the memory of dq
     given = x, mask, moments, planes, grad_x.view(gate.shape)
-    module.launch(prepared, call, given, (made, hats, grad_x), constants.float())
+    module.launch(prepared, call, given, (made, normals, grad_x), constants.float())
 
     hat = (x.double() - mean[..., None]) * rstd[..., None]
     normal = hat * exact["norm_in_weight"]
@@ -84,7 +86,7 @@ def errors_of(
         wanted = dp.flatten(0, 1), dg.flatten(0, 1), gate.double()
         for name, mine, its in zip(("dp", "dg", "dq"), columns, wanted, strict=True):
             found[name] = relative_error(mine, its)
-        found["hat"] = relative_error(hats, hat.flatten(0, 1))
+        found["normal"] = relative_error(normals, normal.flatten(0, 1))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_c44c2595f4"
+_NAMESPACE = "_esmfold2_trimul_kernel_16b37d6f74"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -176,16 +176,15 @@ STEPS = {
     "in groups": dict(length=24, channels=256, groups=4, biases=True, split=2),
     "dx alone": dict(length=24, channels=128, parameters=False, programs=2),
     "a norm of zeros": dict(length=17, channels=256, zero_norm=True, stages=5),
+    "rows without a norm": dict(length=18, channels=128, overflow=True),
 }
-LAST = f"last time.\n{24 * ' '}mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - "
 # Frees that come too early, and waits that are left out: what is replaced in the kernel's text.
 CHANGES = {
     "a half's memory": ("tma.store_wait(0)  # the half before has left its memory", "pass"),
     "a step's memory": ("tma.store_wait(0)  # so has the second half", "pass"),
-    "x before its time": (LAST + "1)", LAST + "2)"),
+    "dx's memory": ("tma.store_wait(0)\n        mbarrier", "mbarrier"),
     "weights": ("mbarrier.wait(full.index(stage), phase)\n            added", "added"),
-    "x": ("mbarrier.wait(x_full.index(ME), tile_phase)\n        tile", "tile"),
-    "x once more": ("registers.\n            mbarrier.wait(x_full.index(ME), tile_phase)", ""),
+    "x": ("mbarrier.wait(x_full.index(ME), tile_phase)", "pass"),
 }
 
 
@@ -198,7 +197,7 @@ def test_steps_in_an_emulator():
     for name, errors in found.items():
         assert errors["x"] <= 2**-8, name
         if STEPS[name].get("parameters", True):
-            assert errors["dq"] == 0.0 and errors["hat"] <= 2**-9, name
+            assert errors["dq"] == 0.0 and errors["normal"] <= 2**-9, name
             assert errors["dp"] <= 2**-8 and errors["dg"] <= 2**-8, name
     for name, error in seen.items():
         assert isinstance(error, str) or not error <= 0.1, name
@@ -267,7 +266,9 @@ def test_no_worse_than_the_plain_kernels(both, name, recompute):
     problem = make_problem(dtype=BF16, **CALLS[name])
     with memory_of_no_numbers():
         got, plain = both(problem, recompute=recompute)
-    assert_no_worse([(got, plain, exact_of(problem, got))], 1.02)
+    # One pair's roundings are of few numbers, and by chance larger or smaller.
+    factor = 1.02 if problem.x[..., 0].numel() > 1 else 1.25
+    assert_no_worse([(got, plain, exact_of(problem, got))], factor)
 
 
 def exact_of(problem, names):
@@ -296,11 +297,26 @@ def test_dx_alone_has_the_bits_of_all(both, channels):
 
 @on_hopper
 @pytest.mark.parametrize("channels", [128, 256])
-def test_rows_without_a_norm(both, channels):
-    """Constant rows, and rows whose variance overflows."""
+def test_constant_rows(both, channels):
     problem = make_problem(70, channels, dtype=BF16)
     problem.x[:, ::3] = 3.0
-    problem.x[:, 1, :, 0] = 3e38
     got, plain = both(problem)
-    assert all(bool(value.isfinite().all()) for value in got.values())
     assert_no_worse([(got, plain, exact_of(problem, got))], 1.1)
+
+
+@on_hopper
+@pytest.mark.parametrize("channels", [128, 256])
+def test_norms_with_zeros(both, channels):
+    """x^ is made of x^ g1 again; where g1 is 0, or all of it, no gradient is lost or made up."""
+    problem = make_problem(70, channels, dtype=BF16, mask="bool")
+    weight = problem.weights["norm_in_weight"]
+    weight[::5], weight[1::5] = 0.0, -1e-30
+    got, plain = both(problem)
+    assert_no_worse([(got, plain, exact_of(problem, got))], 1.1)
+    weight.zero_()
+    got, plain = both(problem)
+    exact = exact_of(problem, got)
+    for name in [name for name, of in exact.items() if not of.any()]:
+        assert not plain.pop(name).any() and exact.pop(name).abs().max() < 1e-18, name
+        assert got.pop(name).abs().max() < 1e-18, name
+    assert_no_worse([(got, plain, exact)], 1.1)

@@ -4,9 +4,9 @@
     p = (x^ g1) Wp^T + cp, s = sigmoid((x^ g1) Wg^T + cg)          c: see `folded_norm`
     dp = dh s mask, dg = dh p mask s (1 - s)                       dh planes [2D, R, pitch]
     dz = dp Wp + dg Wg + dq Wo                                     in fp32 registers
-    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(g1 dz x^))            [R, L, C]
+    dx = rstd (g1 dz - mean(g1 dz) - x^ mean(dz x^ g1))            [R, L, C]
 
-    rows [R*L, 4D + C] of dp, dg and dq side by side, and x^ [R*L, C], if the parameters'
+    rows [R*L, 4D + C] of dp, dg and dq side by side, and x^ g1 [R*L, C], if the parameters'
     gradients are wanted: then dq has left the memory that dx may overwrite
 
 The same weights make p and dz, and dp and dg go from one to the other in registers. A program has
@@ -15,8 +15,10 @@ x arrives. Then come steps of 64 hidden channels: their products with x^ g1, the
 share in dz, of which a consumer holds all channels. The weights stream past once for both tiles, 64
 channels of x a stage; a step's last products free them, so that the ring has room for a step or
 more. A consumer's rows come in a ring of its own, 32 channels a slot: those of dq, then those of
-dh, which dp overwrites on its way out. x^ g1 is written over x, which comes a second time for dx,
-and dx is written over it.
+dh, which dp overwrites on its way out. x^ g1 is written over x, and dx over x^ g1.
+
+For dx x^ is made of x^ g1 again. So a g1 nearer to 0 than `LEAST_SCALE` counts as that here, which
+p and the gate are too coarse to show.
 
 A slot of dh is freed when dp has left it, or else when a product has taken what was made of dh: a
 warp that has only issued its loads may be held up behind others.
@@ -35,12 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .._call import Call
 from ..triton_parts.device import device_target
-from ..triton_parts.launch import (
-    PreparedLaunch,
-    has_descriptor,
-    pointers,
-    strides,
-)
+from ..triton_parts.launch import PreparedLaunch, has_descriptor, pointers, strides
+from ..triton_parts.layer_norm import LEAST_SCALE
 from ..triton_parts.settings import LaunchConfig
 from .gated_rows_backward import plane_of, planes_of, tiles_of
 from .parts import (
@@ -64,34 +62,40 @@ from .parts import (
 )
 
 _STEP = gl.constexpr(STEP)
+_LEAST_SCALE = gl.constexpr(LEAST_SCALE)
 _SLOT = gl.constexpr(STEP // 2)  # channels of a slot of rows
 _PIECES = gl.constexpr(4)  # of _SLOT rows of weights, in a stage: two of Wp', two of Wg'
 
 
 @gluon.jit
-def _normalise(
-    x_slots, mean, rstd, norm_weight_ptr, hat_ptr, row, inside, PARTS: gl.constexpr,
-    ME: gl.constexpr,
-):  # fmt: skip
-    """x^ g1 over a consumer's rows of x; of rows whose variance overflows, zeros.
+def _keep_norm_weight(norm_weight_ptr, scales, PARTS: gl.constexpr):
+    """g1 in `scales`, 64 channels each, and behind them the reciprocals of `_away_from_zero`."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for k in range(PARTS):
+        weight = gl.full([_STEP], 1.0, gl.float32, LAYOUT)
+        if norm_weight_ptr is not None:
+            channels = k * _STEP + gl.arange(0, _STEP, LAYOUT)
+            weight = gl.load(norm_weight_ptr + channels).to(gl.float32)
+        scales.index(k).store(weight)
+        scales.index(PARTS + k).store(reciprocal(_away_from_zero(weight)))
 
-    If there is a `hat_ptr`, x^ of the first `inside` rows is stored as row `row` and following.
-    """
+
+@gluon.jit
+def _away_from_zero(scale):
+    return gl.where(gl.abs(scale) < _LEAST_SCALE, _LEAST_SCALE, scale)
+
+
+@gluon.jit
+def _normalise(x_slots, mean, rstd, scales, PARTS: gl.constexpr, ME: gl.constexpr):
+    """x^ g1 over a consumer's rows of x; of rows whose variance overflows, zeros."""
     LAYOUT: gl.constexpr = mean.type.layout.parent
     overflows = (rstd == 0.0).expand_dims(1)
-    offs = gl.arange(0, 64, layout=mean.type.layout)
-    for k in gl.static_range(PARTS):
+    for k in range(PARTS):  # a loop, for less code: see `_consume`
         slot = x_slots.index(ME * PARTS + k)
-        hats = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
-        hats = gl.where(overflows, 0.0, hats)
-        channels = k * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, LAYOUT))
-        if hat_ptr is not None:
-            ptrs = hat_ptr + (row + offs).expand_dims(1) * (PARTS * _STEP)
-            ptrs = ptrs + channels.expand_dims(0)
-            gl.store(ptrs, hats.to(gl.bfloat16), mask=(offs < inside).expand_dims(1))
-        if norm_weight_ptr is not None:
-            hats = hats * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
-        slot.store(hats.to(gl.bfloat16))
+        normal = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
+        scale = scales.index(k).load(gl.SliceLayout(0, LAYOUT))
+        normal *= _away_from_zero(scale).expand_dims(0)
+        slot.store(gl.where(overflows, 0.0, normal).to(gl.bfloat16))
     fence_async_shared()
 
 
@@ -114,6 +118,15 @@ def _store_half(
     fence_async_shared()
     store_tile(rows, [i, start, column], viewed(value_slot, [1, 64, _SLOT], LAYOUT))
     store_tile(rows, [i, start, N + column], viewed(gate_slot, [1, 64, _SLOT], LAYOUT))
+
+
+@gluon.jit
+def _store_parts(out, x_slots, i, start, PARTS: gl.constexpr, ME: gl.constexpr):
+    """Stores what has replaced a consumer's rows of x."""
+    LAYOUT: gl.constexpr = out.layout
+    for k in gl.static_range(PARTS):
+        part = viewed(x_slots.index(ME * PARTS + k), [1, 64, _STEP], LAYOUT)
+        store_tile(out, [i, start, k * _STEP], part)
 
 
 @gluon.jit
@@ -152,18 +165,42 @@ def _add_gate(gate, grad_z, weight):
 
 
 @gluon.jit
+def _to_grad_x(x_slots, grad_z, rstd, scales, ME: gl.constexpr):
+    """dx over a consumer's rows of x^ g1, from dz."""
+    AT_PART: gl.constexpr = rstd.type.layout
+    PART: gl.constexpr = AT_PART.parent
+    OF_CHANNELS: gl.constexpr = gl.SliceLayout(0, PART)
+    PARTS: gl.constexpr = len(grad_z)
+    mean_grad = gl.zeros([64], gl.float32, AT_PART)
+    mean_grad_hat = gl.zeros([64], gl.float32, AT_PART)
+    for k in gl.static_range(PARTS):
+        normal = x_slots.index(ME * PARTS + k).load(PART).to(gl.float32)
+        mean_grad_hat += gl.sum(grad_z[k] * normal, 1)
+        mean_grad += gl.sum(grad_z[k] * scales.index(k).load(OF_CHANNELS).expand_dims(0), 1)
+    shift = (mean_grad * (-1.0 / (PARTS * _STEP)) * rstd).expand_dims(1)
+    slope = (mean_grad_hat * (-1.0 / (PARTS * _STEP)) * rstd).expand_dims(1)
+    for k in gl.static_range(PARTS):
+        slot = x_slots.index(ME * PARTS + k)
+        hats = slot.load(PART).to(gl.float32)
+        hats *= scales.index(PARTS + k).load(OF_CHANNELS).expand_dims(0)
+        part = grad_z[k] * scales.index(k).load(OF_CHANNELS).expand_dims(0)
+        slot.store((part * rstd.expand_dims(1) + shift + hats * slope).to(gl.bfloat16))
+    fence_async_shared()
+
+
+@gluon.jit
 def _consume(
     common, C: gl.constexpr, N: gl.constexpr, MASKED: gl.constexpr, PARAMETERS: gl.constexpr,
     ME: gl.constexpr,
 ):  # fmt: skip
     """One consumer: its tile of each group of this program's."""
     memory, loaded, freed, made, tensors, pairs, all_strides = common
-    x_slots, slots, gate_slots, ring = memory
+    x_slots, slots, gate_slots, ring, scales = memory
     x_full, slot_full, full = loaded
     x_empty, slot_empty, empty = freed
-    rows, hat_ptr, grad_x = made
-    constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr = tensors
-    R, J, per_row, groups = pairs
+    rows, normal, grad_x = made
+    constants_ptr, mask_ptr, moments_ptr = tensors
+    _, _, per_row, groups = pairs
     of_mask, of_moments = all_strides
     rstds_ptr = moments_ptr + of_moments[0]
     of_moments = of_moments[1], of_moments[2]
@@ -217,9 +254,9 @@ def _consume(
             stage, phase = advance(stage, phase, STAGES)
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
-        row = i.to(gl.int64) * J + start
-        inside = gl.where(i < R, J - start, 0)
-        _normalise(x_slots, mean, scale, norm_weight_ptr, hat_ptr, row, inside, PARTS, ME)
+        _normalise(x_slots, mean, scale, scales, PARTS, ME)
+        if PARAMETERS:
+            _store_parts(normal, x_slots, i, start, PARTS, ME)
         for step in range(STEPS):
             constants = gl.load(constants_ptr + column + step * _STEP)
             acc = gl.zeros([64, 2 * _STEP], gl.float32, ACC) + constants.expand_dims(0)
@@ -251,8 +288,6 @@ def _consume(
                     tma.store_wait(0)  # the half before has left its memory
                     if h == 1:
                         mbarrier.arrive(slot_empty.index(first), count=1)
-                        # x^ has been multiplied for the last time.
-                        mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - 1)
                     start_n = step * _STEP + h * _SLOT
                     _store_half(
                         rows, slots.index(at), gate_slots.index(ME), grads[2 * h],
@@ -265,47 +300,15 @@ def _consume(
                 if not PARAMETERS and k == 0:
                     mbarrier.arrive(slot_empty.index(first), count=1)
                     mbarrier.arrive(slot_empty.index(at), count=1)
-                    mbarrier.arrive(x_empty.index(ME), count=1, pred=step == STEPS - 1)
             grad_z = added
             if PARAMETERS:
                 tma.store_wait(0)  # so has the second half
                 mbarrier.arrive(slot_empty.index(at), count=1)
-        mean = _of_pairs(moments_ptr, i, start, pairs, of_moments, AT_PART)
         rstd = _of_pairs(rstds_ptr, i, start, pairs, of_moments, AT_PART)
-        mean_grad = gl.zeros([64], gl.float32, AT_PART)
-        mean_grad_hat = gl.zeros([64], gl.float32, AT_PART)
-        scaled = ()
-        for k in gl.static_range(PARTS):
-            # Also keeps the loads of the norm's weights apart, for fewer registers.
-            mbarrier.wait(x_full.index(ME), tile_phase)
-            part = grad_z[k]
-            if norm_weight_ptr is not None:
-                channels = k * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, PART))
-                part = part * gl.load(norm_weight_ptr + channels).to(gl.float32).expand_dims(0)
-            mean_grad += gl.sum(part, 1)
-            mean_grad_hat += gl.sum(part * _hats(x_slots.index(ME * PARTS + k), mean, rstd), 1)
-            scaled = scaled + (part,)
-        tile_phase ^= 1
-        shift = (mean_grad * (-1.0 / C) * rstd).expand_dims(1)
-        slope = (mean_grad_hat * (-1.0 / C) * rstd).expand_dims(1)
-        X_LAYOUT: gl.constexpr = grad_x.layout
-        for k in gl.static_range(PARTS):
-            made_dx = x_slots.index(ME * PARTS + k)
-            grads_x = scaled[k] * rstd.expand_dims(1) + shift + _hats(made_dx, mean, rstd) * slope
-            made_dx.store(grads_x.to(gl.bfloat16))
-        fence_async_shared()
-        for k in gl.static_range(PARTS):
-            made_dx = viewed(x_slots.index(ME * PARTS + k), [1, 64, _STEP], X_LAYOUT)
-            store_tile(grad_x, [i, start, k * _STEP], made_dx)
+        _to_grad_x(x_slots, grad_z, rstd, scales, ME)
+        _store_parts(grad_x, x_slots, i, start, PARTS, ME)
         tma.store_wait(0)
         mbarrier.arrive(x_empty.index(ME), count=1)
-
-
-@gluon.jit
-def _hats(slot, mean, rstd):
-    """x^ of 64 channels."""
-    PART: gl.constexpr = mean.type.layout.parent
-    return (slot.load(PART).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
 
 
 @gluon.jit
@@ -340,25 +343,15 @@ def _load_weights(
 
 
 @gluon.jit
-def _load_x(x, x_slots, full, empty, phase, i, start, PARTS: gl.constexpr, ME: gl.constexpr):
-    LAYOUT: gl.constexpr = x.layout
-    mbarrier.wait(empty.index(ME), phase)
-    mbarrier.expect(full.index(ME), 64 * PARTS * _STEP * 2)
-    for k in gl.static_range(PARTS):
-        part = viewed(x_slots.index(ME * PARTS + k), [1, 1, 64, _STEP], LAYOUT)
-        load_tile(x, [0, i, start, k * _STEP], full.index(ME), part)
-    return phase ^ 1
-
-
-@gluon.jit
 def _load_rows(
     x, planes, gate, x_slots, slots, full, empty, pairs,
     C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's tiles: dq, meanwhile x, dh, and x again."""
+    """A consumer's tiles: dq, meanwhile x, and dh."""
     x_full, slot_full, _ = full
     x_empty, slot_empty, _ = empty
     _, _, per_row, groups = pairs
+    X_LAYOUT: gl.constexpr = x.layout
     PLANES_LAYOUT: gl.constexpr = planes.layout
     GATE_LAYOUT: gl.constexpr = gate.layout
     PARTS: gl.constexpr = C // _STEP
@@ -370,7 +363,12 @@ def _load_rows(
         i, start = place_in_rows(group * 2 + ME, per_row)
         for piece in range(C // _SLOT):
             if piece == 2:  # the least number of slots
-                phase = _load_x(x, x_slots, x_full, x_empty, phase, i, start, PARTS, ME)
+                mbarrier.wait(x_empty.index(ME), phase)
+                phase ^= 1
+                mbarrier.expect(x_full.index(ME), 64 * C * 2)
+                for k in gl.static_range(PARTS):
+                    part = viewed(x_slots.index(ME * PARTS + k), [1, 1, 64, _STEP], X_LAYOUT)
+                    load_tile(x, [0, i, start, k * _STEP], x_full.index(ME), part)
             place = ME * SLOTS + slot
             mbarrier.wait(slot_empty.index(place), slot_phase)
             mbarrier.expect(slot_full.index(place), 64 * _SLOT * 2)
@@ -385,7 +383,6 @@ def _load_rows(
             part = viewed(slots.index(place), [_SLOT, 1, 64], PLANES_LAYOUT)
             load_tile(planes, [plane, i, start], slot_full.index(place), part)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
-        phase = _load_x(x, x_slots, x_full, x_empty, phase, i, start, PARTS, ME)
 
 
 @gluon.jit(
@@ -396,8 +393,8 @@ def _load_rows(
     ]
 )  # fmt: skip
 def _gated_input_bwd_hopper_kernel(
-    x, first_weight, second_weight, gate_weight, planes, gate, rows, grad_x,
-    hat_ptr, constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr,
+    x, first_weight, second_weight, gate_weight, planes, gate, rows, normal, grad_x,
+    constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr,
     R, J, per_row, groups, stride_mask_i, stride_mask_j,
     stride_moments_n, stride_moments_i, stride_moments_j,
     C: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
@@ -413,12 +410,15 @@ def _gated_input_bwd_hopper_kernel(
     if PARAMETERS:
         gate_slots = gl.allocate_shared_memory(gl.bfloat16, [2, 64, _SLOT], SLOT_LAYOUT)
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * _STEP, _STEP], RING_LAYOUT)
+    SCALES_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales = gl.allocate_shared_memory(gl.float32, [2 * PARTS, _STEP], SCALES_LAYOUT)
+    _keep_norm_weight(norm_weight_ptr, scales, PARTS)
     loaded = barriers(2, 1), barriers(2 * SLOTS, 1), barriers(STAGES, 1)
     freed = barriers(2, 1), barriers(2 * SLOTS, 1), barriers(STAGES, 2)
     fence_async_shared()
-    memory = x_slots, slots, gate_slots, ring
-    made = rows, hat_ptr, grad_x
-    tensors = constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr
+    memory = x_slots, slots, gate_slots, ring, scales
+    made = rows, normal, grad_x
+    tensors = constants_ptr, mask_ptr, moments_ptr
     pairs = R, J, per_row, groups
     moments = stride_moments_n, stride_moments_i, stride_moments_j
     all_strides = (stride_mask_i, stride_mask_j), moments
@@ -486,9 +486,7 @@ def prepare(
         _gated_input_bwd_hopper_kernel,
         min(groups, device_target(x.device).multiprocessors),
         tensors={
-            **pointers(
-                "hat_ptr", "constants_ptr", "norm_weight_ptr", "mask_ptr", "moments_ptr"
-            ),
+            **pointers("constants_ptr", "norm_weight_ptr", "mask_ptr", "moments_ptr"),
             "x": tiles.descriptor(x, [0, *strides(x)], channels, STEP),
             **{
                 name: tma_descriptor(
@@ -500,6 +498,7 @@ def prepare(
             "planes": planes_of(planes, tiles, slot),
             "gate": rows_of(channels, slot),
             "rows": rows_of(5 * channels, slot) if parameters else None,
+            "normal": rows_of(channels, STEP) if parameters else None,
             "grad_x": rows_of(channels, STEP),
         },
         values=dict(
@@ -525,20 +524,20 @@ def launch(
     out: tuple[Tensor | None, Tensor | None, Tensor],
     constants: Tensor,
 ) -> None:
-    """Fills `out`, (rows, x^, dx), from (x, mask, moments, planes, dq).
+    """Fills `out`, (rows, x^ g1, dx), from (x, mask, moments, planes, dq).
 
     `prepared` is from `prepare`; `constants` are those of `Folded`, of stage 1.
     """
     x, mask, moments, planes, gate = tensors
-    rows, hat, grad_x = out
+    rows, normal, grad_x = out
     prepared.launch(
         **_weights(call),
         x=x,
         planes=planes,
         gate=gate,
         rows=rows,
+        normal=normal,
         grad_x=grad_x,
-        hat_ptr=hat,
         constants_ptr=constants,
         norm_weight_ptr=call.weights.norm_in_weight,
         mask_ptr=mask,

@@ -12,6 +12,8 @@ from .tiles import as_multiplied, beside, identity, load_channels, load_tile
 
 # Keeps sums of up to 2^16 channels from overflowing; as a power of two it rounds nothing.
 _SUM_SCALE = tl.constexpr(2.0**-16)
+# A norm's weight nearer to 0 counts as this where rows are multiplied by it, and divided later.
+LEAST_SCALE = 2.0**-64
 # The most channels that 16-bit rows are loaded in as one tile.
 _CHUNK = tl.constexpr(64)
 

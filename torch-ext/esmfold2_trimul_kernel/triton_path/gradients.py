@@ -199,7 +199,9 @@ def run_backward(
             None if planes is None else planes[entry],
         )
     if wanted.parameters:
-        gradients |= gradients_of_parameters(launches, weights, parts, needs)
+        gradients |= gradients_of_parameters(
+            launches, weights, parts, needs, to_grad_x is not None
+        )
     return gradients
 
 
@@ -215,12 +217,16 @@ def gradients_of_parameters(
     weights: Weights,
     parts: dict[str, RowParts],
     needs: frozenset[str],
+    scaled: bool,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Those that `needs` names, from the parts of `Sequence`, in their dtypes or in `dtype`."""
+    """Those that `needs` names, from the parts of `Sequence`, in their dtypes or in `dtype`.
+
+    `scaled` is whether H is of x^ g1, as where one kernel goes to dx.
+    """
     out, into = parts["out"], parts["in"]
     of_gate = out.sums[:, weights.g_out_weight.shape[0] :]
-    sums = [Sums(_IN, into, of_gate), Sums(_OUT, out)]
+    sums = [Sums(_IN, into, of_gate, scaled), Sums(_OUT, out)]
     return gradients_of_projections(launches, sums, weights, needs, dtype)
 
 
@@ -375,7 +381,7 @@ class Sequence(NamedTuple):
         return memory.view(-1), cuts
 
     def _widths(self) -> tuple[int, int]:
-        """The columns of a chunk's rows in stage 1: of dp, dg, with dx also dq; and of x^."""
+        """The columns of a chunk's rows in stage 1: of dp, dg, with dx also dq; of x^ or x^ g1."""
         hidden, channels, wanted = self.call.hidden, self.call.x.shape[3], self.wanted
         if self.to_grad_x is not None:
             return (4 * hidden + channels, channels) if wanted.parameters else (0, 0)
@@ -539,17 +545,17 @@ class Sequence(NamedTuple):
         x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
         mask = None if call.mask is None else call.mask[0, chunk]
         count = x.shape[0] * x.shape[1]
-        rows, hat_x = _row_buffers(memory, count, self._widths())
+        rows, normal = _row_buffers(memory, count, self._widths())
         prepared = self.launches.of(
             ("gated_input_bwd", count, *_alignments(x)), variant.prepare, call, x, mask,
             x_moments, grad_h, size, rows is not None, self.to_grad_x,
         )  # fmt: skip
         grad_q = self.grad_q[chunk].view(count, x.shape[2])
-        out = rows, hat_x, self.gradients["x"][chunk]
+        out = rows, normal, self.gradients["x"][chunk]
         tensors = x, mask, x_moments, grad_h, grad_q
         variant.launch(prepared, call, tensors, out, self.norms.constants())
         if rows is not None:
-            self._add_product("in", rows, hat_x, None)
+            self._add_product("in", rows, normal, None)
 
     def _add_product(
         self, which: str, left: Tensor, right: Tensor, partial: Tensor | None,

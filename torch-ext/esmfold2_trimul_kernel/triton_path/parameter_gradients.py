@@ -5,6 +5,7 @@
 
     dW = S g + s b^T,   dbias = s,   dg = sum over n of W S,   db = sum over n of W s
 
+S may come as d^T (g h), of which it is made again, with a g nearer to 0 than `LEAST_SCALE` as that.
 The parts are of `row_products`. W is up to three projections, one above the other. One kernel adds
 the parts, in their order, and writes dW, dbias and each block's share of dg and db; another adds
 the shares. Both take a further projection, of other rows. All sums are in fp32.
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_parts.launch import Launches, PreparedLaunch, pointers
+from ..triton_parts.layer_norm import LEAST_SCALE
 from ..triton_parts.tiles import load_channels, load_tile, store_tile
 from .row_products import RowParts
 
@@ -26,6 +28,7 @@ _BLOCK_N = 16
 _BLOCK_K = 16
 _BLOCK_R = 32
 _AHEAD = 32
+_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 
 @triton.jit(do_not_specialize=["P", "last_P", "other_P"])
@@ -38,7 +41,7 @@ def _projection_gradients_kernel(
     P, last_P, other_P, stride_sums, last_stride_sums, other_stride_sums,
     stride_first, stride_second, stride_last, stride_other,
     FIRST: tl.constexpr, SECOND: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr,
-    OTHER: tl.constexpr, OTHER_K: tl.constexpr,
+    OTHER: tl.constexpr, OTHER_K: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_N, BLOCK_K] tile of dW of one of three projections, or of the other rows' one.
@@ -46,7 +49,8 @@ def _projection_gradients_kernel(
     The three have FIRST, SECOND, LAST rows: parts [P, FIRST + SECOND + LAST, K]; sums [P, ...] of
     the rows of the first two, and last_sums [last_P, ...] of the last. That of other rows has
     OTHER: parts [other_P, OTHER, OTHER_K], and sums where its bias or norm has a gradient. The
-    shares of dg and db are norm_parts [blocks, 2, K]. Gradients of biases are optional.
+    shares of dg and db are norm_parts [blocks, 2, K]. Gradients of biases are optional. SCALED: the
+    parts of the three are multiplied by their norm's weight.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     OTHER_BLOCKS_K: tl.constexpr = (OTHER_K + BLOCK_K - 1) // BLOCK_K
@@ -63,7 +67,7 @@ def _projection_gradients_kernel(
                 other_parts_ptr, other_sums_ptr, other_norm_weight_ptr, other_norm_bias_ptr,
                 other_norm_parts_ptr, other_ptr, grad_other_ptr,
                 other_P, other_P, other_stride_sums, stride_other, block, block * BLOCK_N, 0,
-                OTHER, start_k, OTHER, OTHER_K, BLOCK_N, BLOCK_K, BLOCK_R, AHEAD,
+                OTHER, start_k, OTHER, OTHER_K, False, BLOCK_N, BLOCK_K, BLOCK_R, AHEAD,
             )  # fmt: skip
             _store_bias(bias_other_ptr, sums, start_k, block * BLOCK_N, OTHER)
             return
@@ -85,7 +89,7 @@ def _projection_gradients_kernel(
     sums = _projection_gradients_tile(
         parts_ptr, some_sums, norm_weight_ptr, norm_bias_ptr, norm_parts_ptr, weight_ptr, grad_ptr,
         P, tl.where(is_last, last_P, P), stride_some, stride, block, start_n, base, count,
-        start_k, FIRST + SECOND + LAST, K, BLOCK_N, BLOCK_K, BLOCK_R, AHEAD,
+        start_k, FIRST + SECOND + LAST, K, SCALED, BLOCK_N, BLOCK_K, BLOCK_R, AHEAD,
     )  # fmt: skip
     if is_last:
         _store_bias(bias_last_ptr, sums, start_k, start_n, LAST)
@@ -108,7 +112,7 @@ def _store_bias(ptr, sums, start_k, start_n, COUNT: tl.constexpr):
 def _projection_gradients_tile(
     parts_ptr, sums_ptr, norm_weight_ptr, norm_bias_ptr, norm_parts_ptr, weight_ptr, grad_ptr,
     P, end, stride_sums, stride_weight, block, start_n, base, count, start_k,
-    N: tl.constexpr, K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW of a projection [count, K] whose rows begin at row `base` of parts [P, N, K].
@@ -133,7 +137,10 @@ def _projection_gradients_tile(
             offs_part = (row + (start + ahead) * N) * K
             valid = valid_n & (start + ahead < P)
             products += load_tile(parts_ptr, offs_part, offs_k, 1, valid, K, EVEN_K)
-    grad = products * load_channels(norm_weight_ptr, offs_k, 1.0, K, EVEN_K)
+    norm_weight = load_channels(norm_weight_ptr, offs_k, 1.0, K, EVEN_K)
+    if SCALED:
+        products /= tl.where(tl.abs(norm_weight) < _LEAST_SCALE, _LEAST_SCALE, norm_weight)
+    grad = products * norm_weight
     if norm_bias_ptr is not None:
         grad += sums[:, None] * load_channels(norm_bias_ptr, offs_k, 0.0, K, EVEN_K)
     rounded = grad.to(grad_ptr.dtype.element_ty)
@@ -204,6 +211,7 @@ class Sums(NamedTuple):
     # second set with no bias and no norm may lack.
     parts: RowParts
     last_sums: Tensor | None = None  # [P', N] of the last projection's rows, if not in `parts`
+    scaled: bool = False  # whether the products are with rows times the norm's weight
 
 
 class _Set(NamedTuple):
@@ -231,7 +239,7 @@ def gradients_of_projections(
     Each has the parameter's dtype, or `dtype`, and memory of its own.
 
     Args:
-        sets: one or two, of which the second has one projection.
+        sets: one or two, of which the second has one projection, and is not scaled.
         weights: the call's; the projections of a set have unit last stride and one dtype.
     """
     made = [_set_of(sums, weights, dtype) for sums in sets]
@@ -362,7 +370,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
         values=values,
         constants=dict(
             FIRST=counts[0], SECOND=counts[1], LAST=counts[2], K=width,
-            OTHER=count, OTHER_K=other_width,
+            OTHER=count, OTHER_K=other_width, SCALED=one.sums.scaled,
             BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R, AHEAD=_AHEAD,
         ),
         options=dict(num_warps=4, num_stages=2),
