@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_16b37d6f74"
+_NAMESPACE = "_esmfold2_trimul_kernel_752f79648f"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

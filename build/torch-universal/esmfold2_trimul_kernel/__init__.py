@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_16b37d6f74"
+_BUILD_ID = "_esmfold2_trimul_kernel_752f79648f"
 
 
 def _load_package() -> ModuleType:

@@ -81,7 +81,7 @@ def normalise(
         stored = offs < inside
         gl.store(moments[0] + row + offs, mean, mask=stored)
         gl.store(moments[1] + row + offs, rstd, mask=stored)
-    for k in gl.static_range(C // _STEP):
+    for k in range(C // _STEP):
         slot = x_slots.index(ME * (C // _STEP) + k)
         z = (slot.load(LAYOUT).to(gl.float32) - mean.expand_dims(1)) * rstd.expand_dims(1)
         channels = k * _STEP + gl.arange(0, _STEP, layout=gl.SliceLayout(0, LAYOUT))
@@ -364,22 +364,24 @@ def _load_weights(
         if RESIDUAL:
             LAYOUT: gl.constexpr = residual.layout
             HALF_LAYOUT: gl.constexpr = x_slots.layout
-            for piece in gl.static_range(PARTS * CONSUMERS):
-                if piece % 2 == 0:
-                    mbarrier.wait(empty.index(stage), phase)
-                    mbarrier.expect(full.index(stage), 2 * _STEP * _STEP * 2)
-                entry, i, start, first, _ = _place(
-                    tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, B, R, J, per_row
-                )
-                made = half(ring.index(stage), piece % 2, HALF_LAYOUT)
-                load_tile(
-                    residual, [entry, i, start, piece // CONSUMERS * _STEP], full.index(stage),
-                    viewed(made, [1, 1, 64, _STEP], LAYOUT),
-                )  # fmt: skip
-                if piece % 2 == 1:
-                    stage, phase = advance(stage, phase, STAGES)
-            at = entry
-            base = first
+            for one in range(PARTS * CONSUMERS // 2):
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(full.index(stage), 2 * _STEP * _STEP * 2)
+                for which in gl.static_range(2):
+                    piece = one * 2 + which
+                    last, i, start, first, _ = _place(
+                        tile * CONSUMERS + piece % CONSUMERS, at, base, lengths_ptr, B, R, J,
+                        per_row,
+                    )  # fmt: skip
+                    made = half(ring.index(stage), which, HALF_LAYOUT)
+                    load_tile(
+                        residual, [last, i, start, piece // CONSUMERS * _STEP], full.index(stage),
+                        viewed(made, [1, 1, 64, _STEP], LAYOUT),
+                    )  # fmt: skip
+                stage, phase = advance(stage, phase, STAGES)
+            at, _, _, base, _ = _place(
+                tile * CONSUMERS, at, base, lengths_ptr, B, R, J, per_row
+            )
         else:
             for _ in range(PARTS * CONSUMERS // 2):
                 mbarrier.wait(empty.index(stage), phase)
