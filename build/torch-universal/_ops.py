@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_752f79648f"
+_NAMESPACE = "_esmfold2_trimul_kernel_a5c55acc20"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

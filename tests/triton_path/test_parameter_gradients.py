@@ -1,4 +1,4 @@
-"""The gradients of projections and norms, from products with rows that may be scaled by the norm."""
+"""The gradients of projections and norms, from products with rows that a norm may have scaled."""
 
 from typing import NamedTuple
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_752f79648f"
+_BUILD_ID = "_esmfold2_trimul_kernel_a5c55acc20"
 
 
 def _load_package() -> ModuleType:
