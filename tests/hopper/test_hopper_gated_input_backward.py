@@ -182,10 +182,8 @@ STEPS = {
 CHANGES = {
     "a half's memory": ("tma.store_wait(0)  # the half before has left its memory", "pass"),
     "a step's memory": ("tma.store_wait(0)  # so has the second half", "pass"),
-    "dq's memory, and dx's": ("tma.store_wait(1)", "pass"),
-    "the last piece of dq": ("tma.store_wait(0)\n        grad_z", "pass\n        grad_z"),
-    "the last dx": ("PARTS, ME)\n    tma.store_wait(0)", "PARTS, ME)"),
-    "dq before its products": ("warpgroup_mma_wait(PARTS, ", "warpgroup_mma_wait(2 * PARTS, "),
+    "dq's memory": ("tma.store_wait(0)\n            grad_z", "pass\n            grad_z"),
+    "dx's memory": ("tma.store_wait(0)\n        mbarrier", "mbarrier"),
     "weights": ("mbarrier.wait(full.index(stage), phase)\n            added", "added"),
     "x": ("mbarrier.wait(x_full.index(ME), tile_phase)", "pass"),
 }

@@ -211,6 +211,7 @@ def _consume(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _STEP, 16])
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SLOT, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, PART, 2)
     AT_PART: gl.constexpr = gl.SliceLayout(1, PART)
     NORM: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     PARTS: gl.constexpr = C // _STEP
@@ -245,29 +246,16 @@ def _consume(
                     rows, [i, start, 2 * N + piece * _SLOT],
                     viewed(gate, [1, 64, _SLOT], ROWS_LAYOUT),
                 )  # fmt: skip
+            gate = gate.load(A)
             mbarrier.wait(full.index(stage), phase)
             added = _add_gate(gate, grad_z, ring.index(stage))
-            # This piece's products go on while the one before is freed, or dx of the tile before.
             if PARAMETERS:
-                tma.store_wait(1)
-            else:
                 tma.store_wait(0)
-            grad_z = warpgroup_mma_wait(PARTS, deps=added)
-            before = ME * SLOTS + gl.where(slot == 0, SLOTS, slot) - 1
-            mbarrier.arrive(slot_empty.index(before), count=1, pred=piece > 0)
-            before = gl.where(stage == 0, STAGES, stage) - 1
-            mbarrier.arrive(empty.index(before), count=1, pred=piece > 0)
-            has_dx = (piece == 0) & (group > gl.program_id(0))
-            mbarrier.arrive(x_empty.index(ME), count=1, pred=has_dx)
+            grad_z = warpgroup_mma_wait(0, deps=added)
+            mbarrier.arrive(slot_empty.index(at), count=1)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
+            mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
-        if PARAMETERS:
-            tma.store_wait(0)
-        grad_z = warpgroup_mma_wait(0, deps=grad_z)
-        before = ME * SLOTS + gl.where(slot == 0, SLOTS, slot) - 1
-        mbarrier.arrive(slot_empty.index(before), count=1)
-        before = gl.where(stage == 0, STAGES, stage) - 1
-        mbarrier.arrive(empty.index(before), count=1)
         mbarrier.wait(x_full.index(ME), tile_phase)
         tile_phase ^= 1
         _normalise(x_slots, mean, scale, scales, PARTS, ME)
@@ -323,7 +311,8 @@ def _consume(
         rstd = _of_pairs(rstds_ptr, i, start, pairs, of_moments, AT_PART)
         _to_grad_x(x_slots, grad_z, rstd, scales, ME)
         _store_parts(grad_x, x_slots, i, start, PARTS, ME)
-    tma.store_wait(0)
+        tma.store_wait(0)
+        mbarrier.arrive(x_empty.index(ME), count=1)
 
 
 @gluon.jit
