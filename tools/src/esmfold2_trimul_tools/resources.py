@@ -230,15 +230,18 @@ def _run_tool(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_machine_code(binaries: Sequence, check_descriptors: bool = False) -> list[MachineCode]:
-    """Reads kernels of one target: their cubins, or the text of AMD kernels."""
+def read_machine_code(binaries: Sequence, checked: Sequence = ()) -> list[MachineCode]:
+    """Reads kernels of one target: their cubins, or the text of AMD kernels.
+
+    Of those `checked`, which are some of them, the descriptors too.
+    """
     if any("amdgcn" in binary.asm for binary in binaries):
         return [_read_amdgcn(binary.asm["amdgcn"], binary.metadata.shared) for binary in binaries]
     distinct = {binary.asm["cubin"]: binary for binary in binaries}  # launches share kernels
-    read = {}
+    read, checked = {}, {binary.asm["cubin"] for binary in checked}
     for cubin, sass in zip(distinct, _disassemble(list(distinct.values())), strict=True):
         read[cubin] = _read_cubin(cubin, sass, distinct[cubin].metadata.shared)
-        if check_descriptors:
+        if cubin in checked:
             read[cubin] = replace(read[cubin], descriptor_faults=tuple(faults(sass)))
     return [read[binary.asm["cubin"]] for binary in binaries]
 
@@ -397,13 +400,13 @@ def collect(
                 ({"kernel": stage, **where, "config": config}, binary)
                 for stage, binary, config in found
             ]
-        codes = read_machine_code([binary for _, binary in compiled], check_descriptors)
-        if check_descriptors:
-            # Their warps part at an indirect branch, behind which the check can't follow.
-            codes = [
-                replace(code, descriptor_faults=None) if "VARIANT" in row["config"] else code
-                for (row, _), code in zip(compiled, codes, strict=True)
-            ]
+        # Variants' warps part at an indirect branch, behind which the check can't follow.
+        checked = [
+            binary
+            for row, binary in compiled
+            if check_descriptors and "VARIANT" not in row["config"]
+        ]
+        codes = read_machine_code([binary for _, binary in compiled], checked)
         limit = {"shared_limit": tables.settings_of(target)["shared_bytes"]}
         rows += [
             {**row, **asdict(code), **limit}
