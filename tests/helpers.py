@@ -224,6 +224,13 @@ def run(kernel, problem: Problem, device: str = "cpu", **others) -> Tensor:
     return problem.to(device).run(kernel, **others)
 
 
+def ran(launches, stage: str, variant: str) -> bool:
+    """Whether launches of a kind of call, or their recorded schedule, have this one."""
+    steps = getattr(launches.recording, "_steps", [])
+    prepared = [*launches.values(), *[step._prepared for step in steps]]
+    return any(one.stage == stage and one.variant == variant for one in prepared)
+
+
 def as_call(types, problem: Problem, **others):
     """The problem as the paths take it; `types` is the package's module `_call`."""
     values = {**problem.weights, **problem.biases}

@@ -17,6 +17,7 @@ from helpers import (
     leaves_of,
     make_problem,
     memory_of_no_numbers,
+    ran,
     reference_gradients,
 )
 
@@ -232,18 +233,12 @@ def both(kernel, submodule):
             context = submodule("hopper").without_variants() if plain else contextlib.nullcontext()
             with context:
                 made = gradients(kernel, problem, "cuda", names, **options)
-            assert plain != any(map(ran_whole, launches.values()))
+            whole = [ran(one, "fused_dual_gemm_bwd", "whole") for one in launches.values()]
+            assert plain != any(whole)
             found.append({name: value.cpu() for name, value in made.items()})
         return found
 
     return compute
-
-
-def ran_whole(launches):
-    """Whether a recorded schedule has the kernel's launch."""
-    steps = getattr(launches.recording, "_steps", [])
-    prepared = [*launches.values(), *[step._prepared for step in steps]]
-    return any(one.stage == "fused_dual_gemm_bwd" and one.variant == "whole" for one in prepared)
 
 
 CALLS = {

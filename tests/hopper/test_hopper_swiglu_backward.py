@@ -11,6 +11,7 @@ from helpers import (
     assert_no_worse,
     leaves_of,
     memory_of_no_numbers,
+    ran,
     reference_gradients,
     with_leaves,
 )
@@ -121,17 +122,10 @@ def gradients(kernel, submodule):
         hopper = submodule("hopper")
         with hopper.without_variants() if plain else contextlib.nullcontext():
             found = torch.autograd.grad(problem.run(kernel), list(leaves.values()), grad)
-        assert plain != any(ran_fused(one) for one in launches.values())
+        assert plain != any(ran(one, "swiglu_bwd", "hopper") for one in launches.values())
         return {name: value.cpu() for name, value in zip(leaves, found, strict=True)}
 
     return compute
-
-
-def ran_fused(launches):
-    """Whether a recorded schedule has the variant's launch."""
-    steps = getattr(launches.recording, "_steps", [])
-    prepared = [*launches.values(), *[step._prepared for step in steps]]
-    return any(one.stage == "swiglu_bwd" and one.variant == "hopper" for one in prepared)
 
 
 CALLS = {
