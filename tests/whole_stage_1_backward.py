@@ -29,14 +29,17 @@ def _random(*shape: int) -> Tensor:
 
 def errors_of(
     length, channels, groups=1, parameters=True, stages=8, split=3, programs=1, zero_norm=False,
-    overflow=False, module=_WHOLE, **others,
+    overflow=False, outlier=0.0, module=_WHOLE, **others,
 ) -> dict[str, float]:  # fmt: skip
     """Relative errors of what the kernel makes of some rows of a problem, by name."""
     problem = make_problem(length, channels, dtype=torch.bfloat16, **others)
     if zero_norm:
         problem.weights["norm_in_weight"][::5] = 0.0
     if overflow:
+        problem.x[:, :, ::3] = -3e38  # so far from the mean that fp32 has no number for it
         problem.x[:, :, ::3, 7] = 3e38
+    if outlier:
+        problem.x[..., 7] = (problem.x[..., 7].float() * 0.05 + 1.0).mul(outlier).bfloat16()
     call = as_call(submodule(_PACKAGE, "_call"), problem)
     rows = slice(length // 3, length - length // 4)
     x, mask = call.x[0, rows], None if call.mask is None else call.mask[0, rows]
@@ -80,7 +83,11 @@ def errors_of(
     dz = dp @ exact["p_in_weight"] + dg @ exact["g_in_weight"]
     dz = (dz + gate.double().view(x.shape) @ exact["g_out_weight"]) * exact["norm_in_weight"]
     means = dz.mean(-1, keepdim=True) + hat * (dz * hat).mean(-1, keepdim=True)
-    found = {"x": relative_error(grad_x, rstd[..., None] * (dz - means))}
+    wanted_x, of_dz = rstd[..., None] * (dz - means), rstd[..., None] * dz
+    found = {"x": relative_error(grad_x, wanted_x)}
+    # Of each channel, beside the larger of its dx and what dx is a small difference of.
+    sizes = [of.flatten(0, 1).norm(dim=0) for of in (grad_x - wanted_x, wanted_x, of_dz)]
+    found["channels"] = float((sizes[0] / sizes[1].maximum(sizes[2])).max())
     if parameters:
         columns = made.double().split([2 * channels, 2 * channels, channels], 1)
         wanted = dp.flatten(0, 1), dg.flatten(0, 1), gate.double()

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_3d5be10316"
+_NAMESPACE = "_esmfold2_trimul_kernel_408ab66c73"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

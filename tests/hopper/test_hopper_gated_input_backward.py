@@ -91,7 +91,8 @@ def launched(needs=ALL, target="sm_90", **others):
 def taken(*given, **others):
     made = [launch for launch, _ in launched(*given, **others)]
     of_stage = [one.variant for one in made if one.stage == "fused_dual_gemm_bwd"]
-    return [of_stage, sum(one.stage == "input_bwd" for one in made), len(made)]
+    scaled = [one.constants["SCALED"] for one in made if "SCALED" in one.constants]
+    return [of_stage, sum(one.stage == "input_bwd" for one in made), len(made), scaled]
 
 
 if sys.argv[1:]:  # what one compiles to
@@ -150,7 +151,8 @@ def test_what_it_takes():
     refused = found.pop("refused")
     assert len(refused) == 2 and all("got LaunchConfig" in of for of in refused)
     assert len(found) == 19
-    for name, (of_stage, for_x, launches) in found.items():
+    for name, (of_stage, for_x, launches, scaled) in found.items():
+        assert scaled == ([] if name == "x alone" else [name in TAKEN_BY]), name
         if name in TAKEN_BY:
             count, total = TAKEN_BY[name]
             assert of_stage == ["whole"] * count and for_x == 0, (name, of_stage)
@@ -178,13 +180,16 @@ STEPS = {
     "dx alone": dict(length=24, channels=128, parameters=False, programs=2),
     "a norm of zeros": dict(length=17, channels=256, zero_norm=True, stages=5),
     "rows without a norm": dict(length=18, channels=128, overflow=True),
+    "an outlier": dict(length=18, channels=256, outlier=300.0, mask="soft"),
 }
+EARLY = " mbarrier.arrive(x_empty.index(ME)); _to_grad_x(x_slots, grad_z, "
 # Frees that come too early, and waits that are left out: what is replaced in the kernel's text.
 CHANGES = {
     "a half's memory": ("tma.store_wait(0)  # the half before has left its memory", "pass"),
     "a step's memory": ("tma.store_wait(0)  # so has the second half", "pass"),
     "dq's memory": ("tma.store_wait(0)\n            grad_z", "pass\n            grad_z"),
     "dx's memory": ("tma.store_wait(0)\n        mbarrier", "mbarrier"),
+    "x^ g1": (" _to_grad_x(x_slots, grad_z, ", EARLY),
     "weights": ("mbarrier.wait(full.index(stage), phase)\n            added", "added"),
     "x": ("mbarrier.wait(x_full.index(ME), tile_phase)", "pass"),
 }
@@ -197,9 +202,10 @@ def test_steps_in_an_emulator():
     found, seen = json.loads(python_output(EMULATED, *arguments, PYTHONPATH=path))
     assert set(found) == set(STEPS) and set(seen) == set(CHANGES)
     for name, errors in found.items():
-        assert errors["x"] <= 2**-8, name
+        assert errors["x"] <= 2**-8 and errors["channels"] <= 2**-7, name
         if STEPS[name].get("parameters", True):
-            assert errors["dq"] == 0.0 and errors["normal"] <= 2**-9, name
+            of_one = "outlier" in STEPS[name]  # whose rounding is that of nearly all of a row
+            assert errors["dq"] == 0.0 and errors["normal"] <= (2**-8 if of_one else 2**-9), name
             assert errors["dp"] <= 2**-8 and errors["dg"] <= 2**-8, name
     for name, error in seen.items():
         assert isinstance(error, str) or not error <= 0.1, name
@@ -313,6 +319,6 @@ def test_norms_with_zeros(both, channels):
     got, plain = both(problem)
     exact = exact_of(problem, got)
     for name in [name for name, of in exact.items() if not of.any()]:
-        assert not plain.pop(name).any() and exact.pop(name).abs().max() < 1e-18, name
-        assert got.pop(name).abs().max() < 1e-18, name
+        assert not plain.pop(name).any() and got.pop(name).abs().max() < 1e-18, name
+        del exact[name]
     assert_no_worse([(got, plain, exact)], 1.1)

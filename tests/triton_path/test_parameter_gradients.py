@@ -44,9 +44,9 @@ def test_scaled_rows_give_what_others_do(submodule, on_triton, norm):
     for scaled in (False, True):
         products = grads.t() @ (hats * away.double() if scaled else hats)
         parts = submodule("triton_path.row_products").RowParts(
-            products.float()[None].to(on_triton), grads.sum(0).float()[None].to(on_triton)
+            products.float()[None].to(on_triton), grads.sum(0).float()[None].to(on_triton), scaled
         )
-        sums = subject.Sums(subject.Projections(names, "norm_in"), parts, scaled=scaled)
+        sums = subject.Sums(subject.Projections(names, "norm_in"), parts)
         found = subject.gradients_of_projections(launch.Launches(), [sums], of_device, needs)
         made.append({name: value.cpu() for name, value in found.items()})
     assert set(made[0]) == set(made[1]) == needs

@@ -21,8 +21,8 @@ For dx x^ is made of x^ g1 again. So a g1 nearer to 0 than `LEAST_SCALE` counts 
 p and the gate are too coarse to show.
 
 Each consumer is a copy of the code, and what runs once a tile is most of it. With 135 KiB of it the
-kernel took a sixth longer than with 117, as if the instruction cache had to be filled for each
-tile: so loops are unrolled only where they must be.
+kernel took an eighth longer than with 111, as if the instruction cache had to be filled for each
+tile: so x^ g1 is made in a loop.
 
 A slot of dh is freed when dp has left it, or else when a product has taken what was made of dh: a
 warp that has only issued its loads may be held up behind others.

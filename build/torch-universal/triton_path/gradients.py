@@ -26,7 +26,8 @@ rows too, 3, 6 and 3 tensors; without gradients of parameters there are none. Th
 gradients come from few products: with t^ and x^ the normalised rows without norm weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
-    H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1
+    H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1; of x^ g1, and divided by
+                                   g1, where one kernel goes to dx
 
 over all pairs, in fp32. No atomics: partial sums are written separately and added in a fixed order,
 so equal calls give equal bits. In padded batches the kernels skip pairs beyond a length and write
@@ -199,9 +200,7 @@ def run_backward(
             None if planes is None else planes[entry],
         )
     if wanted.parameters:
-        gradients |= gradients_of_parameters(
-            launches, weights, parts, needs, to_grad_x is not None
-        )
+        gradients |= gradients_of_parameters(launches, weights, parts, needs)
     return gradients
 
 
@@ -217,16 +216,12 @@ def gradients_of_parameters(
     weights: Weights,
     parts: dict[str, RowParts],
     needs: frozenset[str],
-    scaled: bool,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Those that `needs` names, from the parts of `Sequence`, in their dtypes or in `dtype`.
-
-    `scaled` is whether H is of x^ g1, as where one kernel goes to dx.
-    """
+    """Those that `needs` names, from the parts of `Sequence`, in their dtypes or in `dtype`."""
     out, into = parts["out"], parts["in"]
     of_gate = out.sums[:, weights.g_out_weight.shape[0] :]
-    sums = [Sums(_IN, into, of_gate, scaled), Sums(_OUT, out)]
+    sums = [Sums(_IN, into, of_gate), Sums(_OUT, out)]
     return gradients_of_projections(launches, sums, weights, needs, dtype)
 
 
@@ -555,15 +550,15 @@ class Sequence(NamedTuple):
         tensors = x, mask, x_moments, grad_h, grad_q
         variant.launch(prepared, call, tensors, out, self.norms.constants())
         if rows is not None:
-            self._add_product("in", rows, normal, None)
+            self._add_product("in", rows, normal, None, scaled=True)
 
     def _add_product(
         self, which: str, left: Tensor, right: Tensor, partial: Tensor | None,
-        last: Tensor | None = None,
+        last: Tensor | None = None, scaled: bool = False,
     ) -> None:  # fmt: skip
         """Adds left^T right of a chunk's rows [M, N] and [M, K], and sums, to the parts.
 
-        The sums are those of left, or partial ones.
+        The sums are those of left, or partial ones. `scaled` is that of `RowParts`.
         """
         parts = self.parts.get(which)
         sums = 0 if partial is None else partial.shape[0]  # a variant may have others
@@ -572,7 +567,8 @@ class Sequence(NamedTuple):
             prepare_row_products, left, right, self.call.precision, None, partial is None, parts,
             partial, last,
         )  # fmt: skip
-        self.parts[which] = row_products(left, right, prepared, parts, partial, last)
+        made = row_products(left, right, prepared, parts, partial, last)
+        self.parts[which] = made._replace(scaled=scaled)
 
 
 def multiply_gradients(

@@ -211,7 +211,6 @@ class Sums(NamedTuple):
     # second set with no bias and no norm may lack.
     parts: RowParts
     last_sums: Tensor | None = None  # [P', N] of the last projection's rows, if not in `parts`
-    scaled: bool = False  # whether the products are with rows times the norm's weight
 
 
 class _Set(NamedTuple):
@@ -239,7 +238,7 @@ def gradients_of_projections(
     Each has the parameter's dtype, or `dtype`, and memory of its own.
 
     Args:
-        sets: one or two, of which the second has one projection, and is not scaled.
+        sets: one or two, of which the second has one projection and parts that aren't scaled.
         weights: the call's; the projections of a set have unit last stride and one dtype.
     """
     made = [_set_of(sums, weights, dtype) for sums in sets]
@@ -370,7 +369,7 @@ def _prepare_projection_gradients(one: _Set, other: _Set | None) -> PreparedLaun
         values=values,
         constants=dict(
             FIRST=counts[0], SECOND=counts[1], LAST=counts[2], K=width,
-            OTHER=count, OTHER_K=other_width, SCALED=one.sums.scaled,
+            OTHER=count, OTHER_K=other_width, SCALED=one.sums.parts.scaled,
             BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, BLOCK_R=_BLOCK_R, AHEAD=_AHEAD,
         ),
         options=dict(num_warps=4, num_stages=2),

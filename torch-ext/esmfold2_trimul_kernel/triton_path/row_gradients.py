@@ -96,9 +96,8 @@ class RowGradients(Rows):
         weights = self._call.weights
         if self._parts:
             return gradients_of_parameters(
-                self._launches, weights, self._parts, self._needs,
-                self._sequence.to_grad_x is not None, torch.float32,
-            )  # fmt: skip
+                self._launches, weights, self._parts, self._needs, torch.float32
+            )
         return {
             name: torch.zeros(value.shape, dtype=torch.float32, device=value.device)
             for name, value in weights._asdict().items()

@@ -125,6 +125,7 @@ class RowParts(NamedTuple):
 
     products: torch.Tensor  # [P, N, K] in fp32
     sums: torch.Tensor | None  # [P, W] in fp32
+    scaled: bool = False  # the second factor's columns are multiplied by a norm's weights
 
 
 def row_products(
