@@ -297,4 +297,6 @@ def test_the_real_command_is_quiet_when_interrupted():
         stdout, stderr = process.communicate(timeout=HUNG_SECONDS)
     finally:
         process.kill()
-    assert (process.returncode, stdout, stderr) == (130, "", "")
+    # Where the signal came while a library's C code ran Python text, as in an import, Python ends
+    # by the signal itself, which a shell reports as 130 too.
+    assert process.returncode in (130, -signal.SIGINT) and (stdout, stderr) == ("", "")
