@@ -13,7 +13,6 @@ What it can't see: layouts, registers, and the proxies' order within a warp.
 """
 
 import inspect
-import random
 import sys
 import threading
 import types
@@ -89,12 +88,6 @@ class Values:
     def split(self):
         return tuple(Values(half) for half in self.data.unbind(-1))
 
-    def __invert__(self):
-        return Values(~self.data)
-
-    def __neg__(self):
-        return Values(-self.data, self.layout)
-
 
 def _operator(name):
     def apply(self, other):
@@ -131,13 +124,6 @@ def load(pointer, mask=None, other=0):
     found = torch.full(places.shape, other, dtype=pointer.memory.dtype)
     found[mask] = pointer.memory[places[mask]]
     return Values(found, layout)
-
-
-def store(pointer, value, mask=None):
-    places, value = torch.broadcast_tensors(pointer.places(), value.data)
-    mask = torch.ones_like(places, dtype=torch.bool) if mask is None else mask.data
-    mask = mask.expand_as(places)
-    pointer.memory[places[mask]] = value[mask].to(pointer.memory.dtype)
 
 
 class Memory:
@@ -187,7 +173,7 @@ class Schedule:
         self.ready = {thread: (lambda: True, False) for thread in threads}
         for thread in threads:
             thread.start()
-        self._go_on(random.choice(threads))
+        self._go_on(threads[0])
         for thread in threads:
             thread.join()
         if self.error is not None:
@@ -207,7 +193,6 @@ class Schedule:
     def _next(self):
         """Another thread that can go on."""
         others = [one for one in self.ready if one is not threading.current_thread()]
-        random.shuffle(others)
         others.sort(key=lambda one: self.ready[one][1])
         return next((one for one in others if self.ready[one][0]()), None)
 
@@ -419,7 +404,7 @@ def _language():
         setattr(language, name, type(name, (Layout,), {}))
     language.shared_memory_descriptor = Memory
     language.allocate_shared_memory, language.warp_specialize = _allocate, _specialise
-    language.load, language.store, language.where = load, store, _where
+    language.load, language.where = load, _where
     language.static_range = range
     language.program_id = lambda axis: Scalar(_place.program)
     language.num_programs = lambda axis: Scalar(_place.programs)
@@ -430,7 +415,6 @@ def _language():
     language.full = lambda shape, value, dtype, layout=None: Values(
         torch.full([int(size) for size in shape], value, dtype=dtype), layout
     )
-    language.zeros_like = lambda like: Values(torch.zeros_like(like.data))
     language.convert_layout = lambda value, layout, assert_trivial=False: Values(value.data, layout)
     language.sum = lambda value, axis: Values(value.data.sum(axis))
     language.exp2 = lambda value: Values(torch.exp2(value.data))

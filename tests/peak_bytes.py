@@ -41,7 +41,8 @@ def bytes_of_parts(monkeypatch: pytest.MonkeyPatch, subject: ModuleType) -> list
     def recorded(left: Tensor, right: Tensor, prepared: Any, parts: Any, *others: Any) -> Any:
         made = row_products(left, right, prepared, parts, *others)
         if parts is None:
-            sizes.extend([sums.nbytes for sums in made[:2] if sums is not None])
+            both = made.products, made.sums
+            sizes.extend([sums.nbytes for sums in both if sums is not None])
         return made
 
     monkeypatch.setattr(subject, "row_products", recorded)

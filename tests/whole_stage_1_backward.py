@@ -117,8 +117,9 @@ def main() -> None:
     found = {name: errors_of(**case) for name, case in cases.items()}
     seen = {}
     for name, (before, after) in changes.items():
+        module = _changed(before, after)
         try:
-            errors = errors_of(module=_changed(before, after), **cases[_CHANGED])
+            errors = errors_of(module=module, **cases[_CHANGED])
             seen[name] = sum(errors.values())  # NaN, if one is
         except (AssertionError, gluon_emulator.Deadlock) as error:
             seen[name] = str(error)

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from esmfold2_trimul_tools.resources import MAX_TILE_SPILL_BYTES
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 from gradients_of_calls import grad_of_output, gradients
 from helpers import (
     SEED,
@@ -146,8 +146,7 @@ TAKEN_BY = {
 
 def test_what_it_takes():
     """There dx has no launch of its own; without gradients of parameters there is one chunk."""
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    found = json.loads(python_output(TAKEN, PYTHONPATH=path))
+    found = json.loads(python_output(TAKEN))
     refused = found.pop("refused")
     assert len(refused) == 2 and all("got LaunchConfig" in of for of in refused)
     assert len(found) == 19
@@ -182,14 +181,14 @@ STEPS = {
     "rows without a norm": dict(length=18, channels=128, overflow=True),
     "an outlier": dict(length=18, channels=256, outlier=300.0, mask="soft"),
 }
-EARLY = " mbarrier.arrive(x_empty.index(ME)); _to_grad_x(x_slots, grad_z, "
+EARLY = "    mbarrier.arrive(x_empty.index(ME)); _to_grad_x("
 # Frees that come too early, and waits that are left out: what is replaced in the kernel's text.
 CHANGES = {
     "a half's memory": ("tma.store_wait(0)  # the half before has left its memory", "pass"),
     "a step's memory": ("tma.store_wait(0)  # so has the second half", "pass"),
     "dq's memory": ("tma.store_wait(0)\n            grad_z", "pass\n            grad_z"),
     "dx's memory": ("tma.store_wait(0)\n        mbarrier", "mbarrier"),
-    "x^ g1": (" _to_grad_x(x_slots, grad_z, ", EARLY),
+    "x^ g1": ("    _to_grad_x(", EARLY),
     "weights": ("mbarrier.wait(full.index(stage), phase)\n            added", "added"),
     "x": ("mbarrier.wait(x_full.index(ME), tile_phase)", "pass"),
 }
@@ -197,9 +196,8 @@ CHANGES = {
 
 def test_steps_in_an_emulator():
     """Roundings alone are left: two of them at most in dg and dx; and it sees what is too early."""
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
     arguments = json.dumps(STEPS), json.dumps(CHANGES)
-    found, seen = json.loads(python_output(EMULATED, *arguments, PYTHONPATH=path))
+    found, seen = json.loads(python_output(EMULATED, *arguments))
     assert set(found) == set(STEPS) and set(seen) == set(CHANGES)
     for name, errors in found.items():
         assert errors["x"] <= 2**-8 and errors["channels"] <= 2**-7, name
@@ -216,9 +214,8 @@ def test_steps_in_an_emulator():
 ])  # fmt: skip
 def test_what_the_others_compile_to(channels, parameters, variant):
     """dx alone, and the kernel of dp and dg: what is no part of a step with all gradients."""
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
     case = json.dumps({"channels": channels, "parameters": parameters})
-    found = json.loads(python_output(TAKEN, case, PYTHONPATH=path))
+    found = json.loads(python_output(TAKEN, case))
     made, spills, shared, pipelined = found
     assert made == variant and shared <= 232448 and pipelined
     assert spills <= (MAX_TILE_SPILL_BYTES if variant == "whole" else 0)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 from helpers import assert_no_worse, seeded
 
 pytest.importorskip("triton")
@@ -86,8 +86,7 @@ WANTED = {
 
 def test_what_it_takes():
     """With a program for each tile of 64 rows where they are few; the rest is left to the plain."""
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    found = json.loads(python_output(TAKEN, PYTHONPATH=path))
+    found = json.loads(python_output(TAKEN))
     assert {name: programs for name, programs in found.items() if programs is not None} == WANTED
     assert len(found) == 20
 

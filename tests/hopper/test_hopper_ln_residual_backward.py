@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 from helpers import assert_no_worse, relative_error, seeded
 
 pytest.importorskip("triton")
@@ -94,8 +94,7 @@ WANTED = {
 
 
 def test_what_it_takes():
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    found = json.loads(python_output(TAKEN, PYTHONPATH=path))
+    found = json.loads(python_output(TAKEN))
     assert {name: count for name, count in found.items() if count is not None} == WANTED
     assert len(found) == 21
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 from esmfold2_trimul_tools.resources import MAX_LOOP_SPILL_BYTES
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 
 pytest.importorskip("triton")
 
@@ -71,8 +71,7 @@ WAITS = {"transition": 15, "row_linear": 4}
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES]
 )
 def test_products_and_copies_without_spills(name):
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    output = python_output(COMPILE, json.dumps(CASES[name]), PYTHONPATH=path)
+    output = python_output(COMPILE, json.dumps(CASES[name]))
     found = json.loads(output)
     assert {stage for _, stage, _ in found} == STAGES_OF.get(name, STAGES)
     for case, stage, traits in found:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 from helpers import memory_of_no_numbers, relative_error, seeded
 
 pytest.importorskip("triton")
@@ -83,8 +83,7 @@ WANTED = {
 
 
 def test_what_it_takes():
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    found = json.loads(python_output(TAKEN, PYTHONPATH=path))
+    found = json.loads(python_output(TAKEN))
     assert {name: counts for name, counts in found.items() if counts is not None} == WANTED
     assert len(found) == 15
 

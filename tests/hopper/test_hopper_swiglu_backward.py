@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 from gradients_of_calls import grad_of_output
 from helpers import (
     assert_no_worse,
@@ -97,8 +97,7 @@ TAKEN_BY = {
 
 def test_what_it_takes():
     """One kernel then makes what two did; sums over rows have their variant too."""
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    found = json.loads(python_output(TAKEN, PYTHONPATH=path))
+    found = json.loads(python_output(TAKEN))
     assert {name for name, stages in found.items() if "swiglu_bwd hopper" in stages} == TAKEN_BY
     assert len(found) == 13
     for name, stages in found.items():

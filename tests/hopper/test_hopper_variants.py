@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fresh_process import ROOT, python_output
+from fresh_process import python_output
 
 pytest.importorskip("triton")
 
@@ -211,8 +211,7 @@ WANTED = {
 
 @pytest.fixture(scope="module")
 def plans():
-    path = f"{ROOT / 'tests'}:{ROOT / 'tools' / 'src'}"
-    return json.loads(python_output(PLANS, PYTHONPATH=path))
+    return json.loads(python_output(PLANS))
 
 
 @pytest.mark.parametrize("case", WANTED)

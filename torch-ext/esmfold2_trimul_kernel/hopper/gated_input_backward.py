@@ -68,7 +68,7 @@ from .parts import (
 _STEP = gl.constexpr(STEP)
 _LEAST_SCALE = gl.constexpr(LEAST_SCALE)
 _SLOT = gl.constexpr(STEP // 2)  # channels of a slot of rows
-_PIECES = gl.constexpr(4)  # of _SLOT rows of weights, in a stage: two of Wp', two of Wg'
+_PIECES = gl.constexpr(4)  # of _SLOT rows of weights, in a stage: two of Wp, two of Wg
 
 
 @gluon.jit

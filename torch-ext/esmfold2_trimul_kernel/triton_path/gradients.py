@@ -601,9 +601,7 @@ def multiply_gradients(
         )
 
 
-def setting_to_grad_x(
-    call: Call, wanted: Wanted, launches: Launches
-) -> LaunchConfig | None:
+def setting_to_grad_x(call: Call, wanted: Wanted, launches: Launches) -> LaunchConfig | None:
     """The setting of the kernel from da and db to dx, if it takes all sequences of a call."""
     return launches.setting("to dx", _setting_to_grad_x, call, wanted)
 
