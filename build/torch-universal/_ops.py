@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_b44c799df2"
+_NAMESPACE = "_esmfold2_trimul_kernel_fb14eb019e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -6,82 +6,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+pytest.importorskip("triton.backends.nvidia.driver")
+from noting_launcher import (  # noqa: E402
+    FUNCTION,
+    GRID,
+    METADATA,
+    SIGNATURE,
+    STREAM,
+    active_driver,
+    compiled_of,
+)
 from triton import knobs  # noqa: E402
-from triton.compiler.compiler import CompiledKernel  # noqa: E402
-from triton.runtime import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
-
-SIGNATURE = {
-    "x": "tensordesc<bf16[16, 16]>", "n": "i32", "y": "*fp32", "z": "tensordesc<bf16[16]>",
-    "C": "constexpr",
-}  # fmt: skip
-META = dict(swizzle=3, elem_size=2, elem_type=10, block_size=[16, 16], fp4_padded=False)
-GRID = (7, 1, 1)
-STREAM, FUNCTION, METADATA = 11, 12, ("metadata",)
-
-
-class Driver:
-    """Encodes descriptors as tuples, and counts them."""
-
-    def __init__(self):
-        self.encoded = 0
-        self.utils = self
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return STREAM
-
-    def allocate_default_profile_scratch(self, *_):
-        return None
-
-    def fill_tma_descriptor_tiled(self, address, *how):
-        self.encoded += 1
-        return (address, *[tuple(one) if isinstance(one, list) else one for one in how])
-
-    fill_tma_descriptor = fill_tma_descriptor_tiled
 
 
 @pytest.fixture
 def active():
-    try:
-        previous = driver.active
-    except RuntimeError:  # no GPU
-        previous = None
-    made = Driver()
-    driver.set_active(made)
-    yield made
-    driver.set_active(previous)
+    with active_driver() as made:
+        yield made
 
 
 @pytest.fixture
 def subject(submodule):
     return submodule("triton_parts.direct")
-
-
-def compiled_of(seen, signature=SIGNATURE, **others):
-    """A kernel whose launcher appends its arguments to `seen`."""
-    run = object.__new__(nvidia.CudaLauncher)
-    metas = [META, META | {"block_size": [16]}] if "x" in signature else []
-    attributes = dict(
-        launch=nvidia.wrap_handle_tensordesc(lambda *given: seen.append(given), signature, metas),
-        num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
-        profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=True,
-    )  # fmt: skip
-    if triton.__version__ >= "3.7":
-        attributes |= dict(arg_annotations="annotations", kernel_signature="signature")
-    if triton.__version__ >= "3.8":
-        attributes |= dict(gsan_enabled=False)
-    vars(run).update(attributes | others)
-    kernel = object.__new__(CompiledKernel)
-    vars(kernel).update(
-        _run=run, module=1, function=FUNCTION, packed_metadata=METADATA, name="kernel",
-        src=SimpleNamespace(signature=signature),
-    )  # fmt: skip
-    return kernel
 
 
 def arguments_at(address):
@@ -112,6 +59,19 @@ def test_the_launcher_gets_what_triton_gives_it(subject, active, signature):
     assert len(usual) == len(seen) == 1 and len(usual[0]) == len(seen[0])
     assert comparable(usual[0]) == comparable(seen[0])
     assert STREAM in seen[0] and FUNCTION in seen[0] and METADATA in seen[0]
+
+
+def test_what_was_encoded_launches_again(subject, active):
+    seen = []
+    launch, arguments = subject.direct(compiled_of(seen), GRID), arguments_at(1 << 40)
+    launch(*arguments)
+    launch.again(launch.encoded(arguments), subject.current_stream())
+    active.stream += 1
+    launch.again(launch.encoded(arguments), subject.current_stream())
+    first, second, third = [comparable(given) for given in seen]
+    assert first == second and active.encoded == 2
+    at = len(GRID)
+    assert third == [*first[:at], STREAM + 1, *first[at + 1 :]]
 
 
 def test_a_descriptor_is_encoded_once(subject, active):

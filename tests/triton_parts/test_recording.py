@@ -113,6 +113,105 @@ def test_compiled_launches_get_the_addresses(subject, submodule, schedule, on_tr
     assert first == (rest.data_ptr(), x.data_ptr(), None, 8, 8)
 
 
+@pytest.fixture
+def direct_recording(subject, submodule, schedule, on_triton, monkeypatch):
+    """(recording, arguments, seen, driver) whose launchers add what they get to `seen`.
+
+    `arguments(first)` are always of the same memory, like what a recording allocates.
+    """
+    pytest.importorskip("triton.backends.nvidia.driver")
+    from noting_launcher import GRID, active_driver, compiled_of
+
+    memory, seen, allocated = torch.zeros(64, device=on_triton), [], {}
+
+    def arguments(first=0):
+        return memory[first : first + 16], "word", memory[16:24]
+
+    launches = submodule("triton_parts.launch").Launches()
+    subject.run_recorded(launches, schedule, arguments())
+    direct = submodule("triton_parts.direct").direct
+    signature = {"out_ptr": "*fp32", "x_ptr": "*fp32", "y_ptr": "*fp32", "N": "constexpr"}
+    for step in launches.recording._steps:
+        run = direct(compiled_of(seen, signature | {"BLOCK": "constexpr"}), GRID)
+        monkeypatch.setattr(step._prepared, "_run", run)
+    make = torch.empty
+
+    def empty(size, **options):
+        at = len(taken)
+        taken.append(at)
+        if at not in allocated:
+            allocated[at] = make(size, **options)
+        return allocated[at].view(-1).view(size)
+
+    taken = []
+    play = launches.recording.play
+
+    def play_in_the_same_memory(given):
+        taken.clear()
+        seen.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", empty)
+            play(given)
+        return list(seen)
+
+    with active_driver() as driver:
+        yield launches.recording, play_in_the_same_memory, arguments, driver
+
+
+def test_launches_are_kept_by_the_addresses_of_all_memory(direct_recording, monkeypatch):
+    """What the launchers get is what they got the first time, on the stream of the call."""
+    recording, play, arguments, driver = direct_recording
+    first, other = play(arguments()), play(arguments(24))
+    assert len(first) == len(other) == 4 and first != other
+    for seen, at in ((first, 0), (other, 24)):
+        upper = arguments(at)[0][8:].data_ptr()
+        assert [upper in _arguments_in(launch) for launch in seen] == [True, False, False, False]
+    driver.stream = 99
+    on_another = play(arguments())
+    assert all(launch[3] == 99 for launch in on_another)
+    driver.stream = first[0][3]
+    # By now nothing is made of arguments any more.
+    for step in recording._steps:
+        monkeypatch.setattr(step, "launch", None)
+    assert play(arguments()) == first and play(arguments(24)) == other
+    with pytest.raises(TypeError):
+        play(arguments(40))
+
+
+def test_few_launches_are_kept(direct_recording, subject, monkeypatch):
+    recording, play, arguments, _ = direct_recording
+    monkeypatch.setattr(subject, "_MOST_KEPT", 2)
+    expected = {first: play(arguments(first)) for first in (0, 24, 32, 40)}
+    assert len(recording._kept) <= 2
+    assert all(play(arguments(first)) == seen for first, seen in expected.items())
+
+
+def test_with_a_hook_triton_launches(direct_recording, monkeypatch):
+    """Whether launches have been kept or not; none is kept then."""
+    recording, play, arguments, _ = direct_recording
+    play(arguments())
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    for first in (0, 24):
+        for launch in play(arguments(first)):
+            assert any(type(given).__name__ == "LazyDict" for given in launch)
+    assert len(recording._kept) == 1
+
+
+def _arguments_in(launch):
+    """The kernel's arguments among a launcher's; from Triton 3.7 on they are its last."""
+    return launch[-1] if isinstance(launch[-1], list) else launch
+
+
+def test_launches_that_triton_makes_are_not_kept(subject, submodule, schedule, on_triton):
+    launches = submodule("triton_parts.launch").Launches()
+    x = torch.arange(16.0, device=on_triton)
+    for _ in range(2):
+        out, _ = subject.run_recorded(launches, schedule, (x, "word", None))
+        assert torch.equal(out, 2 * x[8:])
+    if on_triton == "cpu":
+        assert not launches.recording._kept
+
+
 def test_a_descriptor_is_based_on_an_address(submodule, monkeypatch):
     """And kept for it, among few."""
     launch = submodule("triton_parts.launch")

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import device_target
-from .direct import direct
+from .direct import DirectLaunch, current_stream, direct, is_hooked
 from .settings import LaunchConfig, pick_config, shape_of
 
 _MOST_BASED = 512  # descriptors that a launch keeps: several for each layer of a model
@@ -204,20 +204,31 @@ class PlacedLaunch:
         ]
         self._based = _BasedDescriptors()
 
-    def launch(self, memories: Sequence[Any], addresses: list[int]) -> None:
-        """Launches with tensors of these memories, which begin at these addresses."""
+    def launch(
+        self, memories: Sequence[Any], addresses: Sequence[int]
+    ) -> tuple[DirectLaunch, tuple[Any, ...]] | None:
+        """Launches with tensors of these memories, which begin at these addresses.
+
+        Returns what launches with the same addresses again, and its encoded arguments; None if that
+        can't be told beforehand.
+        """
         run = self._prepared._run
         if run is None:
             places = self._places.items()
             tensors = {n: None if place is None else place.tensor(memories) for n, place in places}
             self._prepared.launch(**tensors)
-            return
+            return None
         arguments = self._arguments.copy()
         for at, memory, offset in self._pointers:
             arguments[at] = addresses[memory] + offset
         for at, descriptor, memory, offset in self._descriptors:
             arguments[at] = self._based.at(at, descriptor, addresses[memory] + offset)
-        run(*arguments)
+        if not isinstance(run, DirectLaunch) or is_hooked():
+            run(*arguments)
+            return None
+        encoded = run.encoded(arguments)
+        run.again(encoded, current_stream())
+        return run, encoded
 
 
 class Launches(dict[tuple, PreparedLaunch]):

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import device_target, standing_in
+from .direct import DirectLaunch, current_stream, is_hooked
 from .launch import Launches, Place, PlacedLaunch, PreparedLaunch
 from .rehearsal import WrittenLaunches, twin
 
 _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ALIGNMENT = 256  # bytes, of each buffer in the workspace
+_MOST_KEPT = 256  # addresses of which a recording keeps all launches: one for each layer of a model
 
 Schedule = Callable[[Launches, Sequence[Any]], list[Tensor]]
 
@@ -88,6 +90,8 @@ class Recording:
             PlacedLaunch(prepared, {name: place_in(place) for name, place in places.items()})
             for prepared, places in steps
         ]
+        # By the addresses of all memories: an allocator gives the same ones again and again.
+        self._kept: dict[tuple[int, ...], list[tuple[DirectLaunch, tuple[Any, ...]]]] = {}
 
     def play(self, arguments: Sequence[Any]) -> list[Tensor]:
         """The outputs, for arguments like those of the recording."""
@@ -96,9 +100,18 @@ class Recording:
         memories = [*arguments, *outputs]
         if self._bytes:
             memories.append(torch.empty(self._bytes, dtype=torch.uint8, device=device))
-        addresses = [t.data_ptr() if isinstance(t, Tensor) else 0 for t in memories]
-        for step in self._steps:
-            step.launch(memories, addresses)
+        addresses = tuple([t.data_ptr() if isinstance(t, Tensor) else 0 for t in memories])
+        kept = self._kept.get(addresses)
+        if kept is None or is_hooked():
+            made = [step.launch(memories, addresses) for step in self._steps]
+            if None not in made:
+                if len(self._kept) >= _MOST_KEPT:
+                    self._kept.clear()
+                self._kept[addresses] = made
+        else:
+            stream = current_stream()
+            for launch, encoded in kept:
+                launch.again(encoded, stream)
         return outputs
 
 

@@ -23,35 +23,58 @@ def direct(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     """`compiled[grid]`, of Triton's compiled kernel: a function of all arguments in their order.
 
     Descriptors must not change once they were launched with. Where the launcher isn't one that is
-    known here, and while a hook is set, it is Triton's own function.
+    known here it is Triton's own function, elsewhere a `DirectLaunch`.
     """
-    usual, parts = compiled[grid], _parts_of(compiled)
-    if parts is None:
-        return usual
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    launcher, options = parts.launcher, (run.launch_cooperative_grid, run.launch_pdl)
-    as_one = hasattr(run, "kernel_signature")  # all arguments, with their types: from Triton 3.7 on
+    parts = _parts_of(compiled)
+    return compiled[grid] if parts is None else DirectLaunch(compiled, grid, parts)
 
-    def launch(*arguments: Any) -> None:
-        if _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook):
-            usual(*arguments)
-            return
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        encoded = _encoded(arguments, parts)
-        # The five are what hooks would get, both hooks, and scratch memory, the kernel's and a
+
+class DirectLaunch:
+    """Launches a compiled kernel with all arguments in their order; with a hook set, Triton does.
+
+    What it makes of arguments can be kept, to launch with them again.
+    """
+
+    def __init__(self, compiled: Any, grid: tuple[int, int, int], parts: "_Parts") -> None:
+        self._usual, self._grid, self._parts = compiled[grid], grid, parts
+        run, metadata = compiled.run, compiled.packed_metadata
+        options = run.launch_cooperative_grid, run.launch_pdl
+        # All arguments as one, with their types: from Triton 3.7 on.
+        self._as_one = hasattr(run, "kernel_signature")
+        # The five None are what hooks would get, both hooks, and scratch memory, the kernel's and a
         # profiler's.
-        if as_one:
-            launcher(
-                *grid, stream, function, *options, metadata, None, None, None, None, None,
-                run.arg_annotations, run.kernel_signature, encoded,
-            )  # fmt: skip
+        if self._as_one:
+            others = metadata, None, None, None, None, None, run.arg_annotations
+            self._others = compiled.function, *options, *others, run.kernel_signature
         else:
-            launcher(
-                *grid, stream, function, *options, None, None, metadata, None, None, None, *encoded
-            )
+            others = None, None, metadata, None, None, None
+            self._others = compiled.function, *options, *others
 
-    return launch
+    def __call__(self, *arguments: Any) -> None:
+        if is_hooked():
+            self._usual(*arguments)
+        else:
+            self.again(self.encoded(arguments), current_stream())
+
+    def encoded(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """What the launcher takes behind the stream."""
+        found = _encoded(arguments, self._parts)
+        return (*self._others, found) if self._as_one else (*self._others, *found)
+
+    def again(self, encoded: tuple[Any, ...], stream: int) -> None:
+        """Launches with encoded arguments, on a stream."""
+        self._parts.launcher(*self._grid, stream, *encoded)
+
+
+def current_stream() -> int:
+    """Of the current device, by the driver that Triton launches with."""
+    active = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
+def is_hooked() -> bool:
+    """Whether Triton has a hook, which only its own launch calls."""
+    return _is_set(knobs.runtime.launch_enter_hook) or _is_set(knobs.runtime.launch_exit_hook)
 
 
 class _Parts(NamedTuple):
