@@ -1,6 +1,7 @@
 """The messages and meanings of eps, precision, lengths and inplace."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,22 @@ def test_precision(call, precision):
 def test_spellings_of_precision(submodule, word, spellings):
     resolve = submodule("validation").resolve_precision
     assert {resolve(spelling, "x", torch.ones(1)) for spelling in spellings} == {word}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_word_splits_16_bit_inputs(submodule, dtype):
+    """Nor where float32 inputs are split if nothing is said, as on Hopper GPUs."""
+    validation, device = submodule("validation"), submodule("triton_parts.device")
+    x, hopper = torch.empty(1, dtype=dtype, device="meta"), device.target_of("sm_90", "any", 132)
+    words = [None, *validation.PRECISIONS, *TriMulPrecision]
+    words += [value for value in range(-1, 6) if value != 4]
+    of_bfloat16 = ("bfloat16", "bf16", TriMulPrecision.BFLOAT16, 5)
+    for word in words:
+        if dtype == torch.float16 and word in of_bfloat16:
+            continue
+        call = SimpleNamespace(x=x, precision=validation.resolve_precision(word, "x", x))
+        with device.standing_in(hopper):
+            assert not submodule("triton_path.launches").wants_split(call), word
 
 
 def test_float16_has_no_bfloat16_precision(call):

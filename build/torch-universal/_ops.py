@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_fb14eb019e"
+_NAMESPACE = "_esmfold2_trimul_kernel_e0ff14c5af"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

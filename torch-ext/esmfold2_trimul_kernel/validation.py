@@ -455,7 +455,8 @@ def resolve_precision(
             "precision must be another word than 'bfloat16' where "
             f"{pair_name} is torch.float16; got {precision!r}"
         )
-    return "fp32" if kernel_word == "fp16x3" and pair.dtype != torch.float32 else kernel_word
+    of_float32 = kernel_word in ("default", "fp16x3")
+    return "fp32" if of_float32 and pair.dtype != torch.float32 else kernel_word
 
 
 def torch_allows_tf32() -> bool:
