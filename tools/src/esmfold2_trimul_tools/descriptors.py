@@ -41,7 +41,7 @@ _ANY: Range = (0, _TOP)
 _BIT: Range = (0, 1)  # any predicate
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
     """`@P0 IADD3.X R1, R2, ...` is guarded, its base IADD3, its parts X."""
 
     address: int
@@ -57,13 +57,13 @@ def faults(sass: Sequence[tuple[int, str]]) -> list[str]:
     Args:
         sass: (address, instruction) of the whole code of one kernel, as nvdisasm writes them.
     """
-    code = [_parse(address, text) for address, text in sass]
-    found: dict[int, dict[_Calls, list[str]]] = {one.address: {} for one in code if _is_wgmma(one)}
+    code = [parse(address, text) for address, text in sass]
+    found: dict[int, dict[_Calls, list[str]]] = {one.address: {} for one in code if is_wgmma(one)}
     if not found:
         return []
     try:
         for calls, one, state in _walk(code):
-            if _is_wgmma(one):
+            if is_wgmma(one):
                 found[one.address][calls] = _faults_of(one, state)
     except _Lost as lost:
         return [str(lost)]
@@ -79,11 +79,11 @@ def faults(sass: Sequence[tuple[int, str]]) -> list[str]:
 class _Lost(Exception):
     """A jump to where the check can't follow."""
 
-    def __init__(self, one: _Instruction) -> None:
+    def __init__(self, one: Instruction) -> None:
         super().__init__(f"{one.base} at {one.address:#x} leads where the check can't follow")
 
 
-def _faults_of(one: _Instruction, state: State) -> list[str]:
+def _faults_of(one: Instruction, state: State) -> list[str]:
     return [
         f"the {which} word of {tile}'s descriptor {_show(word)}"
         for tile, low, high in _descriptors_of(one, state)
@@ -92,11 +92,11 @@ def _faults_of(one: _Instruction, state: State) -> list[str]:
     ]
 
 
-def _is_wgmma(one: _Instruction) -> bool:
+def is_wgmma(one: Instruction) -> bool:
     return one.base.endswith("GMMA")
 
 
-def _descriptors_of(one: _Instruction, state: State) -> Iterator[tuple[str, Range, Range]]:
+def _descriptors_of(one: Instruction, state: State) -> Iterator[tuple[str, Range, Range]]:
     """(tile, low word, high word): gdesc[URn] names a's in URn and URn+1, b's in the next two.
 
     That of a is none where a is in registers, an operand before it. Where ptxas needs an empty
@@ -128,20 +128,20 @@ def _show(value: Range) -> str:
     return f"is from {value[0]:#x} to {value[1]:#x}"
 
 
-def _parse(address: int, text: str) -> _Instruction:
+def parse(address: int, text: str) -> Instruction:
     guard, name, operands = re.match(r"(@\S+\s+)?(\S+)\s*(.*)", text).groups()
     base, *parts = name.split(".")
     operands = tuple(operand.strip() for operand in operands.split(","))
-    return _Instruction(address, guard is not None, base, tuple(parts), operands)
+    return Instruction(address, guard is not None, base, tuple(parts), operands)
 
 
-def _walk(code: list[_Instruction]) -> Iterator[tuple[_Calls, _Instruction, State]]:
+def _walk(code: list[Instruction]) -> Iterator[tuple[_Calls, Instruction, State]]:
     """Each instruction with the values before it; the last time it comes, they are final.
 
     What is called is followed for each call alone.
     """
     index = {one.address: i for i, one in enumerate(code)}
-    leads = [_next_ones(i, code, index) for i in range(len(code))]
+    leads = [next_ones(i, code, index) for i in range(len(code))]
     starts = {to for i, all_to in enumerate(leads) if all_to != [i + 1] for to in all_to}
     before: dict[tuple[int, _Calls], State] = {(0, ()): {}}
     visits: dict[tuple[int, _Calls], int] = {}
@@ -168,7 +168,7 @@ def _walk(code: list[_Instruction]) -> Iterator[tuple[_Calls, _Instruction, Stat
 
 
 def _places_after(
-    i: int, calls: _Calls, one: _Instruction, leads: list[int], index: dict[int, int], state: State
+    i: int, calls: _Calls, one: Instruction, leads: list[int], index: dict[int, int], state: State
 ) -> list[tuple[int, _Calls]]:
     """Of the places that an instruction leads to, with the calls that they are in, those it may."""
     if one.base == "CALL":
@@ -195,7 +195,7 @@ def _merge(one: State, other: State, grow: bool) -> State:
     return merged
 
 
-def _next_ones(i: int, code: list[_Instruction], index: dict[int, int]) -> list[int]:
+def next_ones(i: int, code: list[Instruction], index: dict[int, int]) -> list[int]:
     """The places of the instructions that may come after this one, but for a RET's."""
     one = code[i]
     # A jump's condition may be an operand too.
@@ -232,23 +232,23 @@ _PREDICATE = re.compile(r"U?P[0-6T]")
 _REGISTER = re.compile(r"(U?R)(\d+|Z)")
 
 
-def _run(one: _Instruction, state: State) -> None:
+def _run(one: Instruction, state: State) -> None:
     """Changes the values to those after the instruction."""
     if one.base in ("BSSY", "BMOV"):
         state.pop(one.operands[0], None)
         if one.base == "BSSY" and not one.guarded:  # a barrier's value is where its BSYNC leads
             state[one.operands[0]] = _read(one.operands[1], state)
-    outputs = _outputs(one)
-    values = _computed(one, one.operands[len(outputs) :], state)
+    results = outputs(one)
+    values = _computed(one, one.operands[len(results) :], state)
     written: dict[str, Range] = {}
-    for place, name in enumerate(outputs):
+    for place, name in enumerate(results):
         if _PREDICATE.fullmatch(name):
-            written[name] = values.get("carry", _BIT) if len(outputs) == 2 and place else _BIT
+            written[name] = values.get("carry", _BIT) if len(results) == 2 and place else _BIT
         elif name in ("PR", "UPR"):
             written |= {f"{name[:-1]}{i}": _BIT for i in range(7)}
         else:
             kind, number = _REGISTER.fullmatch(name).groups()
-            for i in range(_width(one) if number != "Z" else 0):
+            for i in range(width(one) if number != "Z" else 0):
                 written[f"{kind}{int(number) + i}"] = values.get(i, _ANY)
     for name, value in written.items():
         state[name] = _either(_read(name, state), value) if one.guarded else value
@@ -256,7 +256,7 @@ def _run(one: _Instruction, state: State) -> None:
             del state[name]
 
 
-def _outputs(one: _Instruction) -> list[str]:
+def outputs(one: Instruction) -> list[str]:
     """What the instruction writes: its first operands, predicates and at most one register."""
     if one.operands[0] in ("PR", "UPR"):
         return [one.operands[0]]
@@ -271,9 +271,9 @@ def _outputs(one: _Instruction) -> list[str]:
     return found
 
 
-def _width(one: _Instruction) -> int:
+def width(one: Instruction) -> int:
     """How many registers the result takes, or more."""
-    if _is_wgmma(one):
+    if is_wgmma(one):
         return int(one.parts[0].split("x")[1]) // 2
     if one.base == "LDSM":
         return int(one.parts[-1]) if one.parts[-1] in ("2", "4") else 1
@@ -283,7 +283,7 @@ def _width(one: _Instruction) -> int:
     return 2 if long or (one.base == "CS2R" and "32" not in one.parts) else 1
 
 
-def _computed(one: _Instruction, inputs: Sequence[str], state: State) -> dict[int | str, Range]:
+def _computed(one: Instruction, inputs: Sequence[str], state: State) -> dict[int | str, Range]:
     """The results that are known, by their place from the first register on, and the "carry"."""
     a, b, c, *others = [*(_read(name, state) for name in inputs), *[_ANY] * 5]
     count = len(inputs)

@@ -26,6 +26,7 @@ import torch
 
 from .descriptors import faults
 from .repository import find_root, load_kernel, submodule
+from .uniform_registers import is_indirect, unwritten
 
 # Outside a loop. One more block on a multiprocessor made up for 200 (stage 1 on an H200); with 464
 # the transition's first stage, which holds rows of 512 channels, was the fastest on an H200.
@@ -242,7 +243,9 @@ def read_machine_code(binaries: Sequence, checked: Sequence = ()) -> list[Machin
     for cubin, sass in zip(distinct, _disassemble(list(distinct.values())), strict=True):
         read[cubin] = _read_cubin(cubin, sass, distinct[cubin].metadata.shared)
         if cubin in checked:
-            read[cubin] = replace(read[cubin], descriptor_faults=tuple(faults(sass)))
+            # Variants' warps part at an indirect branch, behind which `faults` can't follow.
+            found = unwritten(sass) if is_indirect(sass) else faults(sass)
+            read[cubin] = replace(read[cubin], descriptor_faults=tuple(found))
     return [read[binary.asm["cubin"]] for binary in binaries]
 
 
@@ -360,13 +363,14 @@ def collect(
         kernel: the loaded kernel package; the checkout's own by default.
         cases: the calls to compile for.
         check_descriptors: whether to look for wgmma descriptors that ptxas made wrongly
-            (`descriptors.faults`), which takes a tenth of a second for a kernel of sm_90.
+            (`descriptors.faults`, and `uniform_registers.unwritten` of variants), which takes a
+            tenth of a second for a kernel of sm_90.
 
     Returns:
         One dict for each kernel, target and class of calls: kernel, target, case, config, registers
         (per thread), spill_bytes (per thread), shared_bytes (per block), spills_in_loop,
         matrix_instructions, bulk_copies, pipelined, descriptor_faults (None where they were not
-        looked for, as in variants of stages), shared_limit (bytes of a block there); if it could
+        looked for), shared_limit (bytes of a block there); if it could
         not be compiled, error in place of the last nine.
 
     Raises:
@@ -400,13 +404,8 @@ def collect(
                 ({"kernel": stage, **where, "config": config}, binary)
                 for stage, binary, config in found
             ]
-        # Variants' warps part at an indirect branch, behind which the check can't follow.
-        checked = [
-            binary
-            for row, binary in compiled
-            if check_descriptors and "VARIANT" not in row["config"]
-        ]
-        codes = read_machine_code([binary for _, binary in compiled], checked)
+        binaries = [binary for _, binary in compiled]
+        codes = read_machine_code(binaries, binaries if check_descriptors else ())
         limit = {"shared_limit": tables.settings_of(target)["shared_bytes"]}
         rows += [
             {**row, **asdict(code), **limit}
