@@ -270,11 +270,11 @@ class Descriptor:
     """Of a tensor in memory, for TMA."""
 
     def __init__(self, base, shape, strides, block_shape, layout):
-        self.base, self.layout, self.memory = base, layout, None
+        self.base, self.dtype, self.layout, self.memory = base, base.dtype, layout, None
         self.shape, self.strides, self.block_shape = shape, strides, block_shape
 
     def of(self, tensor):
-        made = Descriptor(None, self.shape, self.strides, self.block_shape, self.layout)
+        made = Descriptor(tensor, self.shape, self.strides, self.block_shape, self.layout)
         made.memory = flat(tensor)
         return made
 
@@ -382,6 +382,10 @@ def _where(condition, one, other):
     return one if condition else other
 
 
+def _assume(condition):
+    assert condition, "what a kernel assumes is false"
+
+
 def _allocate(dtype, shape, layout=None):
     if layout == "barriers":
         return Barriers(int(shape[0]))
@@ -404,7 +408,7 @@ def _language():
         setattr(language, name, type(name, (Layout,), {}))
     language.shared_memory_descriptor = Memory
     language.allocate_shared_memory, language.warp_specialize = _allocate, _specialise
-    language.load, language.where = load, _where
+    language.load, language.where, language.assume = load, _where, _assume
     language.static_range = range
     language.program_id = lambda axis: Scalar(_place.program)
     language.num_programs = lambda axis: Scalar(_place.programs)
@@ -448,6 +452,17 @@ def install():
         f"triton.experimental.gluon.{name}": types.ModuleType(name)
         for name in ("language.nvidia", "nvidia")
     }  # fmt: skip
+
+
+def changed(module: types.ModuleType, before: str, after: str) -> types.ModuleType:
+    """A module of the package with another text in the place of `before`, wherever that is."""
+    with open(module.__file__) as file:
+        text = file.read()
+    assert before in text, before
+    made = types.ModuleType(module.__name__)
+    made.__package__ = module.__package__
+    exec(text.replace(before, after), made.__dict__)
+    return made
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@
 
 import json
 import sys
-import types
 
 import gluon_emulator
 import torch
@@ -97,17 +96,6 @@ def errors_of(
     return found
 
 
-def _changed(before: str, after: str) -> types.ModuleType:
-    """The kernel's module with another text."""
-    with open(_WHOLE.__file__) as file:
-        text = file.read()
-    assert text.count(before) == 1, before
-    module = types.ModuleType(_WHOLE.__name__)
-    module.__package__ = _WHOLE.__package__
-    exec(text.replace(before, after), module.__dict__)
-    return module
-
-
 def main() -> None:
     """Prints the errors of the cases of the first argument, and of changed kernels of the second.
 
@@ -117,7 +105,7 @@ def main() -> None:
     found = {name: errors_of(**case) for name, case in cases.items()}
     seen = {}
     for name, (before, after) in changes.items():
-        module = _changed(before, after)
+        module = gluon_emulator.changed(_WHOLE, before, after)
         try:
             errors = errors_of(module=module, **cases[_CHANGED])
             seen[name] = sum(errors.values())  # NaN, if one is

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e0ff14c5af"
+_NAMESPACE = "_esmfold2_trimul_kernel_ee93fc0f69"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
 from ._call import Call
 from .triton_parts.device import device_target
 from .triton_parts.launch import (
@@ -245,6 +246,9 @@ def trimul_einsum_fwd(
     prepared = launches.of(
         ("trimul_einsum", key), prepare_einsum, call, a, b, product, turned, config
     )
+    if prepared.variant == "hopper":
+        hopper.kernels("plane_products").launch(prepared, a, b, product)
+        return
     prepared.launch(
         a=a, b=b, product=product, lengths_ptr=call.lengths, exponents_ptr=exponents,
         masks_ptr=masks,
@@ -267,9 +271,14 @@ def prepare_einsum(
     """The launch of `trimul_einsum_fwd` for calls like this one."""
     batch, hidden, length, pitch = product.shape
     device, split = device_target(a.device), call.precision == FP16X3
+    variants = frozenset()
+    if not any(turned):
+        variants = hopper.variants("plane_products", "takes", product, False, call.lengths, a, b)
     if config is None:
         width = min(hidden, call.hidden)  # `hidden` counts the planes of several sequences too
-        config = setting_of("trimul_einsum", product, width, length, split=split)
+        config = setting_of("trimul_einsum", product, width, length, 1, variants, split)
+    if hopper.is_variant(config, variants):
+        return hopper.kernels("plane_products").prepare(a, b, product, config)
     block_m, block_n = config.block_m, config.block_n
     block_k = min(config.block_k, PADDING_MULTIPLE)
     descriptors = pointers("a", "b", "product")

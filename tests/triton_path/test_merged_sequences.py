@@ -152,7 +152,7 @@ def test_launches_of_a_batch(
             frozenset(needs), submodule("triton_parts.launch").Launches(),
         )  # fmt: skip
     groups, of_all = batch // size, 3  # folded norms, and two for the parameters
-    assert len(launched) == of_all + groups * (5 + 2 * chunks)
+    assert len(launched) == of_all + groups * (4 + 2 * chunks)
 
 
 def test_a_broadcast_mask_is_recorded(step, submodule, on_triton):

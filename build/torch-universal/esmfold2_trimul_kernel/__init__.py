@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e0ff14c5af"
+_BUILD_ID = "_esmfold2_trimul_kernel_ee93fc0f69"
 
 
 def _load_package() -> ModuleType:

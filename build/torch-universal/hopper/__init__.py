@@ -12,6 +12,7 @@
     padding                 the tiles that stage 3's and the transition's kernels leave out
     ln_residual_backward    its backward, to de and dq
     norm_backward           and from de to dt
+    plane_products          stage 2, and both products of its backward in one
     row_products            sums over pairs of the gradients' products with normalised rows
 
 A stage asks for its variant while it prepares a launch. The settings of sm_90 name it where it is
@@ -39,7 +40,7 @@ _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose Gluon these ker
 _BFLOAT16 = (torch.bfloat16,)
 _16_BITS = (torch.bfloat16, torch.float16)
 # The dtypes and widths of rows that a module takes: of those that a consumer holds in registers, as
-# many as fit.
+# many as fit. None are all.
 _TAKEN = {
     "gated_rows": (_16_BITS, range(128, 513, 64)),
     "gated_rows_backward": (_BFLOAT16, (128, 256)),
@@ -49,6 +50,7 @@ _TAKEN = {
     "ln_residual": (_16_BITS, (128, 192, 256)),
     "wide_ln_residual": (_16_BITS, (320, 384, 448, 512)),
     "norm_backward": (_BFLOAT16, (128, 256)),
+    "plane_products": (_16_BITS, None),
     "row_products": (_16_BITS, range(128, 2049, 128)),
     "row_linear": (_16_BITS, range(64, 8193, 64)),
     "transition": (_16_BITS, (128, 192, 256)),
@@ -81,7 +83,7 @@ def variants(name: str, takes: str, x: Tensor, *arguments: Any) -> frozenset[str
     if (
         _plain_only
         or x.dtype not in dtypes
-        or x.shape[-1] not in widths
+        or (widths is not None and x.shape[-1] not in widths)
         or device_target(x.device).target != "sm_90"
         or not has_descriptor(x)
         or (module := kernels(name)) is None

@@ -473,11 +473,11 @@ class Sequence(NamedTuple):
         self, grad: Tensor, first: int, planes: Tensor, grad_planes: Tensor
     ) -> None:
         """Fills grad_planes [2G, R, pitch] with da and db, from dt of G channels, `first` on."""
-        size, length = grad.shape[0], self.call.x.shape[2]
-        operands = grad, *planes, grad_planes[:size], grad_planes[size:]
+        operands = grad, planes, grad_planes.unflatten(0, (2, -1))
         if self._merged:
+            length = self.call.x.shape[2]
             operands = [of_sequences(tensor, length) for tensor in operands]
-        multiply_gradients(self.call, self.launches, *operands, first, self._merged)
+        multiply_both(self.call, self.launches, *operands, first, self._merged)
 
     def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
         """Fills dx and dmask from dq and planes [2D, R, pitch], da and db in groups of `size`.
@@ -599,6 +599,51 @@ def multiply_gradients(
         trimul_einsum_fwd(
             call, launches, left[None], right[None], out[None], (key, turned), turned
         )
+
+
+def multiply_both(
+    call: Call,
+    launches: Launches,
+    grad: Tensor,
+    planes: Tensor,
+    grad_planes: Tensor,
+    key: int,
+    with_axes_of_x: bool,
+) -> None:
+    """`multiply_gradients` of planes [2, G, L, pitch], in one launch where a variant has that.
+
+    grad_planes are alike, and their memory is none of the others'.
+    """
+    config = launches.setting("both products", _setting_of_both, call, grad, planes, grad_planes)
+    if config is None:
+        a, b, grad_a, grad_b = *planes, *grad_planes
+        multiply_gradients(call, launches, grad, a, b, grad_a, grad_b, key, with_axes_of_x)
+        return
+    variant = hopper.kernels("plane_products")
+    of_grad, of_planes = (grad[None], variant.ONLY), (planes, variant.OTHER)
+    if call.direction == "outgoing":
+        operands, turned = (of_grad, of_planes), (False, True, True, True)
+    elif with_axes_of_x:
+        operands, turned = (of_planes, of_grad), (False, False, False, True)
+    else:
+        operands, turned = (of_planes, of_grad), (True, False, True, True)
+    (left, right), of = zip(*operands, strict=True)
+    prepared = launches.of(
+        ("both products", key), variant.prepare, left, right, grad_planes, config, of, turned
+    )
+    variant.launch(prepared, left, right, grad_planes)
+
+
+def _setting_of_both(
+    call: Call, grad: Tensor, planes: Tensor, grad_planes: Tensor
+) -> LaunchConfig | None:
+    """The setting of both products of stage 2's backward in one launch, if there is one."""
+    others = planes, grad_planes
+    if not hopper.variants("plane_products", "takes", grad, True, call.lengths, *others):
+        return None
+    width, length = min(call.hidden, grad.shape[0]), grad.shape[1]
+    config = setting_of("trimul_einsum", grad, width, length, variants=frozenset({"both"}))
+    return config if config.kernel == "both" else None
 
 
 def setting_to_grad_x(call: Call, wanted: Wanted, launches: Launches) -> LaunchConfig | None:

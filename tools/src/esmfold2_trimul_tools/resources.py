@@ -199,6 +199,8 @@ def _name_of(launch: Any, prefix: str) -> str:
         return prefix + stage
     if constants.get("PROJECTIONS"):
         return f"{stage}_bwd"
+    if constants.get("BOTH"):  # da and db of dt, which is the right operand for incoming
+        return f"{stage}_bwd_{('incoming', 'outgoing')[constants['OF'][0] - 1]}"
     # The Hopper kernel makes a and b of a group again if it has fewer than all their channels.
     of_group = stage == "fused_dual_gemm" and constants.get("N", math.inf) < 2 * constants["C"]
     if constants.get("READ_MOMENTS") or of_group:
