@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_ee93fc0f69"
+_NAMESPACE = "_esmfold2_trimul_kernel_75f191f98e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -172,13 +172,13 @@ def test_columns_of_a_tile(submodule, both):
     columns_of = submodule("hopper.plane_products").columns_of
     for length in range(1 if both else 65, 1500):
         for most in (64, 128, 256):
-            columns = columns_of(length, most, both)
+            columns = columns_of(length, most, both, length % 64 == 0)
             steps, parts = math.ceil(length / 64), columns // 64
             assert columns <= most and (steps >= parts if both else steps > parts)
-    assert [columns_of(length, 256, both) for length in (384, 512, 640, 768)] == [
-        128, 256, 128, 256,
-    ]  # fmt: skip
-    assert columns_of(256, 256, both) == (256 if both else 128)
+    lengths = 384, 512, 640, 768
+    found = [[columns_of(n, 256, both, lines) for n in lengths] for lines in (True, False)]
+    assert found == [[128, 256, 128, 256], [256] * 4]
+    assert columns_of(256, 256, both, True) == (256 if both else 128)
 
 
 @pytest.mark.parametrize(

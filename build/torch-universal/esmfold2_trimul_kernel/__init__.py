@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_ee93fc0f69"
+_BUILD_ID = "_esmfold2_trimul_kernel_75f191f98e"
 
 
 def _load_package() -> ModuleType:
