@@ -454,11 +454,13 @@ def install():
     }  # fmt: skip
 
 
-def changed(module: types.ModuleType, before: str, after: str) -> types.ModuleType:
-    """A module of the package with another text in the place of `before`, wherever that is."""
+def changed(
+    module: types.ModuleType, before: str, after: str, count: int = 1
+) -> types.ModuleType:
+    """A module of the package with another text in the place of `before`, which it has so often."""
     with open(module.__file__) as file:
         text = file.read()
-    assert before in text, before
+    assert text.count(before) == count, before
     made = types.ModuleType(module.__name__)
     made.__package__ = module.__package__
     exec(text.replace(before, after), made.__dict__)

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_75f191f98e"
+_NAMESPACE = "_esmfold2_trimul_kernel_d8f7b52c04"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

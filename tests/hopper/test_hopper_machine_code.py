@@ -44,10 +44,10 @@ for name, binary, code in zip(names, binaries, codes, strict=True):
 print(json.dumps(found))
 """
 SHARED_BYTES = 232448
-STAGES = {"fused_dual_gemm", "fused_ln_residual", "transition"}
+STAGES = {"fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "transition"}
 WIDE = {
-    "fused_dual_gemm", "fused_ln_residual_gates", "fused_ln_residual", "swiglu_hidden",
-    "row_linear",
+    "fused_dual_gemm", "trimul_einsum", "fused_ln_residual_gates", "fused_ln_residual",
+    "swiglu_hidden", "row_linear",
 }  # fmt: skip
 CASES = {
     "float16": [("float16", 256, 512, False)],
@@ -62,9 +62,11 @@ QUICK = {"float16"}
 # A whole transition has no registers for wide rows' outputs.
 STAGES_OF = {
     "wide": WIDE, "widths between": WIDE, "short": {"fused_ln_residual", "transition"},
+    "padded": STAGES - {"trimul_einsum"},
 }
 # Waits for accumulators: one for each product to a step's hidden channels would be many more.
-WAITS = {"transition": 15, "row_linear": 4}
+# A product of planes has one for each part that goes out meanwhile, one in its loop and a last one.
+WAITS = {"transition": 15, "row_linear": 4, "trimul_einsum": 12}
 
 
 @pytest.mark.parametrize(

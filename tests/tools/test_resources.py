@@ -152,7 +152,8 @@ def assert_settings_fit(target, cases, **options):
             wide = row["kernel"] == "fused_ln_residual" and "C=512" in row["case"]
             backward = row["kernel"] in ("swiglu_bwd", "fused_dual_gemm_bwd")
             backward = backward and "C=256" in row["case"]
-            once = row["kernel"] == "transition" or backward or wide
+            both = row["kernel"].startswith("trimul_einsum_bwd")  # once, ahead of all tiles
+            once = row["kernel"] == "transition" or backward or wide or both
             assert not row["spills_in_loop"] or once or options, row
         elif target == "sm_90" and row["kernel"] in BY_DESCRIPTORS and not options:
             assert row["config"]["DESCRIPTORS"] or "bfloat16 C=256 L=512" not in row["case"], row

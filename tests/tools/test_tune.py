@@ -84,7 +84,8 @@ def test_candidates_of_variants(kernel, submodule, stage, counts):
                 least = 2 if stage == "fused_ln_residual" and width <= 256 else 1
                 assert least <= config.split <= (3 if stage == "fused_ln_residual" else 1)
         for entry in shipped:
-            if entry.get("kernel") == "hopper" and entry["max_width"] == width and width in counts:
+            of_width = entry.get("max_width") == width and width in counts
+            if entry.get("kernel") == "hopper" and of_width:
                 assert any(
                     all(
                         getattr(config, name) == entry[name]
@@ -277,13 +278,19 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
     tuned = table(results(*some), base, shipped, CLASSES)
     for words in ("NVIDIA Test", "torch 2.0", "Triton 3.0", "2020-01-01"):
         assert words in tuned["note"]
-    entries = tuned["trimul_einsum"]["2"]
+    untimed = [entry for entry in base["trimul_einsum"]["2"] if "kernel" in entry]
+    ahead, entries = (tuned["trimul_einsum"]["2"][part] for part in (
+        slice(len(untimed)), slice(len(untimed), None)
+    ))  # fmt: skip
+    assert ahead == untimed
     # 128: both classes have one setting, so one entry; 256: two.
     assert [(e["max_width"], e.get("max_length")) for e in entries[:3]] == [
         (128, None), (256, 96), (256, None),
     ]  # fmt: skip
     assert "maxnreg" not in entries[0] and "split" not in entries[0]
-    assert entries[3:] == [e for e in base["trimul_einsum"]["2"] if "max_width" not in e]
+    assert entries[3:] == [
+        e for e in base["trimul_einsum"]["2"] if "max_width" not in e and "kernel" not in e
+    ]
     assert tuned["trimul_einsum"]["4"] == base["trimul_einsum"]["4"]
 
     config = submodule("triton_parts.settings")
@@ -298,6 +305,15 @@ def test_the_table_is_one_that_the_package_reads(submodule, monkeypatch):
                 )
                 assert picked.block_m == block_m
             config.pick_config(stage, "tuned", "any", shape(2, 512, 64), "3.6.0")
+        for length, variant, kernel in (
+            (64, "both", "both"), (500, "both", "both"), (64, "hopper", ""),
+            (500, "hopper", "hopper"),
+        ):  # fmt: skip
+            picked = config.pick_config(
+                "trimul_einsum", "tuned", "any", shape(2, 256, length), "3.6.0",
+                frozenset({variant}),
+            )  # fmt: skip
+            assert picked.kernel == kernel
     finally:
         config.pick_config.cache_clear()
 

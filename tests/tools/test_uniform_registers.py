@@ -63,10 +63,37 @@ def test_a_register_that_one_way_writes():
     assert check("UMOV UR4, 0x1", *one[:1], "NOP", "NOP", one[2], one[3]) == []
 
 
+def test_what_comes_back_to_an_indirect_branch():
+    """Its warps are others; a register must be written on every way that leads there first."""
+    back = "BRX R2 -0x10", "UIADD3 UR8, UR4, 0x1, URZ", "BRA 0x10", "EXIT"
+    assert check("UMOV UR4, 0x1", *back) == []
+    assert check("NOP", *back) == ["UR4, not written"]
+    two = "@P0 BRA 0x30", "NOP", "BRX R2 -0x30", "UMOV UR4, 0x1", "BRA 0x20"
+    assert check(*two, "STS [UR4], R0", "EXIT") == ["UR4, not written"]
+    of_both = "UMOV UR4, 0x2", *two[1:]
+    assert check(*of_both, "STS [UR4], R0", "EXIT") == []
+
+
+def test_calls_and_regions():
+    called = "CALL.REL.NOINC 0x30", "STS [UR4], R0", "EXIT", "UMOV UR4, 0x1", "RET.REL.NODEC R2"
+    assert check(*called) == ["UR4, not written"]  # what is called isn't followed back
+    assert check("UMOV UR4, 0x2", "CALL.REL.NOINC 0x40", *called[1:]) == []
+    region = "BSSY B0, 0x40", "@P0 BRA 0x30", "UMOV UR4, 0x1", "BSYNC B0", "STS [UR4], R0", "EXIT"
+    assert check(*region) == ["UR4, not written"]
+    assert check("UMOV UR4, 0x1", "NOP", "BSYNC B0", "STS [UR4], R0", "EXIT") == []
+
+
+@pytest.mark.parametrize("lost", ["CALL.ABS R20", "JMP 0x0", "HGMMA.64x64x16.F32 R24"])
+def test_code_that_it_can_not_follow(lost):
+    (fault,) = unwritten([(0, lost), (16, "EXIT")])
+    assert fault.endswith("at 0x0 leads where the check can't follow")
+
+
 def test_a_copy_is_like_what_it_copies():
     assert check("UMOV UR8, UR9", "EXIT") == []
     assert check("UMOV UR8, UR9", "R2UR UR9, R4", "STS [UR8], R0", "EXIT") == ["UR8, not written"]
     assert check("R2UR UR9, R4", "UMOV UR8, UR9", "STS [UR8], R0", "EXIT") == []
+    assert check("MOV R8, UR9", "IADD3 R8, R8, UR9, RZ", "EXIT") == ["UR9, not written"]
 
 
 @pytest.mark.parametrize(
@@ -84,3 +111,7 @@ def test_words_of_descriptors(wgmma, missing):
 def test_words_of_64_bits():
     assert check("UMOV UR4, 0x1", "UIADD3.64 UR8, UR4, 0x2, URZ", "EXIT") == ["UR5, not written"]
     assert check("ULDC.64 UR4, c[0x0][0x10]", "UIADD3.64 UR8, UR4, 0x2, URZ", "EXIT") == []
+    one = "UMOV UR4, 0x1", "UFLO.U32 UR8, UR4"  # which writes one
+    assert check(*one, "UIADD3 UR6, UR9, 0x1, URZ", "EXIT") == ["UR9, not written"]
+    for load in ("LDG.E R0, desc[UR4][R2.64]", "UTMALDG.4D [UR8], [UR4]"):
+        assert check(*one, load, "EXIT") == ["UR5, not written"]

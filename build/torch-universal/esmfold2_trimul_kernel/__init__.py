@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_75f191f98e"
+_BUILD_ID = "_esmfold2_trimul_kernel_d8f7b52c04"
 
 
 def _load_package() -> ModuleType:

@@ -24,7 +24,9 @@ from .rehearsal import WrittenLaunches, twin
 
 _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ALIGNMENT = 256  # bytes, of each buffer in the workspace
-_MOST_KEPT = 256  # addresses of which a recording keeps all launches: one for each layer of a model
+# The sets of addresses, more than a model has layers, of which a recording keeps all launches: some
+# 10 to 20 kB each.
+_MOST_KEPT = 64
 
 Schedule = Callable[[Launches, Sequence[Any]], list[Tensor]]
 

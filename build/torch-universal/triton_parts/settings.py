@@ -2,9 +2,9 @@
 
 A table is for a target, or for a device by its name. For each stage and element size, and on some
 targets for float32 operands that are split ("split"), it lists settings, one a line. They are tried
-in order; the first whose max_width and max_length cover the call is used. "triton" is the first
-Triton version of an entry. "kernel" names a variant of the stage; such an entry is used only if
-that variant can run the call. What a table leaves out comes from the table that "like" names.
+in order; the first whose max_width, min_length and max_length fit the call is used. "triton" is the
+first Triton version of an entry. "kernel" names a variant of the stage; such an entry is used only
+if that variant can run the call. What a table leaves out comes from the table that "like" names.
 Nothing is timed at run time. Lengths fall into few classes, so kernels compiled for one protein
 serve others.
 """
@@ -22,7 +22,7 @@ STAGES = (
     "row_products", "input_bwd", "swiglu_hidden", "row_linear", "swiglu_projections",
     "swiglu_bwd", "row_products_and_sums",
 )  # fmt: skip
-_BOUNDS = ("max_width", "max_length", "triton")
+_BOUNDS = ("max_width", "min_length", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -99,7 +99,7 @@ def pick_config(
     for entry in settings_of(target, device_name)[stage][shape.kind]:
         if (
             shape.width <= entry.get("max_width", math.inf)
-            and shape.length <= entry.get("max_length", math.inf)
+            and entry.get("min_length", 0) <= shape.length <= entry.get("max_length", math.inf)
             and release(triton) >= release(entry.get("triton", ""))
             and entry.get("kernel", "") in variants | {""}
         ):

@@ -63,7 +63,7 @@ def resources(
         bool,
         typer.Option(
             "--check-descriptors",
-            help="Look for descriptors of wgmma (sm_90) that ptxas made wrongly, too.",
+            help="Look for descriptors and registers that ptxas made wrongly (sm_90), too.",
         ),
     ] = False,
     as_json: AsJson = False,

@@ -65,7 +65,7 @@ def faults(sass: Sequence[tuple[int, str]]) -> list[str]:
         for calls, one, state in _walk(code):
             if is_wgmma(one):
                 found[one.address][calls] = _faults_of(one, state)
-    except _Lost as lost:
+    except Lost as lost:
         return [str(lost)]
     sentences = []
     for address, by_calls in found.items():
@@ -76,7 +76,7 @@ def faults(sass: Sequence[tuple[int, str]]) -> list[str]:
     return sentences
 
 
-class _Lost(Exception):
+class Lost(Exception):
     """A jump to where the check can't follow."""
 
     def __init__(self, one: Instruction) -> None:
@@ -173,7 +173,7 @@ def _places_after(
     """Of the places that an instruction leads to, with the calls that they are in, those it may."""
     if one.base == "CALL":
         if i in calls:
-            raise _Lost(one)
+            raise Lost(one)
         called = index[int(one.operands[-1], 16)]
         return [(to, (*calls, i) if to == called else calls) for to in leads]
     if one.base == "RET" and calls:
@@ -204,13 +204,13 @@ def next_ones(i: int, code: list[Instruction], index: dict[int, int]) -> list[in
     if one.base in ("BRA", "CALL", "BSSY"):
         target = re.fullmatch("0x[0-9a-f]+", one.operands[-1])
         if target is None or int(target[0], 16) not in index:
-            raise _Lost(one)
+            raise Lost(one)
         if one.base != "BSSY":
             found.append(index[int(target[0], 16)])
     elif one.base in ("BRX", "BRXU", "JMP", "JMX", "JMXU", "LEPC", "RTT"):
-        raise _Lost(one)
+        raise Lost(one)
     elif one.base == "WARPSYNC" and "COLLECTIVE" in one.parts:
-        raise _Lost(one)
+        raise Lost(one)
     elif one.base == "BSYNC":  # or where the one BSSY says that it may belong to
         found += [
             index[int(other.operands[1], 16)]

@@ -220,7 +220,7 @@ class MachineCode:
     matrix_instructions: int
     bulk_copies: int  # TMA loads and stores
     pipelined: bool  # fewer waits for wgmma than wgmma instructions
-    descriptor_faults: tuple[str, ...] | None = None  # of wgmma, where they were looked for
+    descriptor_faults: tuple[str, ...] | None = None  # or of uniform registers, where looked for
 
 
 def _nvidia_tool(name: str) -> str:

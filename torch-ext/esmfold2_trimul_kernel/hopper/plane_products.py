@@ -45,9 +45,6 @@ _GROUP = gl.constexpr(8)  # rows of tiles, within which tiles go column by colum
 # Which entry of an operand a product takes: that of its output, the other of two, or the only one.
 OWN, OTHER, ONLY = 0, 1, 2
 _OTHER, _ONLY = gl.constexpr(OTHER), gl.constexpr(ONLY)
-# The time of a tile beside that of its columns, in columns, where rows of planes are whole lines of
-# memory and where not: tiles of 128 took 1.10 and 1.36 times as long as half as many of 256.
-_LINE, _BESIDE = 128, {True: 28, False: 141}
 
 
 @gluon.jit
@@ -292,8 +289,7 @@ def prepare(
     """
     entries, hidden, length = out.shape[:3]
     both = of != (OWN, OWN)
-    in_lines = out.stride(2) * out.element_size() % _LINE == 0
-    block_n = columns_of(length, config.block_n, both, in_lines)
+    block_n = columns_of(length, config.block_n, both)
     tiles = -(-length // (2 * ROWS)) * -(-length // block_n) * entries * hidden
 
     def of_planes(planes: Tensor):
@@ -317,17 +313,15 @@ def prepare(
     )  # fmt: skip
 
 
-def columns_of(length: int, most: int, both: bool, in_lines: bool) -> int:
-    """The columns of a tile, at most so many: those that should take the least time.
+def columns_of(length: int, most: int, both: bool) -> int:
+    """The columns of a tile: `most`, or so many that there are steps enough.
 
-    `in_lines` tells whether a plane's rows are whole lines of memory.
-
-    There are as many steps as parts, each of which goes out during a step; of one product, more.
+    There must be as many as parts, each of which goes out during a step; of one product, more.
     """
-    beside = _BESIDE[in_lines]
     steps = -(-length // STEP) - (not both)
-    sizes = [size for size in (most, 2 * STEP) if size <= min(most, steps * STEP)]
-    return min(sizes or [STEP], key=lambda size: -(-length // size) * (size + beside))
+    while most > max(1, steps) * STEP:
+        most //= 2
+    return most
 
 
 def launch(prepared: PreparedLaunch, left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -62,7 +62,7 @@ def table(
 
     Of two neighbouring classes of one width with the same settings only the longer is written. The
     `shipped` settings of other widths than those tuned stay, as do the backward's and, above all
-    others, those down to the whole transition's, which is not timed.
+    others, those down to the whole transition's and stage 2's variants', which are not timed.
     """
     environment_, kind = results["environment"], results["kind"]
     what = "Settings of float32's split operands" if kind == "split" else "16-bit settings"
@@ -102,7 +102,7 @@ def _widest(entry: dict) -> float:
 
 def _untimed(entries: list[dict]) -> tuple[list[dict], list[dict]]:
     """The variants' entries down to the last that is no candidate, and all others."""
-    last = [at for at, entry in enumerate(entries, 1) if entry.get("kernel") == "whole"]
+    last = [at for at, entry in enumerate(entries, 1) if entry.get("kernel") in ("whole", "both")]
     ahead = [entry for entry in entries[: max(last, default=0)] if "kernel" in entry]
     return ahead, [entry for entry in entries if entry not in ahead]
 
