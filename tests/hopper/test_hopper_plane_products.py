@@ -71,7 +71,9 @@ def planes(entries, hidden, length):
 def errors(kind, length, block_n, hidden=3, programs=4, module=module):
     setting = config(128, block_n, 64, 4, 3, kernel="hopper")
     made = torch.full_like(planes(2, hidden, length), torch.nan)
-    if kind == "product":
+    if kind == "lean":  # its rows are of all channels
+        made = made.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind in ("product", "lean"):
         left, right = planes(2, hidden, length), planes(3, hidden, length)[1:]
         how = ()
         wanted = left[..., :length].double() @ right[..., :length].double().mT
@@ -136,7 +138,7 @@ exec(EXACT, EXACT_HERE)
 def test_steps_in_an_emulator():
     """Tiles that end within and at blocks, one and several for a program; and wrong kernels."""
     cases = [
-        ("product", 300, 256), ("product", 70, 64, 2, 3), ("product", 257, 128),
+        ("product", 300, 256), ("product", 70, 64, 2, 3), ("product", 257, 128), ("lean", 130, 64),
         ("outgoing", 64, 64), ("outgoing", 130, 64), ("incoming", 150, 64, 2),
         ("merged", 130, 64), ("outgoing", 40, 128, 1, 5), ("merged", 100, 64),
     ]  # fmt: skip
@@ -231,14 +233,16 @@ def _call(hidden, direction="outgoing"):
 
 
 @on_hopper
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("dtype, lean", [(BF16, False), (F16, False), (BF16, True)])
 @pytest.mark.parametrize("length", [321, 384, 449, 512, 641, 1000])
-def test_products_on_a_gpu(submodule, dtype, length):
+def test_products_on_a_gpu(submodule, dtype, length, lean):
+    """In lean mode rows of the product are of all channels."""
     hidden = 5 if length < 600 else 3
     a, b = (_planes(n, hidden, length, dtype)[-2:] for n in (2, 3))
     launches = submodule("triton_parts.launch").Launches()
     with memory_of_no_numbers():
-        product = torch.empty_like(a)
+        product = torch.empty_like(a.transpose(1, 2).contiguous() if lean else a)
+        product = product.transpose(1, 2) if lean else product
         stage = submodule("trimul_einsum_triton")
         stage.trimul_einsum_fwd(_call(hidden), launches, a, b, product)
     (prepared,) = launches.values()
