@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_d8f7b52c04"
+_NAMESPACE = "_esmfold2_trimul_kernel_8ab88ee36e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

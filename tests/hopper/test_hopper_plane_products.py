@@ -3,6 +3,7 @@
 The steps run in `gluon_emulator`.
 """
 
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -19,27 +20,23 @@ on_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 pytestmark = [pytest.mark.kernels_ci, pytest.mark.usefixtures("watched")]
 BUDGET = {BF16: 2.5e-3, F16: 4e-4}  # of stage 2, whose sums are rounded once
 
-# What the products of a direction are made of. With the axes of x, as for merged sequences, only
-# those of "incoming" differ.
-EXACT = """
-import torch
-
 
 def exact(direction, grad, a, b, with_axes_of_x=False):
+    """da and db; with the axes of x, as for merged sequences, only those of "incoming" differ."""
     grad, a, b = grad.double(), a.double(), b.double()
     if direction == "outgoing":
         return [grad @ b, grad.mT @ a]
     if with_axes_of_x:
         return [b @ grad.mT, a @ grad]
     return [b.mT @ grad.mT, a.mT @ grad]
-"""
+
 
 # In a process of the emulator: the errors of each case, and of changed kernels, or what they raise.
 EMULATE = (
-    EXACT
+    inspect.getsource(exact)
     + """
-import json, sys, types
-import gluon_emulator
+import json, sys
+import gluon_emulator, torch
 
 gluon_emulator.install()
 from esmfold2_trimul_tools.repository import find_root, load_kernel, submodule
@@ -131,8 +128,6 @@ print(json.dumps([
     [code.pipelined, code.spill_bytes, code.shared_bytes, code.descriptor_faults] for code in codes
 ]))
 """
-EXACT_HERE: dict = {}
-exec(EXACT, EXACT_HERE)
 
 
 def test_steps_in_an_emulator():
@@ -207,7 +202,7 @@ def test_what_takes_it(submodule, change, product, both):
         call = _call(hidden)
         call.lengths = torch.empty(1, dtype=torch.int32, device="meta") if lengths else None
         prepare = submodule("trimul_einsum_triton").prepare_einsum
-        setting = submodule("triton_path.gradients")._setting_of_both
+        setting = submodule("triton_path.trimul_einsum_backward")._setting_of_both
         with device.standing_in(device.target_of(target, "any", 132)):
             one, turned = (
                 prepare(call, *planes(3)[:, None], (False, turned), None) for turned in (0, 1)
@@ -269,12 +264,12 @@ def test_both_products_on_a_gpu(submodule, direction, merged, dtype, length, hid
     for _ in range(2):
         with memory_of_no_numbers():
             made.append(torch.empty_like(planes))
-            submodule("triton_path.gradients").multiply_both(
+            submodule("triton_path.trimul_einsum_backward").multiply_both(
                 call, launches, grad, planes, made[-1], 0, merged
             )
     (prepared,) = launches.values()
     assert prepared.variant == "hopper"
-    wanted = EXACT_HERE["exact"](direction, grad[..., :length], *planes[..., :length], merged)
+    wanted = exact(direction, grad[..., :length], *planes[..., :length], merged)
     for got, of in zip(made[0][..., :length], wanted, strict=True):
         assert relative_error(got, of.cpu()) <= BUDGET[dtype] * room(of.numel())
     assert torch.equal(made[0][..., :length], made[1][..., :length])

@@ -128,8 +128,8 @@ def assert_settings_fit(target, cases, **options):
                     wanted = wanted - {"emit_means"} | {"fold_norms_bwd"}
                     if case.width <= widest:  # one kernel makes dx too
                         wanted = wanted - {"input_bwd"}
-        both = target == "sm_90" and case.dtype != torch.float32 and not case.padded
-        if both and case in BACKWARD_CASES:
+        in_one = target == "sm_90" and case.dtype != torch.float32 and not case.padded
+        if in_one and case in BACKWARD_CASES:
             wanted = wanted - {f"trimul_einsum_bwd_{turned}" for turned in ("a", "b", "ab")}
             wanted = wanted | {"trimul_einsum_bwd_outgoing", "trimul_einsum_bwd_incoming"}
         if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= widest:

@@ -115,9 +115,9 @@ def test_compiled_launches_get_the_addresses(subject, submodule, schedule, on_tr
 
 @pytest.fixture
 def direct_recording(subject, submodule, schedule, on_triton, monkeypatch):
-    """(recording, arguments, seen, driver) whose launchers add what they get to `seen`.
+    """(recording, play, arguments, driver): play(arguments(first)) is what its launchers get.
 
-    `arguments(first)` are always of the same memory, like what a recording allocates.
+    Arguments are always of the same memory, as is what the recording allocates.
     """
     pytest.importorskip("triton.backends.nvidia.driver")
     from noting_launcher import GRID, active_driver, compiled_of
@@ -134,17 +134,13 @@ def direct_recording(subject, submodule, schedule, on_triton, monkeypatch):
     for step in launches.recording._steps:
         run = direct(compiled_of(seen, signature | {"BLOCK": "constexpr"}), GRID)
         monkeypatch.setattr(step._prepared, "_run", run)
-    make = torch.empty
+    make, play, taken = torch.empty, launches.recording.play, []
 
     def empty(size, **options):
-        at = len(taken)
-        taken.append(at)
-        if at not in allocated:
-            allocated[at] = make(size, **options)
-        return allocated[at].view(-1).view(size)
-
-    taken = []
-    play = launches.recording.play
+        taken.append(size)
+        if len(taken) not in allocated:
+            allocated[len(taken)] = make(size, **options)
+        return allocated[len(taken)]
 
     def play_in_the_same_memory(given):
         taken.clear()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_d8f7b52c04"
+_BUILD_ID = "_esmfold2_trimul_kernel_8ab88ee36e"
 
 
 def _load_package() -> ModuleType:

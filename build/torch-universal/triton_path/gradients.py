@@ -71,6 +71,7 @@ from .launches import SMALL_PLANES, launches_of, sequences_merged
 from .norm_backward import norm_out_bwd, prepare_norm_out_bwd
 from .parameter_gradients import Projections, Sums, gradients_of_projections
 from .row_products import RowParts, prepare_row_products, row_products
+from .trimul_einsum_backward import multiply_both
 
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
 # smaller ones don't fill a GPU.
@@ -569,81 +570,6 @@ class Sequence(NamedTuple):
         )  # fmt: skip
         made = row_products(left, right, prepared, parts, partial, last)
         self.parts[which] = made._replace(scaled=scaled)
-
-
-def multiply_gradients(
-    call: Call,
-    launches: Launches,
-    grad: Tensor,
-    a: Tensor,
-    b: Tensor,
-    grad_a: Tensor,
-    grad_b: Tensor,
-    key: int,
-    with_axes_of_x: bool = False,
-) -> None:
-    """da and then db from dt, a and b; all are [G, L, pitch].
-
-    grad_b may be b. For "incoming" all but dt have the axes of x, or those that stage 1 gives a and
-    b. `key` identifies the launches among those of a call.
-    """
-    if call.direction == "outgoing":
-        # da[i, k] = sum_j dt[i, j] b[j, k], db[j, k] = sum_i dt[i, j] a[i, k]
-        products = ((grad, b, grad_a, (False, True)), (grad, a, grad_b, (True, True)))
-    elif with_axes_of_x:
-        # da[k, i] = sum_j b[k, j] dt[i, j], db[k, j] = sum_i a[k, i] dt[i, j]
-        products = ((b, grad, grad_a, (False, False)), (a, grad, grad_b, (False, True)))
-    else:  # outgoing's, transposed
-        products = ((b, grad, grad_a, (True, False)), (a, grad, grad_b, (True, True)))
-    for left, right, out, turned in products:
-        trimul_einsum_fwd(
-            call, launches, left[None], right[None], out[None], (key, turned), turned
-        )
-
-
-def multiply_both(
-    call: Call,
-    launches: Launches,
-    grad: Tensor,
-    planes: Tensor,
-    grad_planes: Tensor,
-    key: int,
-    with_axes_of_x: bool,
-) -> None:
-    """`multiply_gradients` of planes [2, G, L, pitch], in one launch where a variant has that.
-
-    grad_planes are alike, and their memory is none of the others'.
-    """
-    config = launches.setting("both products", _setting_of_both, call, grad, planes, grad_planes)
-    if config is None:
-        a, b, grad_a, grad_b = *planes, *grad_planes
-        multiply_gradients(call, launches, grad, a, b, grad_a, grad_b, key, with_axes_of_x)
-        return
-    variant = hopper.kernels("plane_products")
-    of_grad, of_planes = (grad[None], variant.ONLY), (planes, variant.OTHER)
-    if call.direction == "outgoing":
-        operands, turned = (of_grad, of_planes), (False, True, True, True)
-    elif with_axes_of_x:
-        operands, turned = (of_planes, of_grad), (False, False, False, True)
-    else:
-        operands, turned = (of_planes, of_grad), (True, False, True, True)
-    (left, right), of = zip(*operands, strict=True)
-    prepared = launches.of(
-        ("both products", key), variant.prepare, left, right, grad_planes, config, of, turned
-    )
-    variant.launch(prepared, left, right, grad_planes)
-
-
-def _setting_of_both(
-    call: Call, grad: Tensor, planes: Tensor, grad_planes: Tensor
-) -> LaunchConfig | None:
-    """The setting of both products of stage 2's backward in one launch, if there is one."""
-    others = planes, grad_planes
-    if not hopper.variants("plane_products", "takes", grad, True, call.lengths, *others):
-        return None
-    width, length = min(call.hidden, grad.shape[0]), grad.shape[1]
-    config = setting_of("trimul_einsum", grad, width, length, variants=frozenset({"both"}))
-    return config if config.kernel == "both" else None
 
 
 def setting_to_grad_x(call: Call, wanted: Wanted, launches: Launches) -> LaunchConfig | None:

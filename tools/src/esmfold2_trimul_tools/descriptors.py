@@ -97,19 +97,25 @@ def is_wgmma(one: Instruction) -> bool:
 
 
 def _descriptors_of(one: Instruction, state: State) -> Iterator[tuple[str, Range, Range]]:
-    """(tile, low word, high word): gdesc[URn] names a's in URn and URn+1, b's in the next two.
+    """(tile, low word, high word), any number where the registers aren't known."""
+    for tile, first in descriptor_registers(one):
+        words = [_ANY] * 2 if first is None else [_read(f"UR{first + i}", state) for i in (0, 1)]
+        yield tile, *words
+
+
+def descriptor_registers(one: Instruction) -> Iterator[tuple[str, int | None]]:
+    """(tile, the first of two registers) of wgmma: gdesc[URn] names a's in URn, b's in URn+2.
 
     That of a is none where a is in registers, an operand before it. Where ptxas needs an empty
     group to wait for, it multiplies descriptors of 0 into no register.
     """
     if one.operands[:2] == ("RZ", "gdesc[URZ]"):
         return
-    place = 1 if one.operands[1].startswith("gdesc") else 2
-    found = re.match(r"gdesc\[UR(\d+)\]", one.operands[place])
-    for tile, more in ("a", 0), ("b", 2):
-        if tile == "b" or place == 1:
-            first = int(found[1]) + more if found else -2  # of which nothing is known
-            yield tile, _read(f"UR{first}", state), _read(f"UR{first + 1}", state)
+    _, first, second = (*one.operands, "", "")[:3]
+    in_memory = first.startswith("gdesc")
+    found = re.match(r"gdesc\[UR(\d+)\]", first if in_memory else second)
+    for tile, more in (("a", 0), ("b", 2)) if in_memory else (("b", 2),):
+        yield tile, int(found[1]) + more if found else None
 
 
 def _is_low_word(value: Range) -> bool:
@@ -248,7 +254,7 @@ def _run(one: Instruction, state: State) -> None:
             written |= {f"{name[:-1]}{i}": _BIT for i in range(7)}
         else:
             kind, number = _REGISTER.fullmatch(name).groups()
-            for i in range(width(one) if number != "Z" else 0):
+            for i in range(_width(one) if number != "Z" else 0):
                 written[f"{kind}{int(number) + i}"] = values.get(i, _ANY)
     for name, value in written.items():
         state[name] = _either(_read(name, state), value) if one.guarded else value
@@ -271,7 +277,7 @@ def outputs(one: Instruction) -> list[str]:
     return found
 
 
-def width(one: Instruction) -> int:
+def _width(one: Instruction) -> int:
     """How many registers the result takes, or more."""
     if is_wgmma(one):
         return int(one.parts[0].split("x")[1]) // 2

@@ -199,8 +199,9 @@ def _name_of(launch: Any, prefix: str) -> str:
         return prefix + stage
     if constants.get("PROJECTIONS"):
         return f"{stage}_bwd"
-    if constants.get("BOTH"):  # da and db of dt, which is the right operand for incoming
-        return f"{stage}_bwd_{('incoming', 'outgoing')[constants['OF'][0] - 1]}"
+    if constants.get("BOTH"):  # dt, transposed for db alone, is the left operand for outgoing
+        left_a, _, left_b, _ = constants["TURNED"]
+        return f"{stage}_bwd_{'incoming' if left_a == left_b else 'outgoing'}"
     # The Hopper kernel makes a and b of a group again if it has fewer than all their channels.
     of_group = stage == "fused_dual_gemm" and constants.get("N", math.inf) < 2 * constants["C"]
     if constants.get("READ_MOMENTS") or of_group:

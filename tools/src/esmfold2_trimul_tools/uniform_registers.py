@@ -18,7 +18,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .descriptors import Instruction, Lost, is_wgmma, next_ones, outputs, parse
+from .descriptors import (
+    Instruction,
+    Lost,
+    descriptor_registers,
+    is_wgmma,
+    next_ones,
+    outputs,
+    parse,
+)
 
 _UNIFORM = re.compile(r"\bUR(\d+)\b")
 _DESCRIPTOR = re.compile(r"\bdesc\[UR(\d+)\]")
@@ -94,10 +102,7 @@ def _leads(code: list[Instruction]) -> list[list[int]]:
         if one.base in _INDIRECT:
             found.append([])
         elif one.base == "CALL":  # comes back
-            called = re.fullmatch("0x[0-9a-f]+", one.operands[-1])
-            if called is None or int(called[0], 16) not in index:
-                raise Lost(one)
-            found.append([i + 1, index[int(called[0], 16)]])
+            found.append([i + 1, *next_ones(i, code, index)])
         elif one.base == "BSYNC":  # leads to behind the region that the BSSY ahead of it began
             begun = [o for o in code[:i] if o.base == "BSSY" and o.operands[0] == one.operands[0]]
             found.append([i + 1, *(index[int(o.operands[1], 16)] for o in begun[-1:])])
@@ -145,21 +150,15 @@ def _read(one: Instruction) -> int:
     """Those that it reads."""
     if one.base == "MOV":
         return 0
-    inputs = one.operands[len(outputs(one)) :]
-    if is_wgmma(one):
-        place, operand = next(
-            ((n, text) for n, text in enumerate(inputs) if text.startswith("gdesc")), (0, "")
-        )
-        number = _UNIFORM.search(operand)
-        if number is None:
-            if "gdesc[URZ]" not in operand:
-                raise Lost(one)
-            return 0
-        first = int(number[1])
-        return _bits(first, 4) if place == 0 else _bits(first + 2, 2)
-    count = 2 if one.base.startswith("U") and "64" in one.parts else 1
     found = 0
-    for place, operand in enumerate(inputs):
+    if is_wgmma(one):
+        for _, first in descriptor_registers(one):
+            if first is None:
+                raise Lost(one)
+            found |= _bits(first, 2)
+        return found
+    count = 2 if one.base.startswith("U") and "64" in one.parts else 1
+    for place, operand in enumerate(one.operands[len(outputs(one)) :]):
         of_descriptor = one.base.startswith("UTMA") and place == 1
         of_descriptor = of_descriptor or _DESCRIPTOR.search(operand) is not None
         for number in _UNIFORM.findall(operand):

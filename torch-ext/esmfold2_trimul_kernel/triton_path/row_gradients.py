@@ -14,11 +14,11 @@ from .gradients import (
     gradients_of_parameters,
     likeness,
     memory_of_grad_q,
-    multiply_gradients,
     setting_to_grad_x,
 )
 from .launches import current_device, launches_of
 from .rows import Rows
+from .trimul_einsum_backward import multiply_gradients
 
 
 @contextlib.contextmanager
