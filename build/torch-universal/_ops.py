@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8ab88ee36e"
+_NAMESPACE = "_esmfold2_trimul_kernel_a47336450b"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -73,11 +73,12 @@ def triangle_multiplicative_update_with_residual(
         eps_out: the second LayerNorm's own eps.
         precision: arithmetic of float32 inputs: "IEEE", "TF32x3", "TF32" or "bfloat16" operands, or
             "fp16x3" (as exact as "TF32x3" and twice as fast; on Hopper GPUs, else "TF32x3"), in
-            upper or lower case, or a member or value of cuEquivariance's TriMulPrecision; None
-            follows torch's own setting (torch.backends.cuda.matmul.allow_tf32, or
+            upper or lower case, or a member or value of cuEquivariance's TriMulPrecision. None is
+            "fp16x3" on Hopper GPUs, where "TF32" takes longer. Elsewhere, and for calls that can't
+            have it, None follows torch's own setting (torch.backends.cuda.matmul.allow_tf32, or
             torch.set_float32_matmul_precision, which is the same): "TF32" where that allows it,
-            else "fp16x3". It binds the Triton kernels; the ATen path follows torch's own settings,
-            which are more exact on a CPU.
+            else "TF32x3" or what is as exact. It binds the Triton kernels; the ATen path follows
+            torch's own settings, which are more exact on a CPU.
         memory: "default" is the fastest; it holds three tensors of the pair's size beyond its
             arguments. "lean" holds at most one and a half, its result included, and takes longer.
             "auto" is "default", or "lean" if an allocation of the default mode fails, which is
@@ -86,9 +87,8 @@ def triangle_multiplicative_update_with_residual(
             product, three tensors of the pair's size beside the inputs, so that no stage runs
             twice; "product" keeps the product alone, and a and b are made again; "all" keeps only
             the inputs. All three give the same gradients, but for roundings where a and b are made
-            by another kernel, or the product by "fp16x3" and then "TF32x3". The first two run the
-            default mode whatever `memory` says. The ATen path, and "fp16x3", keep the product alone
-            with "none" too. Without a gradient nothing is kept.
+            by another kernel. The first two run the default mode whatever `memory` says. The ATen
+            path keeps the product alone with "none" too. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and

@@ -46,7 +46,8 @@ BACKWARD = {
 }  # fmt: skip
 
 WITHOUT_PRODUCT = {
-    "fold_norms", "fold_norms_bwd", "padding", "split_weights", "mask_exponents", "emit_means",
+    "fold_norms", "fold_norms_bwd", "padding", "split_weights", "mask_exponents", "split_planes",
+    "emit_means",
     "projection_gradients", "norm_gradients",
 }  # fmt: skip
 # Those of which stages have variants for Hopper GPUs.
@@ -136,6 +137,8 @@ def assert_settings_fit(target, cases, **options):
             wanted = wanted - {"swiglu_hidden", "row_linear"} | {"transition"}
         if target == "sm_90" and case in SPLIT:
             wanted = wanted | {"split_weights", "mask_exponents"}
+            if case in BACKWARD_CASES:
+                wanted = wanted | {"split_planes"}
         assert set(kernels) == wanted and len(kernels) == len(wanted)
     for row in rows:
         assert row["registers"] > 0

@@ -117,12 +117,12 @@ def test_every_shipped_setting_is_picked_for_some_shape(subject, tables, target)
 def test_a_table_holds_its_note_and_every_stage(subject, target):
     assert list(FILES[target])[0] == "note"
     assert set(FILES[target]) <= {
-        "note", "like", "shared_bytes", "fp32_dots", "fp32_forward", *STAGES,
+        "note", "like", "shared_bytes", "fp32_dots", "fp32_default", *STAGES,
     }  # fmt: skip
     table = subject.settings_of(target)
     kinds = {stage: tuple(table[stage]) for stage in STAGES}
     split = {stage for stage in STAGES if kinds[stage] == ("2", "4", "split")}
-    assert split in (set(), set(subject.FORWARD_STAGES))
+    assert split in (set(), set(subject.TRIANGLE_STAGES))
     assert all(kinds[stage] == ("2", "4") for stage in set(STAGES) - split)
 
 

@@ -63,6 +63,7 @@ from .triton_parts.split_operands import (
     scale_mask,
     scaled,
     split_plane,
+    split_tile,
 )
 from .triton_parts.tiles import (
     add_bias,
@@ -202,7 +203,7 @@ def _fused_dual_gemm_fwd_kernel(
         else:
             value, gate = project_pair(
                 z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
-                norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+                norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr, scales_ptr,
                 weight_pair, weight_gap, stride_first, stride_second,
                 half, first_channel + start_n, half * D + first_channel + G,
                 C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS,
@@ -254,6 +255,14 @@ def project_split(
             D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
         )  # fmt: skip
         acc = dot_split(highs[k], lows[k], high, low, acc)
+    return _scaled_pair(acc, scales_ptr, half, start_d, C, D, BLOCK_N)
+
+
+@triton.jit
+def _scaled_pair(
+    acc, scales_ptr, half, start_d, C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Value and gate of acc [M, 2 * BLOCK_N], of split numbers."""
     value, gate = halves(acc)
     rows = half * D + start_d + tl.arange(0, BLOCK_N)
     value = scaled(value, scales_ptr, rows, 4 * D + 2 * C)
@@ -264,7 +273,7 @@ def project_split(
 @triton.jit
 def project_pair(
     z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
-    norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+    norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr, scales_ptr,
     weight_pair, weight_gap, stride_first, stride_second, half, start_d, end_bias,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -274,7 +283,8 @@ def project_pair(
     """z Wp^T + bp and z Wg^T + bg, [BLOCK_M, BLOCK_N] each in fp32, of channels from start_d on.
 
     `half` selects the channels of a or of b. z holds the normalised rows if BLOCK_K >= C; otherwise
-    they are made here block by block. Biases end at `end_bias`.
+    they are made here block by block. Biases end at `end_bias`. With PRECISION "fp16x3" the weights
+    are split numbers, the rows are split here, and the value is in its planes' scale.
     """
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for start_k in range(0, C, BLOCK_K):
@@ -291,7 +301,17 @@ def project_pair(
             weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
             D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
         )  # fmt: skip
-        acc = dot(rows, weights.T, acc, PRECISION)
+        if PRECISION == "fp16x3":
+            low = load_weight_pair(
+                weight_pair, half + 2, start_d, start_k, weight_gap, stride_first, stride_second,
+                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+            )  # fmt: skip
+            rows_high, rows_low = split_tile(rows)
+            acc = dot_split(rows_high, rows_low, weights, low, acc)
+        else:
+            acc = dot(rows, weights.T, acc, PRECISION)
+    if PRECISION == "fp16x3":
+        return _scaled_pair(acc, scales_ptr, half, start_d, C, D, BLOCK_N)
     # Each thread holds both the values and their gates: this moves no data.
     value, gate = halves(acc)
     if GATE_FIRST:

@@ -35,14 +35,12 @@ from .triton_parts.launch import (
 )
 from .triton_parts.layer_norm import load_first, mean_of, normalise, row_moments
 from .triton_parts.settings import LaunchConfig
-from .triton_parts.split_operands import FP16X3, Scales, dot_split, scaled, split_tile
+from .triton_parts.split_operands import FP16X3, Scales, dot_weight, scaled
 from .triton_parts.tiles import (
     add_bias,
     any_of,
-    dot,
     identity,
     load_tile,
-    load_weight,
     positions,
     quarters,
     sigmoid,
@@ -194,7 +192,7 @@ def _fused_ln_residual_fwd_kernel(
                 # Each thread sums its own elements; a row's four lanes are added after the loop.
                 total += _lane_sums(t)
                 squares += _lane_sums(t * t)
-            gate = _multiply(
+            gate = dot_weight(
                 z, gate_weight, start_n, start_k, stride_gate, gate,
                 C, C, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
@@ -224,7 +222,7 @@ def _fused_ln_residual_fwd_kernel(
                 t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
                 norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
             ).to(dtype)  # fmt: skip
-            delta = _multiply(
+            delta = dot_weight(
                 t, emit_weight, start_n, start_k, stride_emit, delta,
                 C, D, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
@@ -259,27 +257,6 @@ def _fused_ln_residual_fwd_kernel(
             store_tile(
                 out_ptr, offs_out, offs_n, update.to(dtype), valid_m, C, C % BLOCK_N == 0
             )
-
-
-@triton.jit
-def _multiply(
-    rows, weight, start_n, start_k, stride_n, acc,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + rows W^T, of channels from start_n on and BLOCK_K summed ones from start_k on."""
-    if PRECISION == "fp16x3":
-        high = load_weight(
-            weight, start_n, start_k, stride_n, 2 * N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
-        )
-        low = load_weight(
-            weight, N + start_n, start_k, stride_n, 2 * N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
-        )
-        rows_high, rows_low = split_tile(rows)
-        return dot_split(rows_high, rows_low, high, low, acc)
-    else:
-        tile = load_weight(weight, start_n, start_k, stride_n, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS)
-        return dot(rows, tile.T, acc, PRECISION)
 
 
 @triton.jit

@@ -47,6 +47,7 @@ def _trimul_einsum_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TURNED_A: tl.constexpr, TURNED_B: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BLOCK_M, BLOCK_N] of a @ b^T of the planes; M = i, N = j, K = k, all of extent L.
 
@@ -64,7 +65,7 @@ def _trimul_einsum_fwd_kernel(
                 L, pitch, D, stride_exponents,
                 stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
                 stride_product_b, stride_product_d, stride_product_row,
-                BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION, MASKED,
             )  # fmt: skip
     else:
         _product_tile(
@@ -72,7 +73,7 @@ def _trimul_einsum_fwd_kernel(
             stride_exponents, stride_a_b, stride_a_d, stride_a_row,
             stride_b_b, stride_b_d, stride_b_row,
             stride_product_b, stride_product_d, stride_product_row,
-            BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION, MASKED,
         )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def _product_tile(
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TURNED_A: tl.constexpr, TURNED_B: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of a @ b^T of one plane.
 
@@ -138,7 +139,8 @@ def _product_tile(
                 acc = dot(a_tile, b_tile, acc, PRECISION)
         if SPLIT:
             acc = product_of_planes(
-                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L
+                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n,
+                L, MASKED,
             )  # fmt: skip
         # In halves: the store's buffer is half as large, which leaves room for another stage of
         # loads.
@@ -176,7 +178,8 @@ def _product_tile(
                 acc = dot(a_tile, b_tile.T, acc, PRECISION)
         if SPLIT:
             acc = product_of_planes(
-                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L
+                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n,
+                L, MASKED,
             )  # fmt: skip
         base = batch.to(tl.int64) * stride_product_b + channel.to(tl.int64) * stride_product_d
         row_m = offs_m.to(tl.int64) * stride_product_row
@@ -228,6 +231,7 @@ def trimul_einsum_fwd(
     config: LaunchConfig | None = None,
     exponents: Tensor | None = None,
     masks: Tensor | None = None,
+    masked: str = "both",
 ) -> None:
     """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) are arbitrary.
 
@@ -240,12 +244,14 @@ def trimul_einsum_fwd(
         config: a setting in place of the shipped one.
         exponents: of the planes' powers of two, [2, D], if a and b are split numbers.
         masks: of the powers of two of the planes' rows, [B, pitch], if the mask is not bool.
+        masked: see `product_of_planes`.
     """
     if exponents is not None:
         a, b = a.view(torch.float16), b.view(torch.float16)
     prepared = launches.of(
-        ("trimul_einsum", key), prepare_einsum, call, a, b, product, turned, config
-    )
+        ("trimul_einsum", key),
+        prepare_einsum, call, a, b, product, turned, config, exponents, masked,
+    )  # fmt: skip
     if prepared.variant == "hopper":
         hopper.kernels("plane_products").launch(prepared, a, b, product)
         return
@@ -267,6 +273,8 @@ def prepare_einsum(
     product: Tensor,
     turned: tuple[bool, bool],
     config: LaunchConfig | None,
+    exponents: Tensor | None = None,
+    masked: str = "both",
 ) -> PreparedLaunch:
     """The launch of `trimul_einsum_fwd` for calls like this one."""
     batch, hidden, length, pitch = product.shape
@@ -310,14 +318,14 @@ def prepare_einsum(
         tensors={**descriptors, **pointers("lengths_ptr", "exponents_ptr", "masks_ptr")},
         values=dict(
             L=length, pitch=pitch, D=hidden, tiles=tiles,
-            stride_exponents=call.hidden if split else 0,
+            stride_exponents=exponents.stride(0) if split else 0,
             **named_strides("a", ("b", "d", "row"), a.stride()[:3]),
             **named_strides("b", ("b", "d", "row"), b.stride()[:3]),
             **named_strides("product", ("b", "d", "row"), product.stride()[:3]),
         ),
         constants=dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            TURNED_A=turned[0], TURNED_B=turned[1],
+            TURNED_A=turned[0], TURNED_B=turned[1], MASKED=masked,
             DESCRIPTORS=config.descriptors, PERSISTENT=persistent,
             PRECISION=dot_precision(call.precision, device.fp32_dots),
         ),

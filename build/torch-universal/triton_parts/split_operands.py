@@ -35,7 +35,7 @@ from .._call import Call, Weights
 from .device import device_target
 from .launch import Launches, PreparedLaunch, named_strides, pointers, strides
 from .settings import settings_of
-from .tiles import length_of, load_weight, padded_pitch
+from .tiles import dot, length_of, load_weight, padded_pitch
 
 FP16X3 = "fp16x3"  # the precision of a call of these products, beside Triton's own words
 _MAX_WIDTH = 256  # the widest rows that stage 1 holds in registers
@@ -46,9 +46,9 @@ _LOW = tl.constexpr(2.0**11)  # of the low numbers of planes
 
 
 def is_default(device: torch.device) -> bool:
-    """Whether the target's float32 forwards have these products where no word is given."""
+    """Whether the target's float32 calls have these products where no word is given."""
     target = device_target(device)
-    return settings_of(target.target, target.name).get("fp32_forward") == FP16X3
+    return settings_of(target.target, target.name).get("fp32_default") == FP16X3
 
 
 def refusal(call: Call) -> str | None:
@@ -84,6 +84,47 @@ def dot_split(high, low, weight_high, weight_low, acc):
 
 
 @triton.jit
+def load_split_weight(
+    weight, start_n, start_k, stride_n,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Tiles [BLOCK_N, BLOCK_K] of a split projection: high numbers [N, K], and below them low ones.
+
+    A descriptor is of both.
+    """
+    high = load_weight(weight, start_n, start_k, stride_n, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS)
+    if DESCRIPTORS:
+        low = weight.load([N + start_n, start_k])
+    else:
+        low = load_weight(
+            weight + N * stride_n, start_n, start_k, stride_n, N, K, BLOCK_N, BLOCK_K, False
+        )
+    return high, low
+
+
+@triton.jit
+def dot_weight(
+    rows, weight, start_n, start_k, stride_n, acc,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + rows W^T, of channels from start_n on and BLOCK_K summed ones from start_k on.
+
+    With PRECISION "fp16x3" W is split, high numbers [N, K] above low ones, and the rows are here.
+    """
+    if PRECISION == "fp16x3":
+        high, low = load_split_weight(
+            weight, start_n, start_k, stride_n, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
+        )
+        rows_high, rows_low = split_tile(rows)
+        return dot_split(rows_high, rows_low, high, low, acc)
+    else:
+        tile = load_weight(weight, start_n, start_k, stride_n, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS)
+        return dot(rows, tile.T, acc, PRECISION)
+
+
+@triton.jit
 def add_dot(a, b, acc):
     """acc + a @ b, added in fp32 outside of the tensor cores."""
     # Without this word, which says nothing about 16 bits, Triton makes acc the dot's accumulator.
@@ -100,32 +141,39 @@ def scaled(acc, scales_ptr, rows, TOTAL: tl.constexpr):
 
 @triton.jit
 def product_of_planes(
-    acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L
+    acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n, L,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The product of a channel's planes: acc of their high numbers, acc_low of those with low ones.
 
-    masks_ptr: the exponents of a sequence's rows, of a mask that is not bool.
+    masks_ptr: the exponents of a sequence's rows, of a mask that is not bool. The rows of both
+    planes were divided by their powers of two; or, if MASKED is "left" or "right", of that one they
+    were multiplied.
     """
     exponent = tl.load(exponents_ptr + channel) + tl.load(
         exponents_ptr + stride_exponents + channel
     )
     exponent = exponent.to(tl.int32)
     first = exponent >> 1  # in two steps, neither of which leaves the exponents of fp32
-    acc = (acc + acc_low * (1.0 / _LOW)) * _power_of_two(-first) * _power_of_two(first - exponent)
+    acc = (acc + acc_low * (1.0 / _LOW)) * power_of_two(-first) * power_of_two(first - exponent)
     if masks_ptr is not None:
-        acc *= _power_of_two(tl.load(masks_ptr + offs_m, mask=offs_m < L, other=0))[:, None]
-        acc *= _power_of_two(tl.load(masks_ptr + offs_n, mask=offs_n < L, other=0))[None, :]
+        if MASKED != "right":
+            of_m = tl.load(masks_ptr + offs_m, mask=offs_m < L, other=0)
+            acc *= power_of_two(-of_m if MASKED == "left" else of_m)[:, None]
+        if MASKED != "left":
+            of_n = tl.load(masks_ptr + offs_n, mask=offs_n < L, other=0)
+            acc *= power_of_two(-of_n if MASKED == "right" else of_n)[None, :]
     return acc
 
 
 @triton.jit
-def _power_of_two(exponent):
+def power_of_two(exponent):
     """2^exponent for exponents between -126 and 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _exponent_of(x):
+def exponent_of(x):
     """The largest integer whose power of two is not above x >= 0; -127 for 0, 128 for infinity."""
     return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
@@ -200,8 +248,8 @@ def _mask_exponents_kernel(
         ptrs = mask_ptr + rows[:, None] + (p.to(tl.int64) * stride_mask_p)[None, :]
         sizes = tl.abs(tl.load(ptrs, mask=valid, other=0).to(tl.float32))
         largest = tl.maximum(largest, tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1))
-    exponent = _exponent_of(largest)
-    exponent += (largest > _power_of_two(exponent)).to(tl.int32)
+    exponent = exponent_of(largest)
+    exponent += (largest > power_of_two(exponent)).to(tl.int32)
     exponent = tl.where(largest > 0, tl.minimum(tl.maximum(exponent, -126), 126), 0)
     tl.store(exponents_ptr + b * pitch + q, exponent, mask=q < L)
 
@@ -213,7 +261,7 @@ def scale_mask(mask, exponents_ptr, rows, valid):
         return mask
     else:
         exponents = tl.load(exponents_ptr + rows, mask=valid, other=0)
-        return mask * _power_of_two(-exponents)
+        return mask * power_of_two(-exponents)
 
 
 @triton.jit
@@ -231,8 +279,8 @@ def _split_rows(
     finite = tl.where(sizes < float("inf"), weight, 0.0)
     unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
     # Together within the exponents of fp32.
-    up = tl.minimum(14 - _exponent_of(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
-    weight *= _power_of_two(up)[:, None]
+    up = tl.minimum(14 - exponent_of(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
+    weight *= power_of_two(up)[:, None]
     high, low = split_tile(weight)
     # An infinite weight is a low number: those meet the high numbers of rows alone, whose signs are
     # the rows' own.
@@ -248,18 +296,19 @@ def _split_rows(
         constant += tl.load(bias_ptr + offs_n).to(tl.float32)
     down = -up - unit
     ptrs = scales_ptr + start + tl.arange(0, BLOCK_N)
+    tl.store(ptrs + 3 * TOTAL, power_of_two(-up))
     if PLANES:
         norm, norm_bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)
-        finite *= _power_of_two(up)[:, None]
-        of_rows = finite * (norm * _power_of_two(unit))[None, :]
+        finite *= power_of_two(up)[:, None]
+        of_rows = finite * (norm * power_of_two(unit))[None, :]
         of_rows = tl.sqrt(tl.sum(of_rows * of_rows, 1) * K)
-        of_rows += tl.abs(tl.sum(finite * (norm_bias * _power_of_two(unit))[None, :], 1))
-        bound = tl.maximum(_exponent_of(of_rows) - up - unit, _exponent_of(tl.abs(constant))) + 1
+        of_rows += tl.abs(tl.sum(finite * (norm_bias * power_of_two(unit))[None, :], 1))
+        bound = tl.maximum(exponent_of(of_rows) - up - unit, exponent_of(tl.abs(constant))) + 1
         exponent = tl.maximum(tl.minimum(14 - bound, 126), -126)
         down += exponent
-        constant *= _power_of_two(exponent)
+        constant *= power_of_two(exponent)
         tl.store(ptrs + 2 * TOTAL, exponent.to(tl.float32))
-    tl.store(ptrs, _power_of_two(tl.maximum(tl.minimum(down, 127), -126)))
+    tl.store(ptrs, power_of_two(tl.maximum(tl.minimum(down, 127), -126)))
     tl.store(ptrs + TOTAL, constant)
 
 
@@ -283,7 +332,7 @@ def _norm_exponent(norm_ptr, norm_bias_ptr, K: tl.constexpr, BLOCK_K: tl.constex
     weight, bias = tl.abs(weight), tl.abs(bias)
     largest = tl.max(tl.where(weight < float("inf"), weight, 0.0), 0) * tl.sqrt(K * 1.0)
     largest += tl.max(tl.where(bias < float("inf"), bias, 0.0), 0)
-    return tl.maximum(tl.minimum(14 - _exponent_of(largest), 126), -113)
+    return tl.maximum(tl.minimum(14 - exponent_of(largest), 126), -113)
 
 
 @triton.jit
@@ -292,15 +341,16 @@ def _store_norm(norm_ptr, norm_bias_ptr, norms_ptr, K: tl.constexpr, BLOCK_K: tl
     exponent = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
     weight, bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)
     offs_k = tl.arange(0, BLOCK_K)
-    tl.store(norms_ptr + offs_k, weight * _power_of_two(exponent), mask=offs_k < K)
-    tl.store(norms_ptr + K + offs_k, bias * _power_of_two(exponent), mask=offs_k < K)
+    tl.store(norms_ptr + offs_k, weight * power_of_two(exponent), mask=offs_k < K)
+    tl.store(norms_ptr + K + offs_k, bias * power_of_two(exponent), mask=offs_k < K)
 
 
 class Scales(NamedTuple):
     """The scales of a call's split numbers."""
 
-    # [3, 4D + 2C] in fp32, of the rows of p_in, g_in, p_out and g_out: factors of the products,
-    # constants to be added, and, of p_in, the exponents of the planes' powers of two.
+    # [4, 4D + 2C] in fp32, of the rows of p_in, g_in, p_out and g_out: factors of the products,
+    # constants to be added, of p_in the exponents of the planes' powers of two, and factors of the
+    # split rows alone.
     projections: Tensor
     # [B, pitch] in int32, of a mask that is not bool: the exponents of its rows' powers of two, by
     # which planes are divided.
@@ -313,6 +363,18 @@ class Scales(NamedTuple):
     def of_planes(self, hidden: int, channels: slice) -> Tensor:
         """The exponents of the powers of two of some channels' a and b, [2, G]."""
         return self.projections[2, : 2 * hidden].view(2, hidden)[:, channels]
+
+
+class Split(NamedTuple):
+    """What a backward takes of a call of split numbers."""
+
+    weights: Weights  # split and scaled
+    scales: Scales
+
+    @property
+    def factors(self) -> Tensor:
+        """Of the split rows of all projections, [4D + 2C]."""
+        return self.scales.projections[3]
 
 
 def split_weights(call: Call, launches: Launches) -> tuple[Call, Scales | None]:
@@ -328,7 +390,7 @@ def split_weights(call: Call, launches: Launches) -> tuple[Call, Scales | None]:
     widths = channels, channels, hidden, channels
     sizes = [2 * n * k for n, k in zip(rows, widths, strict=True)]
     memory = launches.empty("split weights", (sum(sizes),), torch.float16, device)
-    scales = launches.empty("scales", (3, sum(rows)), torch.float32, device)
+    scales = launches.empty("scales", (4, sum(rows)), torch.float32, device)
     norms = launches.empty("scaled norms", (2 * channels + 2 * hidden,), torch.float32, device)
     masks = None
     if call.mask is not None and call.mask.dtype != torch.bool:

@@ -39,9 +39,7 @@ from .gradients import group_size as group_size
 from .gradients import likeness, run_backward
 from .launches import current_device as current_device
 from .launches import (
-    for_forward,
-    for_kernels,
-    keeps_planes,
+    for_triangle,
     launches_of,
     mergeable,
     rows_alike,
@@ -58,7 +56,7 @@ from .rows import stages as stages
 
 def forward(call: Call) -> Tensor:
     """The output [B, L, L, C], in the mode `call.memory`."""
-    call = for_forward(call)
+    call = for_triangle(call)
     with current_device(call.x):
         if call.memory != "lean":
             try:
@@ -74,8 +72,8 @@ def forward(call: Call) -> Tensor:
 
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes) of the default mode, see `_run_saving`."""
-    keeps = keeps_planes(call)
-    call = mergeable(for_forward(call))
+    keeps = call.keeps_planes
+    call = mergeable(for_triangle(call))
     launches = launches_of(call, "saving", keeps)
 
     def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
@@ -194,7 +192,7 @@ def saved_shapes(call: Call) -> tuple[tuple[int, ...], ...]:
     """The shapes of product, moments and planes."""
     batch, length = call.x.shape[:2]
     size = length, padded_pitch(length)
-    planes = (batch, 2, call.hidden, *size) if keeps_planes(call) else (0,)
+    planes = (batch, 2, call.hidden, *size) if call.keeps_planes else (0,)
     return (batch, call.hidden, *size), (batch, 2, *size), planes
 
 
@@ -207,7 +205,7 @@ def backward(
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
-    call = for_kernels(call)
+    call = for_triangle(call)
     if planes is not None and sequences_merged(call) > 1:
         call, grad_out = mergeable(call), rows_alike(grad_out)
     kept = product is not None, planes is not None
@@ -235,8 +233,8 @@ def plan(call: Call) -> Plan:
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        kernels_call = for_forward(twin_of(call))
-        planes = keeps and keeps_planes(kernels_call)
+        kernels_call = for_triangle(twin_of(call))
+        planes = keeps and call.keeps_planes
         if planes:
             kernels_call = mergeable(kernels_call)
         if keeps:
@@ -256,14 +254,12 @@ def plan(call: Call) -> Plan:
     elif call.memory == "lean" and keeps:
         notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
     notes.append(note_on_gradients(call, planes))
-    if keeps and call.keeps_planes and not planes:
-        notes.append("a and b are split numbers, which the backward does not take")
     if call.precision == FP16X3 and reason is not None:
         notes.append(f"precision 'fp16x3' is run as TF32x3: {reason}")
     elif wants_split(call) and reason is not None:
         notes.append(f"products are not the default's, 'fp16x3': {reason}")
     elif wants_split(call) and call.precision == "default":
-        notes.append("products are those of float32, in three of float16: nothing allowed TF32")
+        notes.append("products are those of float32, in three of float16: TF32 takes longer")
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
     found = with_precision(found, "fused_dual_gemm", kernels_call)
@@ -294,8 +290,8 @@ def plan_training(call: Call) -> list:
 
 def _plan_backward(call: Call) -> list:
     """The launches of `backward` after `forward_saving`."""
-    shapes, keeps = saved_shapes(call), keeps_planes(call)
-    call = mergeable(for_kernels(twin_of(call)))
+    shapes, keeps = saved_shapes(call), call.keeps_planes
+    call = mergeable(for_triangle(twin_of(call)))
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:

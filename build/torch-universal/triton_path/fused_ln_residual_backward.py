@@ -52,14 +52,13 @@ from ..triton_parts.layer_norm import (
     store_means_of_projection,
 )
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import Split, dot_weight, scaled
 from ..triton_parts.tiles import (
     add_bias,
     any_of,
     as_multiplied,
-    dot,
     load_channels,
     load_tile,
-    load_weight,
     positions,
     quarters,
     sigmoid,
@@ -82,7 +81,7 @@ def _fused_ln_residual_bwd_kernel(
     grad_emit_ptr, grad_gate_ptr, rows_ptr, grad_drop_ptr, sums_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr,
     emit_weight, emit_bias_ptr, gate_weight, gate_bias_ptr, emit_scale_ptr, emit_shift_ptr,
-    R, L, pitch, first_row, eps_out,
+    scales_ptr, R, L, pitch, first_row, eps_out,
     stride_t_d, stride_t_i,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j,
@@ -102,7 +101,8 @@ def _fused_ln_residual_bwd_kernel(
     drop_mask, and `sums` [programs, 2, C] of de and dq over the tile. With DESCRIPTORS the
     projections are descriptors, and `t_planes` describes t as [D, R * pitch]. Row i is row
     first_row + i of its sequence, which matters only with lengths. With DROP_ROWS the drop mask has
-    a value for each row i, shared over j; then that sum is over j.
+    a value for each row i, shared over j; then that sum is over j. With PRECISION "fp16x3" the
+    operands are split numbers.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, pitch, BLOCK_M)
@@ -112,6 +112,8 @@ def _fused_ln_residual_bwd_kernel(
     dtype = x_ptr.dtype.element_ty
     EVEN_C: tl.constexpr = C % BLOCK_K == 0
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    SPLIT: tl.constexpr = PRECISION == "fp16x3"
+    TOTAL: tl.constexpr = 4 * D + 2 * C  # rows of all projections
     if lengths_ptr is not None:
         within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         beyond = valid_m & ~within
@@ -158,31 +160,37 @@ def _fused_ln_residual_bwd_kernel(
                 x.to(tl.float32), offs_k, first_x, mean_x, rstd_x,
                 norm_in_weight_ptr, norm_in_bias_ptr, C, EVEN_C,
             ).to(dtype)  # fmt: skip
-            gate_tile = load_weight(
-                gate_weight, start_n, start_k, stride_gate,
-                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS,
+            gate = dot_weight(
+                z, gate_weight, start_n, start_k, stride_gate, gate,
+                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-            gate = dot(z, gate_tile.T, gate, PRECISION)
-        gate = add_bias(gate, gate_bias_ptr, start_n + tl.arange(0, BLOCK_N), C)
+        offs_c = start_n + tl.arange(0, BLOCK_N)
+        if SPLIT:
+            gate = scaled(gate, scales_ptr, 4 * D + C + offs_c, TOTAL)
+        else:
+            gate = add_bias(gate, gate_bias_ptr, offs_c, C)
         gate = sigmoid(gate, FAST_RECIPROCAL)
 
         emit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        emit = add_bias(emit, emit_shift_ptr, start_n + tl.arange(0, BLOCK_N), C)
+        if not SPLIT:
+            emit = add_bias(emit, emit_shift_ptr, offs_c, C)
         for start_k in range(0, D, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
             if DESCRIPTORS:
                 t = t_planes.load([start_k, start_m]).T
             else:
                 t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D)
-            scaled = normalise(
+            rows = normalise(
                 t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
                 norm_out_weight_ptr, None, D, EVEN_D,
             ).to(dtype)  # fmt: skip
-            emit_tile = load_weight(
-                emit_weight, start_n, start_k, stride_emit,
-                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS,
+            emit = dot_weight(
+                rows, emit_weight, start_n, start_k, stride_emit, emit,
+                C, D, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-            emit = dot(scaled, emit_tile.T, emit, PRECISION)
+        if SPLIT:
+            factors = tl.load(scales_ptr + 4 * D + offs_c, mask=offs_c < C, other=0.0)
+            emit = add_bias(emit * factors[None, :], emit_shift_ptr, offs_c, C)
         # The padding columns of t are uninitialised and may be NaN.
         emit = tl.where(valid_m[:, None], emit, 0.0)
 
@@ -308,18 +316,20 @@ def fused_ln_residual_bwd(
     prepared: PreparedLaunch,
     out: Stage3Gradients,
     folded: tuple[torch.Tensor | None, ...] | None = None,
+    split: Split | None = None,
 ) -> None:
     """Fills `out`.
 
     `emit_means` are We g2 / D and We b2, [C] each in fp32 (None where there is no b2). `prepared`
     is from `prepare_ln_residual_bwd` for tensors like these. `folded` is what a variant needs of
-    these weights.
+    these weights, `split` is of a call of split numbers.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("ln_residual_backward")
         variant.launch(rows, weights, emit_means, prepared, out, folded)
         return
     emit_scale, emit_shift = emit_means
+    multiplied = weights if split is None else split.weights
     prepared.launch(
         t_ptr=rows.t,
         t_planes=rows.t,
@@ -333,15 +343,16 @@ def fused_ln_residual_bwd(
         rows_ptr=out.rows,
         grad_drop_ptr=out.drop_mask,
         sums_ptr=out.sums,
-        norm_in_weight_ptr=weights.norm_in_weight,
-        norm_in_bias_ptr=weights.norm_in_bias,
-        norm_out_weight_ptr=weights.norm_out_weight,
-        emit_weight=weights.p_out_weight,
+        norm_in_weight_ptr=multiplied.norm_in_weight,
+        norm_in_bias_ptr=multiplied.norm_in_bias,
+        norm_out_weight_ptr=multiplied.norm_out_weight,
+        emit_weight=multiplied.p_out_weight,
         emit_bias_ptr=weights.p_out_bias,
-        gate_weight=weights.g_out_weight,
-        gate_bias_ptr=weights.g_out_bias,
+        gate_weight=multiplied.g_out_weight,
+        gate_bias_ptr=multiplied.g_out_bias,
         emit_scale_ptr=emit_scale,
         emit_shift_ptr=emit_shift,
+        scales_ptr=None if split is None else split.scales.projections,
     )
 
 
@@ -360,6 +371,7 @@ def prepare_ln_residual_bwd(
     outputs: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
+    split: Split | None = None,
 ) -> PreparedLaunch:
     """The launch of `fused_ln_residual_bwd`.
 
@@ -367,6 +379,7 @@ def prepare_ln_residual_bwd(
         eps: of the norms of x and of t.
         outputs: the names of `Stage3Gradients` that will be wanted.
         first_row: the row of its sequence that the rows begin with.
+        split: of a call of split numbers.
     """
     t, x, moments, grad_out, drop_mask, _ = rows
     hidden, count, pitch = t.shape
@@ -375,7 +388,8 @@ def prepare_ln_residual_bwd(
     variants = hopper.variants("ln_residual_backward", "takes", x, rows, outputs)
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_ln_residual_bwd", x, width, length, 1, variants)
+        splits = split is not None
+        config = setting_of("fused_ln_residual_bwd", x, width, length, 1, variants, splits)
     if hopper.is_variant(config, variants):
         variant = hopper.kernels("ln_residual_backward")
         return variant.prepare(rows, weights, eps, outputs, config)
@@ -386,7 +400,8 @@ def prepare_ln_residual_bwd(
     if drop_mask is not None:
         drop_strides = strides(drop_mask.squeeze(1) if drop_rows else drop_mask)
     elements = 16 // x.element_size()
-    emit, gate = weights.p_out_weight, weights.g_out_weight
+    multiplied = weights if split is None else split.weights
+    emit, gate = multiplied.p_out_weight, multiplied.g_out_weight
     descriptors = config.descriptors and has_descriptor(emit) and has_descriptor(gate)
     t_planes = emit_arg = gate_arg = None
     if descriptors:
@@ -402,7 +417,7 @@ def prepare_ln_residual_bwd(
             "t_ptr", "x_ptr", "moments_ptr", "grad_ptr", "drop_ptr", "lengths_ptr",
             "grad_emit_ptr", "grad_gate_ptr", "rows_ptr", "grad_drop_ptr", "sums_ptr",
             "norm_in_weight_ptr", "norm_in_bias_ptr", "norm_out_weight_ptr",
-            "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr",
+            "emit_bias_ptr", "gate_bias_ptr", "emit_scale_ptr", "emit_shift_ptr", "scales_ptr",
         ) | {"t_planes": t_planes, "emit_weight": emit_arg, "gate_weight": gate_arg},
         values=dict(
             R=count, L=length, pitch=pitch, first_row=first_row, eps_out=eps[1],

@@ -50,6 +50,7 @@ from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch, setting_of
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import Scales, Split, split_weights
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
@@ -71,6 +72,7 @@ from .launches import SMALL_PLANES, launches_of, sequences_merged
 from .norm_backward import norm_out_bwd, prepare_norm_out_bwd
 from .parameter_gradients import Projections, Sums, gradients_of_projections
 from .row_products import RowParts, prepare_row_products, row_products
+from .split_gradients import split_planes
 from .trimul_einsum_backward import multiply_both
 
 # The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
@@ -180,7 +182,8 @@ def run_backward(
         size = batch // merged, -1, merged * length, product.shape[-1]
         product, moments = product.view(size), moments.view(size)
         planes = planes.view(batch // merged, 2, *product.shape[1:])
-    grad_q = memory_of_grad_q(call.x, wanted, by_rows)
+    multiplied, scales = split_weights(call, launches)
+    grad_q = memory_of_grad_q(call, wanted, by_rows)
     to_grad_x = setting_to_grad_x(call, wanted, launches)
     norms = Norms(launches, weights, call.precision)
     for entry in range(batch // merged):
@@ -194,6 +197,9 @@ def run_backward(
             None if grad_q is None else grad_q[entry],
             norms,
             to_grad_x,
+            split=None
+            if scales is None
+            else Split(multiplied.weights, scales.of_entries(sequence)),
         ).run(
             grad_out[entry],
             None if product is None else product[sequence],
@@ -205,9 +211,10 @@ def run_backward(
     return gradients
 
 
-def memory_of_grad_q(x: Tensor, wanted: Wanted, gradients: dict[str, Tensor]) -> Tensor | None:
+def memory_of_grad_q(call: Call, wanted: Wanted, gradients: dict[str, Tensor]) -> Tensor | None:
     """Memory for dq like x, if it is wanted: that of dx, or of one sequence for all."""
-    if not wanted.projections or (wanted.x and holds_rows(x)):
+    x = call.x
+    if not wanted.projections or (wanted.x and holds_rows(x, call.precision)):
         return gradients.get("x")
     return torch.empty(x.shape[1:], dtype=x.dtype, device=x.device).expand(x.shape)
 
@@ -274,6 +281,7 @@ class Sequence(NamedTuple):
     norms: "Norms"
     to_grad_x: LaunchConfig | None  # `setting_to_grad_x`
     first_row: int = 0  # of x, which matters only with lengths
+    split: Split | None = None  # of a call of split numbers
 
     def run(
         self,
@@ -304,6 +312,15 @@ class Sequence(NamedTuple):
         if self.wanted.through_product:
             self._stage_2(memory, grad_t, moments, planes, kept)
             self.stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
+
+    @property
+    def _multiplied(self) -> Call:
+        """The call with the weights that products take."""
+        return self.call if self.split is None else self.call._replace(weights=self.split.weights)
+
+    @property
+    def _scales(self) -> Scales | None:
+        return None if self.split is None else self.split.scales
 
     @property
     def _merged(self) -> bool:
@@ -350,16 +367,26 @@ class Sequence(NamedTuple):
         for first in range(0, product.shape[1], size):
             moments = self._planes_again(planes, first, moments)
             a, b, group = planes[None, 0], planes[None, 1], product[:, first : first + size]
-            trimul_einsum_fwd(self.call, self.launches, a, b, group, first)
+            exponents = masks = None
+            if self.split is not None:
+                exponents, masks = self._exponents(first, size), self.split.scales.masks
+            trimul_einsum_fwd(
+                self.call, self.launches, a, b, group, first, exponents=exponents, masks=masks
+            )
         return moments
+
+    def _exponents(self, first: int, size: int) -> Tensor:
+        """Of the powers of two of a group's a and b, [2, G]."""
+        return self.split.scales.of_planes(self.call.hidden, slice(first, first + size))
 
     def _planes_again(self, planes: Tensor, first: int, moments: Tensor | None) -> Tensor:
         """Fills planes [2, G, L, pitch] with a and b, channels `first` on; returns the moments."""
         group = first, planes.shape[1]
         both = planes[None, 0], planes[None, 1]
         return fused_dual_gemm_fwd(
-            self.call, self.launches, both, group, moments, folds=self.norms.folds
-        )
+            self._multiplied, self.launches, both, group, moments, scales=self._scales,
+            folds=self.norms.folds,
+        )  # fmt: skip
 
     def _chunks(self, memory: Tensor, width: int) -> tuple[Tensor, list[slice]]:
         """Cuts the rows i into chunks whose pairs, with `width` elements each, fit the memory.
@@ -418,7 +445,7 @@ class Sequence(NamedTuple):
             prepared = self.launches.of(
                 ("ln_residual_bwd", count, first_row, *_alignments(rows.x, rows.grad_out, grad_q)),
                 prepare_ln_residual_bwd, rows, weights, (call.eps_in, call.eps_out),
-                call.precision, wanted.of_stage_3, None, first_row,
+                call.precision, wanted.of_stage_3, None, first_row, self.split,
             )  # fmt: skip
             emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
             out = Stage3Gradients(
@@ -430,7 +457,7 @@ class Sequence(NamedTuple):
                 if wanted.parameters else None,
             )  # fmt: skip
             means, folded = self.norms.of_stage_3(prepared)
-            fused_ln_residual_bwd(rows, weights, means, prepared, out, folded)
+            fused_ln_residual_bwd(rows, weights, means, prepared, out, folded, self.split)
             if wanted.drop_mask:
                 of_pairs = out.drop_mask.view(-1, length, channels)
                 total = of_pairs.sum(int(for_each_row), keepdim=for_each_row, dtype=torch.float32)
@@ -443,11 +470,11 @@ class Sequence(NamedTuple):
                     ("norm_out_bwd", count, first_row),
                     prepare_norm_out_bwd, rows.t, grad_t[:, chunk], length, weights,
                     call.precision, None, first_row, call.lengths is not None,
-                    hat_t is not None,
+                    hat_t is not None, self.split,
                 )  # fmt: skip
                 norm_out_bwd(
                     out.emit, rows.t, out.rows, weights, prepared, grad_t[:, chunk], hat_t,
-                    call.lengths,
+                    call.lengths, self.split,
                 )  # fmt: skip
             if wanted.parameters:
                 self._add_product("out", emit, hat_t, out.sums.flatten(1))
@@ -478,7 +505,14 @@ class Sequence(NamedTuple):
         if self._merged:
             length = self.call.x.shape[2]
             operands = [of_sequences(tensor, length) for tensor in operands]
-        multiply_both(self.call, self.launches, *operands, first, self._merged)
+        exponents = masks = None
+        if self.split is not None:
+            of_planes = self._exponents(first, len(grad))
+            exponents = split_planes(grad, self.split.scales, of_planes, self.launches)
+            masks = self.split.scales.masks
+        multiply_both(
+            self.call, self.launches, *operands, first, self._merged, exponents, masks
+        )
 
     def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
         """Fills dx and dmask from dq and planes [2D, R, pitch], da and db in groups of `size`.
@@ -486,6 +520,7 @@ class Sequence(NamedTuple):
         moments are [2, R, L]; `memory` is scratch.
         """
         call, wanted, weights = self.call, self.wanted, self.call.weights
+        multiplied = self._multiplied
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
         grad_mask = self.gradients.get("mask")
@@ -495,7 +530,8 @@ class Sequence(NamedTuple):
             for chunk in chunks:
                 self._stage_1_to_grad_x(chunk, planes, moments, size, memory)
             return
-        into = weights.p_in_weight, weights.g_in_weight, weights.g_out_weight
+        into = multiplied.weights
+        into = into.p_in_weight, into.g_in_weight, into.g_out_weight
         outputs = wanted.of_stage_1
         for chunk in chunks:
             x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
@@ -505,7 +541,7 @@ class Sequence(NamedTuple):
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
-                prepare_dual_gemm_bwd, call, x, mask, x_moments, grad_h, size, outputs, None,
+                prepare_dual_gemm_bwd, multiplied, x, mask, x_moments, grad_h, size, outputs, None,
                 first_row,
             )  # fmt: skip
             grads, hat_x = _row_buffers(memory, count, widths)
@@ -514,8 +550,9 @@ class Sequence(NamedTuple):
                 sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
             fused_dual_gemm_bwd(
-                call, x, mask, x_moments, grad_h, prepared, out, self.norms.folds
-            )
+                multiplied, x, mask, x_moments, grad_h, prepared, out, self.norms.folds,
+                self._scales,
+            )  # fmt: skip
             if not wanted.projections:
                 continue
             grad_q = self.grad_q[chunk].view(count, channels)
@@ -530,7 +567,7 @@ class Sequence(NamedTuple):
                 )  # fmt: skip
                 input_bwd(
                     grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,
-                    call.lengths,
+                    call.lengths, self.split,
                 )  # fmt: skip
 
     def _stage_1_to_grad_x(

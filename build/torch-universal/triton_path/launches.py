@@ -78,7 +78,7 @@ def with_precision(found: Plan, stage: str, call: Call | Transition) -> Plan:
 def for_kernels(call: Call | Transition) -> Call | Transition:
     """The call with one of the kernels' precisions, and parameters with unit last stride.
 
-    "fp16x3", which a forward of the triangle alone can have, becomes "tf32x3".
+    "fp16x3", which the triangle alone can have, becomes "tf32x3".
     """
     weights, precision = call.weights, call.precision
     if precision == "default":
@@ -99,18 +99,13 @@ def for_kernels(call: Call | Transition) -> Call | Transition:
 def wants_split(call: Call) -> bool:
     """Whether "fp16x3" is asked for, or is what the target does where nothing is."""
     if call.precision == "default":
-        return is_default(call.x.device) and not torch_allows_tf32()
+        return is_default(call.x.device)
     return call.precision == FP16X3
 
 
 def splits(call: Call) -> bool:
     """Whether "fp16x3" is wanted and can be had."""
     return wants_split(call) and refusal(call) is None
-
-
-def keeps_planes(call: Call) -> bool:
-    """Whether a and b are kept for a backward; it takes no split numbers."""
-    return call.keeps_planes and not splits(call)
 
 
 def sequences_at_once(call: Call) -> int:
@@ -123,10 +118,10 @@ def sequences_merged(call: Call) -> int:
     """How many sequences a training step runs as one that has all their rows.
 
     It is the same in forward and backward: their planes are small together. With lengths, drop
-    masks, or a and b made again, each sequence is run alone.
+    masks, split numbers, or a and b made again, each sequence is run alone.
     """
     batch, length = call.x.shape[:2]
-    if batch < 2 or not keeps_planes(call):
+    if batch < 2 or not call.keeps_planes or splits(call):
         return 1
     if call.lengths is not None or call.drop_mask is not None:
         return 1
@@ -159,7 +154,7 @@ def _divisor(batch: int, most: int) -> int:
     return max([size for size in sizes if batch % size == 0], default=1)
 
 
-def for_forward(call: Call) -> Call:
+def for_triangle(call: Call) -> Call:
     """As `for_kernels`; the precision is "fp16x3" for a call that splits its operands."""
     made = for_kernels(call)
     return made._replace(precision=FP16X3) if splits(call) else made

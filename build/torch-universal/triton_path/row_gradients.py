@@ -43,7 +43,7 @@ class RowGradients(Rows):
     ) -> None:
         super().__init__(call, first_row)
         self._needs, self._grads, self._wanted = needs, grads, Wanted.of(needs)
-        self._grad_q = memory_of_grad_q(call.x, self._wanted, grads)
+        self._grad_q = memory_of_grad_q(self._call, self._wanted, grads)
         self._parts, self._norms = {}, None
         self.behind_product = self._wanted.through_product
 

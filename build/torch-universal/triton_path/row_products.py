@@ -31,6 +31,8 @@ from ..triton_parts.launch import (
     setting_of,
 )
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import FP16X3
+from ..triton_parts.split_rows import dot_columns
 from ..triton_parts.tiles import dot, load_tile, quarters, store_tile
 
 _LEAST_ROWS = 256  # of a part: fewer are not worth a program
@@ -49,7 +51,8 @@ def _row_products_kernel(
     Programs of the same rows have adjacent ids, so that the rows are read from memory once. The
     tile is added to what `parts` holds if `accumulate`. If there is a `sums_ptr` [P, W], each part
     also has the sums of its share of partial [partials, W]; without a `partial_ptr` of left (W = N)
-    by a product with ones, because a reduction would cost many times as much.
+    by a product with ones, because a reduction would cost many times as much. With PRECISION
+    "fp16x3" right has rows of `store_hat`, and left is split here.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BEFORE_LAST: tl.constexpr = (N - LAST + BLOCK_N - 1) // BLOCK_N
@@ -86,7 +89,11 @@ def _row_products_kernel(
             left_ptr + (row * stride_left)[:, None] + offs_n[None, :], mask=valid, other=0.0
         )
         right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
-        acc = dot(left.T, right, acc, PRECISION)
+        if PRECISION == "fp16x3":
+            low = load_tile(right_ptr + K, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
+            acc = dot_columns(left, right, low, acc)
+        else:
+            acc = dot(left.T, right, acc, PRECISION)
         if OWN_SUMS:
             sums = dot(left.T, ones, sums, PRECISION)
     offs_out = number.to(tl.int64) * N * K + (first_n + offs_n) * K
@@ -153,6 +160,8 @@ def row_products(
         variant = hopper.kernels("row_products")
         variant.launch(prepared, left, last, right, parts.products, parts.sums, partial)
         return parts
+    if prepared.constants["PRECISION"] == FP16X3:
+        right = right.view(torch.float16)
     prepared.launch(
         left_ptr=left,
         last_ptr=last,
@@ -191,9 +200,10 @@ def prepare_row_products(
     variants = hopper.variants("row_products", "takes", right, left, right, last)
     if config is None:
         width = max(width_n, width_k)
-        config = setting_of(stage, left, width, math.isqrt(rows), 1, variants)
+        split = precision == FP16X3
+        config = setting_of(stage, left, width, math.isqrt(rows), 1, variants, split)
     if programs is None:
-        programs = device.multiprocessors
+        programs = device.multiprocessors * max(1, config.persistent)
     if hopper.is_variant(config, variants):
         variant, count = hopper.kernels("row_products"), 0 if parts is None else len(parts.products)
         return variant.prepare(left, right, programs, count, with_sums, partial, last, config)
@@ -220,7 +230,8 @@ def prepare_row_products(
         values=dict(
             M=rows, part=part, accumulate=int(parts is not None),
             partials=0 if partial is None else partial.shape[0],
-            stride_left=left.stride(0), stride_right=right.stride(0),
+            stride_left=left.stride(0),
+            stride_right=right.stride(0) * (2 if precision == FP16X3 else 1),  # in float16
             stride_last=0 if last is None else last.stride(0),
         ),
         constants=constants,

@@ -203,9 +203,15 @@ class _Memories(TorchDispatchMode):
     def place_of(self, tensor: Tensor) -> Place:
         """Where a tensor lies."""
         number = self.number_of(tensor)
-        first = self._arguments[number].storage_offset() if number < self.arguments else 0
-        offset = (tensor.storage_offset() - first) * tensor.element_size()
+        offset = _offset(tensor)
+        if number < self.arguments:
+            offset -= _offset(self._arguments[number])
         return Place(number, offset, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _offset(tensor: Tensor) -> int:
+    """In bytes, behind the beginning of its storage."""
+    return tensor.storage_offset() * tensor.element_size()
 
 
 def _identity(tensor: Tensor) -> int:

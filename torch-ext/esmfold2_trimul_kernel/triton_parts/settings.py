@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
-STAGES = (
+# Those of the triangle multiplication, whose float32 operands may be split.
+TRIANGLE_STAGES = (
     *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
-    "row_products", "input_bwd", "swiglu_hidden", "row_linear", "swiglu_projections",
-    "swiglu_bwd", "row_products_and_sums",
+    "row_products", "input_bwd",
 )  # fmt: skip
+STAGES = (
+    *TRIANGLE_STAGES, "swiglu_hidden", "row_linear", "swiglu_projections", "swiglu_bwd",
+    "row_products_and_sums",
+)
 _BOUNDS = ("max_width", "min_length", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"
 
@@ -38,10 +42,13 @@ class LaunchConfig:
     descriptors: bool = False  # tensor descriptors (TMA) instead of pointers, where they are legal
     held: bool = False  # 16-bit rows are normalised in the layout of an accumulator (`hold`)
     maxnreg: int | None = None  # NVIDIA only
-    persistent: int = 0  # stage 2: programs a multiprocessor, each for many tiles; 0: one a tile
+    # Stage 2: programs a multiprocessor, each for many tiles; 0: one a tile. Sums over pairs: the
+    # same, where 0 is one.
+    persistent: int = 0
     # Stages 1 and 3, forward: programs that share the output channels of a tile. Hopper's kernels:
     # stages of the ring of outputs (stage 3), of the planes' gradients (stage 1's backward), of a
-    # consumer's rows (row_linear). What a variant has no use for is as in the stage's own entry.
+    # consumer's rows (row_linear). Stage 1's backward, dx: blocks of a row that a program holds at
+    # once. What a variant has no use for is as in the stage's own entry.
     split: int = 1
     fp32_dot: str = ""  # the fp32-accurate word for dots, if not the target's first
     kernel: str = ""  # the variant of the stage; "" is the stage's own
@@ -136,8 +143,8 @@ def settings_of(target: str, device_name: str = "") -> dict:
     """The whole table of a device: "note", the stages, and properties of its target.
 
     The properties are shared_bytes, the most shared memory of a block, fp32_dots where they differ
-    from the vendor's other targets, and fp32_forward, the precision of a float32 forward for which
-    nothing allows TF32, if it is "fp16x3".
+    from the vendor's other targets, and fp32_default, the precision of a float32 triangle
+    multiplication for which no word is given, if it is "fp16x3".
     """
     for name in (device_name.replace(" ", "_"), target, "default"):
         if (table := _table(name)) is not None:

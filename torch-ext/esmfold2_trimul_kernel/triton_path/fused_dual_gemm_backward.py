@@ -39,6 +39,8 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import hold, load_chunks, load_first, normalise
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import FP16X3, Scales, power_of_two
+from ..triton_parts.split_rows import store_hat
 from ..triton_parts.tiles import (
     any_of,
     load_tile,
@@ -63,7 +65,7 @@ from ..triton_parts.tiles import (
 def _fused_dual_gemm_bwd_kernel(
     x_ptr, mask_ptr, lengths_ptr, moments_ptr, planes_ptr,
     grads_ptr, hat_ptr, grad_mask_ptr, sums_ptr,
-    norm_weight_ptr, norm_bias_ptr, weight_pair, value_bias_ptr, gate_bias_ptr,
+    norm_weight_ptr, norm_bias_ptr, weight_pair, value_bias_ptr, gate_bias_ptr, scales_ptr,
     weight_gap, R, L, pitch, first_row, stride_planes_d,
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
@@ -80,7 +82,7 @@ def _fused_dual_gemm_bwd_kernel(
     groups of G channels, those of a before those of b: [D / G, 2, G, R, pitch]. Every output is
     optional: `grads` [R*L, 2, 2, D] (dp, dg; of a, of b), x^ [R*L, C], dmask [R*L], and `sums`
     [programs, 2, 2, D] of dp and dg over the tile. Row i is row first_row + i of its sequence,
-    which matters only with lengths.
+    which matters only with lengths. With PRECISION "fp16x3" the operands are split numbers.
     """
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -96,7 +98,10 @@ def _fused_dual_gemm_bwd_kernel(
         if grads_ptr is not None:
             store_zeros(grads_ptr, row * (4 * D), beyond, 4 * D, BLOCK_N)
         if hat_ptr is not None:
-            store_zeros(hat_ptr, row * C, beyond, C, BLOCK_N)
+            for start_k in range(0, C, BLOCK_K):
+                offs_k = start_k + tl.arange(0, BLOCK_K)
+                zeros = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+                store_hat(hat_ptr, row, offs_k, zeros, beyond, C, EVEN_C, PRECISION)
         if grad_mask_ptr is not None:
             zeros = tl.zeros([BLOCK_M], grad_mask_ptr.dtype.element_ty)
             tl.store(grad_mask_ptr + row, zeros, mask=beyond)
@@ -120,6 +125,8 @@ def _fused_dual_gemm_bwd_kernel(
     if dtype == tl.float32:
         first = load_first(x_ptr, offs_x, valid_m)
     z = None
+    SPLIT: tl.constexpr = PRECISION == "fp16x3"
+    TOTAL: tl.constexpr = 4 * D + 2 * C  # rows of all projections
     if HELD:
         chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, BLOCK_K)
         z = hold(chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BLOCK_K)
@@ -134,7 +141,7 @@ def _fused_dual_gemm_bwd_kernel(
             offs_k = start_k + tl.arange(0, BLOCK_K)
             x = load_tile(x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, EVEN_C).to(tl.float32)
             hat = normalise(x, offs_k, first, mean, rstd, None, None, C, EVEN_C)
-            store_tile(hat_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, EVEN_C)
+            store_hat(hat_ptr, row, offs_k, hat, valid_m, C, EVEN_C, PRECISION)
 
     BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     EVEN_D: tl.constexpr = D % BLOCK_N == 0
@@ -145,11 +152,15 @@ def _fused_dual_gemm_bwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         value, gate = project_pair(
             z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
-            norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr,
+            norm_weight_ptr, norm_bias_ptr, value_bias_ptr, gate_bias_ptr, scales_ptr,
             weight_pair, weight_gap, stride_first, stride_second,
             half, start_n, (half + 1) * D,
             C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS, PRECISION,
         )  # fmt: skip
+        if SPLIT:  # the value is in its planes' scale
+            rows = half * D + offs_n
+            exponent = tl.load(scales_ptr + 2 * TOTAL + rows, mask=rows < 2 * D, other=0.0)
+            value *= power_of_two(-exponent.to(tl.int32))[None, :]
         gate = sigmoid(gate, FAST_RECIPROCAL)
 
         # A block lies within one group.
@@ -185,7 +196,7 @@ class Stage1Gradients(NamedTuple):
     """The outputs of `fused_dual_gemm_bwd`, None where not wanted."""
 
     grads: torch.Tensor | None  # [R*L, 4D] in the dtype of x: dp, dg
-    hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x
+    hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x, see `store_hat`
     mask: torch.Tensor | None  # dmask [R, L], contiguous, in the dtype of the mask
     sums: torch.Tensor | None  # [`rows_of_sums`, 4D] in fp32, partial sums of dp and dg
 
@@ -199,11 +210,12 @@ def fused_dual_gemm_bwd(
     prepared: PreparedLaunch,
     out: Stage1Gradients,
     folds: Folds,
+    scales: Scales | None = None,
 ) -> None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
-    These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for
-    tensors like these.
+    These are some rows of a call of one sequence, with split weights if there are `scales`.
+    `prepared` is from `prepare_dual_gemm_bwd` for tensors like these.
     """
     weights = call.weights
     if prepared.variant == "hopper":
@@ -211,6 +223,9 @@ def fused_dual_gemm_bwd(
         tensors, made = (x, mask, moments, planes), (out.grads, out.hat_x, out.sums)
         variant.launch(prepared, tensors, made, folds)
         return
+    hat_x = out.hat_x
+    if scales is not None and hat_x is not None:
+        hat_x = hat_x.view(torch.float16)
     prepared.launch(
         x_ptr=x,
         mask_ptr=mask,
@@ -218,7 +233,7 @@ def fused_dual_gemm_bwd(
         moments_ptr=moments,
         planes_ptr=planes,
         grads_ptr=out.grads,
-        hat_ptr=out.hat_x,
+        hat_ptr=hat_x,
         grad_mask_ptr=out.mask,
         sums_ptr=out.sums,
         norm_weight_ptr=weights.norm_in_weight,
@@ -226,6 +241,7 @@ def fused_dual_gemm_bwd(
         weight_pair=lowest(weights.p_in_weight, weights.g_in_weight),
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
+        scales_ptr=None if scales is None else scales.projections,
     )
 
 
@@ -255,13 +271,13 @@ def prepare_dual_gemm_bwd(
     weights = call.weights
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
-    device = device_target(x.device)
+    device, split = device_target(x.device), call.precision == FP16X3
     variants = hopper.variants(
         "gated_rows_backward", "takes", x, planes, call.lengths, group, wanted
     )
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_dual_gemm_bwd", x, width, length, variants=variants)
+        config = setting_of("fused_dual_gemm_bwd", x, width, length, 1, variants, split)
     if hopper.is_variant(config, variants):
         module = hopper.kernels("gated_rows_backward")
         return module.prepare(call, x, mask, moments, planes, group, wanted, config)
@@ -273,8 +289,9 @@ def prepare_dual_gemm_bwd(
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
     pair = projection_pair(
-        weights.p_in_weight, weights.g_in_weight, 2, block_n, block_k, config.descriptors
-    )
+        weights.p_in_weight, weights.g_in_weight, 4 if split else 2, block_n, block_k,
+        config.descriptors,
+    )  # fmt: skip
     elements = 16 // x.element_size()
     return PreparedLaunch(
         _fused_dual_gemm_bwd_kernel,
@@ -282,7 +299,7 @@ def prepare_dual_gemm_bwd(
         tensors=pointers(
             "x_ptr", "mask_ptr", "lengths_ptr", "moments_ptr", "planes_ptr", "grads_ptr",
             "hat_ptr", "grad_mask_ptr", "sums_ptr", "norm_weight_ptr", "norm_bias_ptr",
-            "value_bias_ptr", "gate_bias_ptr",
+            "value_bias_ptr", "gate_bias_ptr", "scales_ptr",
         ) | {"weight_pair": pair.descriptor},
         values=dict(
             R=count, L=length, pitch=pitch, first_row=first_row, weight_gap=pair.gap,

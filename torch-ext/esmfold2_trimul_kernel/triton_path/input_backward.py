@@ -6,9 +6,9 @@
     pair [R*L, 2N]: dp and dg side by side, or the gradients of a transition's gates and values
     dq [R*L, C], or none;  x [R, L, C], any strides;  Wp, Wg [N, C], Wo [C, C]
 
-dz stays in registers where a program's block holds a whole row of it. Then dx may be the memory of
-dq, because a program reads dq's rows before it writes their dx. Of wider rows each block of dz is
-computed twice, for the means and for dx.
+dz stays in registers where a program's block, or few of them, hold a whole row of it. Then dx may
+be the memory of dq, because a program reads dq's rows before it writes their dx. Of wider rows each
+block of dz is computed twice, for the means and for dx.
 
 For a sequence shorter than L, dx is zero at pairs with a residue beyond its length, where the
 moments may be NaN. Tiles that hold only such pairs write zeros and return.
@@ -34,12 +34,12 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import load_first, normalise
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import FP16X3, Split
+from ..triton_parts.split_rows import dot_rows
 from ..triton_parts.tiles import (
     any_of,
-    dot,
     load_channels,
     load_tile,
-    load_weight,
     positions,
     quarters,
     store_tile,
@@ -56,17 +56,18 @@ from ..triton_parts.tiles import (
 )  # fmt: skip
 def _input_bwd_kernel(
     pair_ptr, pair, gate_ptr, gate, x_ptr, moments_ptr, lengths_ptr,
-    first_weight, second_weight, gate_weight, norm_weight_ptr, grad_x_ptr,
+    first_weight, second_weight, gate_weight, norm_weight_ptr, factors_ptr, grad_x_ptr,
     R, L, first_row, stride_first, stride_second, stride_gate,
     stride_x_i, stride_x_j, stride_x_c, stride_moments_n, stride_moments_i, stride_moments_j,
     C: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of BLOCK_M rows m = i * L + j.
 
     M = R * L rows, N = C channels in blocks, K = the 2N columns of `pair`, then dq's C. With
-    DESCRIPTORS `pair`, `gate` (dq) and the projections are descriptors.
+    DESCRIPTORS `pair`, `gate` (dq) and the projections are descriptors. With PRECISION "fp16x3" the
+    projections are split numbers, whose rows have `factors`: of Wp, of Wg, and C rows on of Wo.
     """
     start_m = tl.program_id(0) * BLOCK_M
     i, j = positions(start_m, L, BLOCK_M)
@@ -78,24 +79,34 @@ def _input_bwd_kernel(
         valid_m = within
         if not any_of(valid_m):
             return
-    if BLOCK_N >= C:
-        grad = _grad_z(
-            pair_ptr, pair, gate_ptr, gate, first_weight, second_weight, gate_weight,
-            row, start_m, 0, valid_m, stride_first, stride_second, stride_gate,
-            C, N, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+    if PARTS * BLOCK_N >= C:
+        grads = ()
+        for part in tl.static_range(PARTS):
+            grad = _grad_z(
+                pair_ptr, pair, gate_ptr, gate, first_weight, second_weight, gate_weight,
+                factors_ptr, row, start_m, part * BLOCK_N, valid_m, stride_first, stride_second,
+                stride_gate, C, N, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+            )  # fmt: skip
+            grads = grads + (grad,)
         # After the products, which need the registers that the rows' positions take.
         offs_x, mean, rstd = _rows_of_x(
             x_ptr, moments_ptr, i, j, valid_m, stride_x_i, stride_x_j,
             stride_moments_n, stride_moments_i, stride_moments_j, X_ALIGNMENT,
         )  # fmt: skip
-        mean_grad, mean_grad_hat = _means(
-            grad, 0, x_ptr, offs_x, stride_x_c, valid_m, mean, rstd, norm_weight_ptr, C, BLOCK_N
-        )
-        _store_grad_x(
-            grad_x_ptr, row, grad, mean_grad, mean_grad_hat, 0,
-            x_ptr, offs_x, stride_x_c, valid_m, mean, rstd, norm_weight_ptr, C, BLOCK_N,
-        )  # fmt: skip
+        mean_grad = tl.zeros([BLOCK_M, 1], tl.float32)
+        mean_grad_hat = tl.zeros([BLOCK_M, 1], tl.float32)
+        for part in tl.static_range(PARTS):
+            of_part, of_part_hat = _means(
+                grads[part], part * BLOCK_N, x_ptr, offs_x, stride_x_c, valid_m, mean, rstd,
+                norm_weight_ptr, C, BLOCK_N,
+            )  # fmt: skip
+            mean_grad += of_part
+            mean_grad_hat += of_part_hat
+        for part in tl.static_range(PARTS):
+            _store_grad_x(
+                grad_x_ptr, row, grads[part], mean_grad, mean_grad_hat, part * BLOCK_N,
+                x_ptr, offs_x, stride_x_c, valid_m, mean, rstd, norm_weight_ptr, C, BLOCK_N,
+            )  # fmt: skip
     else:
         offs_x, mean, rstd = _rows_of_x(
             x_ptr, moments_ptr, i, j, valid_m, stride_x_i, stride_x_j,
@@ -106,8 +117,8 @@ def _input_bwd_kernel(
         for start_n in range(0, C, BLOCK_N):
             grad = _grad_z(
                 pair_ptr, pair, gate_ptr, gate, first_weight, second_weight, gate_weight,
-                row, start_m, start_n, valid_m, stride_first, stride_second, stride_gate,
-                C, N, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+                factors_ptr, row, start_m, start_n, valid_m, stride_first, stride_second,
+                stride_gate, C, N, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
             of_block, of_block_hat = _means(
                 grad, start_n, x_ptr, offs_x, stride_x_c, valid_m, mean, rstd,
@@ -118,8 +129,8 @@ def _input_bwd_kernel(
         for start_n in range(0, C, BLOCK_N):
             grad = _grad_z(
                 pair_ptr, pair, gate_ptr, gate, first_weight, second_weight, gate_weight,
-                row, start_m, start_n, valid_m, stride_first, stride_second, stride_gate,
-                C, N, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+                factors_ptr, row, start_m, start_n, valid_m, stride_first, stride_second,
+                stride_gate, C, N, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
             )  # fmt: skip
             _store_grad_x(
                 grad_x_ptr, row, grad, mean_grad, mean_grad_hat, start_n,
@@ -189,7 +200,7 @@ def _store_grad_x(
 
 @triton.jit
 def _grad_z(
-    pair_ptr, pair, gate_ptr, gate, first_weight, second_weight, gate_weight,
+    pair_ptr, pair, gate_ptr, gate, first_weight, second_weight, gate_weight, factors_ptr,
     row, start_m, start_n, valid_m, stride_first, stride_second, stride_gate,
     C: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -207,16 +218,15 @@ def _grad_z(
                     pair_ptr + which * N, row * (2 * N), offs_k, 1, valid_m, N, N % BLOCK_K == 0
                 )
             if which == 0:
-                weight = load_weight(
-                    first_weight, start_k, start_n, stride_first,
-                    N, C, BLOCK_K, BLOCK_N, DESCRIPTORS,
+                acc = dot_rows(
+                    rows, first_weight, factors_ptr, 0, start_k, start_n, stride_first, acc,
+                    N, C, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
                 )  # fmt: skip
             else:
-                weight = load_weight(
-                    second_weight, start_k, start_n, stride_second,
-                    N, C, BLOCK_K, BLOCK_N, DESCRIPTORS,
+                acc = dot_rows(
+                    rows, second_weight, factors_ptr, N, start_k, start_n, stride_second, acc,
+                    N, C, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
                 )  # fmt: skip
-            acc = dot(rows, weight, acc, PRECISION)
     if gate_ptr is not None:
         for start_k in range(0, C, BLOCK_K):
             if DESCRIPTORS:
@@ -224,10 +234,10 @@ def _grad_z(
             else:
                 offs_k = start_k + tl.arange(0, BLOCK_K)
                 rows = load_tile(gate_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
-            weight = load_weight(
-                gate_weight, start_k, start_n, stride_gate, C, C, BLOCK_K, BLOCK_N, DESCRIPTORS
-            )
-            acc = dot(rows, weight, acc, PRECISION)
+            acc = dot_rows(
+                rows, gate_weight, factors_ptr, 2 * N + C, start_k, start_n, stride_gate, acc,
+                C, C, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+            )  # fmt: skip
     return acc
 
 
@@ -241,12 +251,14 @@ def input_bwd(
     grad_x: torch.Tensor,
     prepared: PreparedLaunch,
     lengths: torch.Tensor | None = None,
+    split: Split | None = None,
 ) -> None:
     """Fills grad_x [R, L, C], contiguous, from pair [R*L, 2N] and gate [R*L, C], dq.
 
     grad_x may be the gate's memory if `holds_rows`. x is [R, L, C], moments [2, R, L], weights are
     Wp, Wg and Wo. `prepared` is from `prepare_input_bwd` for tensors like these. `lengths` [1]
-    int32 is the length of a padded sequence.
+    int32 is the length of a padded sequence. `split` is of a call of split numbers, as the weights
+    are then.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("input_backward")
@@ -264,14 +276,16 @@ def input_bwd(
         second_weight=weights[1],
         gate_weight=weights[-1],
         norm_weight_ptr=norm_weight,
+        factors_ptr=None if split is None else split.factors,
         grad_x_ptr=grad_x,
     )
 
 
-def holds_rows(x: torch.Tensor) -> bool:
+def holds_rows(x: torch.Tensor, precision: str) -> bool:
     """Whether a program holds whole rows of dz for x [..., L, C]: then dx may overwrite dq."""
-    channels = x.shape[-1]
-    return setting_of("input_bwd", x, channels, x.shape[-2]).block_n >= channels
+    channels, split = x.shape[-1], precision == FP16X3
+    config = setting_of("input_bwd", x, channels, x.shape[-2], split=split)
+    return config.split * config.block_n >= channels
 
 
 def prepare_input_bwd(
@@ -294,7 +308,8 @@ def prepare_input_bwd(
     device = device_target(x.device)
     variants = hopper.variants("input_backward", "takes", x, pair, gate, x, weights, padded)
     if config is None:
-        config = setting_of("input_bwd", x, channels, length, variants=variants)
+        split = precision == FP16X3
+        config = setting_of("input_bwd", x, channels, length, 1, variants, split)
     if hopper.is_variant(config, variants):
         variant = hopper.kernels("input_backward")
         return variant.prepare(pair, gate, x, moments, weights, config)
@@ -322,7 +337,7 @@ def prepare_input_bwd(
         triton.cdiv(count * length, block_m),
         tensors=pointers(
             "pair_ptr", "gate_ptr", "x_ptr", "moments_ptr", "lengths_ptr", "norm_weight_ptr",
-            "grad_x_ptr",
+            "factors_ptr", "grad_x_ptr",
         ) | arguments,
         values=dict(
             R=count, L=length, first_row=first_row,
@@ -333,6 +348,7 @@ def prepare_input_bwd(
         ),
         constants=dict(
             C=channels, N=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            PARTS=min(config.split, triton.cdiv(channels, block_n)),
             X_ALIGNMENT=16 // x.element_size() if is_aligned(x) else 1,
             DESCRIPTORS=descriptors,
             PRECISION=dot_precision(precision, device.fp32_dots, config.fp32_dot),

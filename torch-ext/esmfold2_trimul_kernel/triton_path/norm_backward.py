@@ -26,14 +26,13 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import normalise
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import Split
+from ..triton_parts.split_rows import dot_rows, store_hat
 from ..triton_parts.tiles import (
     any_of,
-    dot,
     load_channels,
     load_tile,
-    load_weight,
     positions,
-    store_tile,
     within_length,
 )
 
@@ -41,6 +40,7 @@ from ..triton_parts.tiles import (
 @triton.jit(do_not_specialize=["R", "L", "first_row", "lengths_ptr"])
 def _norm_out_bwd_kernel(
     grad_emit_ptr, t_ptr, rows_ptr, lengths_ptr, grad_t_ptr, hat_ptr, emit_weight, norm_weight_ptr,
+    factors_ptr,
     R, L, pitch, first_row, stride_t_d, stride_t_i, stride_grad_d, stride_grad_i, stride_emit,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -50,7 +50,8 @@ def _norm_out_bwd_kernel(
 
     M = R * pitch positions, N = D channels of t, K = C channels of dn = de We. t^ is optional.
     dt may be written over t: a program reads and writes the same elements. Columns
-    [L, pitch) of dt become zeros.
+    [L, pitch) of dt become zeros. With PRECISION "fp16x3" We is split numbers, whose rows have
+    `factors`.
     """
     BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
@@ -67,8 +68,8 @@ def _norm_out_bwd_kernel(
     if lengths_ptr is not None:
         within = valid_m & within_length(lengths_ptr, 0, first_row + i, j, L)
         if hat_ptr is not None:
-            zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-            store_tile(hat_ptr, row * D, offs_n, zeros, valid_m & ~within, D, EVEN_D)
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            store_hat(hat_ptr, row, offs_n, zeros, valid_m & ~within, D, EVEN_D, PRECISION)
         valid_m = within
         if not any_of(valid_m):
             planes = tl.zeros([BLOCK_N, BLOCK_M], dtype)
@@ -79,11 +80,10 @@ def _norm_out_bwd_kernel(
     for start_k in range(0, C, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
-        emit_tile = load_weight(
-            emit_weight, start_k, start_n, stride_emit,
-            C, D, BLOCK_K, BLOCK_N, False,
+        grad = dot_rows(
+            grad_emit, emit_weight, factors_ptr, 0, start_k, start_n, stride_emit, grad,
+            C, D, BLOCK_N, BLOCK_K, False, PRECISION,
         )  # fmt: skip
-        grad = dot(grad_emit, emit_tile, grad, PRECISION)
 
     count = R.to(tl.int64) * L
     mean_t = tl.load(rows_ptr + count + row, mask=valid_m, other=0.0)[:, None]
@@ -95,7 +95,7 @@ def _norm_out_bwd_kernel(
         first_t = tl.load(rows_ptr + row, mask=valid_m, other=0.0)[:, None]
     hat = normalise(t, offs_n, first_t, mean_t, rstd_t, None, None, D, EVEN_D)
     if hat_ptr is not None:
-        store_tile(hat_ptr, row * D, offs_n, hat.to(dtype), valid_m, D, EVEN_D)
+        store_hat(hat_ptr, row, offs_n, hat, valid_m, D, EVEN_D, PRECISION)
     mean_grad = tl.load(rows_ptr + 3 * count + row, mask=valid_m, other=0.0)[:, None]
     mean_grad_hat = tl.load(rows_ptr + 4 * count + row, mask=valid_m, other=0.0)[:, None]
     grad *= load_channels(norm_weight_ptr, offs_n, 1.0, D, EVEN_D)
@@ -126,12 +126,14 @@ def norm_out_bwd(
     grad_t: torch.Tensor,
     hat_t: torch.Tensor | None,
     lengths: torch.Tensor | None = None,
+    split: Split | None = None,
 ) -> None:
-    """Fills grad_t [D, R, pitch] and, where given, hat_t [R*L, D] with t^.
+    """Fills grad_t [D, R, pitch] and, where given, hat_t [R*L, D] with t^, as `store_hat` does.
 
     t is [D, R, pitch]; `fused_ln_residual_bwd` wrote grad_emit [R*L, C] and `rows` [5, R*L]. Both
     outputs have the dtype of t, and grad_t may be t. `prepared` is from `prepare_norm_out_bwd` for
-    tensors like these. `lengths` [1] int32 is the length of a padded sequence.
+    tensors like these. `lengths` [1] int32 is the length of a padded sequence. `split` is of a call
+    of split numbers.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("norm_backward")
@@ -143,9 +145,10 @@ def norm_out_bwd(
         rows_ptr=rows,
         lengths_ptr=lengths,
         grad_t_ptr=grad_t,
-        hat_ptr=hat_t,
-        emit_weight=weights.p_out_weight,
+        hat_ptr=hat_t if split is None or hat_t is None else hat_t.view(torch.float16),
+        emit_weight=weights.p_out_weight if split is None else split.weights.p_out_weight,
         norm_weight_ptr=weights.norm_out_weight,
+        factors_ptr=None if split is None else split.factors[4 * len(t) :],
     )
 
 
@@ -159,11 +162,12 @@ def prepare_norm_out_bwd(
     first_row: int = 0,
     padded: bool = False,
     with_hat: bool = True,
+    split: Split | None = None,
 ) -> PreparedLaunch:
     """The launch of `norm_out_bwd` for tensors like these, with L = `length`.
 
     The first row is row `first_row` of its sequence, which has a length if `padded`. t^ is written
-    if `with_hat`.
+    if `with_hat`. `split` is of a call of split numbers.
     """
     hidden, count, pitch = t.shape
     weight = weights.p_out_weight
@@ -171,7 +175,8 @@ def prepare_norm_out_bwd(
     device = device_target(t.device)
     variants = hopper.variants("norm_backward", "takes", weight, t, grad_t, weight, padded)
     if config is None:
-        config = setting_of("norm_out_bwd", t, max(channels, hidden), length, 1, variants)
+        width = max(channels, hidden)
+        config = setting_of("norm_out_bwd", t, width, length, 1, variants, split is not None)
     if hopper.is_variant(config, variants):
         variant = hopper.kernels("norm_backward")
         return variant.prepare(t, grad_t, length, weight, with_hat, config)
@@ -182,11 +187,11 @@ def prepare_norm_out_bwd(
         triton.cdiv(count * pitch, config.block_m) * triton.cdiv(hidden, block_n),
         tensors=pointers(
             "grad_emit_ptr", "t_ptr", "rows_ptr", "lengths_ptr", "grad_t_ptr", "hat_ptr",
-            "emit_weight", "norm_weight_ptr",
+            "emit_weight", "norm_weight_ptr", "factors_ptr",
         ),
         values=dict(
             R=count, L=length, pitch=pitch, first_row=first_row,
-            stride_emit=weight.stride(0),
+            stride_emit=(weight if split is None else split.weights.p_out_weight).stride(0),
             **named_strides("t", "di", t.stride()[:2]),
             **named_strides("grad", "di", grad_t.stride()[:2]),
         ),

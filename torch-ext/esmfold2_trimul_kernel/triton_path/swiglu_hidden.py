@@ -119,7 +119,7 @@ def _swiglu_hidden_kernel(
         start_n = (part * PER_PROGRAM + step) * BLOCK_N
         up, gate = project_pair(
             z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
-            norm_weight_ptr, norm_bias_ptr, up_bias_ptr, gate_bias_ptr,
+            norm_weight_ptr, norm_bias_ptr, up_bias_ptr, gate_bias_ptr, None,
             weight_pair, weight_gap, stride_first, stride_second, 0, start_n, H,
             C, H, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS, PRECISION,
         )  # fmt: skip

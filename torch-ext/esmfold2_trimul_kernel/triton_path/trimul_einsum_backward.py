@@ -49,16 +49,28 @@ def multiply_gradients(
     grad_b: Tensor,
     key: int,
     with_axes_of_x: bool = False,
+    exponents: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> None:
     """da and then db from dt, a and b; all are [G, L, pitch].
 
     grad_b may be b. For "incoming" all but dt have the axes of x, or those that stage 1 gives a and
-    b. `key` identifies the launches among those of a call.
+    b. `key` identifies the launches among those of a call. With `exponents` [3, G], of a, dt and b,
+    these are split numbers, and `masks` is that of `trimul_einsum_fwd`.
     """
     operands = _Operands.of(call, with_axes_of_x)
-    for other, out, turned in (b, grad_a, operands.turned_a), (a, grad_b, operands.turned_b):
+    masked = "left" if operands.grad_first else "right"
+    of_a = of_b = None
+    if exponents is not None:
+        of_a, of_b = exponents[1:], exponents[:2]
+    for other, out, turned, of_both in (
+        (b, grad_a, operands.turned_a, of_a), (a, grad_b, operands.turned_b, of_b)
+    ):  # fmt: skip
         left, right = operands.ordered(grad[None], other[None])
-        trimul_einsum_fwd(call, launches, left, right, out[None], (key, turned), turned)
+        trimul_einsum_fwd(
+            call, launches, left, right, out[None], (key, turned), turned, exponents=of_both,
+            masks=masks, masked=masked,
+        )  # fmt: skip
 
 
 def multiply_both(
@@ -69,6 +81,8 @@ def multiply_both(
     grad_planes: Tensor,
     key: int,
     with_axes_of_x: bool,
+    exponents: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> None:
     """`multiply_gradients` of planes [2, G, L, pitch], in one launch where a variant has that.
 
@@ -77,7 +91,9 @@ def multiply_both(
     config = launches.setting("both products", _setting_of_both, call, grad, planes, grad_planes)
     if config is None:
         a, b, grad_a, grad_b = *planes, *grad_planes
-        multiply_gradients(call, launches, grad, a, b, grad_a, grad_b, key, with_axes_of_x)
+        multiply_gradients(
+            call, launches, grad, a, b, grad_a, grad_b, key, with_axes_of_x, exponents, masks
+        )
         return
     variant, operands = hopper.kernels("plane_products"), _Operands.of(call, with_axes_of_x)
     left, right = operands.ordered(grad[None], planes)

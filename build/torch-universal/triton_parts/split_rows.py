@@ -1,0 +1,78 @@
+"""Split operands whose size nothing bounds beforehand: gradients, in the backward of float32.
+
+As in `split_operands` a number is the sum of two in float16. Here the power of two is that of the
+largest number of a row, or of a column, of the tile that is multiplied. So it differs from
+block to block of the summed axis, and is taken off again where the block's product is added.
+"""
+
+import triton
+import triton.language as tl
+
+from .split_operands import exponent_of, load_split_weight, power_of_two, split_tile
+from .tiles import dot, load_weight, store_tile
+
+# Of rows that are normalised without a norm's weights: sqrt(K) <= 16 times it stays below 2^15.
+_HAT = tl.constexpr(2.0**10)
+
+
+@triton.jit
+def exponent_for(largest):
+    """The exponent of the power of two that brings what is at most `largest` >= 0 below 2^15."""
+    return tl.minimum(14 - exponent_of(largest), 126)
+
+
+@triton.jit
+def dot_rows(
+    rows, weight, factors_ptr, first, start_k, start_n, stride_weight, acc,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + rows W in fp32, of BLOCK_N columns: rows [M, BLOCK_K] of W [K, N] from start_k on.
+
+    With PRECISION "fp16x3" W is split by rows, whose factors [K] begin at `first`: high numbers
+    [K, N], and below them low ones.
+    """
+    if PRECISION == "fp16x3":
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        rows *= tl.load(factors_ptr + first + offs_k, mask=offs_k < K, other=0.0)[None, :]
+        exponent = exponent_for(tl.max(tl.abs(rows), 1))
+        high, low = split_tile(rows * power_of_two(exponent)[:, None])
+        weight_high, weight_low = load_split_weight(
+            weight, start_k, start_n, stride_weight, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS
+        )
+        block = tl.dot(low, weight_high)
+        block = tl.dot(high, weight_low, block)
+        block = tl.dot(high, weight_high, block)
+        return acc + block * power_of_two(-exponent)[:, None]
+    else:
+        tile = load_weight(
+            weight, start_k, start_n, stride_weight, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS
+        )
+        return dot(rows, tile, acc, PRECISION)
+
+
+@triton.jit
+def dot_columns(left, hat_high, hat_low, acc):
+    """acc + left^T hat in fp32: left [M, N] in fp32, and rows hat [M, K] of `store_hat`."""
+    exponent = exponent_for(tl.max(tl.abs(left), 0))
+    high, low = split_tile(left * power_of_two(exponent)[None, :])
+    block = tl.dot(low.T, hat_high)
+    block = tl.dot(high.T, hat_low, block)
+    block = tl.dot(high.T, hat_high, block)
+    return acc + block * (power_of_two(-exponent) * (1.0 / _HAT))[:, None]
+
+
+@triton.jit
+def store_hat(
+    ptr, row, offs_k, hat, valid_m, K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Stores channels offs_k of rows [K] that are normalised without a norm's weights.
+
+    With PRECISION "fp16x3" as split numbers, a row's high ones [K] ahead of its low ones.
+    """
+    if PRECISION == "fp16x3":
+        high, low = split_tile(hat * _HAT)
+        store_tile(ptr, row * (2 * K), offs_k, high, valid_m, K, EVEN_K)
+        store_tile(ptr + K, row * (2 * K), offs_k, low, valid_m, K, EVEN_K)
+    else:
+        store_tile(ptr, row * K, offs_k, hat.to(ptr.dtype.element_ty), valid_m, K, EVEN_K)

@@ -1,0 +1,102 @@
+"""The planes of dt as split numbers, in their own memory: see `split_operands`.
+
+A plane has one power of two, of its largest finite number. If the mask is not bool, a's and b's
+rows were divided by powers of two, which are multiplied into dt's rows and columns here.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_parts.launch import Launches, PreparedLaunch, pointers
+from ..triton_parts.split_operands import Scales, power_of_two, split_plane
+from ..triton_parts.split_rows import exponent_for
+
+_ELEMENTS = 16_384  # of a tile, which has whole rows: they are read before they are written
+
+
+@triton.jit(do_not_specialize=["R", "masks_ptr"])
+def _split_planes_kernel(
+    planes_ptr, split_ptr, of_planes_ptr, masks_ptr, exponents_ptr, R, G, pitch, stride_d,
+    stride_planes, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One plane [R, pitch], and its channel's exponents, of a, dt and b: rows of [3, G].
+
+    split_ptr is planes_ptr in float16; of_planes_ptr has the exponents of a and b.
+    """
+    channel = tl.program_id(0)
+    largest = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, R, BLOCK_R):
+        tile = _load_rows(
+            planes_ptr, masks_ptr, channel, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
+        )
+        sizes = tl.abs(tile)
+        largest = tl.maximum(largest, tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1))
+    exponent = exponent_for(tl.max(largest, 0))
+    scale = power_of_two(exponent)
+    for start in range(0, R, BLOCK_R):
+        tile = _load_rows(
+            planes_ptr, masks_ptr, channel, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
+        )
+        high, low = split_plane(tile * scale)
+        tl.debug_barrier()  # all threads have read these rows
+        i, p = start + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+        offs = channel.to(tl.int64) * stride_d + i.to(tl.int64) * pitch
+        ptrs = split_ptr + 2 * offs[:, None] + p[None, :]
+        valid = (i < R)[:, None] & (p < pitch)[None, :]
+        tl.store(ptrs, high, mask=valid)
+        tl.store(ptrs + pitch, low, mask=valid)
+    tl.store(exponents_ptr + channel, tl.load(of_planes_ptr + channel))
+    tl.store(exponents_ptr + G + channel, exponent.to(tl.float32))
+    tl.store(exponents_ptr + 2 * G + channel, tl.load(of_planes_ptr + stride_planes + channel))
+
+
+@triton.jit
+def _load_rows(
+    planes_ptr, masks_ptr, channel, start, R, pitch, stride_d,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_P] of a plane, rows from `start` on."""
+    i, p = start + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    offs = channel.to(tl.int64) * stride_d + i.to(tl.int64) * pitch
+    valid = (i < R)[:, None] & (p < pitch)[None, :]
+    tile = tl.load(planes_ptr + offs[:, None] + p[None, :], mask=valid, other=0.0)
+    if masks_ptr is not None:
+        of_rows = tl.load(masks_ptr + i, mask=i < R, other=0)
+        of_columns = tl.load(masks_ptr + p, mask=p < R, other=0)
+        tile = tile * power_of_two(of_rows)[:, None] * power_of_two(of_columns)[None, :]
+    return tile
+
+
+def split_planes(planes: Tensor, scales: Scales, of_planes: Tensor, launches: Launches) -> Tensor:
+    """Splits planes [G, L, pitch] of dt where they lie; returns exponents [3, G], of a, dt and b.
+
+    `of_planes` [2, G] are those of a and b; `scales` are of one sequence.
+    """
+    exponents = torch.empty(3, len(planes), dtype=torch.float32, device=planes.device)
+    launches.of(("split_planes", len(planes)), _prepare, planes, of_planes).launch(
+        planes_ptr=planes,
+        split_ptr=planes.view(torch.float16),
+        of_planes_ptr=of_planes,
+        masks_ptr=scales.masks,
+        exponents_ptr=exponents,
+    )
+    return exponents
+
+
+def _prepare(planes: Tensor, of_planes: Tensor) -> PreparedLaunch:
+    """The launch of `split_planes` for planes like these."""
+    count, rows, pitch = planes.shape
+    block_p = triton.next_power_of_2(pitch)
+    return PreparedLaunch(
+        _split_planes_kernel,
+        count,
+        tensors=pointers("planes_ptr", "split_ptr", "of_planes_ptr", "masks_ptr", "exponents_ptr"),
+        values=dict(
+            R=rows, G=count, pitch=pitch, stride_d=planes.stride(0),
+            stride_planes=of_planes.stride(0),
+        ),
+        constants=dict(BLOCK_R=max(1, _ELEMENTS // block_p), BLOCK_P=block_p),
+        options=dict(num_warps=16, num_stages=2),
+    )  # fmt: skip
