@@ -76,7 +76,7 @@ def call_of(
 
 def launched(needs=ALL, target="sm_90", **others):
     call = call_of(**others)
-    shapes, keeps = path.saved_shapes(call), path.keeps_planes(call)
+    shapes, keeps = path.saved_shapes(call), call.keeps_planes
     with rehearsal.rehearsal(device.target_of(target, "any", 132)) as launches, torch.no_grad():
         product, moments, planes = (
             empty(*shape, dtype=kind)

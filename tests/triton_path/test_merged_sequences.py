@@ -69,9 +69,9 @@ def test_a_batch_has_the_bits_of_its_sequences(
 ):
     """Output and gradients of pairs, whatever part of the batch runs at once.
 
-    In the interpreter BLAS may round the transposed products of "incoming" in another way.
+    In the interpreter BLAS may round a row in another way, depending on its place in a tile.
     """
-    exact = direction == "outgoing" or groups == 4 or on_triton == "cuda"
+    exact = groups == 4 or on_triton == "cuda"
     problem = make_problem(7, 16, batch=4, mask="soft", direction=direction)
     size = 4 // groups * 16 * 7 * 16 * 4 + 1  # planes have rows of 16
     monkeypatch.setattr(submodule("triton_path.launches"), "SMALL_PLANES", size)
