@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_a47336450b"
+_NAMESPACE = "_esmfold2_trimul_kernel_bff78342c2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

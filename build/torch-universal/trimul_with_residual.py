@@ -86,9 +86,9 @@ def triangle_multiplicative_update_with_residual(
         recompute: how much of the forward a backward computes again. "none" keeps a, b and their
             product, three tensors of the pair's size beside the inputs, so that no stage runs
             twice; "product" keeps the product alone, and a and b are made again; "all" keeps only
-            the inputs. All three give the same gradients, but for roundings where a and b are made
-            by another kernel. The first two run the default mode whatever `memory` says. The ATen
-            path keeps the product alone with "none" too. Without a gradient nothing is kept.
+            the inputs. All three give the same gradients but for roundings. The first two run the
+            default mode whatever `memory` says. The ATen path keeps the product alone with "none"
+            too. Without a gradient nothing is kept.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be pair itself or share no memory with another argument. Not where a gradient is needed.
         lengths: [B], int32 or int64, on the device of pair: sequence b has lengths[b] residues, and

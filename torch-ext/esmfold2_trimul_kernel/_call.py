@@ -105,7 +105,7 @@ class Call(NamedTuple):
 
     @property
     def keeps_planes(self) -> bool:
-        """Whether a and b are kept for a backward, on the Triton path if they can be."""
+        """Whether a and b are kept for a backward, on the Triton path."""
         return self.recompute == "none"
 
 

@@ -8,8 +8,7 @@
 All take a call's fields in the order of `Call.flat`. For a backward, autograd keeps the call's
 tensors, except the residual. Unless recompute="all" it also keeps the product t [B, D, L, L] in the
 dtype of x: one tensor of the pair's size. On the Triton path its rows are padded, the moments of x
-are kept too, 8 bytes a pair, and with recompute="none" a and b, two more such tensors, unless they
-are split numbers.
+are kept too, 8 bytes a pair, and with recompute="none" a and b, two more such tensors.
 """
 
 from collections.abc import Callable

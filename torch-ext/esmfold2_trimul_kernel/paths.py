@@ -18,8 +18,9 @@ backward too:
     stages(call, first_row)
     gradient_stages(call, first_row, needs, grads)
 
-`planes` are a and b, which recompute="none" keeps on the Triton path unless they are split numbers.
-Of what a path doesn't keep, `forward_saving` and `backward` have None, and `saved_shapes` has (0,).
+`planes` are a and b, which recompute="none" keeps on the Triton path, in the dtype of x even if
+they are split numbers. Of what a path doesn't keep, `forward_saving` and `backward` have None, and
+`saved_shapes` has (0,).
 
 Its submodule `transition` has three for a `Transition`: forward(call), plan(call), and
 backward(call, grad_out, needs).

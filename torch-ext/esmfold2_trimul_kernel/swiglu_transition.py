@@ -50,7 +50,8 @@ def swiglu_transition(
         gate_bias, up_bias, down_bias: [H], [H] and [C], any of the three dtypes, or None.
         residual: like x; may be x itself. None gives the update alone.
         eps: added to the variance by the LayerNorm.
-        precision: as for `triangle_multiplicative_update_with_residual`; "fp16x3" is "TF32x3" here.
+        precision: as for `triangle_multiplicative_update_with_residual` on other than Hopper GPUs:
+            "fp16x3" is "TF32x3" here, and None follows torch's setting.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be x itself or share no memory with another argument. Not where a gradient is needed.
         lengths: as for `triangle_multiplicative_update`; then x must be [..., L, L, C]. A pair with

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_a47336450b"
+_BUILD_ID = "_esmfold2_trimul_kernel_bff78342c2"
 
 
 def _load_package() -> ModuleType:

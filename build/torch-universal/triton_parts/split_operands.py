@@ -20,8 +20,8 @@ What a plane holds may lie far below its bound, as where gates are shut. Its low
 times as large (s = 11), and stage 2 sums their products in an accumulator of their own: 22 bits are
 right down to 2^-28 of the bound. Elsewhere s = 0.
 
-The scales are made with the split weights, from the parameters, by one launch for a call; those of
-a mask by another.
+The scales are made with the split weights, from the parameters, by one launch of a forward and one
+of a backward; those of a mask by another.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ _MAX_WIDTH = 256  # the widest rows that stage 1 holds in registers
 _BLOCK_N = 16
 _NORMS = ("norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _PROJECTIONS = ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight")
-_LOW = tl.constexpr(2.0**11)  # of the low numbers of planes
+LOW = tl.constexpr(2.0**11)  # of the low numbers of planes
 
 
 def is_default(device: torch.device) -> bool:
@@ -52,7 +52,7 @@ def is_default(device: torch.device) -> bool:
 
 
 def refusal(call: Call) -> str | None:
-    """Why a forward in float32 can't have these products; None if it can."""
+    """Why a call in float32 can't have these products; None if it can."""
     device, widths = device_target(call.x.device), (call.x.shape[-1], call.hidden)
     if "split" not in settings_of(device.target, device.name)["fused_dual_gemm"]:
         return f"{device.target} has no settings for it"
@@ -70,9 +70,9 @@ def split_tile(x):
 
 @triton.jit
 def split_plane(x):
-    """x in fp32 as two tiles in fp16, the second `_LOW` times as large."""
+    """x in fp32 as two tiles in fp16, the second `LOW` times as large."""
     high = x.to(tl.float16)
-    return high, ((x - high.to(tl.float32)) * _LOW).to(tl.float16)
+    return high, ((x - high.to(tl.float32)) * LOW).to(tl.float16)
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def product_of_planes(
     )
     exponent = exponent.to(tl.int32)
     first = exponent >> 1  # in two steps, neither of which leaves the exponents of fp32
-    acc = (acc + acc_low * (1.0 / _LOW)) * power_of_two(-first) * power_of_two(first - exponent)
+    acc = (acc + acc_low * (1.0 / LOW)) * power_of_two(-first) * power_of_two(first - exponent)
     if masks_ptr is not None:
         if MASKED != "right":
             of_m = tl.load(masks_ptr + offs_m, mask=offs_m < L, other=0)

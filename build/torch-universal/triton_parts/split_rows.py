@@ -8,7 +8,14 @@ block to block of the summed axis, and is taken off again where the block's prod
 import triton
 import triton.language as tl
 
-from .split_operands import exponent_of, load_split_weight, power_of_two, split_tile
+from .split_operands import (
+    LOW,
+    exponent_of,
+    load_split_weight,
+    power_of_two,
+    split_plane,
+    split_tile,
+)
 from .tiles import dot, load_weight, store_tile
 
 # Of rows that are normalised without a norm's weights: sqrt(K) <= 16 times it stays below 2^15.
@@ -56,8 +63,8 @@ def dot_columns(left, hat_high, hat_low, acc):
     """acc + left^T hat in fp32: left [M, N] in fp32, and rows hat [M, K] of `store_hat`."""
     exponent = exponent_for(tl.max(tl.abs(left), 0))
     high, low = split_tile(left * power_of_two(exponent)[None, :])
-    block = tl.dot(low.T, hat_high)
-    block = tl.dot(high.T, hat_low, block)
+    block = tl.dot(high.T, hat_low) * (1.0 / LOW)
+    block = tl.dot(low.T, hat_high, block)
     block = tl.dot(high.T, hat_high, block)
     return acc + block * (power_of_two(-exponent) * (1.0 / _HAT))[:, None]
 
@@ -71,7 +78,8 @@ def store_hat(
     With PRECISION "fp16x3" as split numbers, a row's high ones [K] ahead of its low ones.
     """
     if PRECISION == "fp16x3":
-        high, low = split_tile(hat * _HAT)
+        # Rows may be small, where their deviation is far below sqrt(eps).
+        high, low = split_plane(hat * _HAT)
         store_tile(ptr, row * (2 * K), offs_k, high, valid_m, K, EVEN_K)
         store_tile(ptr + K, row * (2 * K), offs_k, low, valid_m, K, EVEN_K)
     else:

@@ -39,7 +39,7 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import hold, load_chunks, load_first, normalise
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import FP16X3, Scales, power_of_two
+from ..triton_parts.split_operands import Split, power_of_two
 from ..triton_parts.split_rows import store_hat
 from ..triton_parts.tiles import (
     any_of,
@@ -210,21 +210,21 @@ def fused_dual_gemm_bwd(
     prepared: PreparedLaunch,
     out: Stage1Gradients,
     folds: Folds,
-    scales: Scales | None = None,
+    split: Split | None = None,
 ) -> None:
     """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
 
-    These are some rows of a call of one sequence, with split weights if there are `scales`.
-    `prepared` is from `prepare_dual_gemm_bwd` for tensors like these.
+    These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for
+    tensors like these. `split` is of a call of split numbers.
     """
-    weights = call.weights
+    weights = call.weights if split is None else split.weights
     if prepared.variant == "hopper":
         variant = hopper.kernels("gated_rows_backward")
         tensors, made = (x, mask, moments, planes), (out.grads, out.hat_x, out.sums)
         variant.launch(prepared, tensors, made, folds)
         return
     hat_x = out.hat_x
-    if scales is not None and hat_x is not None:
+    if split is not None and hat_x is not None:
         hat_x = hat_x.view(torch.float16)
     prepared.launch(
         x_ptr=x,
@@ -241,7 +241,7 @@ def fused_dual_gemm_bwd(
         weight_pair=lowest(weights.p_in_weight, weights.g_in_weight),
         value_bias_ptr=weights.p_in_bias,
         gate_bias_ptr=weights.g_in_bias,
-        scales_ptr=None if scales is None else scales.projections,
+        scales_ptr=None if split is None else split.scales.projections,
     )
 
 
@@ -262,22 +262,23 @@ def prepare_dual_gemm_bwd(
     wanted: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
+    split: Split | None = None,
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_bwd`.
 
     The planes come in groups of `group` channels. `wanted` names outputs of `Stage1Gradients`. The
-    first row is row `first_row` of its sequence.
+    first row is row `first_row` of its sequence. `split` is of a call of split numbers.
     """
-    weights = call.weights
+    weights = call.weights if split is None else split.weights
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
-    device, split = device_target(x.device), call.precision == FP16X3
+    device = device_target(x.device)
     variants = hopper.variants(
         "gated_rows_backward", "takes", x, planes, call.lengths, group, wanted
     )
     if config is None:
         width = max(channels, hidden)
-        config = setting_of("fused_dual_gemm_bwd", x, width, length, 1, variants, split)
+        config = setting_of("fused_dual_gemm_bwd", x, width, length, 1, variants, split is not None)
     if hopper.is_variant(config, variants):
         module = hopper.kernels("gated_rows_backward")
         return module.prepare(call, x, mask, moments, planes, group, wanted, config)
@@ -289,7 +290,7 @@ def prepare_dual_gemm_bwd(
     if held and x.element_size() != 2:
         raise ValueError(f"a held operand is of 16-bit rows; got {config} for {x.dtype}")
     pair = projection_pair(
-        weights.p_in_weight, weights.g_in_weight, 4 if split else 2, block_n, block_k,
+        weights.p_in_weight, weights.g_in_weight, 2 if split is None else 4, block_n, block_k,
         config.descriptors,
     )  # fmt: skip
     elements = 16 // x.element_size()

@@ -50,7 +50,7 @@ from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch, setting_of
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import Scales, Split, split_weights
+from ..triton_parts.split_operands import Split, split_weights
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
@@ -314,15 +314,6 @@ class Sequence(NamedTuple):
             self.stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
 
     @property
-    def _multiplied(self) -> Call:
-        """The call with the weights that products take."""
-        return self.call if self.split is None else self.call._replace(weights=self.split.weights)
-
-    @property
-    def _scales(self) -> Scales | None:
-        return None if self.split is None else self.split.scales
-
-    @property
     def _merged(self) -> bool:
         """Whether these are several sequences."""
         return self.call.x.shape[1] > self.call.x.shape[2]
@@ -383,10 +374,12 @@ class Sequence(NamedTuple):
         """Fills planes [2, G, L, pitch] with a and b, channels `first` on; returns the moments."""
         group = first, planes.shape[1]
         both = planes[None, 0], planes[None, 1]
+        call, scales = self.call, None
+        if self.split is not None:
+            call, scales = call._replace(weights=self.split.weights), self.split.scales
         return fused_dual_gemm_fwd(
-            self._multiplied, self.launches, both, group, moments, scales=self._scales,
-            folds=self.norms.folds,
-        )  # fmt: skip
+            call, self.launches, both, group, moments, scales=scales, folds=self.norms.folds
+        )
 
     def _chunks(self, memory: Tensor, width: int) -> tuple[Tensor, list[slice]]:
         """Cuts the rows i into chunks whose pairs, with `width` elements each, fit the memory.
@@ -520,7 +513,6 @@ class Sequence(NamedTuple):
         moments are [2, R, L]; `memory` is scratch.
         """
         call, wanted, weights = self.call, self.wanted, self.call.weights
-        multiplied = self._multiplied
         length, channels = call.x.shape[2:]
         hidden = planes.shape[0] // 2
         grad_mask = self.gradients.get("mask")
@@ -530,7 +522,7 @@ class Sequence(NamedTuple):
             for chunk in chunks:
                 self._stage_1_to_grad_x(chunk, planes, moments, size, memory)
             return
-        into = multiplied.weights
+        into = weights if self.split is None else self.split.weights
         into = into.p_in_weight, into.g_in_weight, into.g_out_weight
         outputs = wanted.of_stage_1
         for chunk in chunks:
@@ -541,8 +533,8 @@ class Sequence(NamedTuple):
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
-                prepare_dual_gemm_bwd, multiplied, x, mask, x_moments, grad_h, size, outputs, None,
-                first_row,
+                prepare_dual_gemm_bwd, call, x, mask, x_moments, grad_h, size, outputs, None,
+                first_row, self.split,
             )  # fmt: skip
             grads, hat_x = _row_buffers(memory, count, widths)
             sums = None
@@ -550,8 +542,7 @@ class Sequence(NamedTuple):
                 sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
             fused_dual_gemm_bwd(
-                multiplied, x, mask, x_moments, grad_h, prepared, out, self.norms.folds,
-                self._scales,
+                call, x, mask, x_moments, grad_h, prepared, out, self.norms.folds, self.split,
             )  # fmt: skip
             if not wanted.projections:
                 continue

@@ -187,9 +187,9 @@ def prepare_row_products(
     """The launch of `row_products` for rows like these: left [M, N] and right [M, K].
 
     Rows have unit stride and one dtype; `precision` is a word of the kernels, for float32. About
-    `programs` programs share the work, by default one for each multiprocessor of the device. The
-    launch has settings of its own `with_sums` of left. It adds to parts like `parts`, or makes
-    them.
+    `programs` programs share the work, by default as many as the setting has for each
+    multiprocessor. The launch has settings of its own `with_sums` of left. It adds to parts like
+    `parts`, or makes them.
     """
     rows, width_n = left.shape
     width_k = right.shape[1]

@@ -193,6 +193,10 @@ def _fused_ln_residual_bwd_kernel(
             emit = add_bias(emit * factors[None, :], emit_shift_ptr, offs_c, C)
         # The padding columns of t are uninitialised and may be NaN.
         emit = tl.where(valid_m[:, None], emit, 0.0)
+        if SPLIT and C % BLOCK_N != 0:
+            # A tile of high numbers may reach into the low ones, which hold what is infinite.
+            gate = tl.where((offs_c < C)[None, :], gate, 0.0)
+            emit = tl.where((offs_c < C)[None, :], emit, 0.0)
 
         # A quarter of the columns at a time: loads and stores have layouts of their own, which for
         # all columns would take as many registers again.

@@ -50,8 +50,8 @@ def _norm_out_bwd_kernel(
 
     M = R * pitch positions, N = D channels of t, K = C channels of dn = de We. t^ is optional.
     dt may be written over t: a program reads and writes the same elements. Columns
-    [L, pitch) of dt become zeros. With PRECISION "fp16x3" We is split numbers, whose rows have
-    `factors`.
+    [L, pitch) of dt become zeros. With PRECISION "fp16x3" We is split numbers, and `factors` are of
+    the rows of all projections.
     """
     BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
@@ -81,7 +81,7 @@ def _norm_out_bwd_kernel(
         offs_k = start_k + tl.arange(0, BLOCK_K)
         grad_emit = load_tile(grad_emit_ptr, row * C, offs_k, 1, valid_m, C, C % BLOCK_K == 0)
         grad = dot_rows(
-            grad_emit, emit_weight, factors_ptr, 0, start_k, start_n, stride_emit, grad,
+            grad_emit, emit_weight, factors_ptr, 4 * D, start_k, start_n, stride_emit, grad,
             C, D, BLOCK_N, BLOCK_K, False, PRECISION,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def norm_out_bwd(
         hat_ptr=hat_t if split is None or hat_t is None else hat_t.view(torch.float16),
         emit_weight=weights.p_out_weight if split is None else split.weights.p_out_weight,
         norm_weight_ptr=weights.norm_out_weight,
-        factors_ptr=None if split is None else split.factors[4 * len(t) :],
+        factors_ptr=None if split is None else split.factors,
     )
 
 
