@@ -42,8 +42,11 @@ def poisoned(problem: Problem, within: torch.Tensor) -> Problem:
 
 
 def assert_as_masked(kernel, problem, lengths, within, device, **options) -> torch.Tensor:
-    """The result equals that of the padding's mask; the padding's update is zero, even from NaN."""
-    wanted = run(kernel, masked(problem, within), device).cpu()
+    """The result equals that of the padding's mask; the padding's update is zero, even from NaN.
+
+    With the same options: in 16 bits lean mode's first stage has another kernel on Hopper GPUs.
+    """
+    wanted = run(kernel, masked(problem, within), device, **options).cpu()
     padding = torch.zeros(()) if problem.residual is None else problem.residual
     wanted = torch.where(within[..., None], wanted, padding)
     with memory_of_no_numbers():

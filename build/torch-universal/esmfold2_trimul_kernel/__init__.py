@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_bff78342c2"
+_BUILD_ID = "_esmfold2_trimul_kernel_8f50903e73"
 
 
 def _load_package() -> ModuleType:

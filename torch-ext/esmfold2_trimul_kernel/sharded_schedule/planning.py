@@ -12,7 +12,6 @@ from .._plan import Plan, note_on_gradients
 from ..carriers.memory import known_memory_of
 from ..exchange import Exchange, Layout
 from ..paths import path_of
-from ..validation import torch_allows_tf32
 from .backward import allocate_backward, is_remade, ways_of_backward
 from .division import Division, Kept
 from .forward import allocate, ways_of
@@ -64,8 +63,10 @@ def plan(division: Division, call: Call) -> Plan:
     if way.slots[0] == 2 and (way.mapped or not call.x.is_cuda):  # NCCL and stage 2 take turns
         notes.append("a group's planes travel during stage 2 of another")
     if stages.would_split or call.precision == "fp16x3":
-        word = "TF32" if call.precision == "default" and torch_allows_tf32() else "TF32x3"
-        notes.append(f"precision 'fp16x3' is run as {word}: ranks exchange no split numbers")
+        notes.append(
+            "precision 'fp16x3' is run as TF32x3, and by default as torch's setting says: ranks "
+            "exchange no split numbers"
+        )
     if call.memory == "auto":
         notes.append("all ranks go lean where an allocation of this mode fails on one")
     bytes_kept = 0
