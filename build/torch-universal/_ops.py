@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_8f50903e73"
+_NAMESPACE = "_esmfold2_trimul_kernel_05abd4dc76"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

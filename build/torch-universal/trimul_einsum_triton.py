@@ -33,7 +33,7 @@ from .triton_parts.launch import (
     setting_of,
 )
 from .triton_parts.settings import LaunchConfig
-from .triton_parts.split_operands import FP16X3, add_dot, product_of_planes
+from .triton_parts.split_operands import PlaneScales, add_dot, product_of_planes
 from .triton_parts.tiles import PADDING_MULTIPLE, dot, halves, length_of
 
 _GROUP_M = tl.constexpr(8)
@@ -229,9 +229,7 @@ def trimul_einsum_fwd(
     key: object = 0,
     turned: tuple[bool, bool] = (False, False),
     config: LaunchConfig | None = None,
-    exponents: Tensor | None = None,
-    masks: Tensor | None = None,
-    masked: str = "both",
+    scales: PlaneScales | None = None,
 ) -> None:
     """Stage 2 of a call: product [B, D, L, pitch] of a and b; its columns [L, pitch) are arbitrary.
 
@@ -242,23 +240,25 @@ def trimul_einsum_fwd(
             zeros in columns [L, pitch). With lengths, transposed planes must have zeros in the rows
             behind a length.
         config: a setting in place of the shipped one.
-        exponents: of the planes' powers of two, [2, D], if a and b are split numbers.
-        masks: of the powers of two of the planes' rows, [B, pitch], if the mask is not bool.
-        masked: see `product_of_planes`.
+        scales: of the planes, if a and b are split numbers.
     """
-    if exponents is not None:
+    if scales is not None:
         a, b = a.view(torch.float16), b.view(torch.float16)
     prepared = launches.of(
         ("trimul_einsum", key),
-        prepare_einsum, call, a, b, product, turned, config, exponents, masked,
+        prepare_einsum, call, a, b, product, turned, config, scales,
     )  # fmt: skip
     if prepared.variant == "hopper":
         hopper.kernels("plane_products").launch(prepared, a, b, product)
         return
     prepared.launch(
-        a=a, b=b, product=product, lengths_ptr=call.lengths, exponents_ptr=exponents,
-        masks_ptr=masks,
-    )  # fmt: skip
+        a=a,
+        b=b,
+        product=product,
+        lengths_ptr=call.lengths,
+        exponents_ptr=None if scales is None else scales.exponents,
+        masks_ptr=None if scales is None else scales.masks,
+    )
 
 
 def of_sequences(planes: Tensor, length: int) -> Tensor:
@@ -273,12 +273,11 @@ def prepare_einsum(
     product: Tensor,
     turned: tuple[bool, bool],
     config: LaunchConfig | None,
-    exponents: Tensor | None = None,
-    masked: str = "both",
+    scales: PlaneScales | None = None,
 ) -> PreparedLaunch:
     """The launch of `trimul_einsum_fwd` for calls like this one."""
     batch, hidden, length, pitch = product.shape
-    device, split = device_target(a.device), call.precision == FP16X3
+    device, split = device_target(a.device), scales is not None
     variants = frozenset()
     if not any(turned):
         variants = hopper.variants("plane_products", "takes", product, False, call.lengths, a, b)
@@ -318,14 +317,14 @@ def prepare_einsum(
         tensors={**descriptors, **pointers("lengths_ptr", "exponents_ptr", "masks_ptr")},
         values=dict(
             L=length, pitch=pitch, D=hidden, tiles=tiles,
-            stride_exponents=exponents.stride(0) if split else 0,
+            stride_exponents=scales.exponents.stride(0) if split else 0,
             **named_strides("a", ("b", "d", "row"), a.stride()[:3]),
             **named_strides("b", ("b", "d", "row"), b.stride()[:3]),
             **named_strides("product", ("b", "d", "row"), product.stride()[:3]),
         ),
         constants=dict(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            TURNED_A=turned[0], TURNED_B=turned[1], MASKED=masked,
+            TURNED_A=turned[0], TURNED_B=turned[1], MASKED=scales.masked if split else "",
             DESCRIPTORS=config.descriptors, PERSISTENT=persistent,
             PRECISION=dot_precision(call.precision, device.fp32_dots),
         ),

@@ -39,16 +39,17 @@ def planes_and_product(on_split, submodule):
         submodule("fused_dual_gemm").fused_dual_gemm_fwd(
             call, launches, planes, config=configs[0], scales=scales
         )
-        exponents = scales.of_planes(call.hidden, slice(None))
+        of_planes = scales.of_planes(call.hidden)
         submodule("trimul_einsum_triton").trimul_einsum_fwd(
             call, launches, a, b, product,
-            config=configs[1], exponents=exponents, masks=scales.masks,
+            config=configs[1], scales=of_planes,
         )  # fmt: skip
         length, numbers = p.x.shape[1], torch.cat(planes, 1).view(torch.float16).double().cpu()
         high, low = numbers.unflatten(-1, (2, -1)).unbind(-2)
         assert high[..., length:].count_nonzero() == 0 and low[..., length:].count_nonzero() == 0
         assert high.abs().max() < 2**15
-        planes = (high + low / 2**11) * 2 ** -exponents.cpu().double().reshape(1, -1, 1, 1)
+        exponents = of_planes.exponents.cpu().double().reshape(1, -1, 1, 1)
+        planes = (high + low / 2**11) * 2**-exponents
         if scales.masks is not None:
             planes *= 2 ** scales.masks[:, None, :length, None].cpu().double()
         return planes[..., :length], product[..., :length].double().cpu()

@@ -274,10 +274,10 @@ def test_planes_of_dt_in_their_memory(gradients, submodule, on_triton):
         of_planes = torch.tensor([[1.0, 2, 3], [4, 5, 6]]).to(on_triton)
         launches = submodule("triton_parts.launch").Launches()
         masks = torch.arange(length, dtype=torch.int32) % 5 - 2  # multiplied into rows and columns
-        scales = split.Scales(of_planes, torch.nn.functional.pad(masks, (0, pitch - length)))
-        scales = scales._replace(masks=scales.masks[None].to(on_triton))
-        exponents = subject.split_planes(memory, scales, of_planes, launches).cpu()
-        dt *= 2.0 ** masks[:, None] * 2.0 ** torch.nn.functional.pad(masks, (0, pitch - length))
+        padded = torch.nn.functional.pad(masks, (0, pitch - length))
+        scales = split.PlaneScales(of_planes, padded[None].to(on_triton))
+        exponents = subject.split_planes(memory, scales, launches).exponents.cpu()
+        dt *= 2.0 ** masks[:, None] * 2.0**padded
         assert torch.equal(exponents[0::2], of_planes.cpu())
         numbers = memory.cpu().view(torch.float16).double().unflatten(-1, (2, pitch))
         found = (numbers[:, :, 0] + numbers[:, :, 1] / 2**11) / 2.0 ** exponents[1].view(-1, 1, 1)

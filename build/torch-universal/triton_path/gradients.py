@@ -50,7 +50,7 @@ from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch, setting_of
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import Split, split_weights
+from ..triton_parts.split_operands import PlaneScales, Split, split_weights
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
@@ -358,16 +358,14 @@ class Sequence(NamedTuple):
         for first in range(0, product.shape[1], size):
             moments = self._planes_again(planes, first, moments)
             a, b, group = planes[None, 0], planes[None, 1], product[:, first : first + size]
-            exponents = masks = None
-            if self.split is not None:
-                exponents, masks = self._exponents(first, size), self.split.scales.masks
-            trimul_einsum_fwd(
-                self.call, self.launches, a, b, group, first, exponents=exponents, masks=masks
-            )
+            scales = self._scales_of(first, size)
+            trimul_einsum_fwd(self.call, self.launches, a, b, group, first, scales=scales)
         return moments
 
-    def _exponents(self, first: int, size: int) -> Tensor:
-        """Of the powers of two of a group's a and b, [2, G]."""
+    def _scales_of(self, first: int, size: int) -> PlaneScales | None:
+        """Those of a group's a and b, if they are split numbers."""
+        if self.split is None:
+            return None
         return self.split.scales.of_planes(self.call.hidden, slice(first, first + size))
 
     def _planes_again(self, planes: Tensor, first: int, moments: Tensor | None) -> Tensor:
@@ -498,14 +496,10 @@ class Sequence(NamedTuple):
         if self._merged:
             length = self.call.x.shape[2]
             operands = [of_sequences(tensor, length) for tensor in operands]
-        exponents = masks = None
-        if self.split is not None:
-            of_planes = self._exponents(first, len(grad))
-            exponents = split_planes(grad, self.split.scales, of_planes, self.launches)
-            masks = self.split.scales.masks
-        multiply_both(
-            self.call, self.launches, *operands, first, self._merged, exponents, masks
-        )
+        scales = self._scales_of(first, len(grad))
+        if scales is not None:
+            scales = split_planes(grad, scales, self.launches)
+        multiply_both(self.call, self.launches, *operands, first, self._merged, scales)
 
     def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
         """Fills dx and dmask from dq and planes [2D, R, pitch], da and db in groups of `size`.

@@ -109,12 +109,8 @@ def _product_by_groups(
         moments = fused_dual_gemm_fwd(
             call, launches, (a, b), (first, count), moments, scales=scales, folds=folds
         )
-        exponents = masks = None
-        if scales is not None:
-            exponents, masks = scales.of_planes(hidden, slice(first, end)), scales.masks
-        trimul_einsum_fwd(
-            call, launches, a, b, product[:, first:end], first, exponents=exponents, masks=masks
-        )
+        of_group = None if scales is None else scales.of_planes(hidden, slice(first, end))
+        trimul_einsum_fwd(call, launches, a, b, product[:, first:end], first, scales=of_group)
     return with_axes_of_x(moments, call.direction)
 
 

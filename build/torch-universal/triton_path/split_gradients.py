@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_parts.launch import Launches, PreparedLaunch, pointers
-from ..triton_parts.split_operands import Scales, power_of_two, split_plane
+from ..triton_parts.split_operands import PlaneScales, power_of_two, split_plane
 from ..triton_parts.split_rows import exponent_for
 
 _ELEMENTS = 16_384  # of a tile, which has whole rows: they are read before they are written
@@ -69,20 +69,20 @@ def _load_rows(
     return tile
 
 
-def split_planes(planes: Tensor, scales: Scales, of_planes: Tensor, launches: Launches) -> Tensor:
-    """Splits planes [G, L, pitch] of dt where they lie; returns exponents [3, G], of a, dt and b.
+def split_planes(planes: Tensor, scales: PlaneScales, launches: Launches) -> PlaneScales:
+    """Splits planes [G, L, pitch] of dt of one sequence where they lie.
 
-    `of_planes` [2, G] are those of a and b; `scales` are of one sequence.
+    Of the scales of a and b it makes those of a, dt and b.
     """
     exponents = torch.empty(3, len(planes), dtype=torch.float32, device=planes.device)
-    launches.of(("split_planes", len(planes)), _prepare, planes, of_planes).launch(
+    launches.of(("split_planes", len(planes)), _prepare, planes, scales.exponents).launch(
         planes_ptr=planes,
         split_ptr=planes.view(torch.float16),
-        of_planes_ptr=of_planes,
+        of_planes_ptr=scales.exponents,
         masks_ptr=scales.masks,
         exponents_ptr=exponents,
     )
-    return exponents
+    return scales._replace(exponents=exponents)
 
 
 def _prepare(planes: Tensor, of_planes: Tensor) -> PreparedLaunch:

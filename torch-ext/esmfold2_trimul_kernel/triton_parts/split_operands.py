@@ -360,9 +360,18 @@ class Scales(NamedTuple):
         """The scales of some sequences of the batch."""
         return self if self.masks is None else self._replace(masks=self.masks[entries])
 
-    def of_planes(self, hidden: int, channels: slice) -> Tensor:
-        """The exponents of the powers of two of some channels' a and b, [2, G]."""
-        return self.projections[2, : 2 * hidden].view(2, hidden)[:, channels]
+    def of_planes(self, hidden: int, channels: slice = slice(None)) -> "PlaneScales":
+        """Those of some channels' a and b."""
+        exponents = self.projections[2, : 2 * hidden].view(2, hidden)
+        return PlaneScales(exponents[:, channels], self.masks)
+
+
+class PlaneScales(NamedTuple):
+    """The scales of two planes of G channels that are multiplied."""
+
+    exponents: Tensor  # of their powers of two, [2, G] in fp32
+    masks: Tensor | None  # as in `Scales`
+    masked: str = "both"  # see `product_of_planes`
 
 
 class Split(NamedTuple):

@@ -175,16 +175,12 @@ def _multiply(
     """
     a, b = planes.unbind(1)
     moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales, folds=folds)
-    exponents = masks = None
-    if scales is not None:
-        exponents, masks = scales.of_planes(call.hidden, slice(None)), scales.masks
+    of_planes = None if scales is None else scales.of_planes(call.hidden)
     length = call.x.shape[2]
     if call.x.shape[1] > length:
         a, b, product = (of_sequences(tensor, length) for tensor in (a, b, product))
-    trimul_einsum_fwd(
-        call, launches, a, b, product, turned=(transposed, transposed), exponents=exponents,
-        masks=masks,
-    )  # fmt: skip
+    turned = transposed, transposed
+    trimul_einsum_fwd(call, launches, a, b, product, turned=turned, scales=of_planes)
     return moments
 
 

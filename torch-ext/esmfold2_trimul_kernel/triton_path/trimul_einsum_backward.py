@@ -17,6 +17,9 @@ from .._call import Call
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches, setting_of
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import PlaneScales
+
+_OF_TWO = slice(1, 3), slice(0, 2)  # of the exponents of a, dt and b those that give da and db
 
 
 class _Operands(NamedTuple):
@@ -49,28 +52,25 @@ def multiply_gradients(
     grad_b: Tensor,
     key: int,
     with_axes_of_x: bool = False,
-    exponents: Tensor | None = None,
-    masks: Tensor | None = None,
+    scales: PlaneScales | None = None,
 ) -> None:
     """da and then db from dt, a and b; all are [G, L, pitch].
 
     grad_b may be b. For "incoming" all but dt have the axes of x, or those that stage 1 gives a and
-    b. `key` identifies the launches among those of a call. With `exponents` [3, G], of a, dt and b,
-    these are split numbers, and `masks` is that of `trimul_einsum_fwd`.
+    b. `key` identifies the launches among those of a call. With `scales`, whose exponents are of a,
+    dt and b, these are split numbers.
     """
     operands = _Operands.of(call, with_axes_of_x)
-    masked = "left" if operands.grad_first else "right"
     of_a = of_b = None
-    if exponents is not None:
-        of_a, of_b = exponents[1:], exponents[:2]
+    if scales is not None:
+        scales = scales._replace(masked="left" if operands.grad_first else "right")
+        of_a, of_b = (scales._replace(exponents=scales.exponents[two]) for two in _OF_TWO)
     for other, out, turned, of_both in (
         (b, grad_a, operands.turned_a, of_a), (a, grad_b, operands.turned_b, of_b)
     ):  # fmt: skip
         left, right = operands.ordered(grad[None], other[None])
-        trimul_einsum_fwd(
-            call, launches, left, right, out[None], (key, turned), turned, exponents=of_both,
-            masks=masks, masked=masked,
-        )  # fmt: skip
+        out = out[None]
+        trimul_einsum_fwd(call, launches, left, right, out, (key, turned), turned, scales=of_both)
 
 
 def multiply_both(
@@ -81,8 +81,7 @@ def multiply_both(
     grad_planes: Tensor,
     key: int,
     with_axes_of_x: bool,
-    exponents: Tensor | None = None,
-    masks: Tensor | None = None,
+    scales: PlaneScales | None = None,
 ) -> None:
     """`multiply_gradients` of planes [2, G, L, pitch], in one launch where a variant has that.
 
@@ -92,7 +91,7 @@ def multiply_both(
     if config is None:
         a, b, grad_a, grad_b = *planes, *grad_planes
         multiply_gradients(
-            call, launches, grad, a, b, grad_a, grad_b, key, with_axes_of_x, exponents, masks
+            call, launches, grad, a, b, grad_a, grad_b, key, with_axes_of_x, scales
         )
         return
     variant, operands = hopper.kernels("plane_products"), _Operands.of(call, with_axes_of_x)

@@ -213,9 +213,9 @@ class SplitInputs(StageInputs):
         elif job.stage == "trimul_einsum":
             out = torch.empty_like(self.product)
             stage = submodule(self.kernel, "trimul_einsum_triton").trimul_einsum_fwd
-            exponents = scales.of_planes(call.hidden, slice(None))
+            of_planes = scales.of_planes(call.hidden)
             a, b = self.planes.chunk(2, dim=1)
-            stage(call, launches, a, b, out, config=config, exponents=exponents)
+            stage(call, launches, a, b, out, config=config, scales=of_planes)
         else:
             out = torch.empty_like(call.x)
             stage = submodule(self.kernel, "fused_ln_residual").fused_ln_residual_fwd
@@ -230,7 +230,7 @@ class SplitInputs(StageInputs):
             torch.use_deterministic_algorithms(False)
         if job.stage == "fused_dual_gemm":
             high, low = got.view(torch.float16).double().unflatten(-1, (2, -1)).unbind(-2)
-            exponents = self.scales.of_planes(self.call.hidden, slice(None)).double()
+            exponents = self.scales.of_planes(self.call.hidden).exponents.double()
             got = (high + low / 2**11) * 2 ** -exponents.reshape(1, -1, 1, 1)
         wanted = self.wanted[job.stage]
         if job.stage != "fused_ln_residual":
