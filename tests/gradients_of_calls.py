@@ -1,5 +1,6 @@
 """Gradients of one call of a public function, for tests on either path."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,24 @@ BF16 = torch.bfloat16
 LIMIT = 2e-5  # of the relative error of any float32 gradient
 RECOMPUTE = ("none", "product", "all")
 HALVES = ("gate_weight", "up_weight")  # of one matrix in ESMFold2's transitions
+
+
+@contextlib.contextmanager
+def in_many_parts(submodule, monkeypatch, configs: dict):
+    """A context in which stages have these settings, and short sequences chunks and groups."""
+    launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
+    pick = submodule("triton_parts.launch"), "pick_config"
+    monkeypatch.setattr(*pick, lambda stage, *_: configs[stage])
+    for name, value in (
+        ("_CHUNK_PAIRS", 27), ("SMALL_PLANES", 0), ("_SMALL_PLANES_AGAIN", 0),
+        ("_GROUP_ELEMENTS", 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(subject, name, value)
+    launches._launches.clear()
+    try:
+        yield
+    finally:
+        launches._launches.clear()
 
 
 def grad_of_output(problem: Problem) -> Tensor:

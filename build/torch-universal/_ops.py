@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_05abd4dc76"
+_NAMESPACE = "_esmfold2_trimul_kernel_f72676bce5"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

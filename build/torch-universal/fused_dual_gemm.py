@@ -246,16 +246,30 @@ def project_split(
     """As `project_pair`, of split numbers in tiles of BLOCK_K; the value in its planes' scale."""
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in tl.static_range(len(highs)):
-        high = load_weight_pair(
+        high, low = _load_split_pair(
             weight_pair, half, start_d, k * BLOCK_K, weight_gap, stride_first, stride_second,
-            D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
-        )  # fmt: skip
-        low = load_weight_pair(
-            weight_pair, half + 2, start_d, k * BLOCK_K, weight_gap, stride_first, stride_second,
             D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
         )  # fmt: skip
         acc = dot_split(highs[k], lows[k], high, low, acc)
     return _scaled_pair(acc, scales_ptr, half, start_d, C, D, BLOCK_N)
+
+
+@triton.jit
+def _load_split_pair(
+    weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHT_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of `load_weight_pair` of split weights, of their high and of their low numbers."""
+    high = load_weight_pair(
+        weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
+        D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+    )  # fmt: skip
+    low = load_weight_pair(
+        weight_pair, half + 2, start_d, start_k, weight_gap, stride_first, stride_second,
+        D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+    )  # fmt: skip
+    return high, low
 
 
 @triton.jit
@@ -297,18 +311,18 @@ def project_pair(
                 x.to(tl.float32), offs_k, first, mean, rstd, norm_weight_ptr, norm_bias_ptr,
                 C, C % BLOCK_K == 0,
             ).to(x_ptr.dtype.element_ty)  # fmt: skip
-        weights = load_weight_pair(
-            weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
-            D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
-        )  # fmt: skip
         if PRECISION == "fp16x3":
-            low = load_weight_pair(
-                weight_pair, half + 2, start_d, start_k, weight_gap, stride_first, stride_second,
+            high, low = _load_split_pair(
+                weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
                 D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
             rows_high, rows_low = split_tile(rows)
-            acc = dot_split(rows_high, rows_low, weights, low, acc)
+            acc = dot_split(rows_high, rows_low, high, low, acc)
         else:
+            weights = load_weight_pair(
+                weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
+                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+            )  # fmt: skip
             acc = dot(rows, weights.T, acc, PRECISION)
     if PRECISION == "fp16x3":
         return _scaled_pair(acc, scales_ptr, half, start_d, C, D, BLOCK_N)

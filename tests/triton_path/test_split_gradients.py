@@ -5,7 +5,7 @@ On a GPU whose target has no settings for it, all of this is skipped.
 
 import pytest
 import torch
-from gradients_of_calls import RECOMPUTE
+from gradients_of_calls import RECOMPUTE, in_many_parts
 from helpers import (
     as_call,
     leaves_of,
@@ -243,21 +243,10 @@ def test_settings(gradients, submodule, monkeypatch, descriptors, parts, block_n
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
         "row_products": config(32, 32, 32, 4, 2, persistent=2),
     }
-    monkeypatch.setattr(
-        submodule("triton_parts.launch"), "pick_config", lambda stage, *_: configs[stage]
-    )
-    launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
-    monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
-    for name in ("SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
-        monkeypatch.setattr(subject, name, 0)
-    monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
-    launches._launches.clear()
     problem = make_problem(9, 48, 32, mask="soft", drop_mask=True)
-    try:
+    with in_many_parts(submodule, monkeypatch, configs):
         for recompute in ("none", "all") if parts == 2 else ("none",):
             assert_exact(gradients(problem, recompute=recompute), problem)
-    finally:
-        launches._launches.clear()
 
 
 def test_planes_of_dt_in_their_memory(gradients, submodule, on_triton):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from gradients_of_calls import RECOMPUTE
+from gradients_of_calls import RECOMPUTE, in_many_parts
 from helpers import (
     Problem,
     as_call,
@@ -183,21 +183,11 @@ def test_chunks_groups_and_blocks_as_on_a_gpu(
         "fused_dual_gemm_bwd": config(64, 16, 32, 4, 2, descriptors),
         "row_products": config(32, 16, 32, 4, 2),
     }
-    launch = submodule("triton_parts.launch")
-    monkeypatch.setattr(launch, "pick_config", lambda stage, *_: configs[stage])
-    launches, subject = submodule("triton_path.launches"), submodule("triton_path.gradients")
-    monkeypatch.setattr(subject, "_CHUNK_PAIRS", 27)
-    for name in ("SMALL_PLANES", "_SMALL_PLANES_AGAIN"):
-        monkeypatch.setattr(subject, name, 0)
-    monkeypatch.setattr(subject, "_GROUP_ELEMENTS", 1)
-    launches._launches.clear()
     problem = make_problem(9, 40, 32, direction=direction, mask="soft", drop_mask=True)
-    assert subject.group_size(32, 9) == 16
-    try:
+    with in_many_parts(submodule, monkeypatch, configs):
+        assert submodule("triton_path.gradients").group_size(32, 9) == 16
         for recompute in RECOMPUTE:
             assert_gradients(backward(problem, recompute=recompute), problem, FLOAT32_BUDGET)
-    finally:
-        launches._launches.clear()
 
 
 @pytest.mark.parametrize("descriptors", [False, True])

@@ -39,7 +39,7 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import hold, load_chunks, load_first, normalise
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import Split, power_of_two
+from ..triton_parts.split_operands import Split, multiplied, power_of_two
 from ..triton_parts.split_rows import store_hat
 from ..triton_parts.tiles import (
     any_of,
@@ -196,7 +196,8 @@ class Stage1Gradients(NamedTuple):
     """The outputs of `fused_dual_gemm_bwd`, None where not wanted."""
 
     grads: torch.Tensor | None  # [R*L, 4D] in the dtype of x: dp, dg
-    hat_x: torch.Tensor | None  # x^ [R*L, C] in the dtype of x, see `store_hat`
+    # x^ [R*L, C] in the dtype of x; of split numbers [R*L, 2C] in float16, see `store_hat`
+    hat_x: torch.Tensor | None
     mask: torch.Tensor | None  # dmask [R, L], contiguous, in the dtype of the mask
     sums: torch.Tensor | None  # [`rows_of_sums`, 4D] in fp32, partial sums of dp and dg
 
@@ -217,15 +218,12 @@ def fused_dual_gemm_bwd(
     These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for
     tensors like these. `split` is of a call of split numbers.
     """
-    weights = call.weights if split is None else split.weights
+    weights = multiplied(call.weights, split)
     if prepared.variant == "hopper":
         variant = hopper.kernels("gated_rows_backward")
         tensors, made = (x, mask, moments, planes), (out.grads, out.hat_x, out.sums)
         variant.launch(prepared, tensors, made, folds)
         return
-    hat_x = out.hat_x
-    if split is not None and hat_x is not None:
-        hat_x = hat_x.view(torch.float16)
     prepared.launch(
         x_ptr=x,
         mask_ptr=mask,
@@ -233,7 +231,7 @@ def fused_dual_gemm_bwd(
         moments_ptr=moments,
         planes_ptr=planes,
         grads_ptr=out.grads,
-        hat_ptr=hat_x,
+        hat_ptr=out.hat_x,
         grad_mask_ptr=out.mask,
         sums_ptr=out.sums,
         norm_weight_ptr=weights.norm_in_weight,
@@ -269,7 +267,7 @@ def prepare_dual_gemm_bwd(
     The planes come in groups of `group` channels. `wanted` names outputs of `Stage1Gradients`. The
     first row is row `first_row` of its sequence. `split` is of a call of split numbers.
     """
-    weights = call.weights if split is None else split.weights
+    weights = multiplied(call.weights, split)
     count, length, channels = x.shape
     hidden, pitch = planes.shape[0] // 2, planes.shape[2]
     device = device_target(x.device)

@@ -52,7 +52,7 @@ from ..triton_parts.layer_norm import (
     store_means_of_projection,
 )
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import Split, dot_weight, scaled
+from ..triton_parts.split_operands import Split, dot_weight, multiplied, scaled
 from ..triton_parts.tiles import (
     add_bias,
     any_of,
@@ -333,7 +333,7 @@ def fused_ln_residual_bwd(
         variant.launch(rows, weights, emit_means, prepared, out, folded)
         return
     emit_scale, emit_shift = emit_means
-    multiplied = weights if split is None else split.weights
+    of_products = multiplied(weights, split)
     prepared.launch(
         t_ptr=rows.t,
         t_planes=rows.t,
@@ -347,13 +347,13 @@ def fused_ln_residual_bwd(
         rows_ptr=out.rows,
         grad_drop_ptr=out.drop_mask,
         sums_ptr=out.sums,
-        norm_in_weight_ptr=multiplied.norm_in_weight,
-        norm_in_bias_ptr=multiplied.norm_in_bias,
-        norm_out_weight_ptr=multiplied.norm_out_weight,
-        emit_weight=multiplied.p_out_weight,
+        norm_in_weight_ptr=of_products.norm_in_weight,
+        norm_in_bias_ptr=of_products.norm_in_bias,
+        norm_out_weight_ptr=of_products.norm_out_weight,
+        emit_weight=of_products.p_out_weight,
         emit_bias_ptr=weights.p_out_bias,
-        gate_weight=multiplied.g_out_weight,
-        gate_bias_ptr=multiplied.g_out_bias,
+        gate_weight=of_products.g_out_weight,
+        gate_bias_ptr=of_products.g_out_bias,
         emit_scale_ptr=emit_scale,
         emit_shift_ptr=emit_shift,
         scales_ptr=None if split is None else split.scales.projections,
@@ -404,8 +404,8 @@ def prepare_ln_residual_bwd(
     if drop_mask is not None:
         drop_strides = strides(drop_mask.squeeze(1) if drop_rows else drop_mask)
     elements = 16 // x.element_size()
-    multiplied = weights if split is None else split.weights
-    emit, gate = multiplied.p_out_weight, multiplied.g_out_weight
+    of_products = multiplied(weights, split)
+    emit, gate = of_products.p_out_weight, of_products.g_out_weight
     descriptors = config.descriptors and has_descriptor(emit) and has_descriptor(gate)
     t_planes = emit_arg = gate_arg = None
     if descriptors:

@@ -26,7 +26,7 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import normalise
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import Split
+from ..triton_parts.split_operands import Split, multiplied
 from ..triton_parts.split_rows import dot_rows, store_hat
 from ..triton_parts.tiles import (
     any_of,
@@ -128,12 +128,12 @@ def norm_out_bwd(
     lengths: torch.Tensor | None = None,
     split: Split | None = None,
 ) -> None:
-    """Fills grad_t [D, R, pitch] and, where given, hat_t [R*L, D] with t^, as `store_hat` does.
+    """Fills grad_t [D, R, pitch] and, where given, hat_t [R*L, D] with t^.
 
     t is [D, R, pitch]; `fused_ln_residual_bwd` wrote grad_emit [R*L, C] and `rows` [5, R*L]. Both
     outputs have the dtype of t, and grad_t may be t. `prepared` is from `prepare_norm_out_bwd` for
     tensors like these. `lengths` [1] int32 is the length of a padded sequence. `split` is of a call
-    of split numbers.
+    of split numbers, whose hat_t is [R*L, 2D] in float16: see `store_hat`.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("norm_backward")
@@ -145,8 +145,8 @@ def norm_out_bwd(
         rows_ptr=rows,
         lengths_ptr=lengths,
         grad_t_ptr=grad_t,
-        hat_ptr=hat_t if split is None or hat_t is None else hat_t.view(torch.float16),
-        emit_weight=weights.p_out_weight if split is None else split.weights.p_out_weight,
+        hat_ptr=hat_t,
+        emit_weight=multiplied(weights, split).p_out_weight,
         norm_weight_ptr=weights.norm_out_weight,
         factors_ptr=None if split is None else split.factors,
     )
@@ -191,7 +191,7 @@ def prepare_norm_out_bwd(
         ),
         values=dict(
             R=count, L=length, pitch=pitch, first_row=first_row,
-            stride_emit=(weight if split is None else split.weights.p_out_weight).stride(0),
+            stride_emit=multiplied(weights, split).p_out_weight.stride(0),
             **named_strides("t", "di", t.stride()[:2]),
             **named_strides("grad", "di", grad_t.stride()[:2]),
         ),

@@ -160,8 +160,6 @@ def row_products(
         variant = hopper.kernels("row_products")
         variant.launch(prepared, left, last, right, parts.products, parts.sums, partial)
         return parts
-    if prepared.constants["PRECISION"] == FP16X3:
-        right = right.view(torch.float16)
     prepared.launch(
         left_ptr=left,
         last_ptr=last,
@@ -186,13 +184,15 @@ def prepare_row_products(
 ) -> PreparedLaunch:
     """The launch of `row_products` for rows like these: left [M, N] and right [M, K].
 
-    Rows have unit stride and one dtype; `precision` is a word of the kernels, for float32. About
+    Rows have unit stride and one dtype; `precision` is a word of the kernels, for float32. With
+    "fp16x3" right is [M, 2K] in float16, of `store_hat`. About
     `programs` programs share the work, by default as many as the setting has for each
     multiprocessor. The launch has settings of its own `with_sums` of left. It adds to parts like
     `parts`, or makes them.
     """
     rows, width_n = left.shape
-    width_k = right.shape[1]
+    split = precision == FP16X3
+    width_k = right.shape[1] // 2 if split else right.shape[1]
     width_last = 0 if last is None else last.shape[1]
     width_n += width_last
     device = device_target(left.device)
@@ -200,7 +200,6 @@ def prepare_row_products(
     variants = hopper.variants("row_products", "takes", right, left, right, last)
     if config is None:
         width = max(width_n, width_k)
-        split = precision == FP16X3
         config = setting_of(stage, left, width, math.isqrt(rows), 1, variants, split)
     if programs is None:
         programs = device.multiprocessors * max(1, config.persistent)
@@ -230,8 +229,7 @@ def prepare_row_products(
         values=dict(
             M=rows, part=part, accumulate=int(parts is not None),
             partials=0 if partial is None else partial.shape[0],
-            stride_left=left.stride(0),
-            stride_right=right.stride(0) * (2 if precision == FP16X3 else 1),  # in float16
+            stride_left=left.stride(0), stride_right=right.stride(0),
             stride_last=0 if last is None else last.stride(0),
         ),
         constants=constants,

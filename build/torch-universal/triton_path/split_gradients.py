@@ -10,8 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_parts.launch import Launches, PreparedLaunch, pointers
-from ..triton_parts.split_operands import PlaneScales, power_of_two, split_plane
-from ..triton_parts.split_rows import exponent_for
+from ..triton_parts.split_operands import (
+    PlaneScales,
+    exponent_for,
+    largest_finite,
+    power_of_two,
+    split_plane,
+)
 
 _ELEMENTS = 16_384  # of a tile, which has whole rows: they are read before they are written
 
@@ -31,8 +36,7 @@ def _split_planes_kernel(
         tile = _load_rows(
             planes_ptr, masks_ptr, channel, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
         )
-        sizes = tl.abs(tile)
-        largest = tl.maximum(largest, tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1))
+        largest = tl.maximum(largest, largest_finite(tile, 1))
     exponent = exponent_for(tl.max(largest, 0))
     scale = power_of_two(exponent)
     for start in range(0, R, BLOCK_R):

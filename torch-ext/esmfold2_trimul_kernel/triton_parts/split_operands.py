@@ -179,6 +179,19 @@ def exponent_of(x):
 
 
 @triton.jit
+def exponent_for(largest):
+    """The exponent of the power of two that brings what is at most `largest` >= 0 below 2^15."""
+    return tl.minimum(14 - exponent_of(largest), 126)
+
+
+@triton.jit
+def largest_finite(x, AXIS: tl.constexpr):
+    """The largest |x| along an axis of those that are finite; 0 if none is."""
+    sizes = tl.abs(x)
+    return tl.max(tl.where(sizes < float("inf"), sizes, 0.0), AXIS)
+
+
+@triton.jit
 def _split_weights_kernel(
     p_in_weight_ptr, g_in_weight_ptr, p_out_weight_ptr, g_out_weight_ptr,
     norm_in_weight_ptr, norm_in_bias_ptr, norm_out_weight_ptr, norm_out_bias_ptr,
@@ -246,8 +259,8 @@ def _mask_exponents_kernel(
         p = start + tl.arange(0, BLOCK_P)
         valid = (q < length)[:, None] & (p < length)[None, :]
         ptrs = mask_ptr + rows[:, None] + (p.to(tl.int64) * stride_mask_p)[None, :]
-        sizes = tl.abs(tl.load(ptrs, mask=valid, other=0).to(tl.float32))
-        largest = tl.maximum(largest, tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1))
+        mask = tl.load(ptrs, mask=valid, other=0).to(tl.float32)
+        largest = tl.maximum(largest, largest_finite(mask, 1))
     exponent = exponent_of(largest)
     exponent += (largest > power_of_two(exponent)).to(tl.int32)
     exponent = tl.where(largest > 0, tl.minimum(tl.maximum(exponent, -126), 126), 0)
@@ -279,7 +292,7 @@ def _split_rows(
     finite = tl.where(sizes < float("inf"), weight, 0.0)
     unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
     # Together within the exponents of fp32.
-    up = tl.minimum(14 - exponent_of(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
+    up = tl.minimum(exponent_for(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
     weight *= power_of_two(up)[:, None]
     high, low = split_tile(weight)
     # An infinite weight is a low number: those meet the high numbers of rows alone, whose signs are
@@ -329,10 +342,8 @@ def _norm_of(norm_ptr, norm_bias_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 def _norm_exponent(norm_ptr, norm_bias_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The exponent of the power of two of rows with this norm: they stay below 2^15."""
     weight, bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)
-    weight, bias = tl.abs(weight), tl.abs(bias)
-    largest = tl.max(tl.where(weight < float("inf"), weight, 0.0), 0) * tl.sqrt(K * 1.0)
-    largest += tl.max(tl.where(bias < float("inf"), bias, 0.0), 0)
-    return tl.maximum(tl.minimum(14 - exponent_of(largest), 126), -113)
+    largest = largest_finite(weight, 0) * tl.sqrt(K * 1.0) + largest_finite(bias, 0)
+    return tl.maximum(exponent_for(largest), -113)
 
 
 @triton.jit
@@ -384,6 +395,11 @@ class Split(NamedTuple):
     def factors(self) -> Tensor:
         """Of the split rows of all projections, [4D + 2C]."""
         return self.scales.projections[3]
+
+
+def multiplied(weights: Weights, split: Split | None) -> Weights:
+    """The weights as products take them."""
+    return weights if split is None else split.weights
 
 
 def split_weights(call: Call, launches: Launches) -> tuple[Call, Scales | None]:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .split_operands import (
     LOW,
-    exponent_of,
+    exponent_for,
     load_split_weight,
     power_of_two,
     split_plane,
@@ -20,12 +20,6 @@ from .tiles import dot, load_weight, store_tile
 
 # Of rows that are normalised without a norm's weights: sqrt(K) <= 16 times it stays below 2^15.
 _HAT = tl.constexpr(2.0**10)
-
-
-@triton.jit
-def exponent_for(largest):
-    """The exponent of the power of two that brings what is at most `largest` >= 0 below 2^15."""
-    return tl.minimum(14 - exponent_of(largest), 126)
 
 
 @triton.jit

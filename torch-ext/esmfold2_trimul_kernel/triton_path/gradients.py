@@ -50,7 +50,7 @@ from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches, PreparedLaunch, setting_of
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import PlaneScales, Split, split_weights
+from ..triton_parts.split_operands import PlaneScales, Split, multiplied, split_weights
 from ..triton_parts.tiles import padded_pitch
 from .fused_dual_gemm_backward import (
     Stage1Gradients,
@@ -182,7 +182,7 @@ def run_backward(
         size = batch // merged, -1, merged * length, product.shape[-1]
         product, moments = product.view(size), moments.view(size)
         planes = planes.view(batch // merged, 2, *product.shape[1:])
-    multiplied, scales = split_weights(call, launches)
+    of_products, scales = split_weights(call, launches)
     grad_q = memory_of_grad_q(call, wanted, by_rows)
     to_grad_x = setting_to_grad_x(call, wanted, launches)
     norms = Norms(launches, weights, call.precision)
@@ -199,7 +199,7 @@ def run_backward(
             to_grad_x,
             split=None
             if scales is None
-            else Split(multiplied.weights, scales.of_entries(sequence)),
+            else Split(of_products.weights, scales.of_entries(sequence)),
         ).run(
             grad_out[entry],
             None if product is None else product[sequence],
@@ -372,9 +372,8 @@ class Sequence(NamedTuple):
         """Fills planes [2, G, L, pitch] with a and b, channels `first` on; returns the moments."""
         group = first, planes.shape[1]
         both = planes[None, 0], planes[None, 1]
-        call, scales = self.call, None
-        if self.split is not None:
-            call, scales = call._replace(weights=self.split.weights), self.split.scales
+        call = self.call._replace(weights=multiplied(self.call.weights, self.split))
+        scales = None if self.split is None else self.split.scales
         return fused_dual_gemm_fwd(
             call, self.launches, both, group, moments, scales=scales, folds=self.norms.folds
         )
@@ -403,6 +402,10 @@ class Sequence(NamedTuple):
             4 * hidden if wanted.projections else 0,
             channels if wanted.parameters else 0,
         )
+
+    def _normal(self, rows: Tensor | None) -> Tensor | None:
+        """Memory for normalised rows, as their products take them."""
+        return rows if self.split is None or rows is None else rows.view(torch.float16)
 
     def _first_row(self, chunk: slice) -> int:
         """The first row of a launch; 0 without lengths, where every chunk can share a launch."""
@@ -439,6 +442,7 @@ class Sequence(NamedTuple):
                 call.precision, wanted.of_stage_3, None, first_row, self.split,
             )  # fmt: skip
             emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
+            hat_t = self._normal(hat_t)
             out = Stage3Gradients(
                 emit=emit,
                 gate=grad_q,
@@ -516,7 +520,7 @@ class Sequence(NamedTuple):
             for chunk in chunks:
                 self._stage_1_to_grad_x(chunk, planes, moments, size, memory)
             return
-        into = weights if self.split is None else self.split.weights
+        into = multiplied(weights, self.split)
         into = into.p_in_weight, into.g_in_weight, into.g_out_weight
         outputs = wanted.of_stage_1
         for chunk in chunks:
@@ -531,7 +535,7 @@ class Sequence(NamedTuple):
                 first_row, self.split,
             )  # fmt: skip
             grads, hat_x = _row_buffers(memory, count, widths)
-            sums = None
+            hat_x, sums = self._normal(hat_x), None
             if wanted.parameters:
                 sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
             out = Stage1Gradients(grads, hat_x, mask_out, sums)
