@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f72676bce5"
+_NAMESPACE = "_esmfold2_trimul_kernel_fe558d841a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -16,11 +16,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-FORWARD_STAGES = ("fused_dual_gemm", "trimul_einsum", "fused_ln_residual")
 # Those of the triangle multiplication, whose float32 operands may be split.
 TRIANGLE_STAGES = (
-    *FORWARD_STAGES, "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_bwd",
-    "row_products", "input_bwd",
+    "fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "fused_ln_residual_bwd",
+    "norm_out_bwd", "fused_dual_gemm_bwd", "row_products", "input_bwd",
 )  # fmt: skip
 STAGES = (
     *TRIANGLE_STAGES, "swiglu_hidden", "row_linear", "swiglu_projections", "swiglu_bwd",
