@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_fe558d841a"
+_NAMESPACE = "_esmfold2_trimul_kernel_27dab906bd"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -76,3 +76,14 @@ def test_a_descriptor_keeps_its_type(submodule):
     x = torch.zeros(4)
     based = submodule("triton_parts.launch")._based(Descriptor(), x)
     assert type(based) is Descriptor and based.base is x and based.shape == [4]
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 8), (1, 2, 24), (5, 1, 24), (3, 8)])
+def test_a_descriptor_of_any_tensor_that_may_have_one(submodule, shape):
+    """An axis of length 1 has a stride that nobody uses, and that TMA would refuse."""
+    launch = submodule("triton_parts.launch")
+    tensor = torch.zeros(shape, dtype=torch.bfloat16)
+    assert launch.has_descriptor(tensor)
+    made = launch.descriptor_of(tensor, tensor.shape, tensor.stride(), [16] * tensor.ndim)
+    for size, stride, own in zip(shape, made.strides, tensor.stride(), strict=True):
+        assert stride == own if size > 1 else stride % 8 == 0 < stride

@@ -265,3 +265,12 @@ def test_rows_alone_are_those_among_others(stage, config_of):
     whole = stage(problem, config)
     for rows in (slice(0, 32), slice(32, 96), slice(64, 65)):
         assert torch.equal(stage(problem, config, rows=rows), whole[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_row_of_odd_widths_with_descriptors(stage, config_of, dtype):
+    """One row of hidden channels may be at any stride from the next, which is none."""
+    problem = make_transition((1, 83), 83, dtype=dtype)
+    config = config_of(16, 16, 16, 4, 2, True)
+    assert_hidden(stage(problem, config), problem)
+    assert_projections(stage(problem, config, projections=True), problem)

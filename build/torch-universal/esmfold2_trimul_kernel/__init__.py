@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_fe558d841a"
+_BUILD_ID = "_esmfold2_trimul_kernel_27dab906bd"
 
 
 def _load_package() -> ModuleType:

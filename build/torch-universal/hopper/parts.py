@@ -33,6 +33,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..triton_parts.launch import steps_between
 from .folded_norm import EXTRA
 
 ROWS = 64  # of a consumer's tile
@@ -446,10 +447,9 @@ def shared_layout(block: Sequence[int]) -> gl.NVMMASharedLayout:
 def tma_descriptor(
     tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
 ) -> TensorDescriptor:
-    """`launch.descriptor_of` for a Gluon kernel; an axis of length 1 may have any stride."""
-    steps = [16 if size == 1 else step for size, step in zip(shape[:-1], strides[:-1], strict=True)]
-    layout = shared_layout(block)
-    found = TensorDescriptor(tensor, list(shape), [*steps, 1], list(block), layout)
+    """`launch.descriptor_of` for a Gluon kernel."""
+    steps, layout = steps_between(shape, strides), shared_layout(block)
+    found = TensorDescriptor(tensor, list(shape), steps, list(block), layout)
     found.base = None  # or it would keep the tensor alive
     return found
 

@@ -308,9 +308,15 @@ def descriptor_of(
     tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
 ) -> TensorDescriptor:
     """A descriptor for tensors like this one; each launch gives it its tensor."""
-    descriptor = TensorDescriptor(tensor, list(shape), list(strides), block)
+    descriptor = TensorDescriptor(tensor, list(shape), steps_between(shape, strides), block)
     descriptor.base = None  # or it would keep the tensor alive
     return descriptor
+
+
+def steps_between(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """A descriptor's strides: an axis of length 1 may have any, of which TMA allows few."""
+    outer = zip(shape[:-1], strides[:-1], strict=True)
+    return [*[16 if size == 1 else stride for size, stride in outer], strides[-1]]
 
 
 def dot_precision(precision: str, fp32_dots: tuple[str, ...], fastest: str = "") -> str:
