@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_27dab906bd"
+_NAMESPACE = "_esmfold2_trimul_kernel_4f5a87d771"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -195,10 +195,11 @@ def _fused_dual_gemm_fwd_kernel(
         half = block // BLOCKS
         start_n = (block - half * BLOCKS) * BLOCK_N
         if SPLIT_OPERANDS:
+            value_row = half * D + first_channel + start_n
             value, gate = project_split(
                 highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second,
-                half, first_channel + start_n, C, D, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT,
-                DESCRIPTORS,
+                half, first_channel + start_n, value_row, 2 * D + value_row,
+                C, D, 2, 4 * D + 2 * C, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
         else:
             value, gate = project_pair(
@@ -239,48 +240,54 @@ def _fused_dual_gemm_fwd_kernel(
 @triton.jit
 def project_split(
     highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second, half, start_d,
-    C: tl.constexpr, D: tl.constexpr,
+    value_row, gate_row, C: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """As `project_pair`, of split numbers in tiles of BLOCK_K; the value in its planes' scale."""
+    """As `project_pair`, of split numbers in tiles of BLOCK_K; a plane's value in its scale.
+
+    The projections are [PARTS * D, C]. Of the TOTAL rows that have scales these are the BLOCK_N
+    from `value_row` and from `gate_row` on.
+    """
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in tl.static_range(len(highs)):
         high, low = _load_split_pair(
             weight_pair, half, start_d, k * BLOCK_K, weight_gap, stride_first, stride_second,
-            D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+            D, C, PARTS, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
         )  # fmt: skip
         acc = dot_split(highs[k], lows[k], high, low, acc)
-    return _scaled_pair(acc, scales_ptr, half, start_d, C, D, BLOCK_N)
+    return _scaled_pair(acc, scales_ptr, value_row, gate_row, TOTAL)
 
 
 @triton.jit
 def _load_split_pair(
     weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
-    D: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of `load_weight_pair` of split weights, of their high and of their low numbers."""
+    """The tiles of `load_weight_pair` of split weights, of their high and of their low numbers.
+
+    The low numbers lie PARTS * D rows below the high ones.
+    """
     high = load_weight_pair(
         weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
         D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
     )  # fmt: skip
     low = load_weight_pair(
-        weight_pair, half + 2, start_d, start_k, weight_gap, stride_first, stride_second,
+        weight_pair, half + PARTS, start_d, start_k, weight_gap, stride_first, stride_second,
         D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
     )  # fmt: skip
     return high, low
 
 
 @triton.jit
-def _scaled_pair(
-    acc, scales_ptr, half, start_d, C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Value and gate of acc [M, 2 * BLOCK_N], of split numbers."""
+def _scaled_pair(acc, scales_ptr, value_row, gate_row, TOTAL: tl.constexpr):
+    """Value and gate [M, N] of acc [M, 2N], of split numbers."""
     value, gate = halves(acc)
-    rows = half * D + start_d + tl.arange(0, BLOCK_N)
-    value = scaled(value, scales_ptr, rows, 4 * D + 2 * C)
-    gate = scaled(gate, scales_ptr, 2 * D + rows, 4 * D + 2 * C)
+    offs_n = tl.arange(0, value.shape[1])
+    value = scaled(value, scales_ptr, value_row + offs_n, TOTAL)
+    gate = scaled(gate, scales_ptr, gate_row + offs_n, TOTAL)
     return value, gate
 
 
@@ -314,7 +321,7 @@ def project_pair(
         if PRECISION == "fp16x3":
             high, low = _load_split_pair(
                 weight_pair, half, start_d, start_k, weight_gap, stride_first, stride_second,
-                D, C, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+                D, C, 2, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
             rows_high, rows_low = split_tile(rows)
             acc = dot_split(rows_high, rows_low, high, low, acc)
@@ -325,7 +332,8 @@ def project_pair(
             )  # fmt: skip
             acc = dot(rows, weights.T, acc, PRECISION)
     if PRECISION == "fp16x3":
-        return _scaled_pair(acc, scales_ptr, half, start_d, C, D, BLOCK_N)
+        value_row = half * D + start_d
+        return _scaled_pair(acc, scales_ptr, value_row, 2 * D + value_row, 4 * D + 2 * C)
     # Each thread holds both the values and their gates: this moves no data.
     value, gate = halves(acc)
     if GATE_FIRST:

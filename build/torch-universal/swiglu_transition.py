@@ -50,8 +50,9 @@ def swiglu_transition(
         gate_bias, up_bias, down_bias: [H], [H] and [C], any of the three dtypes, or None.
         residual: like x; may be x itself. None gives the update alone.
         eps: added to the variance by the LayerNorm.
-        precision: as for `triangle_multiplicative_update_with_residual` on other than Hopper GPUs:
-            "fp16x3" is "TF32x3" here, and None follows torch's setting.
+        precision: as for `triangle_multiplicative_update_with_residual`. With "fp16x3" transitions
+            take a third of the time of "TF32x3"; it has C up to 256 and H up to 2,048, both
+            multiples of 16.
         inplace: write the result over residual and return residual, which must be contiguous, and
             be x itself or share no memory with another argument. Not where a gradient is needed.
         lengths: as for `triangle_multiplicative_update`; then x must be [..., L, L, C]. A pair with

@@ -46,7 +46,8 @@ BACKWARD = {
 }  # fmt: skip
 
 WITHOUT_PRODUCT = {
-    "fold_norms", "fold_norms_bwd", "padding", "split_weights", "mask_exponents", "split_planes",
+    "fold_norms", "fold_norms_bwd", "padding", "split_weights", "split_transition",
+    "mask_exponents", "split_planes",
     "emit_means",
     "projection_gradients", "norm_gradients",
 }  # fmt: skip
@@ -136,7 +137,7 @@ def assert_settings_fit(target, cases, **options):
         if target == "sm_90" and case.dtype == torch.bfloat16 and case.width <= widest:
             wanted = wanted - {"swiglu_hidden", "row_linear"} | {"transition"}
         if target == "sm_90" and case in SPLIT:
-            wanted = wanted | {"split_weights", "mask_exponents"}
+            wanted = wanted | {"split_weights", "split_transition", "mask_exponents"}
             if case in BACKWARD_CASES:
                 wanted = wanted | {"split_planes"}
         assert set(kernels) == wanted and len(kernels) == len(wanted)

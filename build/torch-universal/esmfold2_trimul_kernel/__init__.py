@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_27dab906bd"
+_BUILD_ID = "_esmfold2_trimul_kernel_4f5a87d771"
 
 
 def _load_package() -> ModuleType:

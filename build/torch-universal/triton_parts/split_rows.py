@@ -16,7 +16,7 @@ from .split_operands import (
     split_plane,
     split_tile,
 )
-from .tiles import dot, load_weight, store_tile
+from .tiles import dot, load_tile, load_weight, store_tile
 
 # Of rows that are normalised without a norm's weights: sqrt(K) <= 16 times it stays below 2^15.
 _HAT = tl.constexpr(2.0**10)
@@ -53,14 +53,77 @@ def dot_rows(
 
 
 @triton.jit
-def dot_columns(left, hat_high, hat_low, acc):
-    """acc + left^T hat in fp32: left [M, N] in fp32, and rows hat [M, K] of `store_hat`."""
-    exponent = exponent_for(tl.max(tl.abs(left), 0))
-    high, low = split_tile(left * power_of_two(exponent)[None, :])
+def multiply_rows(
+    rows_ptr, rows, weight, stride_weight, start_m, start_n, valid_m, end_k,
+    N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] tile of rows W^T in fp32: contiguous rows [M, K], W [N, K].
+
+    Summed over k below `end_k`, which is K or 0. `rows` describes the rows where there are
+    DESCRIPTORS, and `weight` W. With PRECISION "fp16x3" W is split by rows, high numbers [N, K] and
+    below them low ones, and the result is in its scale.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    offs_rows = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * K
+    for start_k in range(0, end_k, BLOCK_K):
+        if DESCRIPTORS:
+            left = rows.load([start_m, start_k])
+        else:
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            left = load_tile(rows_ptr, offs_rows, offs_k, 1, valid_m, K, K % BLOCK_K == 0)
+        if PRECISION == "fp16x3":
+            exponent = exponent_for(tl.max(tl.abs(left), 1))
+            high, low = split_tile(left * power_of_two(exponent)[:, None])
+            weight_high, weight_low = load_split_weight(
+                weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
+            )
+            block = tl.dot(low, weight_high.T)
+            block = tl.dot(high, weight_low.T, block)
+            block = tl.dot(high, weight_high.T, block)
+            acc += block * power_of_two(-exponent)[:, None]
+        else:
+            right = load_weight(
+                weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
+            )
+            acc = dot(left, right.T, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def split_columns(x):
+    """x [M, N] in fp32 as split numbers, multiplied by powers of two [N], with their inverses."""
+    exponent = exponent_for(tl.max(tl.abs(x), 0))
+    high, low = split_tile(x * power_of_two(exponent)[None, :])
+    return high, low, power_of_two(-exponent)
+
+
+@triton.jit
+def dot_hat(high, low, inverse, hat_high, hat_low, acc):
+    """acc + left^T hat in fp32: left of `split_columns`, and rows hat [M, K] of `store_hat`."""
     block = tl.dot(high.T, hat_low) * (1.0 / LOW)
     block = tl.dot(low.T, hat_high, block)
     block = tl.dot(high.T, hat_high, block)
-    return acc + block * (power_of_two(-exponent) * (1.0 / _HAT))[:, None]
+    return acc + block * (inverse * (1.0 / _HAT))[:, None]
+
+
+@triton.jit
+def dot_columns(high, low, inverse, right, acc):
+    """acc + left^T right in fp32: left of `split_columns`, and right [M, K] in fp32."""
+    right_high, right_low, right_inverse = split_columns(right)
+    block = tl.dot(low.T, right_high)
+    block = tl.dot(high.T, right_low, block)
+    block = tl.dot(high.T, right_high, block)
+    # In two steps: together they may leave the exponents of fp32.
+    return acc + block * inverse[:, None] * right_inverse[None, :]
+
+
+@triton.jit
+def sum_columns(high, low, inverse, ones):
+    """Of left of `split_columns` the sums over rows, [N, 16] with equal columns."""
+    block = tl.dot(low.T, ones)
+    return tl.dot(high.T, ones, block) * inverse[:, None]
 
 
 @triton.jit

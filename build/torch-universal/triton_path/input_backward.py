@@ -34,7 +34,7 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.layer_norm import load_first, normalise
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import FP16X3, Split
+from ..triton_parts.split_operands import FP16X3
 from ..triton_parts.split_rows import dot_rows
 from ..triton_parts.tiles import (
     any_of,
@@ -251,14 +251,14 @@ def input_bwd(
     grad_x: torch.Tensor,
     prepared: PreparedLaunch,
     lengths: torch.Tensor | None = None,
-    split: Split | None = None,
+    factors: torch.Tensor | None = None,
 ) -> None:
     """Fills grad_x [R, L, C], contiguous, from pair [R*L, 2N] and gate [R*L, C], dq.
 
     grad_x may be the gate's memory if `holds_rows`. x is [R, L, C], moments [2, R, L], weights are
     Wp, Wg and Wo. `prepared` is from `prepare_input_bwd` for tensors like these. `lengths` [1]
-    int32 is the length of a padded sequence. `split` is of a call of split numbers, as the weights
-    are then.
+    int32 is the length of a padded sequence. `factors` are of the rows of split weights: of Wp, of
+    Wg, and C rows on of Wo.
     """
     if prepared.variant == "hopper":
         variant = hopper.kernels("input_backward")
@@ -276,7 +276,7 @@ def input_bwd(
         second_weight=weights[1],
         gate_weight=weights[-1],
         norm_weight_ptr=norm_weight,
-        factors_ptr=None if split is None else split.factors,
+        factors_ptr=factors,
         grad_x_ptr=grad_x,
     )
 

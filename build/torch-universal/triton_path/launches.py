@@ -66,20 +66,40 @@ def twin_of(call: Call | Transition) -> Call | Transition:
     return call.of(tuple([twin(v) if isinstance(v, Tensor) else v for v in call.flat()]))
 
 
+def notes_on_precision(given: Call | Transition, call: Call | Transition) -> list[str]:
+    """Which float32 products a call has, as it was given, if nobody asked for them."""
+    if call.x.dtype != torch.float32:
+        return []
+    wanted, reason, notes = wants_split(call._replace(precision=given.precision)), refusal(call), []
+    if given.precision == FP16X3 and reason is not None:
+        notes.append(f"precision 'fp16x3' is run as TF32x3: {reason}")
+    elif wanted and reason is not None:
+        notes.append(f"products are not the default's, 'fp16x3': {reason}")
+    elif wanted and given.precision == "default":
+        notes.append("products are those of float32, in three of float16: TF32 takes longer")
+    if call.precision == "fp32":
+        notes.append("products are those of float32, as nothing allowed TF32")
+    return notes
+
+
 def with_precision(found: Plan, stage: str, call: Call | Transition) -> Plan:
     """A plan with the precision of float32 products, from `stage`, of a call for kernels."""
     if call.x.dtype != torch.float32:
         return found
-    if call.precision == "fp32":
-        found.notes.append("products are those of float32, as nothing allowed TF32")
     return found._replace(precision=found.stages[stage].constants["PRECISION"])
 
 
 def for_kernels(call: Call | Transition) -> Call | Transition:
     """The call with one of the kernels' precisions, and parameters with unit last stride.
 
-    "fp16x3", which the triangle alone can have, becomes "tf32x3".
+    The precision is "fp16x3" if the call `splits` its operands.
     """
+    made = for_unsplit_kernels(call)
+    return made._replace(precision=FP16X3) if splits(call) else made
+
+
+def for_unsplit_kernels(call: Call | Transition) -> Call | Transition:
+    """As `for_kernels`, with "tf32x3" for "fp16x3"."""
     weights, precision = call.weights, call.precision
     if precision == "default":
         precision = "tf32" if torch_allows_tf32() else "fp32"
@@ -96,14 +116,14 @@ def for_kernels(call: Call | Transition) -> Call | Transition:
     return call._replace(weights=weights, precision=precision)
 
 
-def wants_split(call: Call) -> bool:
+def wants_split(call: Call | Transition) -> bool:
     """Whether "fp16x3" is asked for, or is what the target does where nothing is."""
     if call.precision == "default":
         return is_default(call.x.device)
     return call.precision == FP16X3
 
 
-def splits(call: Call) -> bool:
+def splits(call: Call | Transition) -> bool:
     """Whether "fp16x3" is wanted and can be had."""
     return wants_split(call) and refusal(call) is None
 
@@ -152,12 +172,6 @@ def _divisor(batch: int, most: int) -> int:
     """The largest divisor of `batch` up to `most`, or 1."""
     sizes = range(1, min(batch, most) + 1)
     return max([size for size in sizes if batch % size == 0], default=1)
-
-
-def for_triangle(call: Call) -> Call:
-    """As `for_kernels`; the precision is "fp16x3" for a call that splits its operands."""
-    made = for_kernels(call)
-    return made._replace(precision=FP16X3) if splits(call) else made
 
 
 def current_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -31,11 +31,12 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import FP16X3, scaled
+from ..triton_parts.split_rows import multiply_rows
 from ..triton_parts.tiles import (
     add_bias,
     any_of,
     load_tile,
-    multiply_rows,
     pairs_of_rows,
     quarters,
     store_tile,
@@ -50,7 +51,7 @@ from ..triton_parts.tiles import (
     ]
 )  # fmt: skip
 def _row_linear_kernel(
-    rows_ptr, rows, weight, bias_ptr, residual_ptr, lengths_ptr, out_ptr,
+    rows_ptr, rows, weight, bias_ptr, scales_ptr, residual_ptr, lengths_ptr, out_ptr,
     M, R, J, first_row, stride_weight,
     stride_residual_b, stride_residual_i, stride_residual_j, stride_residual_c,
     N: tl.constexpr, K: tl.constexpr,
@@ -59,7 +60,9 @@ def _row_linear_kernel(
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of residual + rows W^T + bias. K is summed in blocks.
 
-    The tiles of the same rows have adjacent ids, so that the rows are read from memory once.
+    The tiles of the same rows have adjacent ids, so that the rows are read from memory once. With
+    PRECISION "fp16x3" W is split, and its rows' scales, among them the biases, are the last N of
+    2K + N.
     """
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile_m = tl.program_id(0) // TILES_N
@@ -85,7 +88,10 @@ def _row_linear_kernel(
     WIDTH: tl.constexpr = parts[0].shape[1]
     for quarter in tl.static_range(len(parts)):
         offs_n = start_n + quarter * WIDTH + tl.arange(0, WIDTH)
-        tile = add_bias(parts[quarter], bias_ptr, offs_n, N)
+        if PRECISION == "fp16x3":
+            tile = scaled(parts[quarter], scales_ptr, 2 * K + offs_n, 2 * K + N)
+        else:
+            tile = add_bias(parts[quarter], bias_ptr, offs_n, N)
         if lengths_ptr is not None:
             # Beyond the length the operands may be NaN.
             tile = tl.where(within[:, None], tile, 0.0)
@@ -116,8 +122,12 @@ def row_linear(
     lengths: Tensor | None,
     out: Tensor,
     prepared: PreparedLaunch,
+    scales: Tensor | None = None,
 ) -> None:
-    """Fills out [M, N]; `prepared` is from `prepare_row_linear` for tensors like these."""
+    """Fills out [M, N]; `prepared` is from `prepare_row_linear` for tensors like these.
+
+    `scales` [4, 2K + N] end with those of a split weight's rows; the bias is among them.
+    """
     if prepared.variant == "hopper":
         prepared.launch(
             rows=rows,
@@ -133,6 +143,7 @@ def row_linear(
         rows=rows,
         weight=weight,
         bias_ptr=bias,
+        scales_ptr=scales,
         residual_ptr=residual,
         lengths_ptr=lengths,
         out_ptr=out,
@@ -149,7 +160,7 @@ def prepare_row_linear(
     padded: bool = False,
     config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
-    """The launch of `row_linear` for rows [M, K] and weight [N, K].
+    """The launch of `row_linear` for rows [M, K] and weight [N, K], split [2N, K] with "fp16x3".
 
     A launch of the variant for Hopper GPUs leaves out tiles of padding alone.
 
@@ -161,11 +172,12 @@ def prepare_row_linear(
         padded: whether there are lengths.
         config: a setting in place of the shipped one.
     """
-    (count, width), channels = rows.shape, weight.shape[0]
+    (count, width), split = rows.shape, precision == FP16X3
+    channels = weight.shape[0] // 2 if split else weight.shape[0]
     device = device_target(rows.device)
     variants = hopper.variants("row_linear", "takes", rows, rows, weight, residual)
     if config is None:
-        config = setting_of("row_linear", rows, channels, math.isqrt(count), 1, variants)
+        config = setting_of("row_linear", rows, channels, math.isqrt(count), 1, variants, split)
     if hopper.is_variant(config, variants):
         rectangle = count // (pairs[0] * pairs[1]), *pairs
         return hopper.kernels("row_linear").prepare(
@@ -183,8 +195,9 @@ def prepare_row_linear(
     return PreparedLaunch(
         _row_linear_kernel,
         triton.cdiv(count, config.block_m) * triton.cdiv(channels, block_n),
-        tensors=pointers("rows_ptr", "bias_ptr", "residual_ptr", "lengths_ptr", "out_ptr")
-        | {"rows": rows_arg, "weight": weight_arg},
+        tensors=pointers(
+            "rows_ptr", "bias_ptr", "scales_ptr", "residual_ptr", "lengths_ptr", "out_ptr"
+        ) | {"rows": rows_arg, "weight": weight_arg},
         values=dict(
             M=count, R=pairs[0], J=pairs[1], first_row=first_row, stride_weight=weight.stride(0),
             **named_strides("residual", "bijc", residual_strides),

@@ -32,7 +32,7 @@ from ..triton_parts.launch import (
 )
 from ..triton_parts.settings import LaunchConfig
 from ..triton_parts.split_operands import FP16X3
-from ..triton_parts.split_rows import dot_columns
+from ..triton_parts.split_rows import dot_columns, dot_hat, split_columns, sum_columns
 from ..triton_parts.tiles import dot, load_tile, quarters, store_tile
 
 _LEAST_ROWS = 256  # of a part: fewer are not worth a program
@@ -52,7 +52,7 @@ def _row_products_kernel(
     tile is added to what `parts` holds if `accumulate`. If there is a `sums_ptr` [P, W], each part
     also has the sums of its share of partial [partials, W]; without a `partial_ptr` of left (W = N)
     by a product with ones, because a reduction would cost many times as much. With PRECISION
-    "fp16x3" right has rows of `store_hat`, and left is split here.
+    "fp16x3" left is split here, and so is right in fp32; in float16 it has rows of `store_hat`.
     """
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BEFORE_LAST: tl.constexpr = (N - LAST + BLOCK_N - 1) // BLOCK_N
@@ -76,7 +76,8 @@ def _row_products_kernel(
     OWN_SUMS: tl.constexpr = sums_ptr is not None and partial_ptr is None
     if OWN_SUMS:
         # From float32, because the interpreter has no constants in bfloat16.
-        ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(left_ptr.dtype.element_ty)
+        dtype = tl.float16 if PRECISION == "fp16x3" else left_ptr.dtype.element_ty
+        ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(dtype)
         sums = tl.zeros([BLOCK_N, 16], tl.float32)
     first = number * part
     for start_m in range(first, tl.minimum(first + part, M), BLOCK_M):
@@ -90,12 +91,18 @@ def _row_products_kernel(
         )
         right = load_tile(right_ptr, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
         if PRECISION == "fp16x3":
-            low = load_tile(right_ptr + K, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
-            acc = dot_columns(left, right, low, acc)
+            left_high, left_low, inverse = split_columns(left)
+            if right_ptr.dtype.element_ty == tl.float32:
+                acc = dot_columns(left_high, left_low, inverse, right, acc)
+            else:
+                low = load_tile(right_ptr + K, row * stride_right, offs_k, 1, offs_m < M, K, EVEN_K)
+                acc = dot_hat(left_high, left_low, inverse, right, low, acc)
+            if OWN_SUMS:
+                sums += sum_columns(left_high, left_low, inverse, ones)
         else:
             acc = dot(left.T, right, acc, PRECISION)
-        if OWN_SUMS:
-            sums = dot(left.T, ones, sums, PRECISION)
+            if OWN_SUMS:
+                sums = dot(left.T, ones, sums, PRECISION)
     offs_out = number.to(tl.int64) * N * K + (first_n + offs_n) * K
     earlier_n = valid_n & (accumulate != 0)
     # A quarter of the columns at a time: the loads need registers of their own.
@@ -185,14 +192,14 @@ def prepare_row_products(
     """The launch of `row_products` for rows like these: left [M, N] and right [M, K].
 
     Rows have unit stride and one dtype; `precision` is a word of the kernels, for float32. With
-    "fp16x3" right is [M, 2K] in float16, of `store_hat`. About
-    `programs` programs share the work, by default as many as the setting has for each
-    multiprocessor. The launch has settings of its own `with_sums` of left. It adds to parts like
-    `parts`, or makes them.
+    "fp16x3" right may be [M, 2K] in float16, of `store_hat`. About `programs` programs share the
+    work, by default as many as the setting has for each multiprocessor. The launch has settings of
+    its own `with_sums` of left. It adds to parts like `parts`, or makes them.
     """
     rows, width_n = left.shape
     split = precision == FP16X3
-    width_k = right.shape[1] // 2 if split else right.shape[1]
+    of_hat = split and right.dtype == torch.float16
+    width_k = right.shape[1] // 2 if of_hat else right.shape[1]
     width_last = 0 if last is None else last.shape[1]
     width_n += width_last
     device = device_target(left.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import hopper
 from .._call import Transition
-from ..fused_dual_gemm import lowest, project_pair, projection_pair
+from ..fused_dual_gemm import lowest, project_pair, project_split, projection_pair
 from ..triton_parts.device import device_target
 from ..triton_parts.launch import (
     Launches,
@@ -36,8 +36,10 @@ from ..triton_parts.launch import (
     strides,
 )
 from ..triton_parts.layer_norm import (
+    chunk_moments,
     chunk_statistics,
     hold,
+    hold_split,
     load_chunks,
     load_first,
     normalise,
@@ -45,6 +47,8 @@ from ..triton_parts.layer_norm import (
     row_statistics,
 )
 from ..triton_parts.settings import LaunchConfig
+from ..triton_parts.split_operands import FP16X3
+from ..triton_parts.split_rows import store_hat
 from ..triton_parts.tiles import (
     any_of,
     load_tile,
@@ -63,7 +67,7 @@ from ..triton_parts.tiles import (
 )  # fmt: skip
 def _swiglu_hidden_kernel(
     x_ptr, lengths_ptr, norm_weight_ptr, norm_bias_ptr,
-    weight_pair, weight_gap, up_bias_ptr, gate_bias_ptr, hidden, hat_ptr, moments_ptr,
+    weight_pair, weight_gap, up_bias_ptr, gate_bias_ptr, scales_ptr, hidden, hat_ptr, moments_ptr,
     M, R, J, first_row, eps,
     stride_x_b, stride_x_i, stride_x_j, stride_x_c, stride_first, stride_second,
     C: tl.constexpr, H: tl.constexpr,
@@ -71,13 +75,14 @@ def _swiglu_hidden_kernel(
     X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORE_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
-    HELD: tl.constexpr, SPLIT: tl.constexpr, PROJECTIONS: tl.constexpr,
+    HELD: tl.constexpr, SPLIT: tl.constexpr, PROJECTIONS: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     """silu(z Wg^T + bg) * (z Wu^T + bu), all H channels of BLOCK_M rows, or both PROJECTIONS.
 
     M rows m = (b * R + i) * J + j, N = H output channels in blocks, K = C input channels. With
     BLOCK_K >= C the normalised rows stay on the chip while the weights stream past. SPLIT programs
-    share the output channels of a tile.
+    share the output channels of a tile. With PRECISION "fp16x3" the operands are split numbers, of
+    projections whose rows' scales are the first of TOTAL, and x^ is of `store_hat`.
     """
     pid = tl.program_id(0) // SPLIT
     part = tl.program_id(0) - pid * SPLIT
@@ -93,13 +98,20 @@ def _swiglu_hidden_kernel(
     )
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     dtype = x_ptr.dtype.element_ty
+    SPLIT_OPERANDS: tl.constexpr = PRECISION == "fp16x3"
     first = None
     if dtype == tl.float32:
         first = load_first(x_ptr, offs_x, valid_m)
-    z, mean, rstd = normalised_rows(
-        x_ptr, offs_x, stride_x_c, first, valid_m, eps, norm_weight_ptr, norm_bias_ptr,
-        C, BLOCK_K, HELD,
-    )  # fmt: skip
+    if SPLIT_OPERANDS:
+        WHOLE: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+        chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, WHOLE, BLOCK_K)
+        mean, rstd = chunk_moments(chunks, first, eps, C)
+        highs, lows = hold_split(chunks, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C)
+    else:
+        z, mean, rstd = normalised_rows(
+            x_ptr, offs_x, stride_x_c, first, valid_m, eps, norm_weight_ptr, norm_bias_ptr,
+            C, BLOCK_K, HELD,
+        )  # fmt: skip
 
     row = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
     if PROJECTIONS and part == 0:
@@ -112,17 +124,25 @@ def _swiglu_hidden_kernel(
                     x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, C % BLOCK_K == 0
                 ).to(tl.float32)  # fmt: skip
                 hat = normalise(x, offs_k, first, mean, rstd, None, None, C, C % BLOCK_K == 0)
-                store_tile(hat_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, C % BLOCK_K == 0)
+                store_hat(hat_ptr, row, offs_k, hat, valid_m, C, C % BLOCK_K == 0, PRECISION)
 
     PER_PROGRAM: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N // SPLIT
     for step in range(0, PER_PROGRAM):
         start_n = (part * PER_PROGRAM + step) * BLOCK_N
-        up, gate = project_pair(
-            z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
-            norm_weight_ptr, norm_bias_ptr, up_bias_ptr, gate_bias_ptr, None,
-            weight_pair, weight_gap, stride_first, stride_second, 0, start_n, H,
-            C, H, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+        if SPLIT_OPERANDS:
+            up, gate = project_split(
+                highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second,
+                0, start_n, H + start_n, start_n, C, H, 1, TOTAL,
+                BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+            )  # fmt: skip
+        else:
+            up, gate = project_pair(
+                z, x_ptr, offs_x, stride_x_c, valid_m, first, mean, rstd,
+                norm_weight_ptr, norm_bias_ptr, up_bias_ptr, gate_bias_ptr, None,
+                weight_pair, weight_gap, stride_first, stride_second, 0, start_n, H,
+                C, H, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, GATE_FIRST, DESCRIPTORS,
+                PRECISION,
+            )  # fmt: skip
         offs_n = start_n + tl.arange(0, BLOCK_N)
         if PROJECTIONS and STORE_DESCRIPTOR:
             hidden.store([start_m, 0, start_n], gate.to(dtype).reshape(BLOCK_M, 1, BLOCK_N))
@@ -172,19 +192,22 @@ def swiglu_hidden(
     moments: Tensor | None = None,
     hat_x: Tensor | None = None,
     folded: tuple[Tensor | None, ...] | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """Fills hidden [M, H] for the rows x [B, R, J, C] of a call.
 
-    With `moments` [2, M] it fills those, hidden [M, 2H] with p and u, and x^ [M, C] where given.
+    With `moments` [2, M] it fills those, hidden [M, 2H] with p and u, and x^ [M, C] where given:
+    [M, 2C] in float16 of `store_hat` if the call is one of split numbers.
 
     Args:
         first_row: the row of the sequences that x begins with; it matters only with lengths.
         config: a setting in place of the shipped one.
         folded: what an earlier chunk of the same call returned.
+        scales: of a call of split numbers: see `split_transition`.
     """
     prepared = launches.of(
         ("swiglu_hidden", call.x.shape, call.x.data_ptr() % 16, first_row),
-        prepare_swiglu_hidden, call, hidden, first_row, moments is not None, config,
+        prepare_swiglu_hidden, call, hidden, first_row, moments is not None, config, scales,
     )  # fmt: skip
     if prepared.variant == "hopper":
         variant = hopper.kernels("gated_rows")
@@ -198,6 +221,7 @@ def swiglu_hidden(
         weight_pair=lowest(weights.up_weight, weights.gate_weight),
         up_bias_ptr=weights.up_bias,
         gate_bias_ptr=weights.gate_bias,
+        scales_ptr=scales,
         hidden=hidden,
         hat_ptr=hat_x,
         moments_ptr=moments,
@@ -211,6 +235,7 @@ def prepare_swiglu_hidden(
     first_row: int,
     projections: bool,
     config: LaunchConfig | None,
+    scales: Tensor | None = None,
 ) -> PreparedLaunch:
     """The launch of `swiglu_hidden` for calls like this one."""
     x, weights = call.x, call.weights
@@ -221,13 +246,16 @@ def prepare_swiglu_hidden(
         variants = hopper.variants("gated_rows", "takes_hidden", x, call, hidden)
     if config is None:
         stage = "swiglu_projections" if projections else "swiglu_hidden"
-        config = setting_of(stage, x, channels, math.isqrt(rows), 1, variants)
+        config = setting_of(
+            stage, x, channels, math.isqrt(rows), 1, variants, call.precision == FP16X3
+        )
     if hopper.is_variant(config, variants):
         return hopper.kernels("gated_rows").prepare_hidden(call, hidden, first_row, config)
     block_n = block_of(config.block_n, call.hidden)
     block_k = block_of(config.block_k, channels)
     pair = projection_pair(
-        weights.up_weight, weights.gate_weight, 1, block_n, block_k, config.descriptors
+        weights.up_weight, weights.gate_weight, 1 if scales is None else 2, block_n, block_k,
+        config.descriptors,
     )
     store, made, tile = None, hidden, [config.block_m, block_n]
     if projections:
@@ -240,7 +268,7 @@ def prepare_swiglu_hidden(
         triton.cdiv(rows, config.block_m) * split,
         tensors=pointers(
             "x_ptr", "lengths_ptr", "norm_weight_ptr", "norm_bias_ptr", "up_bias_ptr",
-            "gate_bias_ptr", "hat_ptr", "moments_ptr",
+            "gate_bias_ptr", "scales_ptr", "hat_ptr", "moments_ptr",
         ) | {"weight_pair": pair.descriptor, "hidden": store},
         values=dict(
             M=rows, R=row_count, J=columns, first_row=first_row, eps=call.eps,
@@ -256,7 +284,7 @@ def prepare_swiglu_hidden(
             PRECISION=dot_precision(call.precision, device.fp32_dots, config.fp32_dot),
             FAST_RECIPROCAL=device.fast_reciprocal,
             HELD=config.held and block_k >= channels and x.element_size() == 2, SPLIT=split,
-            PROJECTIONS=projections,
+            PROJECTIONS=projections, TOTAL=0 if scales is None else scales.shape[1],
         ),
         options=config.options(),
     )  # fmt: skip

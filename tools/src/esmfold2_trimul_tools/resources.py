@@ -438,7 +438,7 @@ def problems(rows: list[dict]) -> list[str]:
         most = MAX_LOOP_SPILL_BYTES
         of_tiles = ("swiglu_bwd", "fused_dual_gemm_bwd")
         if "fp16x3" in row["case"]:
-            of_tiles = ("input_bwd",)
+            of_tiles = ("input_bwd", "transition_input_bwd")
         if row["kernel"] in _SPLIT_SPILLS and "fp16x3" in row["case"]:
             most = MAX_SPLIT_LOOP_SPILL_BYTES
         elif row["kernel"] in of_tiles and "C=256" in row["case"]:

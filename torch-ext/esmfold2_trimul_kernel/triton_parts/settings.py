@@ -16,15 +16,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Those of the triangle multiplication, whose float32 operands may be split.
-TRIANGLE_STAGES = (
-    "fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "fused_ln_residual_bwd",
-    "norm_out_bwd", "fused_dual_gemm_bwd", "row_products", "input_bwd",
-)  # fmt: skip
 STAGES = (
-    *TRIANGLE_STAGES, "swiglu_hidden", "row_linear", "swiglu_projections", "swiglu_bwd",
-    "row_products_and_sums",
-)
+    "fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "fused_ln_residual_bwd",
+    "norm_out_bwd", "fused_dual_gemm_bwd", "row_products", "input_bwd", "swiglu_hidden",
+    "row_linear", "swiglu_projections", "swiglu_bwd", "row_products_and_sums",
+)  # fmt: skip
 _BOUNDS = ("max_width", "min_length", "max_length", "triton")
 _CONFIGS = Path(__file__).parent / "configs"
 
@@ -142,8 +138,8 @@ def settings_of(target: str, device_name: str = "") -> dict:
     """The whole table of a device: "note", the stages, and properties of its target.
 
     The properties are shared_bytes, the most shared memory of a block, fp32_dots where they differ
-    from the vendor's other targets, and fp32_default, the precision of a float32 triangle
-    multiplication for which no word is given, if it is "fp16x3".
+    from the vendor's other targets, and fp32_default, the precision of a call in
+    float32 for which no word is given, if it is "fp16x3".
     """
     for name in (device_name.replace(" ", "_"), target, "default"):
         if (table := _table(name)) is not None:

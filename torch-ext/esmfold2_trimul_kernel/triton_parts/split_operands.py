@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._call import Call, Weights
+from .._call import Call, Transition, Weights
 from .device import device_target
 from .launch import Launches, PreparedLaunch, named_strides, pointers, strides
 from .settings import settings_of
@@ -39,6 +39,7 @@ from .tiles import dot, length_of, load_weight, padded_pitch
 
 FP16X3 = "fp16x3"  # the precision of a call of these products, beside Triton's own words
 _MAX_WIDTH = 256  # the widest rows that stage 1 holds in registers
+_MAX_HIDDEN = 2048  # the widest rows of a projection that a program splits
 _BLOCK_N = 16
 _NORMS = ("norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _PROJECTIONS = ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight")
@@ -51,13 +52,17 @@ def is_default(device: torch.device) -> bool:
     return settings_of(target.target, target.name).get("fp32_default") == FP16X3
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call | Transition) -> str | None:
     """Why a call in float32 can't have these products; None if it can."""
-    device, widths = device_target(call.x.device), (call.x.shape[-1], call.hidden)
+    device, channels, hidden = device_target(call.x.device), call.x.shape[-1], call.hidden
     if "split" not in settings_of(device.target, device.name)["fused_dual_gemm"]:
         return f"{device.target} has no settings for it"
-    if max(widths) > _MAX_WIDTH or any([width % 16 for width in widths]):
-        return f"C and D must be multiples of 16, at most {_MAX_WIDTH}; got C, D = {widths}"
+    name, most = ("D", _MAX_WIDTH) if isinstance(call, Call) else ("H", _MAX_HIDDEN)
+    if channels > _MAX_WIDTH or hidden > most or channels % 16 or hidden % 16:
+        return (
+            f"C and {name} must be multiples of 16, at most {_MAX_WIDTH} and {most}; "
+            f"got C, {name} = {channels, hidden}"
+        )
     return None
 
 
@@ -208,32 +213,32 @@ def _split_weights_kernel(
     start = tl.program_id(0) * BLOCK_N  # of the rows of all four
     TOTAL: tl.constexpr = 4 * D + 2 * C
     if start < 2 * D:
-        _split_rows(
+        split_projection(
             p_in_weight_ptr, stride_p_in_weight, norm_in_weight_ptr, norm_in_bias_ptr,
             p_in_bias_ptr, split_ptr, scales_ptr, start, 0,
-            2 * D, C, TOTAL, BLOCK_N, BLOCK_C, True,
+            2 * D, C, TOTAL, BLOCK_N, BLOCK_C, True, True,
         )  # fmt: skip
     elif start < 4 * D:
-        _split_rows(
+        split_projection(
             g_in_weight_ptr, stride_g_in_weight, norm_in_weight_ptr, norm_in_bias_ptr,
             g_in_bias_ptr, split_ptr + 4 * D * C, scales_ptr, start, 2 * D,
-            2 * D, C, TOTAL, BLOCK_N, BLOCK_C, False,
+            2 * D, C, TOTAL, BLOCK_N, BLOCK_C, True, False,
         )  # fmt: skip
     elif start < 4 * D + C:
-        _split_rows(
+        split_projection(
             p_out_weight_ptr, stride_p_out_weight, norm_out_weight_ptr, norm_out_bias_ptr,
             p_out_bias_ptr, split_ptr + 8 * D * C, scales_ptr, start, 4 * D,
-            C, D, TOTAL, BLOCK_N, BLOCK_D, False,
+            C, D, TOTAL, BLOCK_N, BLOCK_D, True, False,
         )  # fmt: skip
     else:
-        _split_rows(
+        split_projection(
             g_out_weight_ptr, stride_g_out_weight, norm_in_weight_ptr, norm_in_bias_ptr,
             g_out_bias_ptr, split_ptr + 10 * D * C, scales_ptr, start, 4 * D + C,
-            C, C, TOTAL, BLOCK_N, BLOCK_C, False,
+            C, C, TOTAL, BLOCK_N, BLOCK_C, True, False,
         )  # fmt: skip
     if start == 0:
-        _store_norm(norm_in_weight_ptr, norm_in_bias_ptr, norms_ptr, C, BLOCK_C)
-        _store_norm(norm_out_weight_ptr, norm_out_bias_ptr, norms_ptr + 2 * C, D, BLOCK_D)
+        store_norm(norm_in_weight_ptr, norm_in_bias_ptr, norms_ptr, C, BLOCK_C)
+        store_norm(norm_out_weight_ptr, norm_out_bias_ptr, norms_ptr + 2 * C, D, BLOCK_D)
 
 
 @triton.jit(
@@ -278,19 +283,23 @@ def scale_mask(mask, exponents_ptr, rows, valid):
 
 
 @triton.jit
-def _split_rows(
+def split_projection(
     weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr,
     split_ptr, scales_ptr, start, first, N: tl.constexpr, K: tl.constexpr, TOTAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORMED: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Rows start + [0, BLOCK_N) of the TOTAL, of the projection [N, K] whose first is `first`."""
+    """Rows start + [0, BLOCK_N) of the TOTAL, of the projection [N, K] whose first is `first`.
+
+    It is of NORMED rows, in the scale of their norm, or of rows that are as they are; and makes
+    PLANES, or not.
+    """
     start_n = start - first
     offs_n, offs_k = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weight = load_weight(weight_ptr, start_n, 0, stride_weight, N, K, BLOCK_N, BLOCK_K, False)
     weight = weight.to(tl.float32)
     sizes = tl.abs(weight)
     finite = tl.where(sizes < float("inf"), weight, 0.0)
-    unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
+    unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K) if NORMED else 0
     # Together within the exponents of fp32.
     up = tl.minimum(exponent_for(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
     weight *= power_of_two(up)[:, None]
@@ -347,7 +356,7 @@ def _norm_exponent(norm_ptr, norm_bias_ptr, K: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
-def _store_norm(norm_ptr, norm_bias_ptr, norms_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def store_norm(norm_ptr, norm_bias_ptr, norms_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The weights and the biases of a norm, [2, K], in the scale of its rows."""
     exponent = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K)
     weight, bias = _norm_of(norm_ptr, norm_bias_ptr, K, BLOCK_K)

@@ -175,33 +175,6 @@ def load_weight(
 
 
 @triton.jit
-def multiply_rows(
-    rows_ptr, rows, weight, stride_weight, start_m, start_n, valid_m, end_k,
-    N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] tile of rows W^T in fp32: contiguous rows [M, K], W [N, K].
-
-    Summed over k below `end_k`, which is K or 0. `rows` describes the rows where there are
-    DESCRIPTORS, and `weight` W.
-    """
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    offs_rows = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * K
-    for start_k in range(0, end_k, BLOCK_K):
-        if DESCRIPTORS:
-            left = rows.load([start_m, start_k])
-        else:
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            left = load_tile(rows_ptr, offs_rows, offs_k, 1, valid_m, K, K % BLOCK_K == 0)
-        right = load_weight(
-            weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
-        )
-        acc = dot(left, right.T, acc, PRECISION)
-    return acc
-
-
-@triton.jit
 def load_weight_pair(
     weight, half, start_n, start_k, gap,
     stride_first, stride_second,

@@ -31,7 +31,7 @@ from ..triton_parts.device import device_target
 from ..triton_parts.launch import Launches
 from ..triton_parts.recording import run_recorded
 from ..triton_parts.rehearsal import rehearsal
-from ..triton_parts.split_operands import FP16X3, Scales, refusal, split_weights
+from ..triton_parts.split_operands import Scales, split_weights
 from ..triton_parts.tiles import padded_pitch
 from ..validation import DIRECTIONS
 from . import transition as transition
@@ -39,14 +39,14 @@ from .gradients import group_size as group_size
 from .gradients import likeness, run_backward
 from .launches import current_device as current_device
 from .launches import (
-    for_triangle,
+    for_kernels,
     launches_of,
     mergeable,
+    notes_on_precision,
     rows_alike,
     sequences_at_once,
     sequences_merged,
     twin_of,
-    wants_split,
     with_precision,
 )
 from .lean import run_lean
@@ -56,7 +56,7 @@ from .rows import stages as stages
 
 def forward(call: Call) -> Tensor:
     """The output [B, L, L, C], in the mode `call.memory`."""
-    call = for_triangle(call)
+    call = for_kernels(call)
     with current_device(call.x):
         if call.memory != "lean":
             try:
@@ -73,7 +73,7 @@ def forward(call: Call) -> Tensor:
 def forward_saving(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(output, product, moments, planes) of the default mode, see `_run_saving`."""
     keeps = call.keeps_planes
-    call = mergeable(for_triangle(call))
+    call = mergeable(for_kernels(call))
     launches = launches_of(call, "saving", keeps)
 
     def schedule(launches: Launches, flat: Sequence[Any]) -> list[Tensor]:
@@ -201,7 +201,7 @@ def backward(
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """The gradients that `needs` names."""
-    call = for_triangle(call)
+    call = for_kernels(call)
     if planes is not None and sequences_merged(call) > 1:
         call, grad_out = mergeable(call), rows_alike(grad_out)
     kept = product is not None, planes is not None
@@ -229,7 +229,7 @@ def plan(call: Call) -> Plan:
     keeps = call.needs_grad and call.keeps_product
     lean = call.memory == "lean" and not keeps
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
-        kernels_call = for_triangle(twin_of(call))
+        kernels_call = for_kernels(twin_of(call))
         planes = keeps and call.keeps_planes
         if planes:
             kernels_call = mergeable(kernels_call)
@@ -239,7 +239,7 @@ def plan(call: Call) -> Plan:
             run_lean(kernels_call, launches)
         else:
             _run_default(kernels_call, launches, _sequences_together(kernels_call))
-        reason = refusal(kernels_call)
+        of_precision = notes_on_precision(call, kernels_call)
     buffers, notes = launches.buffers, []
     kept = buffers["product"] + buffers["moments"] if keeps else 0
     kept += buffers["a and b"] if planes else 0
@@ -250,12 +250,7 @@ def plan(call: Call) -> Plan:
     elif call.memory == "lean" and keeps:
         notes.append("lean mode would not keep the product: with a gradient, recompute='all' can")
     notes.append(note_on_gradients(call, planes))
-    if call.precision == FP16X3 and reason is not None:
-        notes.append(f"precision 'fp16x3' is run as TF32x3: {reason}")
-    elif wants_split(call) and reason is not None:
-        notes.append(f"products are not the default's, 'fp16x3': {reason}")
-    elif wants_split(call) and call.precision == "default":
-        notes.append("products are those of float32, in three of float16: TF32 takes longer")
+    notes += of_precision
     if call.lengths is not None:
         notes.append("tiles beyond the lengths are skipped; the programs above are all")
     found = with_precision(found, "fused_dual_gemm", kernels_call)
@@ -287,7 +282,7 @@ def plan_training(call: Call) -> list:
 def _plan_backward(call: Call) -> list:
     """The launches of `backward` after `forward_saving`."""
     shapes, keeps = saved_shapes(call), call.keeps_planes
-    call = mergeable(for_triangle(twin_of(call)))
+    call = mergeable(for_kernels(twin_of(call)))
     needs = {name for name, value in call.weights._asdict().items() if value is not None}
     x = call.x
     with rehearsal(device_target(x.device)) as launches:

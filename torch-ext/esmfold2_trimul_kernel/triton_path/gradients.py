@@ -556,7 +556,7 @@ class Sequence(NamedTuple):
                 )  # fmt: skip
                 input_bwd(
                     grads, grad_q, x, x_moments, into, weights.norm_in_weight, grad_x, prepared,
-                    call.lengths, self.split,
+                    call.lengths, None if self.split is None else self.split.factors,
                 )  # fmt: skip
 
     def _stage_1_to_grad_x(

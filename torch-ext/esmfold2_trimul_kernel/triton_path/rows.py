@@ -19,7 +19,7 @@ from ..fused_ln_residual import (
 from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.tiles import padded_pitch
-from .launches import current_device, for_kernels, launches_of, wants_split
+from .launches import current_device, for_unsplit_kernels, launches_of, wants_split
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ class Rows:
     moment_bytes = 8  # of a pair, in `moments`
 
     def __init__(self, call: Call, first_row: int) -> None:
-        self._call = for_kernels(call)
+        self._call = for_unsplit_kernels(call)
         self._folds = Folds(launches_of(call, "folds"), self._call.weights)
         self.would_split = wants_split(call)  # in a call of one process
         self.moments: Tensor | None = None  # [1, 2, R, pitch] in fp32, of x, from stage 1

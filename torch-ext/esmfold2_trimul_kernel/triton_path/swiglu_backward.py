@@ -28,12 +28,14 @@ from ..triton_parts.launch import (
     setting_of,
 )
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.tiles import halves, load_tile, multiply_rows, sigmoid, store_tile
+from ..triton_parts.split_operands import FP16X3, scaled
+from ..triton_parts.split_rows import multiply_rows
+from ..triton_parts.tiles import halves, load_tile, sigmoid, store_tile
 
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_bwd_kernel(
-    grad_ptr, grad, down_turned, pair, hidden, M,
+    grad_ptr, grad, down_turned, scales_ptr, pair, hidden, M,
     C: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
@@ -41,6 +43,7 @@ def _swiglu_bwd_kernel(
     """dp, du and h of one [BLOCK_M, BLOCK_N] tile of rows and hidden channels. K = C channels of G.
 
     `down_turned` is Wd^T [H, C]. `pair` [M, 2, H] holds p and u, and then dp and du. h may be None.
+    With PRECISION "fp16x3" Wd^T is split, and its rows' scales are the last H of 3H.
     """
     TILES_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     tile_m = tl.program_id(0) // TILES_N
@@ -57,6 +60,8 @@ def _swiglu_bwd_kernel(
     dtype = grad_ptr.dtype.element_ty
     # Half of the columns at a time: all would take twice the registers.
     EVEN_H: tl.constexpr = H % BLOCK_N == 0
+    if PRECISION == "fp16x3":
+        acc = scaled(acc, scales_ptr, 2 * H + start_n + tl.arange(0, BLOCK_N), 3 * H)
     parts = halves(acc)
     WIDTH: tl.constexpr = BLOCK_N // 2
     for half in tl.static_range(2):
@@ -92,12 +97,14 @@ def swiglu_bwd(
     pair: Tensor,
     hidden: Tensor | None,
     prepared: PreparedLaunch,
+    scales: Tensor | None = None,
 ) -> None:
     """Overwrites pair [M, 2H], p and u, with dp and du; fills hidden where given.
 
     Args:
         grad_out: [M, C], contiguous, in the dtype of x.
-        down_turned: Wd^T [H, C], contiguous.
+        down_turned: Wd^T [H, C], contiguous; split with "fp16x3", with its rows' scales the last
+            of `scales` [4, 3H].
         hidden: h [M, H] in the dtype of x.
         prepared: from `prepare_swiglu_bwd` for tensors like these.
     """
@@ -105,6 +112,7 @@ def swiglu_bwd(
         grad_ptr=grad_out,
         grad=grad_out,
         down_turned=down_turned,
+        scales_ptr=scales,
         pair=pair,
         hidden=hidden,
     )
@@ -119,10 +127,10 @@ def prepare_swiglu_bwd(
     config: LaunchConfig | None = None,
 ) -> PreparedLaunch:
     """The launch of `swiglu_bwd` for tensors like these."""
-    (rows, channels), width = grad_out.shape, down_turned.shape[0]
+    (rows, channels), width, split = grad_out.shape, pair.shape[1] // 2, precision == FP16X3
     device = device_target(grad_out.device)
     if config is None:
-        config = setting_of("swiglu_bwd", grad_out, channels, math.isqrt(rows))
+        config = setting_of("swiglu_bwd", grad_out, channels, math.isqrt(rows), split=split)
     block_n = block_of(config.block_n, width)
     block_k = block_of(config.block_k, channels)
     made = pair.view(rows, 2, width)
@@ -131,7 +139,7 @@ def prepare_swiglu_bwd(
         for tensor in (grad_out, down_turned, made, hidden)
         if tensor is not None
     ])
-    tensors = pointers("grad_ptr", "grad", "down_turned", "pair", "hidden")
+    tensors = pointers("grad_ptr", "grad", "down_turned", "scales_ptr", "pair", "hidden")
     if descriptors:
         tile = [config.block_m, block_n // 2]
         tensors |= {
@@ -139,7 +147,7 @@ def prepare_swiglu_bwd(
                 grad_out, [rows, channels], [channels, 1], [config.block_m, block_k]
             ),
             "down_turned": descriptor_of(
-                down_turned, [width, channels], [channels, 1], [block_n, block_k]
+                down_turned, down_turned.shape, [channels, 1], [block_n, block_k]
             ),
             "pair": descriptor_of(made, made.shape, made.stride(), [tile[0], 1, tile[1]]),
         }

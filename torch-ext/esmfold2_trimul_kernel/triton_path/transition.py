@@ -40,10 +40,18 @@ from ..triton_parts.settings import LaunchConfig
 from ..validation import pairs_within
 from .gradients import likeness
 from .input_backward import input_bwd, prepare_input_bwd
-from .launches import current_device, for_kernels, launches_of, twin_of, with_precision
+from .launches import (
+    current_device,
+    for_kernels,
+    launches_of,
+    notes_on_precision,
+    twin_of,
+    with_precision,
+)
 from .parameter_gradients import Projections, Sums, gradients_of_projections
 from .row_linear import prepare_row_linear, row_linear
 from .row_products import RowParts, prepare_row_products, row_products
+from .split_transition import split_transition
 from .swiglu_backward import prepare_swiglu_bwd, swiglu_bwd
 from .swiglu_hidden import swiglu_hidden
 
@@ -81,6 +89,10 @@ def _run(call: Transition, launches: Launches) -> Tensor:
     if _WHOLE in launches:
         hopper.kernels("transition").launch(call, launches, launches[_WHOLE], out)
         return out
+    split = split_transition(call, weights.down_weight, weights.down_bias, launches)
+    down, scales = weights.down_weight, None
+    if split is not None:
+        call, down, scales = split
     memory = folded = None
     for entries, rows in _chunks(call, call.hidden, *_FORWARD_CHUNK):
         part = _part(call, entries, rows)
@@ -89,17 +101,16 @@ def _run(call: Transition, launches: Launches) -> Tensor:
             memory = launches.empty("hidden", (count, call.hidden), x.dtype, x.device)
         hidden, made = memory[:count], _cut(out, entries, rows)
         first_row = 0 if call.lengths is None else rows.start
-        folded = swiglu_hidden(part, launches, hidden, first_row, folded=folded)
+        folded = swiglu_hidden(part, launches, hidden, first_row, folded=folded, scales=scales)
         alignments = [0 if t is None else t.data_ptr() % 16 for t in (part.residual, made)]
         prepared = launches.of(
             ("row_linear", part.x.shape, first_row, *alignments),
-            prepare_row_linear, hidden, weights.down_weight, part.residual, part.x.shape[1:3],
+            prepare_row_linear, hidden, down, part.residual, part.x.shape[1:3],
             call.precision, first_row, call.lengths is not None,
         )  # fmt: skip
         row_linear(
-            hidden, weights.down_weight, weights.down_bias, part.residual, part.lengths, made,
-            prepared,
-        )  # fmt: skip
+            hidden, down, weights.down_bias, part.residual, part.lengths, made, prepared, scales
+        )
         if call.lengths is not None and prepared.variant:
             fill_padding(part, launches, prepared, made, first_row)
     return out
@@ -212,7 +223,12 @@ def _run_backward(
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
-    into = weights.gate_weight, weights.up_weight
+    split = None if fused is not None else split_transition(call, down_turned, None, launches)
+    scales = factors = None
+    if split is not None:
+        call, down_turned, scales = split
+        factors = split.factors
+    into = call.weights.gate_weight, call.weights.up_weight
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -248,6 +264,8 @@ def _run_backward(
         pair = empty(count, 2 * hidden)
         moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
         hat_x = empty(count, channels) if of_parameters else None
+        if split is not None and of_parameters:
+            hat_x = hat_x.view(torch.float16)
         hidden_rows = empty(count, hidden) if of_down else None
         if fused is not None:
             variant = hopper.kernels("swiglu_backward")
@@ -256,12 +274,12 @@ def _run_backward(
             )
             variant.launch(part, prepared, grad, pair, moments, hat_x, hidden_rows)
         else:
-            swiglu_hidden(part, launches, pair, 0, None, moments, hat_x)
+            swiglu_hidden(part, launches, pair, 0, None, moments, hat_x, scales=scales)
             prepared = launches.of(
                 ("swiglu_bwd", count, grad.data_ptr() % 16),
                 prepare_swiglu_bwd, grad, down_turned, pair, hidden_rows, call.precision,
             )  # fmt: skip
-            swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared)
+            swiglu_bwd(grad, down_turned, pair, hidden_rows, prepared, scales)
         if of_parameters:
             add_products("in", pair, hat_x, True)
         if of_down:
@@ -274,7 +292,10 @@ def _run_backward(
                 ("input_bwd", *kind, rows_x.stride(), grad_x.data_ptr() % 16),
                 prepare_input_bwd, pair, None, rows_x, moments, into, call.precision,
             )  # fmt: skip
-            input_bwd(pair, None, rows_x, moments, into, weights.norm_weight, grad_x, prepared)
+            input_bwd(
+                pair, None, rows_x, moments, into, weights.norm_weight, grad_x, prepared, None,
+                factors,
+            )  # fmt: skip
         del pair, hidden_rows, hat_x  # freed before the next chunk's is allocated
     sums = [Sums(names, parts[which]) for which, names in _SETS.items() if which in parts]
     if sums:
@@ -320,10 +341,10 @@ def _along_one_axis(x: Tensor) -> Tensor:
 
 def plan(call: Transition) -> Plan:
     """The launches and buffers of `forward`."""
-    kernels_call = for_kernels(_merged(twin_of(call)))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
+        kernels_call = for_kernels(_merged(twin_of(call)))
         _run(kernels_call, launches)
-    notes = []
+        notes = notes_on_precision(call, kernels_call)
     found = Plan(None, None, launches.launched, launches.buffers, launches.peak, 0, notes)
     if call.needs_grad:
         notes.append("nothing is kept for the backward, which makes the hidden channels again")
@@ -335,8 +356,8 @@ def plan(call: Transition) -> Plan:
 def plan_training(call: Transition) -> list:
     """The launches of `plan` and of `backward`, as `Plan.launches`, for all gradients."""
     names = [name for name, value in call.weights._asdict().items() if value is not None]
-    backward_call = for_kernels(_merged(twin_of(call._replace(residual=None))))
     with rehearsal(device_target(call.x.device)) as launches, torch.no_grad():
+        backward_call = for_kernels(_merged(twin_of(call._replace(residual=None))))
         fused = _fused_setting(backward_call)
         _run_backward(
             backward_call, backward_call.x, _turned(backward_call, fused), fused,
