@@ -27,7 +27,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def errors_of(
-    length, channels, groups=1, parameters=True, stages=8, split=3, programs=1, zero_norm=False,
+    length, channels, beyond=0, parameters=True, stages=8, split=3, programs=1, zero_norm=False,
     overflow=False, outlier=0.0, module=_WHOLE, **others,
 ) -> dict[str, float]:  # fmt: skip
     """Relative errors of what the kernel makes of some rows of a problem, by name."""
@@ -47,9 +47,9 @@ def errors_of(
     rstd = (x.double().var(-1, unbiased=False).float() + 1e-5).rsqrt().double()
     grad, gate = _random(2, channels, len(x), length), _random(len(x) * length, channels)
     pitch = submodule(_PACKAGE, "triton_parts.tiles").padded_pitch(length)
-    planes = _nan(2 * channels, len(x), pitch)
-    # Those of a before those of b in each group.
-    planes[..., :length] = grad.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
+    planes = _nan(2, channels + beyond, len(x), pitch)  # of a and b, not one behind the other
+    planes[:, :channels, :, :length] = grad
+    planes = planes.flatten(0, 1)
     constants = torch.stack([
         linear(exact["norm_in_bias"], exact[f"{name}_weight"], exact.get(f"{name}_bias"))
         for name in ("p_in", "g_in")
@@ -61,7 +61,7 @@ def errors_of(
     config = settings.LaunchConfig(128, 64, 64, 4, stages, split=split, kernel="whole")
     with device.standing_in(device.target_of("sm_90", "any", 132)):
         prepared = module.prepare(
-            call, x, mask, moments, planes, channels // groups, parameters, config
+            call, x, mask, moments, planes, channels + beyond, parameters, config
         )
     prepared.launch = lambda **given: gluon_emulator.run(prepared, programs, **given)
     made, normals = (None, None)

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_4f5a87d771"
+_NAMESPACE = "_esmfold2_trimul_kernel_de2b893cca"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -175,7 +175,7 @@ STEPS = {
     "whole tiles": dict(length=16, channels=128, mask="bool", split=5),
     "a tile and a pair": dict(length=65, channels=128, mask="soft", stages=4, split=2, programs=2),
     "rows of padding": dict(length=21, channels=256, mask="bool", direction="incoming"),
-    "in groups": dict(length=24, channels=256, groups=4, biases=True, split=2),
+    "planes apart": dict(length=24, channels=256, beyond=64, biases=True, split=2),
     "dx alone": dict(length=24, channels=128, parameters=False, programs=2),
     "a norm of zeros": dict(length=17, channels=256, zero_norm=True, stages=5),
     "rows without a norm": dict(length=18, channels=128, overflow=True),

@@ -563,9 +563,9 @@ BACKWARDS = {
 
 
 @pytest.mark.parametrize("name", BACKWARDS)
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("beyond", [0, 32])
 @pytest.mark.parametrize("parameters", [False, True])
-def test_stage_1_backward(submodule, hopper, everywhere, name, groups, parameters):
+def test_stage_1_backward(submodule, hopper, everywhere, name, beyond, parameters):
     """Of some rows of a sequence, in memory of NaN, as are the padding columns of the planes."""
     problem = make_problem(dtype=BF16, **BACKWARDS[name])
     call = as_call(submodule("_call"), problem.to("cuda"))
@@ -582,16 +582,16 @@ def test_stage_1_backward(submodule, hopper, everywhere, name, groups, parameter
     moments = forward.with_axes_of_x(moments, call.direction)[0, :, :length, :length]
     rows = slice(length // 3, length - length // 4)
     grad = torch.randn(2, hidden, length, length, generator=seeded(3)).to(BF16)
-    planes = nan(2 * hidden, length, pitch)
-    # Those of a before those of b in each group.
-    planes[..., :length] = grad.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2).cuda()
+    planes = nan(2, hidden + beyond, length, pitch)  # those of a and of b, not one behind the other
+    planes[:, :hidden, :, :length] = grad.cuda()
+    planes = planes.flatten(0, 1)
     x, mask = call.x[0, rows], None if call.mask is None else call.mask[0, rows]
     given = x, mask, moments[:, rows], planes[:, rows]
     wanted = frozenset({"grads", "hat_x", "sums"} if parameters else {"grads"})
     pairs = x.shape[0] * length
 
     def gradients():
-        prepared = stage.prepare_dual_gemm_bwd(call, *given, hidden // groups, wanted)
+        prepared = stage.prepare_dual_gemm_bwd(call, *given, hidden + beyond, wanted)
         out = stage.Stage1Gradients(
             nan(pairs, 4 * hidden),
             nan(pairs, channels) if parameters else None,

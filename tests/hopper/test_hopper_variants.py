@@ -234,7 +234,7 @@ def test_what_they_leave_to_the_plain_kernels(plans):
 
 
 def test_stage_1_backward(plans):
-    """All of a training step's, with planes of all channels and in groups; or none."""
+    """All of a training step's, with planes one behind the other, or apart; or none."""
     for case, (theirs, all_of_them) in plans["backward"].items():
         taken = case in ("bfloat16", "narrow", "ragged")
         assert all_of_them > 0 and theirs == (all_of_them if taken else 0), case

@@ -38,8 +38,8 @@ FORWARD = {
     "fused_dual_gemm", "trimul_einsum", "fused_ln_residual", "swiglu_hidden", "row_linear",
 }  # fmt: skip
 BACKWARD = {
-    "fused_ln_residual_bwd", "norm_out_bwd", "fused_dual_gemm_again", "trimul_einsum_bwd_a",
-    "trimul_einsum_bwd_b", "trimul_einsum_bwd_ab", "fused_dual_gemm_bwd", "input_bwd",
+    "fused_ln_residual_bwd", "norm_out_bwd", "trimul_einsum_bwd_a", "trimul_einsum_bwd_b",
+    "trimul_einsum_bwd_ab", "fused_dual_gemm_bwd", "input_bwd",
     "row_products_in", "row_products_out", "swiglu_hidden_bwd", "swiglu_bwd",
     "transition_row_products_in", "transition_row_products_out", "transition_input_bwd",
     "emit_means", "projection_gradients", "norm_gradients",
@@ -66,7 +66,7 @@ SPLIT = [
 ]  # fmt: skip
 # On sm_90, with the model's width.
 BY_DESCRIPTORS = FORWARD | {
-    "fused_dual_gemm_again", "fused_dual_gemm_bwd", "swiglu_hidden_bwd", "input_bwd",
+    "fused_dual_gemm_bwd", "swiglu_hidden_bwd", "input_bwd",
 }  # fmt: skip
 
 COLLECT = """

@@ -186,14 +186,17 @@ def test_settings(forward, gradients, submodule, monkeypatch, descriptors, parts
 NEEDS = [("x",), ("norm_bias",), ("down_weight",), ("x", "gate_bias")]
 
 
-def test_alone_as_together(gradients):
-    """What else is asked for changes no bit."""
+def test_alone_as_together(gradients, on_triton):
+    """What else is asked for changes no bit, but how a GPU's kernels fuse products and sums."""
     problem = make_transition((40, 32), 48, biases=BIASES)
     together = gradients(problem)
     for needs in NEEDS:
         got = gradients(problem, needs=needs)
         assert set(got) == set(needs)
-        assert all(torch.equal(got[name], together[name]) for name in needs), needs
+        for name in needs:
+            same = torch.equal(got[name], together[name])
+            assert same or on_triton == "cuda", name
+            assert relative_error(got[name], together[name].double()) <= BUDGET / 4, name
 
 
 def test_chunks_of_rows(forward, gradients, subject, monkeypatch):

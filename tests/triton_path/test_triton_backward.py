@@ -375,7 +375,8 @@ def test_nothing_comes_through_a_norm_of_one_channel(backward, precision):
 def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, recompute):
     """Counted from the allocations, in tensors of the pair's size, what was saved not counted.
 
-    A chunk's rows lie where da, db or dt are not, and the largest buffers are dx and these three.
+    A chunk's rows lie where da, db or dt are not, and the largest buffers are dx and these three;
+    or dx, dt, a, b, and room for a quarter of da and db.
     """
     subject = submodule("triton_path.gradients")
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
@@ -416,7 +417,8 @@ def test_peak_memory(submodule, call_of, on_triton, monkeypatch, width, length, 
     gradients = sum(weight.nbytes for weight in problem.weights.values())
     # A fifth of the rows, rounded up, are those of a chunk.
     found = (bytes_.peak - sum(sums) - gradients) / call.x.nbytes
-    assert 3.85 <= found <= 4.2
+    most = 4 if recompute == "none" else 4.5
+    assert most - 0.15 <= found <= most + 0.2
 
 
 class NoKernels(TorchDispatchMode):
@@ -432,11 +434,13 @@ class NoKernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute, chunks, groups", [("none", 1, 1), ("product", 2, 4)])
+@pytest.mark.parametrize(
+    "recompute, of_stage_3, of_stage_1, groups", [("none", 1, 5, 1), ("product", 4, 4, 4)]
+)
 def test_launches_of_a_backward(
-    submodule, call_of, on_triton, monkeypatch, recompute, chunks, groups
+    submodule, call_of, on_triton, monkeypatch, recompute, of_stage_3, of_stage_1, groups
 ):
-    """Five chunks of stage 1, whatever L is from some L on, and no kernel of torch's."""
+    """As many chunks, whatever L is from some L on, and no kernel of torch's."""
     subject, launched = submodule("triton_path.gradients"), []
     monkeypatch.setattr(subject, "_CHUNK_PAIRS", 64)
     monkeypatch.setattr(subject, "_TILE_PAIRS", 1)
@@ -454,11 +458,11 @@ def test_launches_of_a_backward(
     saved = planes[:, 0], moments, both if recompute == "none" else None
     with NoKernels(), submodule("hopper").without_variants():
         subject.run_backward(call, call.x, *saved, frozenset(leaves_of(problem)))
-    again = {} if recompute == "none" else {"fused_dual_gemm": groups}
+    again = {} if recompute == "none" else {"fused_dual_gemm": 1}
     assert Counter(launched) == again | {
-        "emit_means": 1, "fused_ln_residual_bwd": chunks, "norm_out_bwd": chunks,
-        "row_products": chunks + 5, "trimul_einsum": 2 * groups, "fused_dual_gemm_bwd": 5,
-        "input_bwd": 5,
+        "emit_means": 1, "fused_ln_residual_bwd": of_stage_3, "norm_out_bwd": of_stage_3,
+        "row_products": of_stage_3 + of_stage_1, "trimul_einsum": 2 * groups,
+        "fused_dual_gemm_bwd": of_stage_1, "input_bwd": of_stage_1,
         "projection_gradients": 1, "norm_gradients": 1,
     }  # fmt: skip
 

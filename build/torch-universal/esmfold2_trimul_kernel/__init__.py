@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_4f5a87d771"
+_BUILD_ID = "_esmfold2_trimul_kernel_de2b893cca"
 
 
 def _load_package() -> ModuleType:

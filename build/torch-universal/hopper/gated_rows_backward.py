@@ -60,7 +60,6 @@ from .parts import (
     without_norm,
 )
 
-_LEAST_BLOCK = 32  # of channels
 _EXTRA = gl.constexpr(EXTRA)
 
 
@@ -262,20 +261,15 @@ def _load_rows(
 
 
 @gluon.jit
-def plane_of(channel, N: gl.constexpr, G: gl.constexpr):
-    """The plane of dh of one of N channels, those of a and then those of b.
-
-    G channels of a come first, then those of b, and so on; a block lies within one such group.
-    """
-    half = channel // (N // 2)
-    channel -= half * (N // 2)
-    return (channel // G * 2 + half) * G + channel % G
+def plane_of(channel, N: gl.constexpr, APART: gl.constexpr):
+    """The plane of dh of one of N channels, those of a and then those of b, APART from them."""
+    return channel + channel // (N // 2) * (APART - N // 2)
 
 
 @gluon.jit
 def _load_grads(
     planes, grad_slots, full, empty, per_row, blocks,
-    N: gl.constexpr, G: gl.constexpr, BLOCK_N: gl.constexpr, GRAD_STAGES: gl.constexpr,
+    N: gl.constexpr, APART: gl.constexpr, BLOCK_N: gl.constexpr, GRAD_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = planes.layout
@@ -285,7 +279,7 @@ def _load_grads(
     phase = 1
     for block in range(begin, end):
         group = block // STEPS
-        plane = plane_of((block - group * STEPS) * BLOCK_N, N, G)
+        plane = plane_of((block - group * STEPS) * BLOCK_N, N, APART)
         for me in range(CONSUMERS):
             i, start = place_in_rows(group * CONSUMERS + me, per_row)
             place = me * GRAD_STAGES + stage
@@ -307,7 +301,7 @@ def _gated_rows_bwd_hopper_kernel(
     x, weights, further, planes, grads, hat, mask_ptr, moments_ptr, sums_ptr, eps,
     R, J, per_row, blocks, share, stride_mask_i, stride_mask_j,
     stride_moments_n, stride_moments_i, stride_moments_j,
-    C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, BLOCK_N: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, APART: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, GRAD_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     MASKED: gl.constexpr, PARAMETERS: gl.constexpr, REGISTERS: gl.constexpr,
     X_LAYOUT: gl.constexpr, PLANES_LAYOUT: gl.constexpr, GRADS_LAYOUT: gl.constexpr,
@@ -355,7 +349,7 @@ def _gated_rows_bwd_hopper_kernel(
             (_load_rows, (x, x_slots, loaded[0], freed[0], per_row, work, C, STEPS, CONSUMERS)),
             (_load_grads, (
                 planes, grad_slots, loaded[1], freed[1], per_row, work,
-                N, G, BLOCK_N, GRAD_STAGES, CONSUMERS,
+                N, APART, BLOCK_N, GRAD_STAGES, CONSUMERS,
             )),
         ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
     else:
@@ -381,7 +375,7 @@ def _gated_rows_bwd_hopper_kernel(
             (_load_rows, (x, x_slots, loaded[0], freed[0], per_row, work, C, STEPS, CONSUMERS)),
             (_load_grads, (
                 planes, grad_slots, loaded[1], freed[1], per_row, work,
-                N, G, BLOCK_N, GRAD_STAGES, CONSUMERS,
+                N, APART, BLOCK_N, GRAD_STAGES, CONSUMERS,
             )),
         ], [4, 4, 1, 1, 1], [REGISTERS, REGISTERS, 24, 24, 24])  # fmt: skip
 
@@ -414,27 +408,25 @@ def planes_of(planes: Tensor, tiles: Tiles, block_n: int) -> TensorDescriptor:
     )  # fmt: skip
 
 
-def takes(planes: Tensor, lengths: Tensor | None, group: int, wanted: frozenset[str]) -> bool:
+def takes(hidden: int, lengths: Tensor | None, wanted: frozenset[str]) -> bool:
     """Whether stage 1's backward of rows without padding can run here.
 
     `wanted` names outputs of `Stage1Gradients`.
     """
-    hidden = planes.shape[0] // 2
     return (
         lengths is None
-        and hidden % ROWS == group % _LEAST_BLOCK == 0
+        and hidden % ROWS == 0
         and wanted in ({"grads"}, {"grads", "hat_x", "sums"})
     )
 
 
 def prepare(
-    call: Call, x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, group: int,
+    call: Call, x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, apart: int,
     wanted: frozenset[str], config: LaunchConfig,
 ) -> PreparedLaunch:  # fmt: skip
     """The launch for rows like these; see `prepare_dual_gemm_bwd`."""
-    channels = x.shape[2]
-    hidden = planes.shape[0] // 2
-    consumers, block_n = config.block_m // ROWS, math.gcd(config.block_n, group)
+    channels, hidden = x.shape[2], call.hidden
+    consumers, block_n = config.block_m // ROWS, math.gcd(config.block_n, hidden)
     tiles, all_strides = tiles_of(x, mask, moments, planes)
     width = 4 * hidden
     grads = tma_descriptor(
@@ -461,7 +453,7 @@ def prepare(
             blocks=blocks, share=share, **all_strides,
         ),
         constants=dict(
-            C=channels, D=hidden, G=group, BLOCK_N=block_n, STAGES=config.num_stages,
+            C=channels, D=hidden, APART=apart, BLOCK_N=block_n, STAGES=config.num_stages,
             GRAD_STAGES=config.split, CONSUMERS=consumers, MASKED=mask is not None,
             PARAMETERS=hat is not None, REGISTERS=REGISTERS[consumers][1],
             X_LAYOUT=shared_layout([ROWS, channels]), PLANES_LAYOUT=shared_layout([block_n, ROWS]),

@@ -8,22 +8,23 @@ as if they were one (`launches.sequences_merged`):
     stage 2                            gives da and db from dt, a and b
     stage 1, in chunks of rows         gives dp and dg, and from them and dq dx
 
-Without a and b, stage 2 runs in groups of channels, for which stage 1 makes a and b. Peak memory
-beyond the arguments, what was kept among them, in tensors of one sequence's pair size (C = D a
-multiple of 64):
+Where a and b were not kept, stage 1 makes them again, and stage 2 runs in groups of channels, whose
+da and db take the place of the group before in dt and in a. Peak memory beyond the arguments, what
+was kept among them, in tensors of one sequence's pair size (C = D a multiple of 64):
 
     dx, whose memory holds dq first                                                     1
-    da and db                                                                           2
-    dt; or, in groups, what da and db don't yet overwrite of it, and a and b of one     1
+    da and db, and dt, with a and b kept                                                3
+    dt, a and b, and room for da and db of one group of four                            3 1/2
 
-The rows of a chunk lie where da and db are not yet, or where dt was; there are as many chunks as
-that takes, of whole waves of programs, for which stage 1 may take a little more. A product that was
-not kept lies where dt will be. Of a small sequence, whose planes are not large beside a GPU's
-memory, a chunk of stage 1 takes more of it, for fewer launches: with a and b kept 2 1/2 such
-tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256; where they are made again
-2 1/2 with L = 256. Where one kernel goes to dx (`hopper/gated_input_backward.py`), dq is in these
-rows too, 3, 6 and 3 tensors; without gradients of parameters there are none. The parameters'
-gradients come from few products: with t^ and x^ the normalised rows without norm weights,
+The rows of a chunk lie where da and db are not yet, or where dt, a and b were; there are as many
+chunks as that takes, of whole waves of programs, for which stage 1 may take a little more. A
+product that was not kept lies where dt will be. Of a small sequence, whose planes are not large
+beside a GPU's memory, a chunk of stage 1 takes more of it, for fewer launches: with a and b kept
+2 1/2 such tensors instead of one with C = D = 256 and L = 512, and 5 with L = 256; where they are
+made again 2 1/2 with L = 256. Where one kernel goes to dx (`hopper/gated_input_backward.py`), dq is
+in these rows too, 3, 6 and 3 tensors; without gradients of parameters there are none. The
+parameters' gradients come from few products: with t^ and x^ the normalised rows without norm
+weights,
 
     S = de^T t^, s = sum de        dWe = S g2 + s b2^T,  dg2 = sum_c We S,  db2 = sum_c We s
     H = [dp, dg, dq]^T x^          the same for [Wp; Wg; Wo], g1 and b1; of x^ g1, and divided by
@@ -36,6 +37,7 @@ zeros; the weight-gradient products still run over all rows.
 All products are kernels of ours, in the call's precision: no setting of torch's applies to them.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -296,32 +298,44 @@ class Sequence(NamedTuple):
         [2, D, L, pitch]; or, of several sequences, all have R rows and the axes of x.
         """
         hidden, length = self.call.hidden, self.call.x.shape[2]
-        size = hidden if planes is not None else group_size(hidden, length)
-        memory = self._memory(0 if planes is not None else 3 * size)
-        grad_t = memory[hidden + size : 2 * hidden + size]
-        kept = planes is not None
-        if not kept:
-            planes = memory[2 * hidden + size : 2 * hidden + 3 * size].unflatten(0, (2, size))
-        if product is None:
-            product = grad_t[None]
-            moments = self._product_again(product, planes)
+        if planes is not None:
+            size = apart = hidden
+            memory = self._memory(2 * hidden, 3 * hidden)
+            grad_t, scratch = memory[2 * hidden : 3 * hidden], (memory[: 2 * hidden],)
+        else:
+            # Room for a group's da, dt; room for its db, a, b. Each group takes the place of the
+            # one before, so that da and db of all lie `apart` planes from each other.
+            size = group_size(hidden, length)
+            apart = hidden + size
+            memory = self._memory(apart + hidden, 2 * apart + hidden)
+            grad_t, scratch = memory[size:apart], (memory[:size], memory[apart : apart + size])
+            planes = memory[apart + size : 2 * apart + hidden].unflatten(0, (2, hidden))
+            if len(memory) >= 2 * apart + hidden + 2 * size:
+                scratch = (memory[2 * apart + hidden :],)
+            made = self._planes_again(planes)
+            moments = made if moments is None else moments
+            if product is None:
+                product = grad_t[None]
+                self._product_again(product, planes)
         if not self._merged:
             moments = with_axes_of_x(moments, self.call.direction)
         by_rows = moments[0, :, : self.call.x.shape[1], :length]
-        self.stage_3(product[0], by_rows, grad_out, grad_t, memory[: hidden + size])
+        self.stage_3(product[0], by_rows, grad_out, grad_t, *scratch)
         if self.wanted.through_product:
-            self._stage_2(memory, grad_t, moments, planes, kept)
-            self.stage_1(memory[: 2 * hidden], by_rows, size, memory[2 * hidden :])
+            grad_planes = memory[: 2 * apart].unflatten(0, (2, apart))
+            self._stage_2(grad_t, planes, grad_planes, size)
+            self.stage_1(memory[: 2 * apart], by_rows, apart, memory[apart + hidden :])
 
     @property
     def _merged(self) -> bool:
         """Whether these are several sequences."""
         return self.call.x.shape[1] > self.call.x.shape[2]
 
-    def _memory(self, least: int) -> Tensor:
-        """Planes [2D + `least`, at least D, R, pitch] for da, db, dt, and rows of stages 3 and 1.
+    def _memory(self, before: int, least: int) -> Tensor:
+        """Planes [`least` or more, R, pitch] for a, b, dt, da, db, and rows of stages 3 and 1.
 
-        The rows of a chunk of stage 1 lie behind da and db, which may take more than D planes.
+        The rows of a chunk of stage 1 lie behind the first `before` planes, da and db, and may need
+        more planes than are left.
         """
         x, hidden = self.call.x, self.call.hidden
         rows, length, channels = x.shape[1:]
@@ -329,38 +343,39 @@ class Sequence(NamedTuple):
         width = 4 * hidden + channels
         if self.to_grad_x is not None:
             width = max(1, sum(self._widths()))
-        chunks = -(-width * length // (hidden * pitch))
+        chunks = -(-width * length // ((least - before) * pitch))
         small, most, few = SMALL_PLANES, _CHUNK_BYTES, 2
-        if least:
+        saving = least > 3 * hidden  # a and b are made again
+        if saving:
             small, most, few = _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN, chunks
         if hidden * rows * pitch * x.element_size() < small:
             chunks = min(few, -(-rows * length * width * x.element_size() // most))
         step = max(self._least_rows(), -(-rows // chunks))
-        if not least:  # those that save memory take no more rows
+        if not saving:  # those that save memory take no more rows
             step = self._whole_waves(step)
-        count = 2 * hidden + max(hidden, least, -(-step * length * width // (rows * pitch)))
+        count = max(least, before + -(-step * length * width // (rows * pitch)))
         return torch.empty(count, rows, pitch, dtype=x.dtype, device=x.device)
 
     def _whole_waves(self, step: int) -> int:
         """A number of rows i rounded up to whole waves of programs."""
         rows, length = self.call.x.shape[1:3]
-        wave = _TILE_PAIRS * device_target(self.call.x.device).multiprocessors
+        wave = self._wave()
         return min(rows, -(-step * length // wave) * wave // length)
+
+    def _wave(self) -> int:
+        """The pairs of a wave of programs."""
+        return _TILE_PAIRS * device_target(self.call.x.device).multiprocessors
 
     def _least_rows(self) -> int:
         """The fewest rows i of a chunk."""
         rows, length = self.call.x.shape[1:3]
         return min(rows, -(-_CHUNK_PAIRS // length))
 
-    def _product_again(self, product: Tensor, planes: Tensor) -> Tensor:
-        """Fills the product, with a group's planes at a time as scratch; returns the moments."""
-        moments, size = None, planes.shape[1]
-        for first in range(0, product.shape[1], size):
-            moments = self._planes_again(planes, first, moments)
-            a, b, group = planes[None, 0], planes[None, 1], product[:, first : first + size]
-            scales = self._scales_of(first, size)
-            trimul_einsum_fwd(self.call, self.launches, a, b, group, first, scales=scales)
-        return moments
+    def _product_again(self, product: Tensor, planes: Tensor) -> None:
+        """Fills the product [1, D, L, pitch] of planes [2, D, L, pitch]."""
+        a, b = planes[None, 0], planes[None, 1]
+        scales = self._scales_of(0, self.call.hidden)
+        trimul_einsum_fwd(self.call, self.launches, a, b, product, "again", scales=scales)
 
     def _scales_of(self, first: int, size: int) -> PlaneScales | None:
         """Those of a group's a and b, if they are split numbers."""
@@ -368,30 +383,38 @@ class Sequence(NamedTuple):
             return None
         return self.split.scales.of_planes(self.call.hidden, slice(first, first + size))
 
-    def _planes_again(self, planes: Tensor, first: int, moments: Tensor | None) -> Tensor:
-        """Fills planes [2, G, L, pitch] with a and b, channels `first` on; returns the moments."""
-        group = first, planes.shape[1]
-        both = planes[None, 0], planes[None, 1]
+    def _planes_again(self, planes: Tensor) -> Tensor:
+        """Fills planes [2, D, L, pitch] with a and b, as the forward did; returns the moments."""
         call = self.call._replace(weights=multiplied(self.call.weights, self.split))
         scales = None if self.split is None else self.split.scales
         return fused_dual_gemm_fwd(
-            call, self.launches, both, group, moments, scales=scales, folds=self.norms.folds
+            call, self.launches, planes[None].unbind(1), scales=scales, folds=self.norms.folds
         )
 
-    def _chunks(self, memory: Tensor, width: int) -> tuple[Tensor, list[slice]]:
-        """Cuts the rows i into chunks whose pairs, with `width` elements each, fit the memory.
+    def _chunks(
+        self, memories: tuple[Tensor, ...], widths: tuple[int, ...]
+    ) -> tuple[list[Tensor], list[slice]]:
+        """Cuts the rows i into chunks whose pairs, with elements of these widths, fit the memories.
 
-        Returns the memory too, which is other and larger if chunks would not fill a GPU.
+        Returns what `_row_buffers` takes: one memory for all widths, or one for each, of which the
+        last may be missing. They are others, and larger, if chunks would not fill a GPU.
         """
         rows, length = self.call.x.shape[1:3]
-        least = self._least_rows() * length * width
-        if memory.numel() < least:
-            memory = memory.new_empty(least)
-        most = min(rows, memory.numel() // (length * width))
-        chunks = -(-rows // most)
-        step = min(most, self._whole_waves(-(-rows // chunks)))
-        cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-        return memory.view(-1), cuts
+        least, most, found = self._least_rows() * length, rows, []
+        shares = [sum(widths)] if len(memories) == 1 else widths
+        for memory, width in itertools.zip_longest(memories, shares):
+            if memory is None:
+                memory = memories[0].new_empty(memories[0].numel() if width else 0)
+            if memory.numel() < least * width:
+                memory = memory.new_empty(least * width)
+            found.append(memory.view(-1))
+            most = min(most, memory.numel() // (length * width)) if width else most
+        even = self._whole_waves(-(-rows // -(-rows // most)))
+        wave = self._wave()
+        fitting = most * length // wave * wave // length  # of whole waves
+        steps = [step for step in (min(most, even), fitting) if step]
+        step = min(steps, key=lambda step: _launched(rows, step, length, wave))
+        return found, [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def _widths(self) -> tuple[int, int]:
         """The columns of a chunk's rows in stage 1: of dp, dg, with dx also dq; of x^ or x^ g1."""
@@ -412,11 +435,12 @@ class Sequence(NamedTuple):
         return 0 if self.call.lengths is None else self.first_row + chunk.start
 
     def stage_3(
-        self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor, memory: Tensor
+        self, product: Tensor, moments: Tensor, grad_out: Tensor, grad_t: Tensor, *scratch: Tensor
     ) -> None:
-        """Fills grad_t [D, R, pitch], which may be the product, and dq; `memory` is scratch.
+        """Fills grad_t [D, R, pitch], which may be the product, and dq.
 
-        product is [D, R, pitch], moments [2, R, L] and grad_out [R, L, C].
+        product is [D, R, pitch], moments [2, R, L] and grad_out [R, L, C]. The scratch is for rows
+        of de and of t^, one memory for both or one for each.
         """
         call, wanted, weights = self.call, self.wanted, self.call.weights
         hidden, (length, channels) = product.shape[0], call.x.shape[2:]
@@ -427,7 +451,7 @@ class Sequence(NamedTuple):
             hidden if wanted.parameters else 0,
             channels if wanted.drop_mask else 0,
         )
-        memory, chunks = self._chunks(memory, sum(widths))
+        scratch, chunks = self._chunks(scratch, widths)
         for chunk in chunks:
             rows = Rows(
                 product[:, chunk], call.x[0, chunk], moments[:, chunk], grad_out[chunk],
@@ -441,7 +465,7 @@ class Sequence(NamedTuple):
                 prepare_ln_residual_bwd, rows, weights, (call.eps_in, call.eps_out),
                 call.precision, wanted.of_stage_3, None, first_row, self.split,
             )  # fmt: skip
-            emit, hat_t, drop_rows = _row_buffers(memory, count, widths)
+            emit, hat_t, drop_rows = _row_buffers(scratch, count, widths)
             hat_t = self._normal(hat_t)
             out = Stage3Gradients(
                 emit=emit,
@@ -477,26 +501,20 @@ class Sequence(NamedTuple):
         if grad_drop is not None:
             self.gradients["drop_mask"].copy_(grad_drop)
 
-    def _stage_2(
-        self, memory: Tensor, grad_t: Tensor, moments: Tensor, planes: Tensor, kept: bool
-    ) -> None:
-        """Fills the first 2D planes of the memory with da and db, over the beginning of dt.
+    def _stage_2(self, grad_t: Tensor, planes: Tensor, grad_planes: Tensor, size: int) -> None:
+        """Fills grad_planes [2, at least D, R, pitch], da and db, `size` channels at a time.
 
-        They have the axes of x and lie in groups, da before db: [D / G, 2, G, L, pitch]. `planes`
-        [2, G, L, pitch] are a and b of all channels if they were kept, or memory for a group's.
+        They have the axes of x. planes [2, D, R, pitch] are a and b.
         """
-        size = planes.shape[1]
         for first in range(0, grad_t.shape[0], size):
-            if not kept:
-                self._planes_again(planes, first, moments)
-            grad_planes = memory[2 * first : 2 * (first + size)]
-            self._stage_2_of_group(grad_t[first : first + size], first, planes, grad_planes)
+            group = slice(first, first + size)
+            self._stage_2_of_group(grad_t[group], first, planes[:, group], grad_planes[:, group])
 
     def _stage_2_of_group(
         self, grad: Tensor, first: int, planes: Tensor, grad_planes: Tensor
     ) -> None:
-        """Fills grad_planes [2G, R, pitch] with da and db, from dt of G channels, `first` on."""
-        operands = grad, planes, grad_planes.unflatten(0, (2, -1))
+        """Fills grad_planes [2, G, R, pitch], da and db, from dt of G channels, `first` on."""
+        operands = grad, planes, grad_planes
         if self._merged:
             length = self.call.x.shape[2]
             operands = [of_sequences(tensor, length) for tensor in operands]
@@ -505,20 +523,21 @@ class Sequence(NamedTuple):
             scales = split_planes(grad, scales, self.launches)
         multiply_both(self.call, self.launches, *operands, first, self._merged, scales)
 
-    def stage_1(self, planes: Tensor, moments: Tensor, size: int, memory: Tensor) -> None:
-        """Fills dx and dmask from dq and planes [2D, R, pitch], da and db in groups of `size`.
+    def stage_1(self, planes: Tensor, moments: Tensor, apart: int, memory: Tensor) -> None:
+        """Fills dx and dmask from dq and planes [2 `apart`, R, pitch], da and db.
 
-        moments are [2, R, L]; `memory` is scratch.
+        The planes of db begin at plane `apart`, which is D or more. moments are [2, R, L]; `memory`
+        is scratch, which may be all but the D planes of each.
         """
         call, wanted, weights = self.call, self.wanted, self.call.weights
         length, channels = call.x.shape[2:]
-        hidden = planes.shape[0] // 2
+        hidden = call.hidden
         grad_mask = self.gradients.get("mask")
         widths = self._widths()
-        memory, chunks = self._chunks(memory, max(1, sum(widths)))
+        scratch, chunks = self._chunks((memory,), widths)
         if self.to_grad_x is not None:
             for chunk in chunks:
-                self._stage_1_to_grad_x(chunk, planes, moments, size, memory)
+                self._stage_1_to_grad_x(chunk, planes, moments, apart, scratch)
             return
         into = multiplied(weights, self.split)
         into = into.p_in_weight, into.g_in_weight, into.g_out_weight
@@ -531,10 +550,10 @@ class Sequence(NamedTuple):
             count = (chunk.stop - chunk.start) * length
             prepared = self.launches.of(
                 ("dual_gemm_bwd", count, first_row, *_alignments(x, mask_out)),
-                prepare_dual_gemm_bwd, call, x, mask, x_moments, grad_h, size, outputs, None,
+                prepare_dual_gemm_bwd, call, x, mask, x_moments, grad_h, apart, outputs, None,
                 first_row, self.split,
             )  # fmt: skip
-            grads, hat_x = _row_buffers(memory, count, widths)
+            grads, hat_x = _row_buffers(scratch, count, widths)
             hat_x, sums = self._normal(hat_x), None
             if wanted.parameters:
                 sums = _float32(call.x, rows_of_sums(prepared), 4 * hidden)
@@ -560,17 +579,17 @@ class Sequence(NamedTuple):
                 )  # fmt: skip
 
     def _stage_1_to_grad_x(
-        self, chunk: slice, planes: Tensor, moments: Tensor, size: int, memory: Tensor
+        self, chunk: slice, planes: Tensor, moments: Tensor, apart: int, scratch: list[Tensor]
     ) -> None:
         """`stage_1` of a chunk by one kernel, and the parameters' sums."""
         call, variant = self.call, hopper.kernels("gated_input_backward")
         x, grad_h, x_moments = call.x[0, chunk], planes[:, chunk], moments[:, chunk]
         mask = None if call.mask is None else call.mask[0, chunk]
         count = x.shape[0] * x.shape[1]
-        rows, normal = _row_buffers(memory, count, self._widths())
+        rows, normal = _row_buffers(scratch, count, self._widths())
         prepared = self.launches.of(
             ("gated_input_bwd", count, *_alignments(x)), variant.prepare, call, x, mask,
-            x_moments, grad_h, size, rows is not None, self.to_grad_x,
+            x_moments, grad_h, apart, rows is not None, self.to_grad_x,
         )  # fmt: skip
         grad_q = self.grad_q[chunk].view(count, x.shape[2])
         out = rows, normal, self.gradients["x"][chunk]
@@ -596,6 +615,12 @@ class Sequence(NamedTuple):
         )  # fmt: skip
         made = row_products(left, right, prepared, parts, partial, last)
         self.parts[which] = made._replace(scaled=scaled)
+
+
+def _launched(rows: int, step: int, length: int, wave: int) -> int:
+    """The cost of chunks of `step` rows of pairs: a chunk counts as half a wave of programs."""
+    waves = rows // step * -(-step * length // wave) + -(-(rows % step) * length // wave)
+    return 2 * waves + -(-rows // step)
 
 
 def setting_to_grad_x(call: Call, wanted: Wanted, launches: Launches) -> LaunchConfig | None:
@@ -625,14 +650,19 @@ def group_size(hidden: int, length: int) -> int:
     return hidden // groups
 
 
-def _row_buffers(memory: Tensor, count: int, widths: tuple[int, ...]) -> list[Tensor | None]:
-    """[count, width] one behind the other in the memory, None where the width is 0."""
-    found, start = [], 0
-    for width in widths:
-        rows = memory[start : start + count * width].view(count, width) if width else None
-        found.append(rows)
-        start += count * width
-    return found
+def _row_buffers(
+    memories: list[Tensor], count: int, widths: tuple[int, ...]
+) -> list[Tensor | None]:
+    """[count, width] for each width, None where it is 0.
+
+    They lie one behind the other in one memory, or each in its own.
+    """
+    if len(memories) == 1:
+        memories = memories[0][: count * sum(widths)].split([count * width for width in widths])
+    return [
+        memory[: count * width].view(count, width) if width else None
+        for memory, width in zip(memories, widths, strict=True)
+    ]
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

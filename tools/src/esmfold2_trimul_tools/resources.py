@@ -11,7 +11,6 @@ have there. Registers, stack and shared memory are read from the machine code.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import struct
 import subprocess
@@ -36,12 +35,12 @@ MAX_SPILL_BYTES = 512
 # (sequences without padding, H200). Hopper's variants of wide rows have six with Triton 3.9, which
 # a consumer reads once a tile, outside the loop over channels.
 MAX_LOOP_SPILL_BYTES = 24
-# In stage 3 of float32's split operands, in its backward, and in stage 1 of few channels, with more
-# than 128 channels: read once for each block of output channels, outside of the loops over K. Stage
-# 3 took 0.91 ms on an H200 (C = 256, L = 512), and tiles of half the width, which spill nothing,
-# 1.31; its backward 1.21 and 1.59.
+# In stage 3 of float32's split operands and in its backward, with more than 128 channels: read once
+# for each block of output channels, outside of the loops over K. Stage 3 took 0.91 ms on an H200
+# (C = 256, L = 512), and tiles of half the width, which spill nothing, 1.31; its backward 1.21 and
+# 1.59.
 MAX_SPLIT_LOOP_SPILL_BYTES = 400
-_SPLIT_SPILLS = ("fused_ln_residual", "fused_ln_residual_bwd", "fused_dual_gemm_again")
+_SPLIT_SPILLS = ("fused_ln_residual", "fused_ln_residual_bwd")
 # In Hopper's kernels of the transition's and of stage 1's backward with 256 channels: read once a
 # tile, outside of the loop over hidden channels, but for one or two registers (of the transition
 # with biases, of which no case has any). With 216 bytes, read in that loop too, the transition's
@@ -205,10 +204,6 @@ def _name_of(launch: Any, prefix: str) -> str:
     if constants.get("BOTH"):  # dt, transposed for db alone, is the left operand for outgoing
         left_a, _, left_b, _ = constants["TURNED"]
         return f"{stage}_bwd_{'incoming' if left_a == left_b else 'outgoing'}"
-    # The Hopper kernel makes a and b of a group again if it has fewer than all their channels.
-    of_group = stage == "fused_dual_gemm" and constants.get("N", math.inf) < 2 * constants["C"]
-    if constants.get("READ_MOMENTS") or of_group:
-        return f"{stage}_again"
     turned = [letter for letter in "ab" if constants.get(f"TURNED_{letter.upper()}")]
     return f"{stage}_bwd_{''.join(turned)}" if turned else stage
 

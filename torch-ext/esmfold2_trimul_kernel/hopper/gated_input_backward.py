@@ -349,7 +349,7 @@ def _load_weights(
 @gluon.jit
 def _load_rows(
     x, planes, gate, x_slots, slots, full, empty, pairs,
-    C: gl.constexpr, N: gl.constexpr, G: gl.constexpr, ME: gl.constexpr,
+    C: gl.constexpr, N: gl.constexpr, APART: gl.constexpr, ME: gl.constexpr,
 ):  # fmt: skip
     """A consumer's tiles: dq, meanwhile x, and dh."""
     x_full, slot_full, _ = full
@@ -380,7 +380,7 @@ def _load_rows(
             load_tile(gate, [i, start, piece * _SLOT], slot_full.index(place), part)
             slot, slot_phase = advance(slot, slot_phase, SLOTS)
         for block in range(N // _SLOT):
-            plane = plane_of(block * _SLOT, N, G)
+            plane = plane_of(block * _SLOT, N, APART)
             place = ME * SLOTS + slot
             mbarrier.wait(slot_empty.index(place), slot_phase)
             mbarrier.expect(slot_full.index(place), 64 * _SLOT * 2)
@@ -401,7 +401,7 @@ def _gated_input_bwd_hopper_kernel(
     constants_ptr, norm_weight_ptr, mask_ptr, moments_ptr,
     R, J, per_row, groups, stride_mask_i, stride_mask_j,
     stride_moments_n, stride_moments_i, stride_moments_j,
-    C: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    C: gl.constexpr, APART: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
     MASKED: gl.constexpr, PARAMETERS: gl.constexpr, REGISTERS: gl.constexpr,
     LAYOUT: gl.constexpr, RING_LAYOUT: gl.constexpr, SLOT_LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -433,8 +433,8 @@ def _gated_input_bwd_hopper_kernel(
         (_load_weights, (
             first_weight, second_weight, gate_weight, ring, loaded[2], freed[2], groups, C, N,
         )),
-        (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, G, 0)),
-        (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, G, 1)),
+        (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, APART, 0)),
+        (_load_rows, (x, planes, gate, x_slots, slots, loaded, freed, pairs, C, N, APART, 1)),
     ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
 
 
@@ -458,13 +458,13 @@ def _weights(call: Call) -> dict[str, Tensor]:
 
 
 def prepare(
-    call: Call, x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, group: int,
+    call: Call, x: Tensor, mask: Tensor | None, moments: Tensor, planes: Tensor, apart: int,
     parameters: bool, config: LaunchConfig,
 ) -> PreparedLaunch:  # fmt: skip
-    """The launch for x [R, L, C], mask [R, L], moments [2, R, L] and planes [2D, R, pitch].
+    """The launch for x [R, L, C], mask [R, L], moments [2, R, L] and planes of dh.
 
-    These are some rows of a call. The planes come in groups of `group` channels; `parameters` is
-    whether their gradients are wanted.
+    These are some rows of a call. The planes of db lie `apart` planes from those of da;
+    `parameters` is whether their gradients are wanted.
 
     Raises:
         ValueError: a setting with other blocks, or whose rings are too short.
@@ -510,7 +510,7 @@ def prepare(
             **all_strides,
         ),
         constants=dict(
-            C=channels, G=group, STAGES=config.num_stages, SLOTS=config.split,
+            C=channels, APART=apart, STAGES=config.num_stages, SLOTS=config.split,
             MASKED=mask is not None, PARAMETERS=parameters, REGISTERS=REGISTERS[2][1],
             LAYOUT=shared_layout([ROWS, STEP]), RING_LAYOUT=shared_layout([2 * STEP, STEP]),
             SLOT_LAYOUT=shared_layout([ROWS, slot]),

@@ -70,7 +70,7 @@ def _fused_dual_gemm_bwd_kernel(
     stride_x_i, stride_x_j, stride_x_c,
     stride_moments_n, stride_moments_i, stride_moments_j, stride_mask_i, stride_mask_j,
     stride_first, stride_second,
-    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_ALIGNMENT: tl.constexpr, WEIGHT_ALIGNMENT: tl.constexpr, GATE_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
@@ -78,8 +78,8 @@ def _fused_dual_gemm_bwd_kernel(
 ):  # fmt: skip
     """dp, dg, x^, dmask and sums of all 2D channels at BLOCK_M positions m = i * pitch + j.
 
-    M = R * pitch positions, N = 2D hidden channels in blocks, K = C channels. The planes come in
-    groups of G channels, those of a before those of b: [D / G, 2, G, R, pitch]. Every output is
+    M = R * pitch positions, N = 2D hidden channels in blocks, K = C channels. Of the planes of dh
+    those of db lie APART planes, D or more, from those of da: [2, APART, R, pitch]. Every output is
     optional: `grads` [R*L, 2, 2, D] (dp, dg; of a, of b), x^ [R*L, C], dmask [R*L], and `sums`
     [programs, 2, 2, D] of dp and dg over the tile. Row i is row first_row + i of its sequence,
     which matters only with lengths. With PRECISION "fp16x3" the operands are split numbers.
@@ -163,9 +163,7 @@ def _fused_dual_gemm_bwd_kernel(
             value *= power_of_two(-exponent.to(tl.int32))[None, :]
         gate = sigmoid(gate, FAST_RECIPROCAL)
 
-        # A block lies within one group.
-        group = start_n // G
-        plane = (group * 2 + half) * G + (start_n - group * G) + tl.arange(0, BLOCK_N)
+        plane = half * APART + offs_n
         planes_ptrs = planes_ptr + (plane.to(tl.int64) * stride_planes_d)[:, None] + offs_m[None, :]
         valid = valid_plane[None, :]
         if not EVEN_D:
@@ -213,7 +211,7 @@ def fused_dual_gemm_bwd(
     folds: Folds,
     split: Split | None = None,
 ) -> None:
-    """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes [2D, R, pitch].
+    """Fills `out` from x [R, L, C], mask [R, L], moments [2, R, L], planes of dh.
 
     These are some rows of a call of one sequence. `prepared` is from `prepare_dual_gemm_bwd` for
     tensors like these. `split` is of a call of split numbers.
@@ -256,7 +254,7 @@ def prepare_dual_gemm_bwd(
     mask: torch.Tensor | None,
     moments: torch.Tensor,
     planes: torch.Tensor,
-    group: int,
+    apart: int,
     wanted: frozenset[str],
     config: LaunchConfig | None = None,
     first_row: int = 0,
@@ -264,25 +262,26 @@ def prepare_dual_gemm_bwd(
 ) -> PreparedLaunch:
     """The launch of `fused_dual_gemm_bwd`.
 
-    The planes come in groups of `group` channels. `wanted` names outputs of `Stage1Gradients`. The
-    first row is row `first_row` of its sequence. `split` is of a call of split numbers.
+    The planes of db lie `apart` planes, D or more, from those of da. `wanted` names outputs of
+    `Stage1Gradients`. The first row is row `first_row` of its sequence. `split` is of a call of
+    split numbers.
     """
     weights = multiplied(call.weights, split)
     count, length, channels = x.shape
-    hidden, pitch = planes.shape[0] // 2, planes.shape[2]
+    hidden, pitch = call.hidden, planes.shape[2]
     device = device_target(x.device)
     variants = hopper.variants(
-        "gated_rows_backward", "takes", x, planes, call.lengths, group, wanted
+        "gated_rows_backward", "takes", x, hidden, call.lengths, wanted
     )
     if config is None:
         width = max(channels, hidden)
         config = setting_of("fused_dual_gemm_bwd", x, width, length, 1, variants, split is not None)
     if hopper.is_variant(config, variants):
         module = hopper.kernels("gated_rows_backward")
-        return module.prepare(call, x, mask, moments, planes, group, wanted, config)
-    block_n = block_of(config.block_n, group)
-    if group % 16 == 0:  # whole blocks, even if smaller
-        block_n = math.gcd(group, block_n)
+        return module.prepare(call, x, mask, moments, planes, apart, wanted, config)
+    block_n = block_of(config.block_n, hidden)
+    if hidden % 16 == 0:  # whole blocks, even if smaller
+        block_n = math.gcd(hidden, block_n)
     block_k = block_of(config.block_k, channels)
     held = config.held and block_k >= channels
     if held and x.element_size() != 2:
@@ -309,7 +308,7 @@ def prepare_dual_gemm_bwd(
             **named_strides("mask", "ij", (0, 0) if mask is None else strides(mask)),
         ),
         constants=dict(
-            C=channels, D=hidden, G=group,
+            C=channels, D=hidden, APART=apart,
             BLOCK_M=config.block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             X_ALIGNMENT=elements if is_aligned(x) else 1,
             WEIGHT_ALIGNMENT=pair.alignment, GATE_FIRST=pair.gate_first,
