@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_de2b893cca"
+_NAMESPACE = "_esmfold2_trimul_kernel_17770fceb8"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

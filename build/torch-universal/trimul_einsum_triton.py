@@ -41,7 +41,8 @@ _GROUP_M = tl.constexpr(8)
 
 @triton.jit(do_not_specialize=["L", "tiles", "lengths_ptr", "exponents_ptr", "masks_ptr"])
 def _trimul_einsum_fwd_kernel(
-    a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D, tiles, stride_exponents,
+    a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D, tiles,
+    stride_exponents, sequences,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -54,7 +55,8 @@ def _trimul_einsum_fwd_kernel(
     A plane of a is [M, K], or [K, M] if TURNED_A; one of b is [N, K], or [K, N] if TURNED_B.
     PERSISTENT programs take every num_programs-th tile: the loads of a tile begin while the
     previous tile is stored. With lengths, programs are not persistent. With PRECISION "fp16x3", a
-    row of a plane is its high numbers and then its low ones, pitch each: see `split_operands`.
+    row of a plane is its high numbers and then its low ones, pitch each: see `split_operands`. Each
+    of their channels has the planes of so many `sequences`.
     """
     # Otherwise ptxas 12.8 (Triton 3.6) waits after every single wgmma of the loop.
     tl.assume(L > 0)
@@ -62,7 +64,7 @@ def _trimul_einsum_fwd_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _product_tile(
                 tile, a, b, product, lengths_ptr, exponents_ptr, masks_ptr,
-                L, pitch, D, stride_exponents,
+                L, pitch, D, stride_exponents, sequences,
                 stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
                 stride_product_b, stride_product_d, stride_product_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION, MASKED,
@@ -70,7 +72,7 @@ def _trimul_einsum_fwd_kernel(
     else:
         _product_tile(
             tl.program_id(0), a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D,
-            stride_exponents, stride_a_b, stride_a_d, stride_a_row,
+            stride_exponents, sequences, stride_a_b, stride_a_d, stride_a_row,
             stride_b_b, stride_b_d, stride_b_row,
             stride_product_b, stride_product_d, stride_product_row,
             BLOCK_M, BLOCK_N, BLOCK_K, TURNED_A, TURNED_B, DESCRIPTORS, PRECISION, MASKED,
@@ -79,7 +81,8 @@ def _trimul_einsum_fwd_kernel(
 
 @triton.jit
 def _product_tile(
-    tile, a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D, stride_exponents,
+    tile, a, b, product, lengths_ptr, exponents_ptr, masks_ptr, L, pitch, D,
+    stride_exponents, sequences,
     stride_a_b, stride_a_d, stride_a_row, stride_b_b, stride_b_d, stride_b_row,
     stride_product_b, stride_product_d, stride_product_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -139,8 +142,8 @@ def _product_tile(
                 acc = dot(a_tile, b_tile, acc, PRECISION)
         if SPLIT:
             acc = product_of_planes(
-                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n,
-                L, MASKED,
+                acc, acc_low, exponents_ptr, stride_exponents, channel // sequences, masks_ptr,
+                offs_m, offs_n, L, MASKED,
             )  # fmt: skip
         # In halves: the store's buffer is half as large, which leaves room for another stage of
         # loads.
@@ -178,8 +181,8 @@ def _product_tile(
                 acc = dot(a_tile, b_tile.T, acc, PRECISION)
         if SPLIT:
             acc = product_of_planes(
-                acc, acc_low, exponents_ptr, stride_exponents, channel, masks_ptr, offs_m, offs_n,
-                L, MASKED,
+                acc, acc_low, exponents_ptr, stride_exponents, channel // sequences, masks_ptr,
+                offs_m, offs_n, L, MASKED,
             )  # fmt: skip
         base = batch.to(tl.int64) * stride_product_b + channel.to(tl.int64) * stride_product_d
         row_m = offs_m.to(tl.int64) * stride_product_row
@@ -318,6 +321,7 @@ def prepare_einsum(
         values=dict(
             L=length, pitch=pitch, D=hidden, tiles=tiles,
             stride_exponents=scales.exponents.stride(0) if split else 0,
+            sequences=scales.sequences if split else 1,
             **named_strides("a", ("b", "d", "row"), a.stride()[:3]),
             **named_strides("b", ("b", "d", "row"), b.stride()[:3]),
             **named_strides("product", ("b", "d", "row"), product.stride()[:3]),

@@ -8,6 +8,7 @@ from gradients_of_calls import LIMIT, grad_of_output
 from helpers import as_call, leaves_of, make_problem, reference_gradients, relative_error
 
 BUDGETS = {torch.float32: LIMIT, torch.float16: 4e-3}
+SPLIT_BUDGET = 2e-6  # as in `test_split_gradients`
 
 
 @pytest.fixture
@@ -15,8 +16,8 @@ def step(submodule, on_triton):
     """step(problem, grad_out, ...): the output and the gradients by name."""
     path = submodule("triton_path")
 
-    def run(problem, grad_out=None, lengths=None, **fields):
-        call = as_call(submodule("_call"), problem.to(on_triton), precision="fp32", **fields)
+    def run(problem, grad_out=None, lengths=None, precision="fp32", **fields):
+        call = as_call(submodule("_call"), problem.to(on_triton), precision=precision, **fields)
         call = call._replace(lengths=lengths)
         out, *saved = path.forward_saving(call)
         assert [tuple(t.shape) for t in saved] == [*path.saved_shapes(call)]
@@ -60,6 +61,33 @@ def test_gradients_of_a_batch(step, merged, length, batch, direction, dtype):
     assert set(got) == set(leaves_of(problem))
     errors = {name: relative_error(got[name], wanted[name]) for name in got}
     assert all(error <= BUDGETS[dtype] for error in errors.values()), errors
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("mask", ["bool", None])
+@pytest.mark.parametrize("direction", ["outgoing", "incoming"])
+@pytest.mark.parametrize("length, batch", [(5, 3), (16, 2), (35, 2)])
+def test_split_operands_of_a_batch(
+    step, merged, submodule, on_triton, length, batch, direction, mask
+):
+    """Planes of a channel have one scale, of sequences whose gradients are 2^-20 of others' too."""
+    device = submodule("triton_parts.device").device_target(torch.device(on_triton))
+    if "split" not in submodule("triton_parts.settings").settings_of(*device[:2])["input_bwd"]:
+        pytest.skip(f"{device.target} splits no operands")
+    problem = make_problem(
+        length, 16, 32, batch=batch, mask=mask, biases=True, direction=direction
+    )
+    assert merged(problem, precision="fp16x3") == batch
+    sizes = 2.0 ** -torch.linspace(0, 20, batch)[:, None, None, None]
+    grad_out = grad_of_output(problem) * sizes
+    out, got = step(problem, grad_out, precision="fp16x3")
+    wanted = reference_gradients(problem, grad_out)
+    for entry in range(batch):
+        assert relative_error(got["x"][entry], wanted["x"][entry]) <= SPLIT_BUDGET, entry
+    errors = {name: relative_error(got[name], wanted[name]) for name in got}
+    assert all(error <= SPLIT_BUDGET for error in errors.values()), errors
+    whole, _ = step(problem, grad_out)
+    assert relative_error(out, whole.double()) <= SPLIT_BUDGET
 
 
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
@@ -123,6 +151,17 @@ def test_what_runs_alone(merged, why):
     problem = make_problem(5, 16, **{"batch": 2, **made})
     others = {name: value for name, value in why.items() if name not in made}
     assert merged(problem, **others) == 1
+
+
+def test_split_operands_beside_a_mask_run_alone(merged, submodule):
+    """Its rows would have other scales in each sequence."""
+    problem = make_problem(5, 16, batch=2, mask="soft")
+    with submodule("triton_parts.device").standing_in(
+        submodule("triton_parts.device").target_of("sm_90", "any")
+    ):
+        of_meta = dataclasses.replace(problem, x=problem.x.to("meta"))
+        assert merged(of_meta, precision="fp16x3") == 1
+        assert merged(of_meta, precision="tf32x3") == 2
 
 
 @pytest.mark.parametrize(

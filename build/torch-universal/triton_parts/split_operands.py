@@ -380,10 +380,12 @@ class Scales(NamedTuple):
         """The scales of some sequences of the batch."""
         return self if self.masks is None else self._replace(masks=self.masks[entries])
 
-    def of_planes(self, hidden: int, channels: slice = slice(None)) -> "PlaneScales":
-        """Those of some channels' a and b."""
+    def of_planes(
+        self, hidden: int, channels: slice = slice(None), sequences: int = 1
+    ) -> "PlaneScales":
+        """Those of some channels' a and b, of so many merged sequences."""
         exponents = self.projections[2, : 2 * hidden].view(2, hidden)
-        return PlaneScales(exponents[:, channels], self.masks)
+        return PlaneScales(exponents[:, channels], self.masks, sequences=sequences)
 
 
 class PlaneScales(NamedTuple):
@@ -392,6 +394,7 @@ class PlaneScales(NamedTuple):
     exponents: Tensor  # of their powers of two, [2, G] in fp32
     masks: Tensor | None  # as in `Scales`
     masked: str = "both"  # see `product_of_planes`
+    sequences: int = 1  # that are merged: a channel has a plane for each, all of one scale
 
 
 class Split(NamedTuple):

@@ -175,9 +175,10 @@ def _multiply(
     """
     a, b = planes.unbind(1)
     moments = fused_dual_gemm_fwd(call, launches, (a, b), scales=scales, folds=folds)
-    of_planes = None if scales is None else scales.of_planes(call.hidden)
     length = call.x.shape[2]
-    if call.x.shape[1] > length:
+    sequences = call.x.shape[1] // length
+    of_planes = None if scales is None else scales.of_planes(call.hidden, sequences=sequences)
+    if sequences > 1:
         a, b, product = (of_sequences(tensor, length) for tensor in (a, b, product))
     turned = transposed, transposed
     trimul_einsum_fwd(call, launches, a, b, product, turned=turned, scales=of_planes)

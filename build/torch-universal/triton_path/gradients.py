@@ -381,7 +381,9 @@ class Sequence(NamedTuple):
         """Those of a group's a and b, if they are split numbers."""
         if self.split is None:
             return None
-        return self.split.scales.of_planes(self.call.hidden, slice(first, first + size))
+        sequences = self.call.x.shape[1] // self.call.x.shape[2]
+        channels = slice(first, first + size)
+        return self.split.scales.of_planes(self.call.hidden, channels, sequences)
 
     def _planes_again(self, planes: Tensor) -> Tensor:
         """Fills planes [2, D, L, pitch] with a and b, as the forward did; returns the moments."""

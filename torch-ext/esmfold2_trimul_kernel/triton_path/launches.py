@@ -138,12 +138,15 @@ def sequences_merged(call: Call) -> int:
     """How many sequences a training step runs as one that has all their rows.
 
     It is the same in forward and backward: their planes are small together. With lengths, drop
-    masks, split numbers, or a and b made again, each sequence is run alone.
+    masks, split numbers beside a mask that is not bool, or a and b made again, each sequence is run
+    alone.
     """
     batch, length = call.x.shape[:2]
-    if batch < 2 or not call.keeps_planes or splits(call):
+    if batch < 2 or not call.keeps_planes:
         return 1
     if call.lengths is not None or call.drop_mask is not None:
+        return 1
+    if call.mask is not None and call.mask.dtype != torch.bool and splits(call):
         return 1
     of_one = call.hidden * length * padded_pitch(length) * call.x.element_size()
     return _divisor(batch, (SMALL_PLANES - 1) // of_one)
