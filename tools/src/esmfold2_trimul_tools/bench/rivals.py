@@ -133,10 +133,11 @@ def ours(problem: Problem, sources: Sources, **options: str) -> Call:
 
 
 def ours_in_tf32x3(problem: Problem, sources: Sources) -> Call:
-    """The same, with three TF32 products for each float32 product."""
+    """The same, with three TF32 products for each float32 product; of a transition too."""
     if problem.case.dtype != "float32":
         raise Absent("products of 16 bits are exact")
-    return ours(problem, sources, precision="TF32x3")
+    make = our_transition if problem.case.is_transition else ours
+    return make(problem, sources, precision="TF32x3")
 
 
 def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -> Call:
@@ -169,16 +170,17 @@ def in_tree(problem: Problem, sources: Sources, chunk_size: int | None = None) -
     return Call(module.requires_grad_(False).eval(), (problem.x, problem.mask))
 
 
-def our_transition(problem: Problem, sources: Sources) -> Call:
+def our_transition(problem: Problem, sources: Sources, precision: str | None = None) -> Call:
     """The public function with x for residual, as in the module."""
 
     function, x = sources.kernel.swiglu_transition, problem.x
+    options = {"eps": problem.eps, "precision": precision}
 
     def transition(x: Tensor, **weights: Tensor) -> Tensor:
-        return function(x, **weights, residual=x, eps=problem.eps)
+        return function(x, **weights, residual=x, **options)
 
     explained = partial(
-        sources.kernel.explain, function, x, **problem.weights, residual=x, eps=problem.eps
+        sources.kernel.explain, function, x, **problem.weights, residual=x, **options
     )
     return Call(transition, (x,), problem.weights, explained)
 
@@ -405,6 +407,7 @@ RIVALS = (
 TRANSITION_RIVALS = (
     Rival(OURS, our_transition, on_cpu=True),
     Rival("ours, plain", our_transition, plain=True),
+    Rival("ours, TF32x3", ours_in_tf32x3),
     Rival("ours, torch.compile", compiled(our_transition, fullgraph=True), slow=True),
     Rival("ours, CUDA graph", captured(our_transition), in_capture=True, passes=FORWARD),
     Rival("ours, plain, CUDA graph", captured(our_transition), "graphs", in_capture=True,
