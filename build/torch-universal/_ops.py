@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_17770fceb8"
+_NAMESPACE = "_esmfold2_trimul_kernel_03139a8227"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -195,11 +195,11 @@ def _fused_dual_gemm_fwd_kernel(
         half = block // BLOCKS
         start_n = (block - half * BLOCKS) * BLOCK_N
         if SPLIT_OPERANDS:
-            value_row = half * D + first_channel + start_n
             value, gate = project_split(
                 highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second,
-                half, first_channel + start_n, value_row, 2 * D + value_row,
-                C, D, 2, 4 * D + 2 * C, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
+                half, first_channel + start_n, half * D + first_channel + start_n,
+                C, D, 2, 2 * D, 4 * D + 2 * C, BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT,
+                DESCRIPTORS,
             )  # fmt: skip
         else:
             value, gate = project_pair(
@@ -240,14 +240,15 @@ def _fused_dual_gemm_fwd_kernel(
 @triton.jit
 def project_split(
     highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second, half, start_d,
-    value_row, gate_row, C: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TOTAL: tl.constexpr,
+    row, C: tl.constexpr, D: tl.constexpr,
+    PARTS: tl.constexpr, TO_GATE: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_ALIGNMENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """As `project_pair`, of split numbers in tiles of BLOCK_K; a plane's value in its scale.
 
-    The projections are [PARTS * D, C]. Of the TOTAL rows that have scales these are the BLOCK_N
-    from `value_row` and from `gate_row` on.
+    The projections are [PARTS * D, C]. Of the TOTAL rows that have scales these are BLOCK_N from
+    `row` on, and of the gate those that are TO_GATE behind them.
     """
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for k in tl.static_range(len(highs)):
@@ -256,7 +257,7 @@ def project_split(
             D, C, PARTS, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
         )  # fmt: skip
         acc = dot_split(highs[k], lows[k], high, low, acc)
-    return _scaled_pair(acc, scales_ptr, value_row, gate_row, TOTAL)
+    return _scaled_pair(acc, scales_ptr, row, TO_GATE, TOTAL)
 
 
 @triton.jit
@@ -282,12 +283,12 @@ def _load_split_pair(
 
 
 @triton.jit
-def _scaled_pair(acc, scales_ptr, value_row, gate_row, TOTAL: tl.constexpr):
+def _scaled_pair(acc, scales_ptr, row, TO_GATE: tl.constexpr, TOTAL: tl.constexpr):
     """Value and gate [M, N] of acc [M, 2N], of split numbers."""
     value, gate = halves(acc)
-    offs_n = tl.arange(0, value.shape[1])
-    value = scaled(value, scales_ptr, value_row + offs_n, TOTAL)
-    gate = scaled(gate, scales_ptr, gate_row + offs_n, TOTAL)
+    rows = row + tl.arange(0, value.shape[1])
+    value = scaled(value, scales_ptr, rows, TOTAL)
+    gate = scaled(gate, scales_ptr, TO_GATE + rows, TOTAL)
     return value, gate
 
 
@@ -332,8 +333,7 @@ def project_pair(
             )  # fmt: skip
             acc = dot(rows, weights.T, acc, PRECISION)
     if PRECISION == "fp16x3":
-        value_row = half * D + start_d
-        return _scaled_pair(acc, scales_ptr, value_row, 2 * D + value_row, 4 * D + 2 * C)
+        return _scaled_pair(acc, scales_ptr, half * D + start_d, 2 * D, 4 * D + 2 * C)
     # Each thread holds both the values and their gates: this moves no data.
     value, gate = halves(acc)
     if GATE_FIRST:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_17770fceb8"
+_BUILD_ID = "_esmfold2_trimul_kernel_03139a8227"
 
 
 def _load_package() -> ModuleType:

@@ -99,6 +99,7 @@ def _swiglu_hidden_kernel(
     offs_x = tl.multiple_of(offs_x, X_ALIGNMENT)
     dtype = x_ptr.dtype.element_ty
     SPLIT_OPERANDS: tl.constexpr = PRECISION == "fp16x3"
+    row = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
     first = None
     if dtype == tl.float32:
         first = load_first(x_ptr, offs_x, valid_m)
@@ -106,6 +107,13 @@ def _swiglu_hidden_kernel(
         WHOLE: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K * BLOCK_K
         chunks = load_chunks(x_ptr, offs_x, stride_x_c, valid_m, C, WHOLE, BLOCK_K)
         mean, rstd = chunk_moments(chunks, first, eps, C)
+        if hat_ptr is not None and part == 0:
+            for k in tl.static_range(len(chunks)):
+                offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                hat = normalise(
+                    chunks[k], offs_k, first, mean, rstd, None, None, C, C % BLOCK_K == 0
+                )
+                store_hat(hat_ptr, row, offs_k, hat, valid_m, C, C % BLOCK_K == 0, PRECISION)
         highs, lows = hold_split(chunks, first, mean, rstd, norm_weight_ptr, norm_bias_ptr, C)
     else:
         z, mean, rstd = normalised_rows(
@@ -113,18 +121,17 @@ def _swiglu_hidden_kernel(
             C, BLOCK_K, HELD,
         )  # fmt: skip
 
-    row = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
     if PROJECTIONS and part == 0:
         tl.store(moments_ptr + row, tl.sum(mean, 1), mask=valid_m)
         tl.store(moments_ptr + M + row, tl.sum(rstd, 1), mask=valid_m)
-        if hat_ptr is not None:
+        if hat_ptr is not None and not SPLIT_OPERANDS:
             for start_k in range(0, C, BLOCK_K):
                 offs_k = start_k + tl.arange(0, BLOCK_K)
                 x = load_tile(
                     x_ptr, offs_x, offs_k, stride_x_c, valid_m, C, C % BLOCK_K == 0
                 ).to(tl.float32)  # fmt: skip
                 hat = normalise(x, offs_k, first, mean, rstd, None, None, C, C % BLOCK_K == 0)
-                store_hat(hat_ptr, row, offs_k, hat, valid_m, C, C % BLOCK_K == 0, PRECISION)
+                store_tile(hat_ptr, row * C, offs_k, hat.to(dtype), valid_m, C, C % BLOCK_K == 0)
 
     PER_PROGRAM: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N // SPLIT
     for step in range(0, PER_PROGRAM):
@@ -132,7 +139,7 @@ def _swiglu_hidden_kernel(
         if SPLIT_OPERANDS:
             up, gate = project_split(
                 highs, lows, scales_ptr, weight_pair, weight_gap, stride_first, stride_second,
-                0, start_n, H + start_n, start_n, C, H, 1, TOTAL,
+                0, start_n, H + start_n, C, H, 1, -H, TOTAL,
                 BLOCK_M, BLOCK_N, BLOCK_K, WEIGHT_ALIGNMENT, DESCRIPTORS,
             )  # fmt: skip
         else:
