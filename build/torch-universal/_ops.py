@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_03139a8227"
+_NAMESPACE = "_esmfold2_trimul_kernel_f6294ed28d"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

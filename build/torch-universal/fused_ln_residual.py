@@ -33,9 +33,16 @@ from .triton_parts.launch import (
     shared_by,
     strides,
 )
-from .triton_parts.layer_norm import load_first, mean_of, normalise, row_moments
+from .triton_parts.layer_norm import load_first, mean_of, normalise, row_variances
 from .triton_parts.settings import LaunchConfig
-from .triton_parts.split_operands import FP16X3, Scales, dot_weight, scaled
+from .triton_parts.split_operands import (
+    FP16X3,
+    Scales,
+    dot_weight,
+    exponents_of_rows,
+    power_of_two,
+    scaled,
+)
 from .triton_parts.tiles import (
     add_bias,
     any_of,
@@ -164,9 +171,12 @@ def _fused_ln_residual_fwd_kernel(
         total = tl.zeros([BLOCK_M, 4], tl.float32)
         squares = tl.zeros([BLOCK_M, 4], tl.float32)
     else:
-        mean_t, rstd_t = row_moments(
-            t_ptr, offs_t, stride_product_d, first_t, valid_t, eps_out, D, BLOCK_K
+        mean_t, variance = row_variances(
+            t_ptr, offs_t, stride_product_d, first_t, valid_t, D, BLOCK_K
         )
+        rstd_t = tl.rsqrt(variance + eps_out)
+    if SPLIT_OPERANDS:
+        exponents = exponents_of_rows(variance, rstd_t, norm_out_bias_ptr, D)
 
     for step in range(0, PER_PROGRAM):
         start_n = (part * PER_PROGRAM + step) * BLOCK_N
@@ -222,6 +232,8 @@ def _fused_ln_residual_fwd_kernel(
                 t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
                 norm_out_weight_ptr, norm_out_bias_ptr, D, EVEN_D,
             ).to(dtype)  # fmt: skip
+            if SPLIT_OPERANDS:
+                t *= power_of_two(exponents)
             delta = dot_weight(
                 t, emit_weight, start_n, start_k, stride_emit, delta,
                 C, D, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
@@ -234,7 +246,8 @@ def _fused_ln_residual_fwd_kernel(
         for quarter in tl.static_range(len(deltas)):
             offs_n = start_n + quarter * deltas[0].shape[1] + tl.arange(0, deltas[0].shape[1])
             if SPLIT_OPERANDS:
-                update = scaled(deltas[quarter], scales_ptr, 4 * D + offs_n, TOTAL)
+                update = deltas[quarter] * power_of_two(-exponents)
+                update = scaled(update, scales_ptr, 4 * D + offs_n, TOTAL)
             else:
                 update = add_bias(deltas[quarter], emit_bias_ptr, offs_n, C)
             update *= gates[quarter].to(tl.float32)

@@ -143,6 +143,24 @@ def test_a_call_is_as_exact_as_with_whole_operands(
     assert error <= 1.5 * beside * room(wanted.numel())
 
 
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("below", [12, 16, 20, 24])
+def test_shut_gates(kernel, on_split, below, biased, memory):
+    """Rows of t whose deviations are far below sqrt(eps), and nothing beside them in the product.
+
+    With biases of the norm 2^-20 of its weights, rows have as much room.
+    """
+    problem = make_problem(9, 32, biases=True)
+    problem.biases["g_in_bias"] -= below * 0.6931
+    problem.biases["p_out_bias"] *= 0
+    problem.weights["norm_out_bias"] *= 2.0**-20 if biased else 0
+    wanted, p = reference(problem), problem.to(on_split)
+    error = relative_error(p.run(kernel, memory=memory, precision="fp16x3"), wanted)
+    beside = relative_error(p.run(kernel, memory=memory, precision="IEEE"), wanted)
+    assert error <= 2e-6 and error <= 2 * beside * room(wanted.numel())
+
+
 @pytest.mark.parametrize("mask", [None, "soft"])
 def test_lengths_and_padding(kernel, on_split, mask):
     """Padding doesn't matter, even if it is NaN, or infinite in the mask."""

@@ -149,11 +149,14 @@ def test_channels_with_small_gradients(gradients):
         assert relative_error(found, one) <= BUDGET
 
 
-@pytest.mark.parametrize("below", [14, 18])
-def test_shut_gates(gradients, below):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("below", [14, 18, 20])
+def test_shut_gates(gradients, below, biased):
     """Rows of t whose deviations are far below sqrt(eps): t^ is small, and so are its sums."""
     problem = make_problem(9, 32, biases=True)
     problem.biases["g_in_bias"] -= below * 0.6931
+    if not biased:
+        problem.weights["norm_out_bias"] = problem.weights["norm_out_bias"] * 0
     assert_exact(gradients(problem), problem)
 
 

@@ -59,6 +59,15 @@ def row_moments(
     ptr, offs_m, stride_k, first, valid_m, eps, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """`row_statistics` of rows too wide for registers: two passes over memory."""
+    mean, variance = row_variances(ptr, offs_m, stride_k, first, valid_m, WIDTH, BLOCK_K)
+    return mean, tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def row_variances(
+    ptr, offs_m, stride_k, first, valid_m, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The means, as `row_moments` has them, and the variances."""
     total = tl.zeros([offs_m.shape[0], 1], tl.float32)
     for start_k in range(0, WIDTH, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -77,7 +86,7 @@ def row_moments(
             x -= first
         x = tl.where((offs_k < WIDTH)[None, :], x - mean, 0.0)
         total += tl.sum(x * x, 1, keep_dims=True)
-    return mean, tl.rsqrt(total * (1.0 / WIDTH) + eps)
+    return mean, total * (1.0 / WIDTH)
 
 
 @triton.jit

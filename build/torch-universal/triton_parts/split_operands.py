@@ -10,7 +10,8 @@ the sum is small.
 float16 has few exponents, so every operand is multiplied by a power of two:
 
 - normalised rows, so that sqrt(K) times the norm's largest weight and its largest bias stay below
-  2^15: what is given to the kernels are a norm's weights and biases times that power
+  2^15: what is given to the kernels are a norm's weights and biases times that power; those of t
+  also by one of their own, if they are small (`exponents_of_rows`)
 - a row of a projection by its own, so that its largest element is between 2^14 and 2^15
 - a plane of a, or of b, by its own, so that a bound of its elements is below 2^15:
   |z W^T + bias| <= sqrt(K) |W diag(g)| + |W b| + |bias|, and a gate is at most 1
@@ -39,11 +40,13 @@ from .tiles import dot, length_of, load_weight, padded_pitch
 
 FP16X3 = "fp16x3"  # the precision of a call of these products, beside Triton's own words
 _MAX_WIDTH = 256  # the widest rows that stage 1 holds in registers
+_WIDEST = tl.constexpr(_MAX_WIDTH)
 _MAX_HIDDEN = 2048  # the widest rows of a projection that a program splits
 _BLOCK_N = 16
 _NORMS = ("norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _PROJECTIONS = ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight")
 LOW = tl.constexpr(2.0**11)  # of the low numbers of planes
+_MOST_OF_ROWS = tl.constexpr(40)  # where squares of small rows are no numbers of fp32 any more
 
 
 def is_default(device: torch.device) -> bool:
@@ -169,6 +172,21 @@ def product_of_planes(
             of_n = tl.load(masks_ptr + offs_n, mask=offs_n < L, other=0)
             acc *= power_of_two(-of_n if MASKED == "right" else of_n)[None, :]
     return acc
+
+
+@triton.jit
+def exponents_of_rows(variance, rstd, norm_bias_ptr, K: tl.constexpr):
+    """The exponents of powers of two that bring normalised rows [M, K] near their norm's bound.
+
+    They are 0 but for rows whose deviation is far below sqrt(eps), which are small, and whose norm
+    leaves room for it: `norm_bias_ptr` [K] are the norm's biases in its scale, or None.
+    """
+    exponent = (-exponent_of(variance * rstd * rstd)) >> 1
+    if norm_bias_ptr is not None:
+        offs_k = tl.arange(0, _WIDEST)
+        biases = tl.load(norm_bias_ptr + offs_k, mask=offs_k < K, other=0.0)
+        exponent = tl.minimum(exponent, exponent_for(2.0 * largest_finite(biases, 0)))
+    return tl.maximum(tl.minimum(exponent, _MOST_OF_ROWS), 0)
 
 
 @triton.jit

@@ -48,11 +48,18 @@ from ..triton_parts.launch import (
 from ..triton_parts.layer_norm import (
     load_first,
     normalise,
-    row_moments,
+    row_variances,
     store_means_of_projection,
 )
 from ..triton_parts.settings import LaunchConfig
-from ..triton_parts.split_operands import Split, dot_weight, multiplied, scaled
+from ..triton_parts.split_operands import (
+    Split,
+    dot_weight,
+    exponents_of_rows,
+    multiplied,
+    power_of_two,
+    scaled,
+)
 from ..triton_parts.tiles import (
     add_bias,
     any_of,
@@ -147,7 +154,12 @@ def _fused_ln_residual_bwd_kernel(
     if dtype == tl.float32:
         first_x = load_first(x_ptr, offs_x, valid_m)
         first_t = load_first(t_ptr, offs_t, valid_t)
-    mean_t, rstd_t = row_moments(t_ptr, offs_t, stride_t_d, first_t, valid_t, eps_out, D, BLOCK_K)
+    mean_t, variance = row_variances(t_ptr, offs_t, stride_t_d, first_t, valid_t, D, BLOCK_K)
+    rstd_t = tl.rsqrt(variance + eps_out)
+    grown = rstd_t
+    if SPLIT:
+        exponents = exponents_of_rows(variance, rstd_t, None, D)
+        grown *= power_of_two(exponents)
 
     mean_grad = tl.zeros([BLOCK_M], tl.float32)
     mean_grad_hat = tl.zeros([BLOCK_M], tl.float32)
@@ -181,7 +193,7 @@ def _fused_ln_residual_bwd_kernel(
             else:
                 t = load_tile(t_ptr, offs_t, offs_k, stride_t_d, valid_t, D, EVEN_D)
             rows = normalise(
-                t.to(tl.float32), offs_k, first_t, mean_t, rstd_t,
+                t.to(tl.float32), offs_k, first_t, mean_t, grown,
                 norm_out_weight_ptr, None, D, EVEN_D,
             ).to(dtype)  # fmt: skip
             emit = dot_weight(
@@ -190,7 +202,8 @@ def _fused_ln_residual_bwd_kernel(
             )  # fmt: skip
         if SPLIT:
             factors = tl.load(scales_ptr + 4 * D + offs_c, mask=offs_c < C, other=0.0)
-            emit = add_bias(emit * factors[None, :], emit_shift_ptr, offs_c, C)
+            emit = emit * power_of_two(-exponents) * factors[None, :]
+            emit = add_bias(emit, emit_shift_ptr, offs_c, C)
         # The padding columns of t are uninitialised and may be NaN.
         emit = tl.where(valid_m[:, None], emit, 0.0)
         if SPLIT and C % BLOCK_N != 0:
