@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_f6294ed28d"
+_NAMESPACE = "_esmfold2_trimul_kernel_cc94c7bab2"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -136,11 +136,12 @@ def test_rows_with_small_gradients_beside_large_ones(gradients):
 
 
 def test_channels_of_any_size(forward, gradients):
-    """Rows of the weights, columns of h, dp and du: each has a power of two of its own."""
+    """Rows of the weights, channels of h, of dp and of du: each has a power of two of its own."""
     problem = make_transition((60, 32), 48)
     sizes = 2.0 ** torch.linspace(-30, 30, 48)
     for name, by in (("up_weight", sizes[:, None]), ("down_weight", 1 / sizes)):
         problem.weights[name] = problem.weights[name] * by
+    assert relative_error(forward(problem), problem.formula(torch.float64)) <= BUDGET
     got, wanted = gradients(problem), reference_gradients(problem, grad_out_of(problem))
     for name in ("x", "gate_weight"):
         assert relative_error(got[name], wanted[name]) <= BUDGET, name
@@ -148,6 +149,19 @@ def test_channels_of_any_size(forward, gradients):
         assert relative_error(found, one) <= BUDGET
     for found, one in zip(got["down_weight"].T, wanted["down_weight"].T, strict=True):
         assert relative_error(found, one) <= BUDGET
+
+
+@pytest.mark.parametrize("up, down, out", [(110, -60, 0), (0, 0, 112), (0, -30, 120)])
+def test_sums_near_the_end_of_float32(forward, gradients, up, down, out):
+    """They are made in a scale that leaves them finite where whole operands do."""
+    problem = make_transition((40, 32), 48)
+    problem.weights["up_weight"] = problem.weights["up_weight"] * 2.0**up
+    problem.weights["down_weight"] = problem.weights["down_weight"] * 2.0**down
+    assert relative_error(forward(problem), problem.formula(torch.float64)) <= BUDGET
+    grad_out = grad_out_of(problem) * 2.0**out
+    whole = gradients(problem, grad_out, precision="fp32")
+    for name, got in gradients(problem, grad_out).items():
+        assert torch.equal(got.isfinite(), whole[name].isfinite()), name
 
 
 @pytest.mark.parametrize("name", ["x", "gate_weight", "up_weight", "down_weight"])
@@ -199,12 +213,23 @@ def test_alone_as_together(gradients, on_triton):
             assert relative_error(got[name], together[name].double()) <= BUDGET / 4, name
 
 
-def test_chunks_of_rows(forward, gradients, subject, monkeypatch):
-    """Each chunk's products are added to the ones before; the weights are split once."""
+def test_chunks_of_rows(forward, gradients, subject, submodule, monkeypatch):
+    """Each chunk's products are added to the ones before; the weights are split once for all."""
+    launch, launched = submodule("triton_parts.launch").PreparedLaunch, []
+    plain = launch.launch
+
+    def noted(prepared, **tensors):
+        launched.append(prepared.stage)
+        plain(prepared, **tensors)
+
+    monkeypatch.setattr(launch, "launch", noted)
     problem = make_transition((300, 16), 32, biases=BIASES)
     monkeypatch.setattr(subject, "_FORWARD_CHUNK", (1e-9, 128 * 32 * 4, 128 * 32 * 4))
     monkeypatch.setattr(subject, "_BACKWARD_CHUNK", (1e-9, 2**16, 2**16))
     assert_exact(forward, gradients, problem)
+    assert launched.count("swiglu_hidden") >= 5  # of three chunks forward, and two backward
+    # In two launches forward, of which the second waits for the first, and in one backward.
+    assert launched.count("split_transition") == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_f6294ed28d"
+_BUILD_ID = "_esmfold2_trimul_kernel_cc94c7bab2"
 
 
 def _load_package() -> ModuleType:

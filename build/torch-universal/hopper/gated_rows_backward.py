@@ -1,7 +1,7 @@
 """Stage 1's backward: see `fused_dual_gemm_backward`, whose arithmetic it has.
 
     p = z Wp^T + bp, s = sigmoid(z Wg^T + bg), z = LayerNorm(x)    x [R, L, C], bfloat16
-    dp = dh s mask                                                 dh planes [2D, R, pitch]
+    dp = dh s mask                                                 dh planes [2, APART, R, pitch]
     dg = dh p mask s (1 - s)                                       grads [R*L, 2 (dp, dg), 2D]
     x^ = (x - mean) rstd                                           [R*L, C], if wanted
     sums of dp and dg over the pairs of a tile, in fp32            [tiles, 2, 2D], if wanted
@@ -401,7 +401,7 @@ def tiles_of(
 
 
 def planes_of(planes: Tensor, tiles: Tiles, block_n: int) -> TensorDescriptor:
-    """Of planes [2D, R, pitch] in such tiles, `block_n` channels at a time."""
+    """Of planes [2 APART, R, pitch] in such tiles, `block_n` channels at a time."""
     return tma_descriptor(
         planes, [planes.shape[0], tiles.rows, tiles.columns],
         [planes.stride(0), planes.shape[2], 1], [block_n, 1, ROWS],

@@ -1,4 +1,4 @@
-"""Split operands whose size nothing bounds beforehand: gradients, in the backward of float32.
+"""Split operands whose size nothing bounds beforehand: gradients, and a transition's h.
 
 As in `split_operands` a number is the sum of two in float16. Here the power of two is that of the
 largest number of a row, or of a column, of the tile that is multiplied. So it differs from
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .split_operands import (
     LOW,
+    ROWS_UNIT,
     exponent_for,
     load_split_weight,
     power_of_two,
@@ -18,6 +19,8 @@ from .split_operands import (
 )
 from .tiles import dot, load_tile, load_weight, store_tile
 
+# A block's product of two columns, up to 2^36, meets their powers of two one after the other.
+_BETWEEN = tl.constexpr(20)
 # Of rows that are normalised without a norm's weights: sqrt(K) <= 16 times it stays below 2^15.
 _HAT = tl.constexpr(2.0**10)
 
@@ -74,7 +77,7 @@ def multiply_rows(
             offs_k = start_k + tl.arange(0, BLOCK_K)
             left = load_tile(rows_ptr, offs_rows, offs_k, 1, valid_m, K, K % BLOCK_K == 0)
         if PRECISION == "fp16x3":
-            exponent = exponent_for(tl.max(tl.abs(left), 1))
+            exponent = tl.minimum(exponent_for(tl.max(tl.abs(left), 1)), 126 - ROWS_UNIT)
             high, low = split_tile(left * power_of_two(exponent)[:, None])
             weight_high, weight_low = load_split_weight(
                 weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
@@ -82,7 +85,7 @@ def multiply_rows(
             block = tl.dot(low, weight_high.T)
             block = tl.dot(high, weight_low.T, block)
             block = tl.dot(high, weight_high.T, block)
-            acc += block * power_of_two(-exponent)[:, None]
+            acc += block * power_of_two(-exponent - ROWS_UNIT)[:, None]
         else:
             right = load_weight(
                 weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
@@ -94,7 +97,7 @@ def multiply_rows(
 @triton.jit
 def split_columns(x):
     """x [M, N] in fp32 as split numbers, multiplied by powers of two [N], with their inverses."""
-    exponent = exponent_for(tl.max(tl.abs(x), 0))
+    exponent = tl.minimum(exponent_for(tl.max(tl.abs(x), 0)), 126 - _BETWEEN)
     high, low = split_tile(x * power_of_two(exponent)[None, :])
     return high, low, power_of_two(-exponent)
 
@@ -115,8 +118,8 @@ def dot_columns(high, low, inverse, right, acc):
     block = tl.dot(low.T, right_high)
     block = tl.dot(high.T, right_low, block)
     block = tl.dot(high.T, right_high, block)
-    # In two steps: together they may leave the exponents of fp32.
-    return acc + block * inverse[:, None] * right_inverse[None, :]
+    block *= (inverse * (2.0**-_BETWEEN))[:, None]
+    return acc + block * (right_inverse * (2.0**_BETWEEN))[None, :]
 
 
 @triton.jit

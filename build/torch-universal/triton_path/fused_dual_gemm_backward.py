@@ -2,7 +2,7 @@
 
     z = LayerNorm(x; g1, b1)                                       x [R, L, C], any strides
     p = z Wp^T + bp, s = sigmoid(z Wg^T + bg)                      [R, L, 2D]
-    h = p s mask, whose gradient dh comes as planes                [2D, R, pitch]
+    h = p s mask, whose gradient dh comes as planes          [2, APART, R, pitch]
 
     dp = dh s mask                          the gradient of p
     dg = dh p mask s (1 - s)                the gradient of the gate before its sigmoid

@@ -15,6 +15,7 @@ was kept among them, in tensors of one sequence's pair size (C = D a multiple of
     dx, whose memory holds dq first                                                     1
     da and db, and dt, with a and b kept                                                3
     dt, a and b, and room for da and db of one group of four                            3 1/2
+    and for the gradient of a drop mask then                                            1/4
 
 The rows of a chunk lie where da and db are not yet, or where dt, a and b were; there are as many
 chunks as that takes, of whole waves of programs, for which stage 1 may take a little more. A
@@ -77,9 +78,9 @@ from .row_products import RowParts, prepare_row_products, row_products
 from .split_gradients import split_planes
 from .trimul_einsum_backward import multiply_both
 
-# The most groups of a sequence, and the fewest pairs of a chunk and elements of a group's planes:
-# smaller ones don't fill a GPU.
+# The fewest pairs of a chunk, and elements of a group's planes: smaller ones don't fill a GPU.
 _CHUNK_PAIRS = 16_384
+_GROUP_ELEMENTS = 1 << 20
 # Pairs of a program's tile in dx, about those in stage 1: a chunk is whole waves of programs, as a
 # last wave of few takes as long as one of all.
 _TILE_PAIRS = 128
@@ -87,9 +88,8 @@ _TILE_PAIRS = 128
 # chunks at most; the others, and what is small then, are of calls that save memory.
 _CHUNK_BYTES = 192 << 20
 _SMALL_PLANES_AGAIN, _CHUNK_BYTES_AGAIN = 64 << 20, 96 << 20
+# The most groups of a sequence, each of which holds whole blocks of the smallest dot.
 _GROUPS = 4
-_GROUP_ELEMENTS = 1 << 20
-# A group holds whole blocks of the smallest dot.
 _GROUP_MULTIPLE = 16
 _OUT = Projections(("p_out_weight",), "norm_out")
 _IN = Projections(("p_in_weight", "g_in_weight", "g_out_weight"), "norm_in")
@@ -522,7 +522,7 @@ class Sequence(NamedTuple):
             operands = [of_sequences(tensor, length) for tensor in operands]
         scales = self._scales_of(first, len(grad))
         if scales is not None:
-            scales = split_planes(grad, scales, self.launches)
+            scales = split_planes(operands[0], scales, self.launches)
         multiply_both(self.call, self.launches, *operands, first, self._merged, scales)
 
     def stage_1(self, planes: Tensor, moments: Tensor, apart: int, memory: Tensor) -> None:

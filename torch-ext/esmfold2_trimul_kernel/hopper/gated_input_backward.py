@@ -2,7 +2,7 @@
 
     x^ = (x - mean) rstd                                           x [R, L, C], bfloat16, C = D
     p = (x^ g1) Wp^T + cp, s = sigmoid((x^ g1) Wg^T + cg)          c: see `folded_norm`
-    dp = dh s mask, dg = dh p mask s (1 - s)                       dh planes [2D, R, pitch]
+    dp = dh s mask, dg = dh p mask s (1 - s)                       dh planes [2, APART, R, pitch]
     dz = dp Wp + dg Wg + dq Wo                                     in fp32 registers
     dx = rstd (g1 dz - mean(g1 dz) - x^ mean(dz x^ g1))            [R, L, C]
 

@@ -46,6 +46,7 @@ _BLOCK_N = 16
 _NORMS = ("norm_in_weight", "norm_in_bias", "norm_out_weight", "norm_out_bias")
 _PROJECTIONS = ("p_in_weight", "g_in_weight", "p_out_weight", "g_out_weight")
 LOW = tl.constexpr(2.0**11)  # of the low numbers of planes
+ROWS_UNIT = tl.constexpr(14)  # sums of `multiply_rows` are 2^14 smaller, so as not to overflow
 _MOST_OF_ROWS = tl.constexpr(40)  # where squares of small rows are no numbers of fp32 any more
 
 
@@ -233,25 +234,25 @@ def _split_weights_kernel(
     if start < 2 * D:
         split_projection(
             p_in_weight_ptr, stride_p_in_weight, norm_in_weight_ptr, norm_in_bias_ptr,
-            p_in_bias_ptr, split_ptr, scales_ptr, start, 0,
+            p_in_bias_ptr, None, split_ptr, scales_ptr, start, 0,
             2 * D, C, TOTAL, BLOCK_N, BLOCK_C, True, True,
         )  # fmt: skip
     elif start < 4 * D:
         split_projection(
             g_in_weight_ptr, stride_g_in_weight, norm_in_weight_ptr, norm_in_bias_ptr,
-            g_in_bias_ptr, split_ptr + 4 * D * C, scales_ptr, start, 2 * D,
+            g_in_bias_ptr, None, split_ptr + 4 * D * C, scales_ptr, start, 2 * D,
             2 * D, C, TOTAL, BLOCK_N, BLOCK_C, True, False,
         )  # fmt: skip
     elif start < 4 * D + C:
         split_projection(
             p_out_weight_ptr, stride_p_out_weight, norm_out_weight_ptr, norm_out_bias_ptr,
-            p_out_bias_ptr, split_ptr + 8 * D * C, scales_ptr, start, 4 * D,
+            p_out_bias_ptr, None, split_ptr + 8 * D * C, scales_ptr, start, 4 * D,
             C, D, TOTAL, BLOCK_N, BLOCK_D, True, False,
         )  # fmt: skip
     else:
         split_projection(
             g_out_weight_ptr, stride_g_out_weight, norm_in_weight_ptr, norm_in_bias_ptr,
-            g_out_bias_ptr, split_ptr + 10 * D * C, scales_ptr, start, 4 * D + C,
+            g_out_bias_ptr, None, split_ptr + 10 * D * C, scales_ptr, start, 4 * D + C,
             C, C, TOTAL, BLOCK_N, BLOCK_C, True, False,
         )  # fmt: skip
     if start == 0:
@@ -302,22 +303,26 @@ def scale_mask(mask, exponents_ptr, rows, valid):
 
 @triton.jit
 def split_projection(
-    weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr,
+    weight_ptr, stride_weight, norm_ptr, norm_bias_ptr, bias_ptr, columns_ptr,
     split_ptr, scales_ptr, start, first, N: tl.constexpr, K: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORMED: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Rows start + [0, BLOCK_N) of the TOTAL, of the projection [N, K] whose first is `first`.
 
-    It is of NORMED rows, in the scale of their norm, or of rows that are as they are; and makes
-    PLANES, or not.
+    It is of NORMED rows, in the scale of their norm, or of those of `multiply_rows`; and makes
+    PLANES, whose values have powers of two of their own, or not. If there are `columns_ptr` [K],
+    its columns are of such values, with these exponents.
     """
     start_n = start - first
     offs_n, offs_k = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weight = load_weight(weight_ptr, start_n, 0, stride_weight, N, K, BLOCK_N, BLOCK_K, False)
     weight = weight.to(tl.float32)
+    if columns_ptr is not None:
+        columns = tl.load(columns_ptr + offs_k, mask=offs_k < K, other=0.0)
+        weight *= power_of_two(-columns.to(tl.int32))[None, :]
     sizes = tl.abs(weight)
     finite = tl.where(sizes < float("inf"), weight, 0.0)
-    unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K) if NORMED else 0
+    unit = _norm_exponent(norm_ptr, norm_bias_ptr, K, BLOCK_K) if NORMED else -ROWS_UNIT
     # Together within the exponents of fp32.
     up = tl.minimum(exponent_for(tl.max(tl.abs(finite), 1)), tl.minimum(116, 126 - unit))
     weight *= power_of_two(up)[:, None]

@@ -67,7 +67,7 @@ def twin_of(call: Call | Transition) -> Call | Transition:
 
 
 def notes_on_precision(given: Call | Transition, call: Call | Transition) -> list[str]:
-    """Which float32 products a call has, as it was given, if nobody asked for them."""
+    """Which float32 products a call has, as it was given, where they are not those asked for."""
     if call.x.dtype != torch.float32:
         return []
     wanted, reason, notes = wants_split(call._replace(precision=given.precision)), refusal(call), []

@@ -24,11 +24,12 @@ _ELEMENTS = 16_384  # of a tile, which has whole rows: they are read before they
 @triton.jit(do_not_specialize=["R", "masks_ptr"])
 def _split_planes_kernel(
     planes_ptr, split_ptr, of_planes_ptr, masks_ptr, exponents_ptr, R, G, pitch, stride_d,
-    stride_planes, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    stride_planes, sequences, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One plane [R, pitch], and its channel's exponents, of a, dt and b: rows of [3, G].
+    """One of G planes [R, pitch], and its exponents of a, dt and b: rows of [3, G].
 
-    split_ptr is planes_ptr in float16; of_planes_ptr has the exponents of a and b.
+    split_ptr is planes_ptr in float16; of_planes_ptr has the exponents of a and b, of a channel's
+    planes of all `sequences`.
     """
     channel = tl.program_id(0)
     largest = tl.zeros([BLOCK_R], tl.float32)
@@ -51,9 +52,10 @@ def _split_planes_kernel(
         valid = (i < R)[:, None] & (p < pitch)[None, :]
         tl.store(ptrs, high, mask=valid)
         tl.store(ptrs + pitch, low, mask=valid)
-    tl.store(exponents_ptr + channel, tl.load(of_planes_ptr + channel))
+    of_planes_ptr += channel // sequences
+    tl.store(exponents_ptr + channel, tl.load(of_planes_ptr))
     tl.store(exponents_ptr + G + channel, exponent.to(tl.float32))
-    tl.store(exponents_ptr + 2 * G + channel, tl.load(of_planes_ptr + stride_planes + channel))
+    tl.store(exponents_ptr + 2 * G + channel, tl.load(of_planes_ptr + stride_planes))
 
 
 @triton.jit
@@ -74,22 +76,22 @@ def _load_rows(
 
 
 def split_planes(planes: Tensor, scales: PlaneScales, launches: Launches) -> PlaneScales:
-    """Splits planes [G, L, pitch] of dt of one sequence where they lie.
+    """Splits planes [G, L, pitch] of dt where they lie.
 
-    Of the scales of a and b it makes those of a, dt and b.
+    Of the scales of a and b it makes those of a, dt and b, of each plane by itself.
     """
     exponents = torch.empty(3, len(planes), dtype=torch.float32, device=planes.device)
-    launches.of(("split_planes", len(planes)), _prepare, planes, scales.exponents).launch(
+    launches.of(("split_planes", len(planes)), _prepare, planes, scales).launch(
         planes_ptr=planes,
         split_ptr=planes.view(torch.float16),
         of_planes_ptr=scales.exponents,
         masks_ptr=scales.masks,
         exponents_ptr=exponents,
     )
-    return scales._replace(exponents=exponents)
+    return scales._replace(exponents=exponents, sequences=1)
 
 
-def _prepare(planes: Tensor, of_planes: Tensor) -> PreparedLaunch:
+def _prepare(planes: Tensor, scales: PlaneScales) -> PreparedLaunch:
     """The launch of `split_planes` for planes like these."""
     count, rows, pitch = planes.shape
     block_p = triton.next_power_of_2(pitch)
@@ -99,7 +101,7 @@ def _prepare(planes: Tensor, of_planes: Tensor) -> PreparedLaunch:
         tensors=pointers("planes_ptr", "split_ptr", "of_planes_ptr", "masks_ptr", "exponents_ptr"),
         values=dict(
             R=rows, G=count, pitch=pitch, stride_d=planes.stride(0),
-            stride_planes=of_planes.stride(0),
+            stride_planes=scales.exponents.stride(0), sequences=scales.sequences,
         ),
         constants=dict(BLOCK_R=max(1, _ELEMENTS // block_p), BLOCK_P=block_p),
         options=dict(num_warps=16, num_stages=2),

@@ -89,7 +89,7 @@ def _run(call: Transition, launches: Launches) -> Tensor:
     if _WHOLE in launches:
         hopper.kernels("transition").launch(call, launches, launches[_WHOLE], out)
         return out
-    split = split_transition(call, weights.down_weight, weights.down_bias, launches)
+    split = split_transition(call, weights.down_weight, weights.down_bias, launches, False)
     down, scales = weights.down_weight, None
     if split is not None:
         call, down, scales = split
@@ -223,7 +223,9 @@ def _run_backward(
     x, weights = call.x, call.weights
     channels, hidden = x.shape[3], call.hidden
     of_parameters = not needs.isdisjoint(TransitionWeights._fields)
-    split = None if fused is not None else split_transition(call, down_turned, None, launches)
+    split = None
+    if fused is None:
+        split = split_transition(call, down_turned, None, launches, True)
     scales = factors = None
     if split is not None:
         call, down_turned, scales = split
