@@ -140,6 +140,29 @@ def on_triton(kernel, _interpreter, _aten_for_cpu_tensors, monkeypatch) -> str:
 
 
 @pytest.fixture
+def on_split(on_triton, submodule) -> str:
+    """`on_triton` where float32 operands may be split; elsewhere the test is skipped."""
+    device = submodule("triton_parts.device").device_target(torch.device(on_triton))
+    if "split" not in submodule("triton_parts.settings").settings_of(*device[:2])["trimul_einsum"]:
+        pytest.skip(f"{device.target} splits no operands")
+    return on_triton
+
+
+@pytest.fixture
+def recorded(submodule, monkeypatch) -> list:
+    """The stages launched, with the tensors of each."""
+    launched, prepared_launch = [], submodule("triton_parts.launch").PreparedLaunch
+    launch = prepared_launch.launch
+
+    def record(prepared, **tensors):
+        launched.append((prepared.stage, tensors))
+        launch(prepared, **tensors)
+
+    monkeypatch.setattr(prepared_launch, "launch", record)
+    return launched
+
+
+@pytest.fixture
 def watched():
     """A barrier that nobody arrives at would wait for ever: the process ends then."""
     faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_cc94c7bab2"
+_NAMESPACE = "_esmfold2_trimul_kernel_6169d93bc1"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -17,14 +17,6 @@ from test_fused_dual_gemm import planes_in_float64, planes_like
 
 
 @pytest.fixture
-def on_split(on_triton, submodule):
-    device = submodule("triton_parts.device").device_target(torch.device(on_triton))
-    if "split" not in submodule("triton_parts.settings").settings_of(*device[:2])["trimul_einsum"]:
-        pytest.skip(f"{device.target} splits no operands")
-    return on_triton
-
-
-@pytest.fixture
 def planes_and_product(on_split, submodule):
     """run(problem): a and b [B, 2D, Q, L] and t [B, D, L, L] in float64, of split numbers."""
 

@@ -68,12 +68,9 @@ def test_gradients_of_a_batch(step, merged, length, batch, direction, dtype):
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])
 @pytest.mark.parametrize("length, batch", [(5, 3), (16, 2), (35, 2)])
 def test_split_operands_of_a_batch(
-    step, merged, submodule, on_triton, length, batch, direction, mask
+    step, merged, on_split, length, batch, direction, mask
 ):
     """Each sequence as exact as alone, where its gradients are 2^-60 of another's too."""
-    device = submodule("triton_parts.device").device_target(torch.device(on_triton))
-    if "split" not in submodule("triton_parts.settings").settings_of(*device[:2])["input_bwd"]:
-        pytest.skip(f"{device.target} splits no operands")
     problem = make_problem(
         length, 16, 32, batch=batch, mask=mask, biases=True, direction=direction
     )

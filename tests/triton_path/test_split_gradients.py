@@ -21,26 +21,23 @@ BUDGET = 2e-6
 
 
 @pytest.fixture
-def gradients(submodule, on_triton):
+def gradients(submodule, on_split):
     """gradients(problem, grad_out, recompute, precision): all of them by name, on the CPU."""
-    device = submodule("triton_parts.device").device_target(torch.device(on_triton))
-    if "split" not in submodule("triton_parts.settings").settings_of(*device[:2])["input_bwd"]:
-        pytest.skip(f"{device.target} splits no operands")
     path = submodule("triton_path")
 
     def run(
         problem, grad_out=None, recompute="none", precision="fp16x3", lengths=None, needs=None
     ):  # fmt: skip
-        call = as_call(submodule("_call"), problem.to(on_triton), precision=precision)
+        call = as_call(submodule("_call"), problem.to(on_split), precision=precision)
         if lengths is not None:
-            lengths = torch.tensor(lengths, dtype=torch.int32, device=on_triton)
+            lengths = torch.tensor(lengths, dtype=torch.int32, device=on_split)
         call = call._replace(recompute=recompute, lengths=lengths)
         saved = (None, None, None)
         if call.keeps_product:
             _, *saved = path.forward_saving(call)
         grad_out = grad_out_of(problem) if grad_out is None else grad_out
         needs = frozenset(needs or leaves_of(problem))
-        found = path.backward(call, grad_out.to(on_triton), *saved, needs)
+        found = path.backward(call, grad_out.to(on_split), *saved, needs)
         return {name: value.cpu() for name, value in found.items()}
 
     return run

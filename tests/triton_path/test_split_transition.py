@@ -14,11 +14,8 @@ BUDGET = 2e-6
 
 
 @pytest.fixture
-def subject(submodule, on_triton):
+def subject(submodule, on_split):
     """The path, on a target that splits operands; launches of other settings are forgotten."""
-    device = submodule("triton_parts.device").device_target(torch.device(on_triton))
-    if "split" not in submodule("triton_parts.settings").settings_of(*device[:2])["swiglu_hidden"]:
-        pytest.skip(f"{device.target} splits no operands")
     launches = submodule("triton_path.launches")._launches
     launches.clear()
     yield submodule("triton_path.transition")
@@ -213,20 +210,13 @@ def test_alone_as_together(gradients, on_triton):
             assert relative_error(got[name], together[name].double()) <= BUDGET / 4, name
 
 
-def test_chunks_of_rows(forward, gradients, subject, submodule, monkeypatch):
+def test_chunks_of_rows(forward, gradients, subject, recorded, monkeypatch):
     """Each chunk's products are added to the ones before; the weights are split once for all."""
-    launch, launched = submodule("triton_parts.launch").PreparedLaunch, []
-    plain = launch.launch
-
-    def noted(prepared, **tensors):
-        launched.append(prepared.stage)
-        plain(prepared, **tensors)
-
-    monkeypatch.setattr(launch, "launch", noted)
     problem = make_transition((300, 16), 32, biases=BIASES)
     monkeypatch.setattr(subject, "_FORWARD_CHUNK", (1e-9, 128 * 32 * 4, 128 * 32 * 4))
     monkeypatch.setattr(subject, "_BACKWARD_CHUNK", (1e-9, 2**16, 2**16))
     assert_exact(forward, gradients, problem)
+    launched = [stage for stage, _ in recorded]
     assert launched.count("swiglu_hidden") >= 5  # of three chunks forward, and two backward
     # In two launches forward, of which the second waits for the first, and in one backward.
     assert launched.count("split_transition") == 3

@@ -50,19 +50,6 @@ def small_chunks(subject, monkeypatch):
     return set_
 
 
-@pytest.fixture
-def recorded(submodule, monkeypatch):
-    """The stages launched, with the tensors of each."""
-    launched, launch = [], submodule("triton_parts.launch").PreparedLaunch.launch
-
-    def record(prepared, **tensors):
-        launched.append((prepared.stage, tensors))
-        launch(prepared, **tensors)
-
-    monkeypatch.setattr(submodule("triton_parts.launch").PreparedLaunch, "launch", record)
-    return launched
-
-
 def grad_of(problem, device):
     return torch.randn(problem.x.shape, generator=seeded(5)).to(problem.x.dtype).to(device)
 

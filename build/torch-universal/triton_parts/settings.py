@@ -138,8 +138,8 @@ def settings_of(target: str, device_name: str = "") -> dict:
     """The whole table of a device: "note", the stages, and properties of its target.
 
     The properties are shared_bytes, the most shared memory of a block, fp32_dots where they differ
-    from the vendor's other targets, and fp32_default, the precision of a call in
-    float32 for which no word is given, if it is "fp16x3".
+    from the vendor's other targets, and fp32_default, the precision of a call in float32 for
+    which no word is given, if it is "fp16x3".
     """
     for name in (device_name.replace(" ", "_"), target, "default"):
         if (table := _table(name)) is not None:

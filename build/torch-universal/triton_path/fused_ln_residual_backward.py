@@ -156,7 +156,7 @@ def _fused_ln_residual_bwd_kernel(
         first_t = load_first(t_ptr, offs_t, valid_t)
     mean_t, variance = row_variances(t_ptr, offs_t, stride_t_d, first_t, valid_t, D, BLOCK_K)
     rstd_t = tl.rsqrt(variance + eps_out)
-    grown = rstd_t
+    grown = rstd_t  # of split numbers times the powers of two of small rows
     if SPLIT:
         exponents = exponents_of_rows(variance, rstd_t, None, D)
         grown *= power_of_two(exponents)

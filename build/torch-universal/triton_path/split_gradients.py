@@ -31,41 +31,41 @@ def _split_planes_kernel(
     split_ptr is planes_ptr in float16; of_planes_ptr has the exponents of a and b, of a channel's
     planes of all `sequences`.
     """
-    channel = tl.program_id(0)
+    plane = tl.program_id(0)
     largest = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, R, BLOCK_R):
         tile = _load_rows(
-            planes_ptr, masks_ptr, channel, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
+            planes_ptr, masks_ptr, plane, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
         )
         largest = tl.maximum(largest, largest_finite(tile, 1))
     exponent = exponent_for(tl.max(largest, 0))
     scale = power_of_two(exponent)
     for start in range(0, R, BLOCK_R):
         tile = _load_rows(
-            planes_ptr, masks_ptr, channel, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
+            planes_ptr, masks_ptr, plane, start, R, pitch, stride_d, BLOCK_R, BLOCK_P
         )
         high, low = split_plane(tile * scale)
         tl.debug_barrier()  # all threads have read these rows
         i, p = start + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-        offs = channel.to(tl.int64) * stride_d + i.to(tl.int64) * pitch
+        offs = plane.to(tl.int64) * stride_d + i.to(tl.int64) * pitch
         ptrs = split_ptr + 2 * offs[:, None] + p[None, :]
         valid = (i < R)[:, None] & (p < pitch)[None, :]
         tl.store(ptrs, high, mask=valid)
         tl.store(ptrs + pitch, low, mask=valid)
-    of_planes_ptr += channel // sequences
-    tl.store(exponents_ptr + channel, tl.load(of_planes_ptr))
-    tl.store(exponents_ptr + G + channel, exponent.to(tl.float32))
-    tl.store(exponents_ptr + 2 * G + channel, tl.load(of_planes_ptr + stride_planes))
+    of_planes_ptr += plane // sequences
+    tl.store(exponents_ptr + plane, tl.load(of_planes_ptr))
+    tl.store(exponents_ptr + G + plane, exponent.to(tl.float32))
+    tl.store(exponents_ptr + 2 * G + plane, tl.load(of_planes_ptr + stride_planes))
 
 
 @triton.jit
 def _load_rows(
-    planes_ptr, masks_ptr, channel, start, R, pitch, stride_d,
+    planes_ptr, masks_ptr, plane, start, R, pitch, stride_d,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_R, BLOCK_P] of a plane, rows from `start` on."""
     i, p = start + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    offs = channel.to(tl.int64) * stride_d + i.to(tl.int64) * pitch
+    offs = plane.to(tl.int64) * stride_d + i.to(tl.int64) * pitch
     valid = (i < R)[:, None] & (p < pitch)[None, :]
     tile = tl.load(planes_ptr + offs[:, None] + p[None, :], mask=valid, other=0.0)
     if masks_ptr is not None:

@@ -85,11 +85,17 @@ def split_plane(x):
 
 
 @triton.jit
+def product_of_split(high, low, right_high, right_low):
+    """(high + low) @ (right_high + right_low) in fp32, the smaller products first."""
+    block = tl.dot(low, right_high)
+    block = tl.dot(high, right_low, block)
+    return tl.dot(high, right_high, block)
+
+
+@triton.jit
 def dot_split(high, low, weight_high, weight_low, acc):
-    """acc + (high + low) @ (weight_high + weight_low).T in fp32, the smaller products first."""
-    block = tl.dot(low, weight_high.T)
-    block = tl.dot(high, weight_low.T, block)
-    return acc + tl.dot(high, weight_high.T, block)
+    """acc + (high + low) @ (weight_high + weight_low).T in fp32."""
+    return acc + product_of_split(high, low, weight_high.T, weight_low.T)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from .split_operands import (
     exponent_for,
     load_split_weight,
     power_of_two,
+    product_of_split,
     split_plane,
     split_tile,
 )
@@ -44,9 +45,7 @@ def dot_rows(
         weight_high, weight_low = load_split_weight(
             weight, start_k, start_n, stride_weight, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS
         )
-        block = tl.dot(low, weight_high)
-        block = tl.dot(high, weight_low, block)
-        block = tl.dot(high, weight_high, block)
+        block = product_of_split(high, low, weight_high, weight_low)
         return acc + block * power_of_two(-exponent)[:, None]
     else:
         tile = load_weight(
@@ -82,9 +81,7 @@ def multiply_rows(
             weight_high, weight_low = load_split_weight(
                 weight, start_n, start_k, stride_weight, N, K, BLOCK_N, BLOCK_K, DESCRIPTORS
             )
-            block = tl.dot(low, weight_high.T)
-            block = tl.dot(high, weight_low.T, block)
-            block = tl.dot(high, weight_high.T, block)
+            block = product_of_split(high, low, weight_high.T, weight_low.T)
             acc += block * power_of_two(-exponent - ROWS_UNIT)[:, None]
         else:
             right = load_weight(
@@ -115,9 +112,7 @@ def dot_hat(high, low, inverse, hat_high, hat_low, acc):
 def dot_columns(high, low, inverse, right, acc):
     """acc + left^T right in fp32: left of `split_columns`, and right [M, K] in fp32."""
     right_high, right_low, right_inverse = split_columns(right)
-    block = tl.dot(low.T, right_high)
-    block = tl.dot(high.T, right_low, block)
-    block = tl.dot(high.T, right_high, block)
+    block = product_of_split(high.T, low.T, right_high, right_low)
     block *= (inverse * (2.0**-_BETWEEN))[:, None]
     return acc + block * (right_inverse * (2.0**_BETWEEN))[None, :]
 

@@ -13,9 +13,9 @@ da and db take the place of the group before in dt and in a. Peak memory beyond 
 was kept among them, in tensors of one sequence's pair size (C = D a multiple of 64):
 
     dx, whose memory holds dq first                                                     1
-    da and db, and dt, with a and b kept                                                3
-    dt, a and b, and room for da and db of one group of four                            3 1/2
-    and for the gradient of a drop mask then                                            1/4
+    with a and b kept: dt, da and db                                                    3
+    else dt, a and b, and room for da and db of one group of four                       3 1/2
+      and for rows of a drop mask's gradient, if wanted                                 1/4
 
 The rows of a chunk lie where da and db are not yet, or where dt, a and b were; there are as many
 chunks as that takes, of whole waves of programs, for which stage 1 may take a little more. A
