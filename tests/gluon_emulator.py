@@ -278,12 +278,13 @@ class Descriptor:
         made.memory = flat(tensor)
         return made
 
-    def places(self, at):
-        """The places of a block's elements, and which of them exist."""
+    def places(self, at, unit=1):
+        """The places of a block's elements, and which of them exist, in whole units of a row."""
         places, exist = torch.zeros(()), torch.ones((), dtype=torch.bool)
         places = places.long()
+        sizes = [*self.shape[:-1], -(-self.shape[-1] // unit) * unit]
         for start, size, stride, block in zip(
-            at, self.shape, self.strides, self.block_shape, strict=True
+            at, sizes, self.strides, self.block_shape, strict=True
         ):
             along = int(start) + torch.arange(block)
             places = places.unsqueeze(-1) + along * stride
@@ -316,7 +317,8 @@ def _store_tile(descriptor, at, slot):
 def _store_wait(outstanding):
     while len(_work.stores) > outstanding:
         descriptor, at, slot = _work.stores.pop(0)
-        places, exist = descriptor.places(at)
+        # 16 bytes, also where a row ends within them; a load gives zeros there.
+        places, exist = descriptor.places(at, 16 // slot.dtype.itemsize)
         assert list(slot.data.shape) == list(places.shape)
         descriptor.memory[places[exist]] = slot.data[exist]
 

@@ -1,8 +1,9 @@
-"""Triton's interpreter: its bf16 arithmetic repaired, and its types computed once.
+"""Triton's interpreter: its bf16 arithmetic and stores repaired, and its types computed once.
 
 TRITON_INTERPRET is for Triton's import, so this is imported after it is set.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -17,7 +18,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 def repair() -> None:
     """Triton 3.6 to 3.9: `tl.dot` multiplies bf16 bit patterns, and casts to bf16 truncate.
 
-    Casts of integers and bools even keep the number as the bit pattern.
+    Casts of integers and bools even keep the number as the bit pattern. A GPU stores a block of a
+    tensor descriptor in units of 16 bytes, also where a row ends within one.
     """
 
     def widen(handle):
@@ -31,6 +33,7 @@ def repair() -> None:
         return tensor.view(torch.uint16).numpy()
 
     create_dot, cast_impl = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    store = InterpreterBuilder.create_descriptor_store
 
     def repaired_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return create_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
@@ -42,6 +45,14 @@ def repair() -> None:
             return TensorHandle(round_to_bf16(src.data.astype(np.float32)), tl.bfloat16)
         return cast_impl(self, src, dst_type)
 
+    def store_units(self, desc, value, indices):
+        *outer, size = desc.shape
+        unit = 16 * 8 // value.dtype.scalar.primitive_bitwidth
+        whole = copy.copy(desc)
+        whole.shape = [*outer, TensorHandle(-(-size.data // unit) * unit, size.dtype)]
+        return store(self, whole, value, indices)
+
+    InterpreterBuilder.create_descriptor_store = store_units
     InterpreterBuilder.create_dot = repaired_dot
     InterpreterBuilder.cast_impl = repaired_cast
 

@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_6169d93bc1"
+_NAMESPACE = "_esmfold2_trimul_kernel_672c14c871"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -87,3 +87,4 @@ def test_a_descriptor_of_any_tensor_that_may_have_one(submodule, shape):
     made = launch.descriptor_of(tensor, tensor.shape, tensor.stride(), [16] * tensor.ndim)
     for size, stride, own in zip(shape, made.strides, tensor.stride(), strict=True):
         assert stride == own if size > 1 else stride % 8 == 0 < stride
+    assert launch.has_descriptor(tensor, stored=True) == (shape[-1] % 8 == 0)

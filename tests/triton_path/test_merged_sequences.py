@@ -84,7 +84,7 @@ def test_split_operands_of_a_batch(
     errors = {name: relative_error(got[name], wanted[name]) for name in got}
     assert all(error <= SPLIT_BUDGET for error in errors.values()), errors
     whole, _ = step(problem, grad_out)
-    assert relative_error(out, whole.double()) <= SPLIT_BUDGET
+    assert relative_error(out, whole.cpu().double()) <= SPLIT_BUDGET
 
 
 @pytest.mark.parametrize("direction", ["outgoing", "incoming"])

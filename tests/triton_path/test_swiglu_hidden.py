@@ -269,7 +269,10 @@ def test_rows_alone_are_those_among_others(stage, config_of):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_row_of_odd_widths_with_descriptors(stage, config_of, dtype):
-    """One row of hidden channels may be at any stride from the next, which is none."""
+    """One row of hidden channels may be at any stride from the next, which is none.
+
+    A descriptor would store up to 16 bytes beyond it.
+    """
     problem = make_transition((1, 83), 83, dtype=dtype)
     config = config_of(16, 16, 16, 4, 2, True)
     assert_hidden(stage(problem, config), problem)

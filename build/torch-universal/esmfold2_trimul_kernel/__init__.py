@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_6169d93bc1"
+_BUILD_ID = "_esmfold2_trimul_kernel_672c14c871"
 
 
 def _load_package() -> ModuleType:

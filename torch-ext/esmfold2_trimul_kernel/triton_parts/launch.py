@@ -341,11 +341,15 @@ def strides(tensor: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in pairs]
 
 
-def has_descriptor(tensor: Tensor) -> bool:
+def has_descriptor(tensor: Tensor, stored: bool = False) -> bool:
     """Whether a tensor descriptor may describe the tensor: aligned, and not expanded.
 
-    TMA documents no behaviour for a stride of 0.
+    TMA documents no behaviour for a stride of 0. What is stored needs rows of whole units of 16
+    bytes: TMA stores no less, and would write beyond the end of another (seen on an H200). Planes
+    have room for that up to their pitch.
     """
+    if stored and tensor.shape[-1] * tensor.element_size() % 16:
+        return False
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return is_aligned(tensor) and all([size == 1 or stride > 0 for size, stride in pairs])
 

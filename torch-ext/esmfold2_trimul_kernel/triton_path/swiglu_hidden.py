@@ -267,7 +267,7 @@ def prepare_swiglu_hidden(
     store, made, tile = None, hidden, [config.block_m, block_n]
     if projections:
         made, tile = hidden.view(rows, 2, call.hidden), [config.block_m, 1, block_n]
-    if config.descriptors and has_descriptor(made):
+    if config.descriptors and has_descriptor(made, stored=True):
         store = descriptor_of(made, made.shape, made.stride(), tile)
     split = shared_by(config.split, triton.cdiv(call.hidden, block_n))
     return PreparedLaunch(
