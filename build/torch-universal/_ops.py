@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_672c14c871"
+_NAMESPACE = "_esmfold2_trimul_kernel_a3ff4fd7d8"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -1,6 +1,7 @@
 """Launches that keep their descriptors' encodings, beside Triton's own, with a launcher that notes
 what it gets in place of the one in C."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,24 @@ def test_a_descriptor_is_encoded_once(subject, active):
         launch(*arguments)
     assert active.encoded == 4
     assert comparable(seen[0]) == comparable(seen[2]) != comparable(seen[1])
+
+
+def test_a_thread_has_a_context_before_it_encodes(subject, active, monkeypatch):
+    """Once for each thread and device."""
+    bound, current = [], []
+    event = SimpleNamespace(record=lambda: bound.append((active.encoded, current[-1])))
+    for name, function in (
+        ("is_initialized", lambda: True), ("current_device", lambda: current[-1]),
+        ("Event", lambda: event),
+    ):  # fmt: skip
+        monkeypatch.setattr(subject.torch.cuda, name, function)
+    launch, addresses = subject.direct(compiled_of([]), GRID), iter(range(1 << 40, 1 << 41, 4096))
+    for devices in ((0, 0, 1, 0), (1, 1)):
+        with ThreadPoolExecutor(1) as thread:
+            for device in devices:
+                current.append(device)
+                thread.submit(launch, *arguments_at(next(addresses))).result()
+    assert bound == [(0, 0), (4, 1), (8, 1)]
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -129,6 +130,19 @@ def test_two_threads_of_different_precisions(submodule, backward, monkeypatch):
         launches.clear()
     assert not failed
     assert given == {precision: {precision, None} for precision in given}
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.skipif(not HAS_GPU, reason="contexts are a GPU's")
+def test_a_thread_that_has_not_called_cuda(kernel, submodule):
+    """As PyTorch's of backward passes, where all memory is there: it can encode descriptors."""
+    problem = make_problem(256, 128, dtype=torch.bfloat16).to("cuda")
+    wanted = problem.run(kernel)
+    problem.run(kernel)  # leaves memory for another
+    submodule("triton_path.launches")._launches.clear()  # their kernels stay loaded
+    with ThreadPoolExecutor(1) as thread:
+        got = thread.submit(problem.run, kernel).result()
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.kernels_ci

@@ -6,9 +6,11 @@ descriptors that is most of the host's time. Here a descriptor keeps its encodin
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.runtime import driver
@@ -17,6 +19,7 @@ from .settings import release
 
 _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose launcher is called here
 _ENCODED = "esmfold2_trimul_encoded"  # in a descriptor's __dict__
+_bound = threading.local()  # devices: those whose context a thread has
 
 
 def direct(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -70,6 +73,22 @@ def current_stream() -> int:
     """Of the current device, by the driver that Triton launches with."""
     active = driver.active
     return active.get_current_stream(active.get_current_device())
+
+
+def bind_context() -> None:
+    """Gives this thread the current device's context, without which no descriptor is encoded.
+
+    PyTorch's thread of backward passes has none on the first device before it calls CUDA, which it
+    needn't do if memory is there (pytorch#195256). Triton's own launch binds it once it has
+    encoded.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    devices = _bound.__dict__.setdefault("devices", set())
+    device = torch.cuda.current_device()
+    if device not in devices:
+        torch.cuda.Event().record()
+        devices.add(device)
 
 
 def is_hooked() -> bool:
@@ -134,6 +153,7 @@ def _encoded(arguments: Sequence[Any], parts: _Parts) -> list[Any]:
         descriptor = arguments[place].__dict__
         known = descriptor.get(_ENCODED)
         if known is None:
+            bind_context()
             known = descriptor[_ENCODED] = parts.encode(arguments[place], meta)
         found += arguments[after:place]
         found += known

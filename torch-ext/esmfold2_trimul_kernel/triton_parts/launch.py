@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import device_target
-from .direct import DirectLaunch, current_stream, direct, is_hooked
+from .direct import DirectLaunch, bind_context, current_stream, direct, is_hooked
 from .settings import LaunchConfig, pick_config, shape_of
 
 _MOST_BASED = 512  # descriptors that a launch keeps: several for each layer of a model
@@ -87,6 +87,8 @@ class PreparedLaunch:
         if self._run is None:
             grid = (self.programs, 1, 1)
             arguments = self._with(tensors)
+            if self._descriptors:
+                bind_context()
             compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
             # The interpreter returns None, so that every launch takes this branch.
             self._run = None if compiled is None else direct(compiled, grid)

@@ -312,6 +312,8 @@ class Sequence(NamedTuple):
             planes = memory[apart + size : 2 * apart + hidden].unflatten(0, (2, hidden))
             if len(memory) >= 2 * apart + hidden + 2 * size:
                 scratch = (memory[2 * apart + hidden :],)
+            if self.to_grad_x is not None:
+                self.norms.constants()  # one launch folds all norms, those of a and b too
             made = self._planes_again(planes)
             moments = made if moments is None else moments
             if product is None:
