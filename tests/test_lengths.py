@@ -212,11 +212,16 @@ def test_gradients(kernel, device, pairs_within, recompute, residual, direction)
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 4e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 7e-3), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("channels", [128, 256])
 def test_gradients_with_shipped_settings(
     kernel, on_triton, pairs_within, channels, dtype, limit
 ):
+    """The kernels for lengths are others, and in bfloat16 have roundings of their own.
+
+    Either call's gradients are up to 5e-3 from those in float64 (H200), so that with independent
+    roundings they are sqrt(2) as far from each other. A row without its share would be 5e-2 off.
+    """
     if on_triton == "cpu":
         pytest.skip("the interpreter's setting is another")
     problem = make_problem(390, channels, batch=3, dtype=dtype, residual=True, drop_mask=True)
