@@ -101,6 +101,31 @@ def test_what_is_saved(
     assert sum(t.numel() for t in beside) <= pair_sized * pairs * hidden + moments
 
 
+@pytest.mark.parametrize("recompute", ["none", "product"])
+def test_hooks_that_give_back_what_was_saved_with_other_strides(kernel, device, recompute):
+    """Nor do later calls take them for their own."""
+    problem = make_problem(7, 16, batch=2, mask="soft").to(device)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(problem).items()}
+    inputs = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+
+    def moved(saved):
+        if saved.untyped_storage().data_ptr() in inputs or not saved.numel():
+            return saved
+        room = saved.new_zeros(*saved.shape[:-2], saved.shape[-2] + 2, saved.shape[-1] + 3)
+        room[..., 1:-1, 1:-2] = saved
+        return room[..., 1:-1, 1:-2]
+
+    def gradients(hook):
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda saved: saved):
+            out = run(kernel, problem, device, recompute=recompute)
+        return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    wanted, *others = (gradients(hook) for hook in (torch.Tensor.detach, moved, moved))
+    others.append(gradients(torch.Tensor.detach))
+    for got in others:
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 def test_nothing_is_saved_without_a_gradient(kernel, device, submodule, monkeypatch):
     problem = make_problem(5, 8).to(device)
     for value in problem.weights.values():

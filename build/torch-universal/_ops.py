@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_a3ff4fd7d8"
+_NAMESPACE = "_esmfold2_trimul_kernel_821cfdcc3e"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -91,11 +91,24 @@ def _trimul_bwd(
 
     A fixed number of tensors rather than a list, because vmap can loop over such an op.
     """
-    call = Call.of(flat)
+    call, kept = Call.of(flat), as_made(product, moments, planes)
     return gradients_by(
-        lambda names: path_of(call).backward(call, grad_out, product, moments, planes, names),
+        lambda names: path_of(call).backward(call, grad_out, *kept, names),
         call, needs, FLAT, DIFFERENTIABLE,
     )  # fmt: skip
+
+
+def as_made(*kept: Tensor | None) -> list[Tensor | None]:
+    """What was kept for a backward, contiguous and aligned as it was made.
+
+    A user's hooks on saved tensors may give it back otherwise.
+    """
+    return [
+        tensor
+        if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
+        else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in kept
+    ]
 
 
 def gradients_by(

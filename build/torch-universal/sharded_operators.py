@@ -18,6 +18,7 @@ from .operators import (
     GRADIENTS,
     READ,
     WRITTEN,
+    as_made,
     differentiable_once,
     keep,
     kept,
@@ -78,7 +79,7 @@ def _backward(
     division, call = _of(arguments)
     named = zip(DIFFERENTIABLE, needs, strict=True)
     names = frozenset([name for name, needed in named if needed])
-    kept = Kept(product, moments, channels, int(number))
+    kept = Kept(*as_made(product, moments, channels), int(number))
     grads = run_backward(division, call, grad_out, kept, names)
     return tuple([
         grads[name] if name in names else call.x.new_empty(0) for name in DIFFERENTIABLE

@@ -2,6 +2,7 @@
 what it gets in place of the one in C."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -85,22 +86,61 @@ def test_a_descriptor_is_encoded_once(subject, active):
     assert comparable(seen[0]) == comparable(seen[2]) != comparable(seen[1])
 
 
-def test_a_thread_has_a_context_before_it_encodes(subject, active, monkeypatch):
-    """Once for each thread and device."""
-    bound, current = [], []
+class Kernel:
+    """Triton's, before it is compiled."""
+
+    __name__, arg_names = "kernel", list(SIGNATURE)
+
+    def __init__(self):
+        self._compiled = compiled_of([])
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self._compiled[grid](*arguments, *constants.values())
+            return self._compiled
+
+        return launch
+
+
+@pytest.mark.parametrize("way", ["direct", "hooked", "unknown"])
+def test_a_thread_has_a_context_before_it_encodes(submodule, active, monkeypatch, way):
+    """Once for each thread and device, whoever encodes."""
+    launch, kernel, bound, current = submodule("triton_parts.launch"), Kernel(), [], []
     event = SimpleNamespace(record=lambda: bound.append((active.encoded, current[-1])))
     for name, function in (
         ("is_initialized", lambda: True), ("current_device", lambda: current[-1]),
         ("Event", lambda: event),
     ):  # fmt: skip
-        monkeypatch.setattr(subject.torch.cuda, name, function)
-    launch, addresses = subject.direct(compiled_of([]), GRID), iter(range(1 << 40, 1 << 41, 4096))
-    for devices in ((0, 0, 1, 0), (1, 1)):
+        monkeypatch.setattr(torch.cuda, name, function)
+    if way == "hooked":
+        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    elif way == "unknown":
+        monkeypatch.setattr(submodule("triton_parts.direct").triton, "__version__", "3.10.0")
+    wide, n, _, other, constant = arguments_at(1 << 40)
+    prepared = launch.PreparedLaunch(
+        kernel, 1,
+        tensors={"x": wide, "y": None, "z": other}, values={"n": n}, constants={"C": constant},
+        options={},
+    )  # fmt: skip
+    places = {
+        name: launch.Place(memory, 0, torch.bfloat16, (1024,), (1,))
+        for memory, name in enumerate("xyz")
+    }
+    placed, addresses = launch.PlacedLaunch(prepared, places), iter(range(1 << 40, 1 << 41, 4096))
+
+    def launched(by):
+        given = [SimpleNamespace(data_ptr=partial(int, next(addresses))) for _ in "xyz"]
+        if by is prepared:
+            prepared.launch(**dict(zip("xyz", given, strict=True)))
+        else:
+            placed.launch(given, [one.data_ptr() for one in given])
+
+    for by, devices in ((prepared, (0, 0, 1, 0)), (placed, (1, 1)), (placed, (2, 2))):
         with ThreadPoolExecutor(1) as thread:
             for device in devices:
                 current.append(device)
-                thread.submit(launch, *arguments_at(next(addresses))).result()
-    assert bound == [(0, 0), (4, 1), (8, 1)]
+                thread.submit(launched, by).result()
+    assert bound == [(0, 0), (4, 1), (8, 1), (12, 2)]  # (descriptors encoded before, device)
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])

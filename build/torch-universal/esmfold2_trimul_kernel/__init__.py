@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_a3ff4fd7d8"
+_BUILD_ID = "_esmfold2_trimul_kernel_821cfdcc3e"
 
 
 def _load_package() -> ModuleType:

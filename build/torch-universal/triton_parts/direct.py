@@ -153,7 +153,6 @@ def _encoded(arguments: Sequence[Any], parts: _Parts) -> list[Any]:
         descriptor = arguments[place].__dict__
         known = descriptor.get(_ENCODED)
         if known is None:
-            bind_context()
             known = descriptor[_ENCODED] = parts.encode(arguments[place], meta)
         found += arguments[after:place]
         found += known

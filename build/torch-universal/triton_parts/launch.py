@@ -84,11 +84,11 @@ class PreparedLaunch:
         Raises:
             TypeError: a tensor that the kernel lacks, or a missing one.
         """
+        if self._descriptors:
+            bind_context()
         if self._run is None:
             grid = (self.programs, 1, 1)
             arguments = self._with(tensors)
-            if self._descriptors:
-                bind_context()
             compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
             # The interpreter returns None, so that every launch takes this branch.
             self._run = None if compiled is None else direct(compiled, grid)
@@ -225,6 +225,8 @@ class PlacedLaunch:
             arguments[at] = addresses[memory] + offset
         for at, descriptor, memory, offset in self._descriptors:
             arguments[at] = self._based.at(at, descriptor, addresses[memory] + offset)
+        if self._descriptors:
+            bind_context()
         if not isinstance(run, DirectLaunch) or is_hooked():
             run(*arguments)
             return None

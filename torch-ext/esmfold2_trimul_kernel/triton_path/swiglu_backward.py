@@ -135,8 +135,10 @@ def prepare_swiglu_bwd(
     block_k = block_of(config.block_k, channels)
     made = pair.view(rows, 2, width)
     descriptors = config.descriptors and all([
-        has_descriptor(tensor)
-        for tensor in (grad_out, down_turned, made, hidden)
+        has_descriptor(tensor, stored)
+        for tensor, stored in (
+            (grad_out, False), (down_turned, False), (made, True), (hidden, True)
+        )
         if tensor is not None
     ])
     tensors = pointers("grad_ptr", "grad", "down_turned", "scales_ptr", "pair", "hidden")
