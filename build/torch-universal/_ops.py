@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_821cfdcc3e"
+_NAMESPACE = "_esmfold2_trimul_kernel_bccb799b09"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -217,6 +217,25 @@ class TestOutOfMemory:
             "failed."
         ]
 
+    def test_no_mode_adds_to_a_residual_twice(self, kernel, submodule, on_triton, monkeypatch):
+        """Where another thread takes what the first group has freed."""
+        path, groups = submodule("triton_path"), []
+        problem = make_problem(7, 16, batch=3, residual=True).to(on_triton)
+        before, wanted = problem.residual.clone(), problem.run(kernel)
+
+        def multiply(*arguments, multiply=path._multiply):
+            groups.append(arguments)
+            if len(groups) == 2:
+                raise torch.OutOfMemoryError("no room")
+            return multiply(*arguments)
+
+        monkeypatch.setattr(path, "_multiply", multiply)
+        monkeypatch.setattr(path, "_sequences_together", lambda call: 1)
+        with pytest.raises(RuntimeError, match="residual has .* 1 sequences, .* other 2$"):
+            problem.run(kernel, inplace=True)
+        assert relative_error(problem.residual[0], wanted[0].cpu().double()) <= 1e-6
+        assert torch.equal(problem.residual[1:], before[1:])
+
     def test_default_is_not(self, kernel, on_triton, default_fails):
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             call(kernel, make_problem(7, 16), on_triton, memory="default")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_821cfdcc3e"
+_BUILD_ID = "_esmfold2_trimul_kernel_bccb799b09"
 
 
 def _load_package() -> ModuleType:

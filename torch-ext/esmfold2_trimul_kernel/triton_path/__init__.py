@@ -103,12 +103,21 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
         entries = slice(first, first + size)
         part = call.of_entries(entries)
         of_part = None if scales is None else scales.of_entries(entries)
-        moments = _multiply(part, launches, planes, product, of_part, folds)
-        by_rows = with_axes_of_x(moments, call.direction)
-        fused_ln_residual_fwd(
-            part, launches, product, by_rows, out[entries], scales=scales, folds=folds,
-            scratch=planes,
-        )  # fmt: skip
+        try:
+            moments = _multiply(part, launches, planes, product, of_part, folds)
+            by_rows = with_axes_of_x(moments, call.direction)
+            fused_ln_residual_fwd(
+                part, launches, product, by_rows, out[entries], scales=scales, folds=folds,
+                scratch=planes,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            if not (first and call.inplace):
+                raise
+            raise RuntimeError(
+                "another thread took memory that the groups of sequences share in turn: residual "
+                f"has the result of {first} sequences, and is as it was for the other "
+                f"{batch - first}"
+            ) from error
         del moments, by_rows  # freed before the next group's are allocated
     return out
 
