@@ -181,3 +181,16 @@ TRANSITION_FLAT = (
     *TransitionWeights._fields,
     *Transition._fields[_TRANSITION_WEIGHTS + 1 :],
 )
+
+
+def as_made(*kept: Tensor | None) -> list[Tensor | None]:
+    """What was kept for a backward, contiguous and aligned as it was made.
+
+    A user's hooks on saved tensors may give it back otherwise.
+    """
+    return [
+        tensor
+        if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
+        else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in kept
+    ]

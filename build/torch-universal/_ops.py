@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_bccb799b09"
+_NAMESPACE = "_esmfold2_trimul_kernel_e313fe4c6a"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

@@ -217,24 +217,32 @@ class TestOutOfMemory:
             "failed."
         ]
 
-    def test_no_mode_adds_to_a_residual_twice(self, kernel, submodule, on_triton, monkeypatch):
-        """Where another thread takes what the first group has freed."""
-        path, groups = submodule("triton_path"), []
-        problem = make_problem(7, 16, batch=3, residual=True).to(on_triton)
-        before, wanted = problem.residual.clone(), problem.run(kernel)
+    @pytest.mark.parametrize("memory", ["auto", "lean"])
+    @pytest.mark.parametrize("batch, within", [(3, False), (1, True), (2, True)])
+    def test_no_mode_adds_to_a_residual_twice(
+        self, kernel, submodule, on_triton, monkeypatch, memory, batch, within
+    ):
+        """Where memory that is shared in turn is gone when its second user comes.
 
-        def multiply(*arguments, multiply=path._multiply):
-            groups.append(arguments)
-            if len(groups) == 2:
+        Those are groups of sequences, or steps of rows `within` a sequence whose residual is x.
+        """
+        stage_3 = submodule("fused_ln_residual")
+        launches = submodule("triton_parts.launch").Launches
+        problem = make_problem(20, 16, batch=batch).to(on_triton)
+        problem.residual = problem.x if within else problem.x.clone()
+        before = problem.residual.clone()
+
+        def empty(self, name, *arguments, empty=launches.empty):
+            begun = not torch.equal(problem.residual, before)
+            if begun and name == ("output" if within else "moments"):
                 raise torch.OutOfMemoryError("no room")
-            return multiply(*arguments)
+            return empty(self, name, *arguments)
 
-        monkeypatch.setattr(path, "_multiply", multiply)
-        monkeypatch.setattr(path, "_sequences_together", lambda call: 1)
-        with pytest.raises(RuntimeError, match="residual has .* 1 sequences, .* other 2$"):
-            problem.run(kernel, inplace=True)
-        assert relative_error(problem.residual[0], wanted[0].cpu().double()) <= 1e-6
-        assert torch.equal(problem.residual[1:], before[1:])
+        monkeypatch.setattr(launches, "empty", empty)
+        monkeypatch.setattr(stage_3, "_may_overwrite", lambda *_: not within)
+        monkeypatch.setattr(submodule("triton_path"), "_sequences_together", lambda call: 1)
+        with pytest.raises(stage_3.PartlyWritten, match="^an allocation failed when part of resid"):
+            problem.run(kernel, inplace=True, memory=memory)
 
     def test_default_is_not(self, kernel, on_triton, default_fails):
         with pytest.raises(torch.OutOfMemoryError, match="no room"):

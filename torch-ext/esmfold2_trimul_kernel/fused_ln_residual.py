@@ -10,6 +10,10 @@ lengths, the update of a pair with a residue beyond the length is zero, and tile
 such pairs just copy the residual or write zeros.
 """
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -371,10 +375,11 @@ def fused_ln_residual_fwd(
         if rows is None:
             for entry in range(out.shape[0]):
                 at = slice(entry, entry + 1)
-                fused_ln_residual_by_steps(
-                    call.of_entry(entry), launches, product[at], moments[at], out[at], first_row,
-                    scales, folds,
-                )  # fmt: skip
+                with writing(call, entry > 0):
+                    fused_ln_residual_by_steps(
+                        call.of_entry(entry), launches, product[at], moments[at], out[at],
+                        first_row, scales, folds,
+                    )  # fmt: skip
             return
         made = launches.empty("output", out.shape, out.dtype, out.device)
     weights = call.weights
@@ -406,6 +411,29 @@ def fused_ln_residual_fwd(
         out.copy_(made)
 
 
+class PartlyWritten(torch.OutOfMemoryError):
+    """An inplace call ran out of memory after it had begun to write: it can't begin anew."""
+
+
+@contextlib.contextmanager
+def writing(call: Call, begun: bool) -> Iterator[None]:
+    """A context for one part of an inplace call's output after the other, of which some has begun.
+
+    Memory that the parts share in turn may be gone, to another thread.
+
+    Raises:
+        PartlyWritten: too little memory where some was written before.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not (begun and call.inplace) or isinstance(error, PartlyWritten):
+            raise
+        raise PartlyWritten(
+            "an allocation failed when part of residual, which inplace writes over, was written"
+        ) from error
+
+
 def fused_ln_residual_by_steps(
     call: Call,
     launches: Launches,
@@ -416,18 +444,16 @@ def fused_ln_residual_by_steps(
     scales: Scales | None = None,
     folds: Folds | None = None,
 ) -> None:
-    """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows.
-
-    Only the first step can fail to allocate: the next steps reuse its memory.
-    """
+    """Stage 3 of a call on one sequence, in steps of `rows_of_step` rows, see `writing`."""
     length = call.x.shape[1]
     folds = folds or Folds(launches, call.weights)
     step = rows_of_step(length)
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
-        fused_ln_residual_fwd(
-            call, launches, product, moments, out, rows, None, first_row, scales, folds
-        )
+        with writing(call, start > 0):
+            fused_ln_residual_fwd(
+                call, launches, product, moments, out, rows, None, first_row, scales, folds
+            )
 
 
 def rows_of_step(length: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import aten_path
-from ._call import DIFFERENTIABLE, FLAT, Call, Transition
+from ._call import DIFFERENTIABLE, FLAT, Call, Transition, as_made
 from ._ops import add_op_namespace_prefix, ops
 from .paths import path_of, say_plain
 
@@ -96,19 +96,6 @@ def _trimul_bwd(
         lambda names: path_of(call).backward(call, grad_out, *kept, names),
         call, needs, FLAT, DIFFERENTIABLE,
     )  # fmt: skip
-
-
-def as_made(*kept: Tensor | None) -> list[Tensor | None]:
-    """What was kept for a backward, contiguous and aligned as it was made.
-
-    A user's hooks on saved tensors may give it back otherwise.
-    """
-    return [
-        tensor
-        if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
-        else tensor.clone(memory_format=torch.contiguous_format)
-        for tensor in kept
-    ]
 
 
 def gradients_by(

@@ -18,7 +18,6 @@ from .operators import (
     GRADIENTS,
     READ,
     WRITTEN,
-    as_made,
     differentiable_once,
     keep,
     kept,
@@ -79,7 +78,7 @@ def _backward(
     division, call = _of(arguments)
     named = zip(DIFFERENTIABLE, needs, strict=True)
     names = frozenset([name for name, needed in named if needed])
-    kept = Kept(*as_made(product, moments, channels), int(number))
+    kept = Kept(product, moments, channels, int(number))
     grads = run_backward(division, call, grad_out, kept, names)
     return tuple([
         grads[name] if name in names else call.x.new_empty(0) for name in DIFFERENTIABLE

@@ -108,6 +108,8 @@ def triangle_multiplicative_update_with_residual(
             doesn't fit.
         TypeError: an argument that is no tensor, or of a dtype that doesn't fit.
         NotImplementedError: L above 46,336.
+        torch.OutOfMemoryError: too little memory. The residual of an inplace call is as it was,
+            unless the message says that part of it was written.
     """
     if is_dtensor(pair):
         return _run_on_dtensors("pair", locals())

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._call import DIFFERENTIABLE, FLAT, Call, Weights
+from .._call import DIFFERENTIABLE, FLAT, Call, Weights, as_made
 from ..carriers.memory import GroupMemory, memory_of
 from ..exchange import Exchange, Layout
 from ..paths import path_of
@@ -55,6 +55,7 @@ def run_backward(
         summed |= needs.intersection(Weights._fields)
     with contextlib.ExitStack() as stack:
         try:
+            kept = Kept(*as_made(kept.product, kept.moments, kept.channels), kept.number)
             grads = _empty_gradients(call, needs, summed)
             stages = stack.enter_context(
                 path_of(call).gradient_stages(call, division.rows().start, needs, grads)

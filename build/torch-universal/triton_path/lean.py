@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._call import Call
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
-from ..fused_ln_residual import fused_ln_residual_by_steps, rows_of_step
+from ..fused_ln_residual import fused_ln_residual_by_steps, rows_of_step, writing
 from ..hopper.folded_norm import Folds
 from ..trimul_einsum_triton import trimul_einsum_fwd
 from ..triton_parts.launch import Launches
@@ -50,11 +50,12 @@ def run_lean(call: Call, launches: Launches) -> Tensor:
         of_entry, product = call.of_entry(entry), products[0 if apart else entry][None]
         product = product.transpose(1, 2)  # [1, D, L, pitch]
         part = None if scales is None else scales.of_entries(slice(entry, entry + 1))
-        moments = _product_by_groups(of_entry, launches, product, sizes.slots, part, folds)
-        made = out[entry : entry + 1]
-        fused_ln_residual_by_steps(
-            of_entry, launches, product, moments, made, scales=scales, folds=folds
-        )
+        with writing(call, entry > 0):
+            moments = _product_by_groups(of_entry, launches, product, sizes.slots, part, folds)
+            made = out[entry : entry + 1]
+            fused_ln_residual_by_steps(
+                of_entry, launches, product, moments, made, scales=scales, folds=folds
+            )
         del moments  # freed before the next sequence's are allocated
     return out
 

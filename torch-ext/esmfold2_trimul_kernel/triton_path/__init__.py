@@ -23,7 +23,7 @@ from torch import Tensor
 from .._call import DIFFERENTIABLE, Call
 from .._plan import Plan, note_on_gradients
 from ..fused_dual_gemm import fused_dual_gemm_fwd, with_axes_of_x
-from ..fused_ln_residual import fused_ln_residual_fwd
+from ..fused_ln_residual import PartlyWritten, fused_ln_residual_fwd, writing
 from ..hopper.folded_norm import Folds
 from ..paths import say_once
 from ..trimul_einsum_triton import of_sequences, trimul_einsum_fwd
@@ -62,9 +62,8 @@ def forward(call: Call) -> Tensor:
             try:
                 together = _sequences_together(call)
                 return _run_default(call, launches_of(call, "default", together), together)
-            except torch.OutOfMemoryError:
-                # Memory is allocated before a write: the residual of an inplace call is intact.
-                if call.memory == "default":
+            except torch.OutOfMemoryError as error:
+                if call.memory == "default" or isinstance(error, PartlyWritten):
                     raise
             say_once("runs in lean mode: an allocation of the default mode failed")
         return run_lean(call, launches_of(call, "lean"))
@@ -92,7 +91,8 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
     batch, length = x.shape[:2]
     if size == batch:
         return _run_saving(call, launches, False)[0]
-    # All large memory before a write, so that the residual is intact if there is too little.
+    # All large memory before a write, so that the residual is intact if there is too little: see
+    # `writing`.
     out = call.residual if call.inplace else launches.empty("output", x.shape, x.dtype, x.device)
     shape = (size, hidden, length, padded_pitch(length))
     planes = launches.empty("a and b", (size, 2, *shape[1:]), x.dtype, x.device)
@@ -103,21 +103,13 @@ def _run_default(call: Call, launches: Launches, size: int) -> Tensor:
         entries = slice(first, first + size)
         part = call.of_entries(entries)
         of_part = None if scales is None else scales.of_entries(entries)
-        try:
+        with writing(call, first > 0):
             moments = _multiply(part, launches, planes, product, of_part, folds)
             by_rows = with_axes_of_x(moments, call.direction)
             fused_ln_residual_fwd(
                 part, launches, product, by_rows, out[entries], scales=scales, folds=folds,
                 scratch=planes,
             )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            if not (first and call.inplace):
-                raise
-            raise RuntimeError(
-                "another thread took memory that the groups of sequences share in turn: residual "
-                f"has the result of {first} sequences, and is as it was for the other "
-                f"{batch - first}"
-            ) from error
         del moments, by_rows  # freed before the next group's are allocated
     return out
 
