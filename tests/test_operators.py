@@ -267,7 +267,7 @@ def test_autocast_does_not_reach_inside(kernel, device, dtype, backward_inside):
     indirect=["device"],
 )
 def test_ops_are_registered_as_torch_wants_them(kernel, device, submodule, recompute):
-    # Of this length the planes that are kept have no padding. Nothing writes padding.
+    # Of this length the planes that are kept have no padding, which isn't all written.
     problem = make_problem(
         16, 16, direction="incoming", mask="soft", residual=True, drop_mask=True
     ).to(device)

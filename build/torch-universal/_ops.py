@@ -2,7 +2,7 @@
 
 import torch
 
-_NAMESPACE = "_esmfold2_trimul_kernel_e313fe4c6a"
+_NAMESPACE = "_esmfold2_trimul_kernel_4597dbbf51"
 
 ops = getattr(torch.ops, _NAMESPACE)
 

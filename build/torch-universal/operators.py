@@ -196,11 +196,13 @@ def keep(ctx, call: Call | Transition, *others: Tensor | None) -> None:
 def kept(ctx) -> tuple[list[Any], tuple[Tensor | None, ...]]:
     """What `keep` kept: the flat call and the others."""
     tensors, count = ctx.saved_tensors, len(ctx.others)
-    flat = [
+    *flat, lengths = [
         other if tensor is None else tensor
         for tensor, other in zip(tensors[:count], ctx.others, strict=True)
     ]
-    return flat, tensors[count:]
+    if lengths is not None:  # to which a hook may have given a stride, that the kernels don't take
+        lengths = lengths.contiguous()
+    return [*flat, lengths], tensors[count:]
 
 
 def pass_back(

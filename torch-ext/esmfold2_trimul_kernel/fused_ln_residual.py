@@ -427,7 +427,7 @@ def writing(call: Call, begun: bool) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if not (begun and call.inplace) or isinstance(error, PartlyWritten):
+        if not (begun and call.inplace):
             raise
         raise PartlyWritten(
             "an allocation failed when part of residual, which inplace writes over, was written"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_BUILD_ID = "_esmfold2_trimul_kernel_e313fe4c6a"
+_BUILD_ID = "_esmfold2_trimul_kernel_4597dbbf51"
 
 
 def _load_package() -> ModuleType:

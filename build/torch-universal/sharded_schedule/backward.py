@@ -55,7 +55,7 @@ def run_backward(
         summed |= needs.intersection(Weights._fields)
     with contextlib.ExitStack() as stack:
         try:
-            kept = Kept(*as_made(kept.product, kept.moments, kept.channels), kept.number)
+            kept = Kept(*as_made(*kept[:-1]), kept.number)
             grads = _empty_gradients(call, needs, summed)
             stages = stack.enter_context(
                 path_of(call).gradient_stages(call, division.rows().start, needs, grads)

@@ -19,7 +19,16 @@ from .settings import release
 
 _KNOWN = ((3, 6), (3, 9))  # the first and the last Triton whose launcher is called here
 _ENCODED = "esmfold2_trimul_encoded"  # in a descriptor's __dict__
-_bound = threading.local()  # devices: those whose context a thread has
+
+
+class _Bound(threading.local):
+    """The devices whose context a thread has had."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_bound = _Bound()
 
 
 def direct(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -84,11 +93,10 @@ def bind_context() -> None:
     """
     if not torch.cuda.is_initialized():
         return
-    devices = _bound.__dict__.setdefault("devices", set())
     device = torch.cuda.current_device()
-    if device not in devices:
+    if device not in _bound.devices:
         torch.cuda.Event().record()
-        devices.add(device)
+        _bound.devices.add(device)
 
 
 def is_hooked() -> bool:

@@ -90,7 +90,7 @@ def with_precision(found: Plan, stage: str, call: Call | Transition) -> Plan:
 
 
 def for_kernels(call: Call | Transition) -> Call | Transition:
-    """The call with one of the kernels' precisions, and lengths and parameters with unit strides.
+    """The call with one of the kernels' precisions, and parameters with unit last stride.
 
     The precision is "fp16x3" if the call `splits` its operands.
     """
@@ -100,8 +100,6 @@ def for_kernels(call: Call | Transition) -> Call | Transition:
 
 def for_unsplit_kernels(call: Call | Transition) -> Call | Transition:
     """As `for_kernels`, with "tf32x3" for "fp16x3"."""
-    if call.lengths is not None:  # of which hooks on saved tensors may make others
-        call = call._replace(lengths=call.lengths.contiguous())
     weights, precision = call.weights, call.precision
     if precision == "default":
         precision = "tf32" if torch_allows_tf32() else "fp32"
